@@ -1,0 +1,118 @@
+// The vector loop of token_stats: one read of a stretch of a row, the columns other than the target.
+#include "simd.h"
+#include "token_stats.h"
+
+namespace {
+
+constexpr int GROUP = 4 * WIDTH;  // columns taken together
+constexpr int FLUSH = 32;         // groups whose sums stay in fp32 lanes before they go to double
+
+// The running sums: double totals, and fp32 lanes for the last few groups. All relative to rest.max.
+template <class T>
+class Accumulator {
+  public:
+    Accumulator(float z_y, int64_t y) : z_y_(z_y), y_(y) { clear_lanes(); }
+
+    bool empty() const { return rest_.argmax < 0; }  // nothing above -inf so far
+
+    // A full group on one side of y. False, and nothing done, if it holds a new maximum. Not while empty().
+    bool take(const T* p, Vec rank_threshold) {
+        Vec x[4];
+        for (int i = 0; i < 4; ++i) x[i] = load(p + i * WIDTH);
+        if (any_above(max(max(x[0], x[1]), max(x[2], x[3])), reference_)) return false;
+        for (int i = 0; i < 4; ++i) above_ = count_at_least(above_, x[i], rank_threshold);
+        accumulate(x);
+        return true;
+    }
+
+    // Any n <= GROUP columns from column j on: the target, a new maximum and the ragged end are all legal here.
+    void take_slowly(const T* p, int64_t j, int n) {
+        float x[GROUP];
+        float top = -INFINITY;
+        for (int i = 0; i < GROUP; ++i) {
+            x[i] = -INFINITY;  // contributes nothing
+            if (i >= n || j + i == y_) continue;
+            x[i] = to_float(p[i]);
+            if (x[i] > top) top = x[i];
+            rest_.above += x[i] > z_y_ || (x[i] == z_y_ && j + i < y_);
+        }
+        if (top > rest_.max) {
+            raise(top);
+            int a = 0;
+            while (x[a] != top) ++a;
+            rest_.argmax = j + a;
+            x[a] = -INFINITY;
+        }
+        const Vec lanes[4] = {load(x), load(x + WIDTH), load(x + 2 * WIDTH), load(x + 3 * WIDTH)};
+        accumulate(lanes);
+    }
+
+    tokdyn::Rest finish() {
+        flush();
+        return rest_;
+    }
+
+  private:
+    void clear_lanes() {
+        sum_ = xsum_ = sqsum_ = splat(0.0f);
+        above_ = no_count();
+        groups_ = 0;
+    }
+
+    void flush() {
+        rest_.sum += sum(sum_);
+        rest_.xsum += sum(xsum_);
+        rest_.sqsum += sum(sqsum_);
+        rest_.above += total(above_);
+        clear_lanes();
+    }
+
+    // A higher maximum: what was summed is taken relative to it, and the old maximum joins the sums.
+    void raise(float top) {
+        flush();
+        if (!empty()) tokdyn::lower_to(top, rest_);
+        rest_.max = top;
+        reference_ = splat(top);
+    }
+
+    void accumulate(const Vec (&x)[4]) {
+        Vec t[4], e[4];
+        for (int i = 0; i < 4; ++i) t[i] = max(splat(EXP_FLOOR), sub(x[i], reference_));  // in this order a NaN passes
+        exp_nonpositive(t, e);
+        sum_ = add(sum_, add(add(e[0], e[1]), add(e[2], e[3])));
+        for (int i = 0; i < 4; ++i) xsum_ = fma(e[i], t[i], xsum_);
+        for (int i = 0; i < 4; ++i) sqsum_ = fma(e[i], e[i], sqsum_);
+        if (++groups_ == FLUSH) flush();
+    }
+
+    const float z_y_;
+    const int64_t y_;
+    tokdyn::Rest rest_{-INFINITY, -1, 0, 0, 0, 0};
+    Vec reference_ = splat(0.0f), sum_, xsum_, sqsum_;
+    Count above_;
+    int groups_;
+};
+
+template <class T>
+tokdyn::Rest rest(const void* data, int64_t begin, int64_t end, int64_t y) {
+    const FlushDenormals flush_denormals;
+    const T* row = static_cast<const T*>(data);
+    const float z_y = to_float(row[y]);
+    Accumulator<T> accumulator(z_y, y);
+    // before y a tie ranks above the target, after it only a larger logit does: the least float above z_y is the threshold
+    const Vec before = splat(z_y), after = splat(nextafterf(z_y, INFINITY));
+    for (int64_t j = begin; j < end; j += GROUP) {
+        const bool plain = j + GROUP <= end && (y < j || y >= j + GROUP) && !accumulator.empty();
+        if (!plain || !accumulator.take(row + j, j < y ? before : after))
+            accumulator.take_slowly(row + j, j, static_cast<int>(end - j < GROUP ? end - j : GROUP));
+    }
+    return accumulator.finish();
+}
+
+}  // namespace
+
+namespace tokdyn {
+namespace TOKDYN_SIMD {
+const RestFns rest_fns = {rest<float>, rest<bf16>};
+}
+}  // namespace tokdyn

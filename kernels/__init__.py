@@ -1,0 +1,1 @@
+"""One folder per operator: reference.py is its specification; the fast forms beside it have the same signature."""

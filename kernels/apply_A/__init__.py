@@ -1,0 +1,1 @@
+"""The log-softmax Jacobian applied to columns."""

@@ -1,0 +1,1 @@
+"""Product of two Gram matrices, elementwise, with optional segment sums."""

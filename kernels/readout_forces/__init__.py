@@ -1,0 +1,1 @@
+"""Forces of update tokens on observed tokens through the readout weight."""

@@ -1,0 +1,72 @@
+"""Specification of readout_forces, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def readout_logits(
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """z = softcap(scale · (W h + b)) with softcap(x) = s tanh(x/s); hidden [.., d], weight [V, d] -> [.., V]."""
+    z = scale * torch.nn.functional.linear(hidden, weight, bias)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def logit_force(
+    logits: Tensor, targets: Tensor, c: Tensor, v: Tensor | None = None, uniform: Tensor | None = None
+) -> Tensor:
+    """Γ = -G, the force of a loss at the logits.
+
+    Γ_l = Σ_k c_lk (e_{targets_lk} - pi_l) + v_l pi_l ⊙ (log pi_l + H_l) + u_l (1/V - pi_l)
+
+    logits [L, V], targets and c [L] or [L, K], v and uniform [L] -> [L, V].
+    """
+    log_pi = logits.log_softmax(-1)
+    pi = log_pi.exp()
+    y, c = (targets[:, None], c[:, None]) if targets.dim() == 1 else (targets, c)
+    c = c.to(pi.dtype)
+    force = (-c.sum(1, keepdim=True) * pi).scatter_add(1, y, c)
+    if v is not None:
+        plogp = torch.where(pi > 0, pi * log_pi, torch.zeros_like(pi))
+        force = force + v.to(pi.dtype)[:, None] * (plogp - pi * plogp.sum(1, keepdim=True))
+    if uniform is not None:
+        force = force + uniform.to(pi.dtype)[:, None] * (1 / pi.shape[1] - pi)
+    return force
+
+
+def readout_forces(
+    h_o: Tensor,
+    y_o: Tensor,
+    h_u: Tensor,
+    targets_u: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    v: Tensor | None = None,
+    uniform: Tensor | None = None,
+    train_bias: bool = False,
+    reduce: str | None = None,
+) -> Tensor:
+    """Forces when only the readout weight moves (CH1; NTHR is its sum over observed tokens).
+
+    F[m, l] = (h_m·h_l [+ 1 where the bias moves too]) <g_m, γ_l>
+
+    with g and γ the observed residual e_y - pi and the update force Γ, each pulled back through softcap and scale.
+
+    h_o [M, d], y_o [M], h_u [L, d], targets_u and c [L] or [L, K], weight [V, d]
+    -> [M, L]; reduce="update" sums over l -> [M]; reduce="observe" sums over m -> [L].
+    """
+    z_o = readout_logits(h_o, weight, bias=bias, scale=scale, softcap=softcap)
+    z_u = readout_logits(h_u, weight, bias=bias, scale=scale, softcap=softcap)
+    ones = torch.ones(len(y_o), dtype=z_o.dtype, device=z_o.device)
+    g = logit_force(z_o, y_o, ones) * scale
+    gamma = logit_force(z_u, targets_u, c, v, uniform) * scale
+    if softcap is not None:
+        g, gamma = g * (1 - (z_o / softcap).square()), gamma * (1 - (z_u / softcap).square())
+    F = (h_o @ h_u.T + float(train_bias)) * (g @ gamma.T)
+    return F if reduce is None else F.sum({"update": 1, "observe": 0}[reduce])

@@ -1,0 +1,1 @@
+"""The softmax Jacobian applied to columns."""

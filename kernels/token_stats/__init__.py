@@ -1,0 +1,1 @@
+"""Statistics of every row of logits at its target, in one read."""

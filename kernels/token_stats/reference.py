@@ -1,0 +1,49 @@
+"""Specification of token_stats, in plain torch: any device, any float type, differentiable where it is defined."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """Statistics of softmax(logits) at the targets; half precision is computed in float32.
+
+    logits [T, V], targets [T] -> (logsumexp, log_prob, entropy, collision, g_norm, rank, argmax, argmax_log_prob), each [T]:
+
+        logsumexp = log Σ_v e^{z_v}            log_prob = log pi_y
+        entropy   = -Σ_v pi_v log pi_v         collision = Σ_v pi_v²
+        g_norm    = ‖pi - e_y‖                 rank = #{v : z_v > z_y, or z_v = z_y and v < y}
+
+    entropy is log S - Σ e^{z-max}(z-max)/S and g_norm² is Σ_{v≠y} pi_v² + (1-pi_y)² with 1-pi_y = Σ_{v≠y} pi_v: neither
+    subtracts two numbers that agree in their leading digits. A row of NaN logits gives NaN, rank 0 and argmax -1.
+    """
+    z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    T, V = z.shape
+    if T == 0:
+        real, whole = z.new_zeros(0), targets.new_zeros(0)
+        return real, real, real, real, real, whole, whole, real
+    broken = z.isnan().any(1)
+    top = z.max(1, keepdim=True).values
+    shifted = z - top
+    e = shifted.exp()
+    S = e.sum(1)
+    y = targets[:, None]
+    log_S = S.log()
+    weighted = torch.where(e > 0, e * shifted, torch.zeros_like(e)).sum(1)  # 0 · -inf is 0 here
+    others = e.scatter(1, y, 0.0)
+    z_y = z.gather(1, y)
+    column = torch.arange(V, device=z.device)
+    rank = ((z > z_y) | ((z == z_y) & (column < y))).sum(1)
+    argmax = torch.where(z == top, column, V).min(1).values
+    argmax = torch.where(broken, torch.full_like(argmax, -1), argmax)
+    return (
+        top.squeeze(1) + log_S,
+        (z_y - top).squeeze(1) - log_S,
+        log_S - weighted / S,
+        (e / S[:, None]).square().sum(1),
+        ((others / S[:, None]).square().sum(1) + (others.sum(1) / S).square()).sqrt(),
+        torch.where(broken, torch.zeros_like(rank), rank),
+        argmax,
+        -log_S,
+    )

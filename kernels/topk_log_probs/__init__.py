@@ -1,0 +1,1 @@
+"""The most likely tokens of every row and their log-probabilities."""

@@ -1,0 +1,225 @@
+"""Exact forces over all chosen parameters: F[m,l] = <J_mᵀ g_m, P J_lᵀ Γ_l>, J the Jacobian of the logits.
+
+A side (observed or updated tokens) carries the force Γ at the logits of each of its tokens. Two motions do everything:
+`pull` brings forces at the logits back to a direction in parameter space (one backward pass), `push` carries a direction
+forward to a velocity of the logits (one tangent pass). A reduction is one pull and one push, whatever the number of tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import jvp
+
+from .kernels.readout_forces.reference import logit_force
+from .objectives import GTerm
+from .sequences import Batch
+from .trace import Tracer
+
+Direction = dict[str, Tensor]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Tokens with a force at their logits: batches and, for each, the GTerm of its tokens."""
+
+    batches: list[Batch]
+    terms: list[GTerm]
+
+    def __len__(self) -> int:
+        return sum(len(batch.targets) for batch in self.batches)
+
+    def force(self, b: int, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """Γ of the tokens of batch b."""
+        term = self.terms[b]
+        return logit_force(logits, term.targets, term.c, term.v, term.uniform)
+
+
+def select(tracer: Tracer, scope: str) -> dict[str, str]:
+    """Which uses of which tensors a scope moves: name of the use -> name of the tensor.
+
+    "full" is every trainable tensor at all its uses; "readout" the output embedding where it makes logits; "backbone" all
+    uses before it (a tied embedding as lookup). A regular expression takes the tensors that it finds under any of their
+    names, at all their uses.
+
+    Raises:
+        ValueError: the expression is not valid or nothing trainable is in the scope.
+    """
+    uses = {use: tensor for use, tensor in tracer.owner.items() if tensor in tracer.trainable}
+    head = {tracer.readout.weight_name, tracer.readout.bias_name}
+    if scope == "readout":
+        uses = {use: tensor for use, tensor in uses.items() if use in head}
+    elif scope == "backbone":
+        uses = {use: tensor for use, tensor in uses.items() if use not in head}
+    elif scope != "full":
+        try:
+            pattern = re.compile(scope)
+        except re.error as error:
+            raise ValueError(f'scope must be "full", "readout", "backbone" or a regular expression, got {scope!r}: {error}') from None
+        wanted = {tensor for use, tensor in uses.items() if pattern.search(use)}
+        uses = {use: tensor for use, tensor in uses.items() if tensor in wanted}
+    if not uses:
+        some = ", ".join(list(tracer.owner)[:3])
+        raise ValueError(f"scope {scope!r} holds no trainable parameter; the model's are named like {some}, …")
+    return uses
+
+
+def _leaves(tracer: Tracer, uses: dict[str, str]) -> dict[str, Tensor]:
+    return {use: tracer.params[use].clone().requires_grad_() for use in uses}
+
+
+def _gather(grads: tuple[Tensor | None, ...], uses: dict[str, str], into: Direction, params: dict[str, Tensor]) -> Direction:
+    """Sum the gradients of all uses of a tensor."""
+    for (use, tensor), grad in zip(uses.items(), grads, strict=True):
+        if tensor not in into:
+            into[tensor] = torch.zeros_like(params[use])
+        if grad is not None:
+            into[tensor] += grad
+    return into
+
+
+def scaled(direction: Direction, P: Direction | None) -> Direction:
+    """P ⊙ direction."""
+    return direction if P is None else {name: P[name] * value for name, value in direction.items()}
+
+
+@torch.enable_grad()
+def pull(tracer: Tracer, side: Side, uses: dict[str, str]) -> Direction:
+    """Σ_n J_nᵀ Γ_n over all tokens of a side, by tensor name: one backward pass per batch."""
+    leaves, direction = _leaves(tracer, uses), Direction()
+    for b, batch in enumerate(side.batches):
+        z = tracer.logits(batch, leaves)
+        grads = torch.autograd.grad(z, list(leaves.values()), side.force(b, z.detach()), allow_unused=True)
+        _gather(grads, uses, direction, tracer.params)
+    return direction
+
+
+@torch.enable_grad()
+def pull_each(tracer: Tracer, side: Side, uses: dict[str, str], start: int = 0, stop: int | None = None) -> Iterator[Direction]:
+    """J_nᵀ Γ_n token by token, from start to stop: one backward pass each."""
+    leaves, n = _leaves(tracer, uses), 0
+    stop = len(side) if stop is None else stop
+    for b, batch in enumerate(side.batches):
+        N = len(batch.targets)
+        if n + N > start and n < stop:
+            z = tracer.logits(batch, leaves)
+            force = side.force(b, z.detach())
+            for row in range(max(0, start - n), min(N, stop - n)):
+                grads = torch.autograd.grad(z[row], list(leaves.values()), force[row], retain_graph=True, allow_unused=True)
+                yield _gather(grads, uses, Direction(), tracer.params)
+        n += N
+
+
+@torch.no_grad()
+def push(tracer: Tracer, batch: Batch, direction: Direction, uses: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """Logits and their velocity ż = J θ̇ [N, V] along a direction: one tangent pass."""
+    primal = {use: tracer.params[use] for use in uses}
+    tangent = {use: direction[tensor] for use, tensor in uses.items()}
+    return jvp(lambda p: tracer.logits(batch, p), (primal,), (tangent,))
+
+
+def push_all(tracer: Tracer, side: Side, direction: Direction, uses: dict[str, str]) -> Float[Tensor, " N"]:
+    """<Γ_n, ż_n> for every token of a side: along the direction, the rate at which each token's own force does work."""
+    parts = []
+    for b, batch in enumerate(side.batches):
+        z, velocity = push(tracer, batch, direction, uses)
+        parts.append((side.force(b, z) * velocity).sum(1))
+    return torch.cat(parts)
+
+
+def tangent_matrix(
+    tracer: Tracer, o: Side, u: Side, uses: dict[str, str], P: Direction | None, out: Tensor, progress: Progress | None = None
+) -> None:
+    """F [M, L] into out, one pull and one push per token of the shorter side; memory of one parameter direction."""
+    columns = len(u) <= len(o)
+    looped, other = (u, o) if columns else (o, u)
+    for n, direction in enumerate(pull_each(tracer, looped, uses)):
+        work = push_all(tracer, other, scaled(direction, P), uses)
+        if columns:
+            out[:, n] = work
+        else:
+            out[n] = work
+        if progress:
+            progress(n + 1, len(looped))
+
+
+def naive_matrix(
+    tracer: Tracer,
+    o: Side,
+    u: Side,
+    uses: dict[str, str],
+    P: Direction | None,
+    out: Tensor,
+    progress: Progress | None = None,
+    memory: int = 2 << 30,
+    block: int = 16,
+) -> None:
+    """F [M, L] into out: one backward pass per token per side, then the Gram matrix of the gradients. The oracle.
+
+    The observed gradients are kept, as many as fit `memory` bytes, and the updated ones stream past them in blocks; when not
+    all fit, the updated ones are computed again for each part.
+    """
+    tensors = dict.fromkeys(uses.values())
+    P_all = sum(tracer.params[name].numel() for name in tensors)
+    size = P_all * tracer.dtype.itemsize
+    rows = max(1, min(len(o), memory // size - block))
+    passes = -(-len(o) // rows)
+    done, total = 0, len(o) + passes * len(u)
+
+    def flat(side: Side, start: int, stop: int, precondition: Direction | None) -> Tensor:
+        nonlocal done
+        J = torch.empty(min(stop, len(side)) - start, P_all, dtype=tracer.dtype, device=tracer.device)
+        for i, direction in enumerate(pull_each(tracer, side, uses, start, stop)):
+            torch.cat([value.reshape(-1) for value in scaled(direction, precondition).values()], out=J[i])
+            done += 1
+            if progress:
+                progress(done, total)
+        return J
+
+    for m in range(0, len(o), rows):
+        J_o = flat(o, m, m + rows, None)
+        for l in range(0, len(u), block):  # noqa: E741
+            out[m : m + rows, l : l + block] = J_o @ flat(u, l, l + block, P).T
+        del J_o
+
+
+@torch.no_grad()
+def finite_difference(
+    tracer: Tracer, side: Side, direction: Direction, uses: dict[str, str], move: float = 0.05
+) -> Float[Tensor, " N"]:
+    """<Γ_n, ż_n> from real parameter steps: central differences at two step sizes, extrapolated (Richardson), error O(h⁴).
+
+    The step is chosen so that the largest logit change is about `move`, far above rounding and far below curvature.
+    """
+
+    def at(h: float) -> list[Tensor]:
+        params = {use: tracer.params[use] + h * direction[tensor] for use, tensor in uses.items()}
+        return [tracer.logits(batch, params) for batch in side.batches]
+
+    still = at(0.0)
+    norm = float(torch.stack([value.norm() for value in direction.values()]).norm())
+    if norm == 0:
+        return torch.zeros(len(side), dtype=tracer.dtype, device=tracer.device)
+    size = float(torch.stack([tracer.params[use].norm() for use in uses]).norm())
+    h = 1e-4 * size / norm
+    for _ in range(8):  # until the measured change is of the wanted size
+        change = max(float((a - b).abs().max()) for a, b in zip(at(h), still, strict=True))
+        if change == 0:
+            h *= 100
+        elif 0.5 * move <= change <= 2 * move:
+            break
+        else:
+            h *= min(100.0, max(0.01, move / change))
+
+    def slope(step: float) -> Tensor:
+        plus, minus = at(step), at(-step)
+        work = [(side.force(b, z) * (p - q)).sum(1) for b, (z, p, q) in enumerate(zip(still, plus, minus, strict=True))]
+        return torch.cat(work) / (2 * step)
+
+    return (4 * slope(h / 2) - slope(h)) / 3

@@ -1,0 +1,293 @@
+"""profile(): the main job. One update, what it does to the observed answers token by token, checked and kept as a Run."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from . import exact, ops, squeeze, store
+from ._version import __version__
+from .findings import findings
+from .forces import FORMAT, Sides, prepare, with_sides
+from .forces import coverage as coverage_of
+from .objectives import DPO, Objective
+from .sequences import Chi
+from .trace import Tracer, trace
+from .verify import against_steps
+
+Stage = Callable[[str, int, int], None]
+
+
+@dataclass(eq=False)
+class Run:
+    """A profiled update.
+
+    Attributes:
+        about: what was run, versions, sequences, verification, checks, findings (run.json).
+        tokens: one row per updated and per observed token (tokens.parquet, pyarrow).
+        vector: Σ_l F, the whole step on each observed token, [M] nats per unit learning rate.
+        matrix: F [M, L]; NaN where an interrupted run had not come to, None when it was not asked for.
+    """
+
+    about: dict[str, Any]
+    tokens: Any
+    vector: Float[Tensor, " M"]
+    matrix: Float[Tensor, "M L"] | None = None
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """The report as one self-contained page, written to path when given."""
+        from .report import render
+
+        page = render(self.about, self.tokens, None if self.matrix is None else self.matrix.numpy())
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write run.json, tokens.parquet, forces.safetensors and report.html, all or nothing.
+
+        Raises:
+            FileExistsError: the folder exists and overwrite is False, or it is something other than a run.
+        """
+        tensors = {"vector": self.vector} | ({} if self.matrix is None else {"matrix": self.matrix})
+        about = json.dumps(self.about, indent=1, ensure_ascii=False, allow_nan=True)
+        store.write_folder(Path(path), about, self.tokens, tensors, self.to_html(), overwrite)
+
+
+def load(path: str | Path) -> Run:
+    """Read a run that `profile` or `Run.save` wrote.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: it was written by a later format.
+    """
+    import pyarrow.parquet as pq
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not (path / store.ABOUT).exists():
+        raise FileNotFoundError(f"{path} holds no run: {store.ABOUT} is missing")
+    about = json.loads((path / store.ABOUT).read_text(encoding="utf-8"))
+    if about.get("format", 0) > FORMAT:
+        raise ValueError(f"{path} was written in format {about['format']}, this version reads up to {FORMAT}: update tokdyn")
+    tensors = load_file(path / store.FORCES)
+    return Run(about, pq.read_table(path / store.TOKENS), tensors["vector"], tensors.get("matrix"))
+
+
+def profile(
+    model: nn.Module,
+    update: Sequence[Chi],
+    observe: Sequence[Chi],
+    objective: Objective = DPO(),  # noqa: B008
+    *,
+    tokenizer: Any = None,
+    eta: float | None = None,
+    scope: str = "full",
+    method: str = "naive",
+    reference: nn.Module | None = None,
+    k: int = 8,
+    about: dict[str, Any] | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    stage: Stage | None = None,
+) -> Run:
+    """Decompose one update into token-level forces, check it against a real step, and keep everything as a Run.
+
+    Args:
+        model, update, observe, objective, scope, reference: as in `forces`.
+        tokenizer: for the texts of vocabulary entries; ids are shown without it.
+        eta: size of the checking step; by default the one whose largest predicted change is 0.1 nats.
+        method: how the matrix is computed, "naive" or "tangent"; "none" leaves it out.
+        k: how many rising and falling vocabulary entries to keep per observed token.
+        about: further entries of run.json (model, data).
+        out: folder to write; nothing is written when absent.
+        overwrite: replace a run that lies there.
+        stage: called with (what, done, total).
+
+    An interrupt (Ctrl-C) while the matrix is computed ends it there: what is done is kept, the run says "partial".
+
+    Raises:
+        ValueError: as `forces`. FileExistsError: see `Run.save`.
+    """
+    if out is not None:
+        store.check_free(Path(out), overwrite)
+    if method not in ("naive", "tangent", "none"):
+        raise ValueError(f'method must be "naive", "tangent" or "none", got {method!r}')
+    clock = _Clock(stage)
+    status, matrix = "complete", None
+    with trace(model) as tracer:
+        clock("scoring both sides")
+        sides = prepare(tracer, update, observe, objective, reference=reference)
+        uses = exact.select(tracer, scope)
+        clock("one backward and one tangent pass")
+        direction = exact.pull(tracer, sides.u, uses)
+        vector, vocabulary = _whole_step(tracer, sides, direction, uses, min(k, tracer.vocabulary))
+        clock("real steps")
+        verification = against_steps(tracer, sides, direction, uses, vector, eta)
+        clock("squeezing")
+        squeezed = _squeeze(tracer, sides, verification.eta)
+        checks = {"readout formula against the model's logits": tracer.readout_residual(observe[0])}
+        if method != "none":
+            clock("force matrix")
+            matrix = torch.full((len(sides.o), len(sides.u)), torch.nan, dtype=tracer.dtype, device=tracer.device)
+            fill = exact.naive_matrix if method == "naive" else exact.tangent_matrix
+            try:
+                fill(tracer, sides.o, sides.u, uses, None, matrix, clock.progress)
+                error = (matrix.sum(1) - vector).norm() / vector.norm()
+                checks["row sums of the matrix against the tangent pass"] = float(error)
+            except KeyboardInterrupt:
+                status = "partial"
+        coverage = coverage_of(tracer, uses, scope)
+        facts = _model_facts(tracer)
+        clock("writing")
+    tokens = _tokens(sides, tokenizer, vector, verification, squeezed, vocabulary)
+    matrix = None if matrix is None else matrix.cpu()
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": "profile",
+        "tokdyn": __version__,
+        "status": status,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "objective": objective.describe(),
+        "settings": {"scope": scope, "method": method, "eta": verification.eta},
+        "sequences": _sequences("updated", update) + _sequences("observed", observe),
+        "verify": {key: value for key, value in asdict(verification).items() if not isinstance(value, Tensor)},
+        "checks": checks,
+        "coverage": coverage,
+        "versions": _versions(),
+    }
+    for key, value in (about or {}).items():
+        record[key] = value | record[key] if isinstance(record.get(key), dict) else value
+    record["model"] = facts | record.get("model", {})
+    record["findings"] = findings(record, tokens, matrix)
+    record["seconds"] = clock.seconds()
+    run = Run(record, tokens, vector.cpu(), matrix)
+    if out is not None:
+        run.save(out, overwrite)
+    return run
+
+
+class _Clock:
+    """Seconds per stage, and the caller's progress."""
+
+    def __init__(self, stage: Stage | None) -> None:
+        self.stage, self.name, self.spent, self.since = stage, "", {}, time.perf_counter()  # type: ignore[var-annotated]
+
+    def __call__(self, name: str) -> None:
+        self.seconds()
+        self.name = name
+        if self.stage:
+            self.stage(name, 0, 0)
+
+    def progress(self, done: int, total: int) -> None:
+        if self.stage:
+            self.stage(self.name, done, total)
+
+    def seconds(self) -> dict[str, float]:
+        now = time.perf_counter()
+        if self.name:
+            self.spent[self.name] = round(self.spent.get(self.name, 0.0) + now - self.since, 3)
+        self.since = now
+        return dict(self.spent)
+
+
+def _whole_step(tracer: Tracer, sides: Sides, direction: exact.Direction, uses: dict[str, str], k: int):
+    """Σ_l F [M] and the k tokens of the vocabulary that rise and fall most, (ids, rates) each [M, k], from one tangent pass."""
+    force, rising, falling = [], [], []
+    for b, batch in enumerate(sides.o.batches):
+        z, velocity = exact.push(tracer, batch, direction, uses)
+        force.append((sides.o.force(b, z) * velocity).sum(1))
+        moved = ops.apply_A(z, velocity)
+        rising.append(moved.topk(k))
+        falling.append(moved.topk(k, largest=False))
+    sides_of = [(torch.cat([t.indices for t in top]), torch.cat([t.values for t in top])) for top in (rising, falling)]
+    return torch.cat(force), sides_of
+
+
+@torch.no_grad()
+def _squeeze(tracer: Tracer, sides: Sides, eta: float) -> squeeze.Squeeze:
+    """Each update token's own readout step of size eta: strength eta ‖h‖²."""
+    parts = []
+    for batch, term in zip(sides.u.batches, sides.u.terms, strict=True):
+        h = tracer.hidden(batch)
+        z = tracer.readout.logits(h)
+        c = term.c[:, 0] if term.c.dim() == 2 else term.c
+        parts.append(squeeze.diagnose(z, batch.targets.to(z.device), c, eta * h.square().sum(1)))
+    return squeeze.Squeeze(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _tokens(sides: Sides, tokenizer: Any, vector: Tensor, verification: Any, squeezed: squeeze.Squeeze, vocabulary: Any) -> Any:
+    """The token table of a run."""
+    import pyarrow as pa
+
+    def text(i: int) -> str:
+        return tokenizer.decode([i]) if tokenizer is not None else f"<{i}>"
+
+    def entries(ids: Tensor, values: Tensor) -> list[list[dict[str, Any]]]:
+        rows = zip(ids.tolist(), values.tolist(), strict=True)
+        return [[{"token": text(i), "delta": v} for i, v in zip(*row, strict=True)] for row in rows]
+
+    updated, observed = sides.updated, sides.observed
+    for name, column in (
+        ("p_target_after", squeezed.target_after),
+        ("p_argmax", squeezed.argmax_before),
+        ("p_argmax_after", squeezed.argmax_after),
+        ("mass_to_argmax", squeezed.argmax_gain),
+        ("falling_share", squeezed.falling),
+    ):
+        updated = updated.append_column(name, pa.array(column.tolist()))
+    for name, values in (
+        ("force", vector.tolist()),
+        ("predicted", verification.predicted.tolist()),
+        ("actual", verification.actual.tolist()),
+        ("risers", entries(*vocabulary[0])),
+        ("fallers", entries(*vocabulary[1])),
+    ):
+        observed = observed.append_column(name, pa.array(values))
+    updated, observed = (t.append_column("argmax_token", pa.array([text(i) for i in t["argmax"].to_pylist()])) for t in (updated, observed))
+    return with_sides(updated, observed)
+
+
+def _sequences(side: str, chis: Sequence[Chi]) -> list[dict[str, Any]]:
+    return [
+        dict(side=side, sequence=i, group=chi.group, role=chi.role, prompt=chi.prompt, response=chi.response, tokens=len(chi),
+             truncated=chi.truncated)
+        for i, chi in enumerate(chis)
+    ]  # fmt: skip
+
+
+def _model_facts(tracer: Tracer) -> dict[str, Any]:
+    config = getattr(tracer.model, "config", None)
+    unique = {owner: tracer.params[owner] for owner in tracer.owner.values()}
+    return {
+        "name": type(tracer.model).__name__,
+        "parameters": sum(p.numel() for p in unique.values()),
+        "vocabulary": tracer.readout.weight.shape[0],
+        "layers": getattr(config, "num_hidden_layers", None),
+        "width": tracer.readout.weight.shape[1],
+        "tied": bool(tracer.readout.tied),
+        "dtype": str(tracer.dtype).removeprefix("torch."),
+        "device": str(tracer.device),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "tokdyn": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+    }

@@ -1,0 +1,323 @@
+"""A run as one self-contained HTML page.
+
+Python prepares three things: the prose that must be readable without scripts (header, findings, footer), one JSON block
+with the token tables, and the force matrix as base64 float32. static/*.js draws the rest in the browser. The page carries
+a Content-Security-Policy that forbids every request and every script but its own, so text out of a model stays text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from datetime import date, datetime
+from importlib.resources import files
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SIDES = ("observed", "updated")
+# Column of `tokens` -> kept for which side. `sequence`, `group` and `role` live in the sequence list instead.
+COLUMNS = {
+    "position": SIDES,
+    "token_id": SIDES,
+    "token": SIDES,
+    "log_prob": SIDES,
+    "entropy": SIDES,
+    "g_norm": SIDES,
+    "collision": SIDES,
+    "rank": SIDES,
+    "argmax_token": SIDES,
+    "argmax_log_prob": SIDES,
+    "c": ("updated",),
+    "p_target_after": ("updated",),
+    "p_argmax_after": ("updated",),
+    "mass_to_argmax": ("updated",),
+    "falling_share": ("updated",),
+    "force": ("observed",),
+    "predicted": ("observed",),
+    "actual": ("observed",),
+    "risers": ("observed",),
+    "fallers": ("observed",),
+}
+STYLES = ("page.css",)
+SCRIPTS = (  # read in this order inside one function scope
+    "format.js",
+    "data.js",
+    "colour.js",
+    "store.js",
+    "text.js",
+    "inspector.js",
+    "heatmap.js",
+    "bars.js",
+    "scatter.js",
+    "vocabulary.js",
+    "squeeze.js",
+    "main.js",
+)
+MATRIX_CELLS = 6_000_000  # 24 MB of float32; a larger matrix is shown by its block sums only
+
+
+def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None) -> str:
+    """Return the report of one run as one HTML document that needs nothing but a browser.
+
+    Args:
+        about: run.json. Every key may be absent; what is absent is left out of the page.
+        tokens: tokens.parquet: one row per token of each side, `row` being its index on the matrix axis of that side.
+        matrix: F [M, L] in nats per unit learning rate, NaN where a partial run has not computed it; None if not kept.
+            Embedded bit for bit as float32 up to 6 million cells, as sums over sequence blocks above.
+
+    Raises:
+        ValueError: if `tokens` lacks a column that places tokens, or `matrix` does not have shape [M, L].
+
+    Cost: reads each input once; the page takes about 5.4 bytes per matrix cell and 0.5 kB per token, plus 85 kB.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    sides = {side: _side(about, tokens, side) for side in SIDES}
+    M, L = (len(sides[side]["columns"]["token"]) for side in SIDES)
+    if matrix is not None:
+        matrix = np.ascontiguousarray(matrix, dtype="<f4")
+        if matrix.shape != (M, L):
+            raise ValueError(f"matrix must have shape [M, L]=({M}, {L}) to match tokens, got {matrix.shape}")
+    payload = {
+        "eta": _eta(about),
+        "status": about.get("status"),
+        "verify": about.get("verify"),
+        "observed": sides["observed"],
+        "updated": sides["updated"],
+        "matrix": _packed(matrix),
+        "blocks": _blocks(matrix, sides["observed"]["sequences"], sides["updated"]["sequences"]),
+    }
+    folder = files(__package__)
+    style = "\n".join(folder.joinpath("static", name).read_text("utf-8") for name in STYLES)
+    script = "\n".join(folder.joinpath("static", name).read_text("utf-8") for name in SCRIPTS)
+    script = f'(() => {{\n"use strict";\n{script}\n}})();'
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(folder.joinpath("page.html.jinja").read_text("utf-8")).render(
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        payload=Markup(_json(payload)),
+        **_prose(about, sides, matrix),
+    )
+    return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate in run.json must not stop the file
+
+
+def _side(about: Mapping[str, Any], tokens: pa.Table, side: str) -> dict[str, Any]:
+    """Return {"columns": {name: list}, "sequences": [...]} of one side, in the order of the matrix axis."""
+    missing = {"side", "row", "sequence", "token"} - set(tokens.column_names)
+    if missing:
+        raise ValueError(f"tokens lacks the columns {sorted(missing)}")
+    picked = [index for index, name in enumerate(tokens.column("side").to_pylist()) if name == side]
+    table = tokens.take(picked).sort_by("row")
+    columns = {
+        name: [_plain(value) for value in table.column(name).to_pylist()]
+        for name, of in COLUMNS.items()
+        if side in of and name in table.column_names
+    }
+    columns["token"] = ["" if text is None else text for text in columns["token"]]
+    for name in ("risers", "fallers"):
+        if name in columns:
+            columns[name] = [[[item["token"], item["delta"]] for item in items or []] for items in columns[name]]
+    return {"columns": columns, "sequences": _sequences(about, table, side)}
+
+
+def _sequences(about: Mapping[str, Any], table: pa.Table, side: str) -> list[dict[str, Any]]:
+    """Return the sequences of one side as blocks [start, stop) of the matrix axis, with their names and texts."""
+    told = {item.get("sequence"): item for item in about.get("sequences") or [] if item.get("side") == side}
+    rows = table.select([name for name in ("sequence", "group", "role") if name in table.column_names]).to_pylist()
+    found: list[dict[str, Any]] = []
+    for index, row in enumerate(rows):
+        if not found or rows[index - 1]["sequence"] != row["sequence"]:
+            info = {**row, **told.get(row["sequence"], {})}
+            found.append(
+                {
+                    "group": info.get("group"),
+                    "role": str(info.get("role") or "response"),
+                    "prompt": str(info.get("prompt") or ""),
+                    "truncated": int(info.get("truncated") or 0),
+                    "start": index,
+                    "stop": index,
+                }
+            )
+        found[-1]["stop"] = index + 1
+    roles = {item["role"] for item in found}
+    noun = "Pair" if roles <= {"chosen", "rejected"} else "Example"
+    twins: dict[tuple[Any, str], int] = {}
+    for item in found:
+        twins[item["group"], item["role"]] = twins.get((item["group"], item["role"]), 0) + 1
+    seen: dict[tuple[Any, str], int] = {}
+    for index, item in enumerate(found):
+        key = (item["group"], item["role"])
+        seen[key] = seen.get(key, 0) + 1
+        number = item["group"] + 1 if isinstance(item["group"], int) else index + 1
+        role = item["role"] if len(roles) > 1 or item["role"] != "response" else ""
+        nth = f"#{seen[key]}" if twins[key] > 1 else ""
+        item["name"] = " ".join(filter(None, (f"{noun} {number}", role and f"· {role}", nth)))
+        item["short"] = " ".join(filter(None, (str(number), role, nth)))
+    return found
+
+
+def _packed(matrix: np.ndarray | None) -> dict[str, Any] | None:
+    """Return the matrix as base64 of little-endian float32 in row-major order, or None if absent or too large."""
+    if matrix is None or matrix.size > MATRIX_CELLS:
+        return None
+    return {"shape": list(matrix.shape), "dtype": "<f4", "base64": base64.b64encode(matrix.tobytes()).decode()}
+
+
+def _blocks(matrix: np.ndarray | None, rows: list[dict[str, Any]], columns: list[dict[str, Any]]) -> list[Any] | None:
+    """Return the sums of F over (observed sequence, update sequence) blocks; None where a block holds a NaN."""
+    if matrix is None:
+        return None
+    return [
+        [_plain(float(matrix[r["start"] : r["stop"], c["start"] : c["stop"]].sum(dtype=np.float64))) for c in columns]
+        for r in rows
+    ]
+
+
+def _eta(about: Mapping[str, Any]) -> float | None:
+    """Return the learning rate that predictions use: the one verified, else the one asked for."""
+    for source in ("verify", "settings"):
+        eta = (about.get(source) or {}).get("eta")
+        if isinstance(eta, int | float):
+            return float(eta)
+    return None
+
+
+def _prose(about: Mapping[str, Any], sides: Mapping[str, Any], matrix: np.ndarray | None) -> dict[str, Any]:
+    """Return the words and tables of the page that do not need a script."""
+    model, data, objective, settings = (about.get(key) or {} for key in ("model", "data", "objective", "settings"))
+    M, L = (len(sides[side]["columns"]["token"]) for side in SIDES)
+    eta, name = _eta(about), objective.get("name") or "fine-tuning"
+    arguments = ", ".join(f"{key} = {_show(value)}" for key, value in (objective.get("arguments") or {}).items())
+    shape = " × ".join(str(model[key]) for key in ("layers", "width") if model.get(key))
+    details = (
+        _count(model.get("parameters"), "parameter"),
+        shape and f"{shape} (layers × width)",
+        model.get("vocabulary") and f"vocabulary {model['vocabulary']:,}",
+        {True: "tied embeddings", False: "untied embeddings"}.get(model.get("tied")),  # type: ignore[arg-type]
+        " on ".join(str(model[key]) for key in ("dtype", "device") if model.get(key)),
+        arguments and f"{name}: {arguments}",
+        " ".join(str(settings[key]) for key in ("scope",) if settings.get(key)) and f"scope {settings['scope']}",
+        settings.get("method") and f"method {settings['method']}",
+        data.get("path") and f"{data.get('used', '?')} of {data.get('rows', '?')} rows of {PurePath(str(data['path'])).name}",
+    )
+    computed = None if matrix is None or not matrix.size else float(np.isfinite(matrix).mean())
+    coverage = _table(about.get("coverage"))
+    return {
+        "model": model.get("name") or "a model",
+        "objective": name,
+        "M": M,
+        "L": L,
+        "counts": {side: len(sides[side]["sequences"]) for side in SIDES},
+        "eta": None if eta is None else _show(eta),
+        "details": [str(item) for item in details if item],
+        "status": about.get("status") or "complete",
+        "created": _day(about.get("created")),
+        "version": about.get("tokdyn") or "",
+        "findings": [item for item in about.get("findings") or [] if item.get("title") or item.get("text")],
+        "computed": computed,
+        "rows_done": None if matrix is None else int(np.isfinite(matrix).all(axis=1).sum()),
+        "kept": "none" if matrix is None else "sums" if matrix.size > MATRIX_CELLS else "full",
+        "tables": [
+            {"title": title, "rows": rows}
+            for title, rows in (
+                ("Settings", _table(settings)),
+                ("Parameters covered", coverage),
+                ("Self-checks", _table(about.get("checks"))),
+                ("Time, seconds", _table(about.get("seconds"))),
+                ("Versions", _table({"tokdyn": about.get("tokdyn"), **(about.get("versions") or {})})),
+            )
+            if rows
+        ],
+        "cite": _cite(about, M, L),
+    }
+
+
+def _cite(about: Mapping[str, Any], M: int, L: int) -> str:
+    """Return one sentence that says what was measured, ready to paste under a figure."""
+    settings, coverage = about.get("settings") or {}, about.get("coverage") or {}
+    parts = [f"Token-level forces of one {(about.get('objective') or {}).get('name') or 'fine-tuning'} update"]
+    parts.append(f"of {(about.get('model') or {}).get('name') or 'a model'}, {L:,} update × {M:,} observed tokens")
+    if settings.get("scope"):
+        parts.append(f"scope {settings['scope']}")
+    if coverage:
+        parts.append("covering " + ", ".join(f"{key} {value}" for key, value in _table(coverage)))
+    if settings.get("method"):
+        parts.append(f"method {settings['method']}")
+    return f"{parts[0]} {', '.join(parts[1:])}; tokdyn {about.get('tokdyn') or ''}".rstrip() + "."
+
+
+def _table(values: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested mappings as (dotted name, text) rows."""
+    rows: list[tuple[str, str]] = []
+    for key, value in (values or {}).items():
+        label = f"{prefix}{str(key).replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            rows += _table(value, f"{label} · ")
+        elif value is not None:
+            rows.append((label, _show(value)))
+    return rows
+
+
+def _show(value: Any) -> str:
+    """Return a value as a reader would write it."""
+    value = _plain(value)
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+    if isinstance(value, list | tuple):
+        return ", ".join(_show(item) for item in value)
+    return str(value)
+
+
+def _count(number: Any, noun: str) -> str:
+    """Return 5,482,240 parameters as "5.48 M parameters"."""
+    if not isinstance(number, int | float):
+        return ""
+    for size, letter in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter} {noun}s"
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _day(created: Any) -> str:
+    """Return an ISO time as "2026-07-14 09:30"; anything else as it came."""
+    if isinstance(created, datetime | date):
+        created = created.isoformat()
+    try:
+        return datetime.fromisoformat(str(created)).strftime("%Y-%m-%d %H:%M") if created else ""
+    except ValueError:
+        return str(created)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON can hold: six digits for floats, None for NaN and infinities."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return value if isinstance(value, str | int | None) else str(value)
+    return [_plain(item) for item in value]
+
+
+def _json(payload: Any) -> str:
+    """Return JSON that is inert inside <script>: ASCII only, and none of < > & in the clear."""
+    text = json.dumps(_plain(payload), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

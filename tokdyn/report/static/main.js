@@ -1,0 +1,29 @@
+// Put the page together. Every part draws once here, before the first paint, and again when the theme changes.
+
+loadTheme();
+selectFromAddress();
+const showInPanel = { observed: AnswerPanel("observed"), updated: AnswerPanel("updated") };
+Inspector(showInPanel);
+HeatMap();
+Bars();
+Scatter();
+Vocabulary();
+Squeeze();
+
+const redraw = () => redrawers.forEach((again) => again());
+watchers.forEach((watch) => watch());
+if (state.side) {
+  showInPanel[state.side](state.index);
+  byId("answers").scrollIntoView();
+}
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { loadTheme(); redraw(); });
+addEventListener("beforeprint", () => { loadTheme("light"); redraw(); });
+addEventListener("afterprint", () => { loadTheme(); redraw(); });
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape") {
+    hideTip();
+    if (state.side) select(null);
+  }
+});
+addEventListener("scroll", hideTip, { passive: true });

@@ -1,0 +1,297 @@
+"""Sequences: a prompt with a response, which of its tokens are scored, and what training knows about it.
+
+A `Chi` is the paper's chi = [x; y]. Token t is scored by the logits at t - 1, so token 0 is never scored. The boundary
+between prompt and response is found by character offsets in ONE tokenisation of the whole text: a token that holds any
+character of the response is scored, also when a BPE merge starts it inside the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Message = Mapping[str, Any]
+Text = str | Sequence[Message]
+
+
+@dataclass(frozen=True, eq=False)
+class Chi:
+    """One sequence [x; y] with its scored tokens and its training metadata.
+
+    Args:
+        ids: token ids [T].
+        scored: which tokens are scored [T]; token 0 cannot be, since no logits precede it.
+        role: what the objective calls it: "response", "chosen", "rejected" or "reference".
+        group: which prompt it answers; pairs and rollout groups share it.
+        advantage: A of this response (policy-gradient objectives).
+        reference_log_probs: log pi_ref of the scored tokens [n]; the policy itself when absent.
+        old_log_probs: log pi_old of the scored tokens [n] (the sampler's); the policy itself when absent.
+        tokens: text of every token [T], for tables and pages.
+        prompt, response: the texts, for tables and pages.
+        truncated: how many tokens were cut to fit max_length.
+
+    Raises:
+        ValueError: a shape does not fit, or token 0 is marked as scored.
+    """
+
+    ids: Int[Tensor, " T"]
+    scored: Bool[Tensor, " T"]
+    role: str = "response"
+    group: int = 0
+    advantage: float | None = None
+    reference_log_probs: Float[Tensor, " n"] | None = None
+    old_log_probs: Float[Tensor, " n"] | None = None
+    tokens: tuple[str, ...] | None = None
+    prompt: str = ""
+    response: str = ""
+    truncated: int = 0
+
+    def __post_init__(self) -> None:
+        T = self.ids.numel()
+        if self.ids.dim() != 1 or self.ids.dtype != torch.long:
+            raise ValueError(f"ids must be int64 of shape [T], got {self.ids.dtype} {list(self.ids.shape)}")
+        if self.scored.shape != self.ids.shape or self.scored.dtype != torch.bool:
+            raise ValueError(f"scored must be bool of shape [T]=({T},), got {self.scored.dtype} {list(self.scored.shape)}")
+        if T and bool(self.scored[0]):
+            raise ValueError("scored[0] must be False: no logits precede the first token")
+        for name in ("reference_log_probs", "old_log_probs"):
+            value = getattr(self, name)
+            if value is not None and value.shape != (len(self),):
+                raise ValueError(f"{name} must have shape [n]=({len(self)},), one per scored token, got {list(value.shape)}")
+
+    def __len__(self) -> int:
+        """Number of scored tokens."""
+        return int(self.scored.sum())
+
+    def with_(self, **changes: Any) -> Chi:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded sequences and where their N scored tokens lie.
+
+    Right padding needs no mask: in a causal model no earlier position sees a later one, and padded rows are never scored.
+    """
+
+    ids: Int[Tensor, "B T"]
+    rows: Int[Tensor, " N"]  # index into the B·T positions: the logits that score the token
+    targets: Int[Tensor, " N"]
+    sequence: Int[Tensor, " N"]
+    position: Int[Tensor, " N"]
+
+
+def collate(chis: Sequence[Chi], first: int = 0) -> Batch:
+    """Stack sequences into one batch; `first` is the number of its first sequence in a longer list."""
+    T = max(chi.ids.numel() for chi in chis)
+    ids = torch.stack([torch.nn.functional.pad(chi.ids, (0, T - chi.ids.numel())) for chi in chis])
+    where = [chi.scored.nonzero().squeeze(1) for chi in chis]
+    return Batch(
+        ids=ids,
+        rows=torch.cat([b * T + t - 1 for b, t in enumerate(where)]),
+        targets=torch.cat([chi.ids[t] for chi, t in zip(chis, where, strict=True)]),
+        sequence=torch.cat([torch.full_like(t, first + b) for b, t in enumerate(where)]),
+        position=torch.cat(where),
+    )
+
+
+def encode(
+    tokenizer: Any,
+    prompt: Text,
+    response: Text,
+    *,
+    eos: bool = True,
+    max_length: int | None = None,
+    truncate: str = "end",
+    **metadata: Any,
+) -> Chi:
+    """Tokenise a prompt with its response once, as one text, and mark the tokens of the response as scored.
+
+    Args:
+        tokenizer: a fast transformers tokenizer. One without offsets serves as long as the prompt's own tokens are
+            a prefix of the whole text's.
+        prompt: text, or a list of chat messages, rendered with the tokenizer's chat template.
+        response: text, or a list with the assistant's message. A text answers chat messages as the assistant.
+        eos: close a plain response with the end-of-sequence token, where the tokenizer has one. A chat template
+            closes its own turns.
+        max_length: longest sequence in tokens; what is cut is said in a warning and recorded in `Chi.truncated`.
+        truncate: "end" cuts the end of the response, "start" the start of the prompt.
+        metadata: role, group, advantage and the other fields of Chi.
+
+    Raises:
+        ValueError: no token of the response is left to score, a chat template is missing, or the boundary cannot be placed.
+    """
+    if truncate not in ("end", "start"):
+        raise ValueError(f'truncate must be "end" or "start", got {truncate!r}')
+    chat = not isinstance(prompt, str)
+    if chat:
+        before, whole = _render(tokenizer, prompt, response)
+    else:
+        before, whole = prompt, prompt + (response if isinstance(response, str) else _content(response))
+    ids, scored = _tokenise(tokenizer, before, whole, specials=not chat)
+    end = tokenizer.eos_token_id
+    if eos and not chat and end is not None and (not ids or ids[-1] != end):
+        ids, scored = [*ids, end], [*scored, True]
+    if ids:
+        scored[0] = False
+    cut = 0 if max_length is None else max(0, len(ids) - max_length)
+    if cut:
+        keep = slice(None, len(ids) - cut) if truncate == "end" else slice(cut, None)
+        lost = sum(scored) - sum(scored[keep])
+        warnings.warn(
+            f"max_length={max_length} cut {cut} of {len(ids)} tokens at the {truncate} ({lost} of the {sum(scored)} scored ones)",
+            stacklevel=2,
+        )
+        ids, scored = ids[keep], scored[keep]
+        if ids:
+            scored[0] = False
+    if not any(scored):
+        reason = f"after truncation to max_length={max_length}" if cut else "in the text given"
+        raise ValueError(f"the response is empty {reason}: no token is left to score (prompt: {_shorten(before)!r})")
+    texts = dict(prompt=before, response=whole[len(before) :])
+    return Chi(
+        torch.tensor(ids), torch.tensor(scored), tokens=_pieces(tokenizer, ids), truncated=cut, **(texts | metadata)
+    )
+
+
+def preference(tokenizer: Any, prompt: Text, chosen: Text, rejected: Text, *, group: int = 0, **options: Any) -> list[Chi]:
+    """A preference pair as [chosen, rejected] Chi of one group; options as in `encode`."""
+    return [
+        encode(tokenizer, prompt, text, role=role, group=group, **options)
+        for role, text in (("chosen", chosen), ("rejected", rejected))
+    ]
+
+
+def rollouts(
+    tokenizer: Any,
+    prompt: Text,
+    completions: Sequence[Text],
+    rewards: Sequence[float],
+    *,
+    scale: bool = True,
+    group: int = 0,
+    **options: Any,
+) -> list[Chi]:
+    """A group of G sampled completions with group-relative advantages A_i = (r_i - mean r) / std r.
+
+    std is the population's (GRPO); a group of equal rewards has advantage 0. scale=False leaves out the division (Dr. GRPO).
+
+    Raises:
+        ValueError: completions and rewards differ in number.
+    """
+    if len(completions) != len(rewards):
+        raise ValueError(f"one reward per completion: got {len(completions)} completions and {len(rewards)} rewards")
+    r = torch.tensor(rewards, dtype=torch.float64)
+    advantages = r - r.mean()
+    if scale and float(r.std(correction=0)) > 0:
+        advantages = advantages / r.std(correction=0)
+    return [
+        encode(tokenizer, prompt, text, advantage=float(a), group=group, **options)
+        for text, a in zip(completions, advantages, strict=True)
+    ]
+
+
+def from_batch(
+    input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None = None, labels: Tensor | None = None, tokenizer: Any = None
+) -> list[Chi]:
+    """Sequences of a padded batch, as collators make them: padding on either side is taken off.
+
+    Args:
+        input_ids: [B, T].
+        attention_mask: [B, T], 1 where a token is real; everything when absent (then pad tokens are NOT guessed).
+        labels: [B, T], -100 where a token is not scored; every token but the first when absent.
+        tokenizer: for the token texts.
+    """
+    chis = []
+    for b in range(input_ids.shape[0]):
+        real = attention_mask[b].bool() if attention_mask is not None else torch.ones_like(input_ids[b], dtype=torch.bool)
+        ids = input_ids[b][real].cpu()
+        scored = labels[b][real].cpu() != -100 if labels is not None else torch.ones_like(ids, dtype=torch.bool)
+        if ids.numel():
+            scored[0] = False
+        chis.append(Chi(ids, scored, group=b, tokens=_pieces(tokenizer, ids.tolist()) if tokenizer is not None else None))
+    return chis
+
+
+def _content(messages: Sequence[Message]) -> str:
+    if len(messages) != 1 or "content" not in messages[0]:
+        raise ValueError("a response given as messages must be one assistant message with a content")
+    return messages[0]["content"]
+
+
+def _render(tokenizer: Any, prompt: Sequence[Message], response: Text) -> tuple[str, str]:
+    """Prompt text and whole text of a conversation; the first is a prefix of the second."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the data is conversational but the tokenizer has no chat template: give plain text instead")
+    answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
+    whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
+    before = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    if not whole.startswith(before):  # templates that rewrite earlier turns: the answer's own text marks the boundary
+        at = whole.rfind(_content(answer).strip())
+        if at < 0:
+            raise ValueError("the chat template does not reproduce the response, so its tokens cannot be found")
+        before = whole[:at]
+    return before, whole
+
+
+def _tokenise(tokenizer: Any, before: str, whole: str, *, specials: bool) -> tuple[list[int], list[bool]]:
+    """Ids of the whole text and which tokens hold a character beyond `before`."""
+    if getattr(tokenizer, "is_fast", False):
+        encoding = _exact_offsets(tokenizer).encode(whole, add_special_tokens=specials)
+        scored, inside = [], False
+        for (_, end), special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+            inside = inside or end > len(before)
+            scored.append(inside if special else end > len(before))  # a special token scores when it closes the response
+        return list(encoding.ids), scored
+    ids = tokenizer(whole, add_special_tokens=specials).input_ids
+    head = tokenizer(before, add_special_tokens=specials).input_ids
+    while head and specials and head[-1] in tokenizer.all_special_ids:
+        head = head[:-1]
+    if ids[: len(head)] != head:
+        raise ValueError("this tokenizer gives no offsets and merges prompt and response into one token: use its fast version")
+    return list(ids), [t >= len(head) for t in range(len(ids))]
+
+
+_offset_cores: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
+
+
+def _exact_offsets(tokenizer: Any) -> Any:
+    """A copy of the fast core whose offsets keep white space (`trim_offsets` would hide the owner of a space)."""
+    from tokenizers import Tokenizer
+
+    size = len(tokenizer)
+    known = _offset_cores.get(tokenizer)
+    if known is not None and known[0] == size:
+        return known[1]
+
+    def untrimmed(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {k: False if k == "trim_offsets" else untrimmed(v) for k, v in node.items()}
+        return [untrimmed(v) for v in node] if isinstance(node, list) else node
+
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    for part in ("pre_tokenizer", "post_processor"):
+        description[part] = untrimmed(description[part])
+    core = Tokenizer.from_str(json.dumps(description))
+    core.no_padding()
+    core.no_truncation()
+    _offset_cores[tokenizer] = (size, core)
+    return core
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text of each token; together they spell the sequence wherever tokens are whole characters."""
+    return tuple(tokenizer.convert_ids_to_tokens(i) if i in tokenizer.all_special_ids else tokenizer.decode([i]) for i in ids)
+
+
+def _shorten(text: str, n: int = 60) -> str:
+    return text if len(text) <= n else "…" + text[-n:]

@@ -1,0 +1,101 @@
+"""Squeezing: where the probability mass goes when a softmax readout takes a step on one token.
+
+One step of size eta on the readout alone moves the logits of the same hidden state by strength · Σ_k c_k (e_{y_k} - pi),
+strength = eta ‖h‖². Pushing an unlikely token down (c < 0) takes mass from nearly every token and gives it to the argmax
+(Ren & Sutherland, arXiv 2407.10490, §3.3).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .kernels.readout_forces.reference import logit_force
+
+
+def step(
+    logits: Float[Tensor, "*t V"], targets: Int[Tensor, "*y"], c: Float[Tensor, "*y"], strength: float | Tensor
+) -> Float[Tensor, "*t V"]:
+    """Logits after one readout step, z + strength Σ_k c_k (e_{y_k} - pi), in the dtype of the logits.
+
+    Args:
+        logits: [.., V].
+        targets: [..] or [.., K] token ids.
+        c: their weights, the same shape; positive pulls up, negative pushes down.
+        strength: eta ‖h‖², a number or a tensor [..].
+
+    Raises:
+        ValueError: targets and c differ in shape, or do not fit the logits.
+    """
+    lead = logits.shape[:-1]
+    if targets.shape != c.shape or targets.shape[: len(lead)] != lead or targets.dim() - len(lead) not in (0, 1):
+        raise ValueError(
+            f"targets and c must both have shape {list(lead)} or {[*lead, 'K']}, got {list(targets.shape)} and {list(c.shape)}"
+        )
+    V = logits.shape[-1]
+    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    K = targets.shape[len(lead) :].numel()
+    force = logit_force(wide.reshape(-1, V), targets.reshape(-1, K), c.reshape(-1, K)).reshape(wide.shape)
+    size = torch.as_tensor(strength, dtype=wide.dtype, device=wide.device)
+    return (wide + size[..., None] * force).to(logits.dtype)
+
+
+class Squeeze(NamedTuple):
+    """What one readout step does to a distribution, each [T]; probabilities and shares.
+
+    target_before, target_after: pi of the target. argmax_before, argmax_after: pi of the token that was the argmax.
+    argmax_gain: mass the argmax gains, 0 change when it is the target's own. falling: share of the other tokens that fall.
+    predicted_falling: the same by the sign rule, p_i < ‖p‖² - p_y for c < 0 (first order).
+    """
+
+    target_before: Tensor
+    target_after: Tensor
+    argmax_before: Tensor
+    argmax_after: Tensor
+    argmax_gain: Tensor
+    falling: Tensor
+    predicted_falling: Tensor
+
+
+@torch.no_grad()
+def diagnose(
+    logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"], c: Float[Tensor, " T"], strength: float | Float[Tensor, " T"]
+) -> Squeeze:
+    """Squeezing of each position under one readout step on its own token."""
+    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    before = wide.log_softmax(-1)
+    after = step(wide, targets, c, strength).log_softmax(-1)
+    y = targets[:, None]
+    p, q = before.exp(), after.exp()
+    top = wide.argmax(-1, keepdim=True)
+    others = torch.ones_like(p).scatter(1, y, 0.0)
+    count = others.sum(1).clamp(min=1)
+    rule = sign_rule(p, targets, c) < 0
+    moved = c.abs() > 0
+
+    def at(x: Tensor, index: Tensor) -> Tensor:
+        return x.gather(1, index).squeeze(1)
+
+    return Squeeze(
+        at(p, y),
+        at(q, y),
+        at(p, top),
+        at(q, top),
+        at(q, top) - at(p, top),
+        ((after < before) * others).sum(1) / count * moved,
+        (rule * others).sum(1) / count * moved,
+    )
+
+
+def sign_rule(p: Float[Tensor, "T V"], targets: Int[Tensor, " T"], c: Float[Tensor, " T"]) -> Float[Tensor, "T V"]:
+    """First-order Δ log p per unit strength for every token, -c (p_i - ‖p‖² + p_y) for i ≠ y and c (1 - 2p_y + ‖p‖²) at y.
+
+    For a negative step (c = -1) token i ≠ y falls if and only if p_i < ‖p‖² - p_y.
+    """
+    collision = p.square().sum(1, keepdim=True)
+    p_y = p.gather(1, targets[:, None])
+    rest = -(p - collision + p_y)
+    return c[:, None] * rest.scatter(1, targets[:, None], 1 - 2 * p_y + collision)

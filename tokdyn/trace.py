@@ -1,0 +1,224 @@
+"""The one module that touches an nn.Module: a causal LM as a pure function of its parameters.
+
+    with trace(model) as tracer:
+        z = tracer.logits(batch)                       # [N, V] at the scored tokens
+        z = tracer.logits(batch, {"lm_head.weight": W})  # the same with other weights; the model's own are not touched
+
+Inside the block the model is in eval mode with eager attention (the only one with a forward derivative). Both are put back
+on exit, also after an error; parameters, gradients, requires_grad, buffers and random state are never written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .kernels.readout_forces.reference import readout_logits
+from .sequences import Batch, Chi, collate
+
+Parameters = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Readout:
+    """The map from the final hidden state to the logits, z = softcap(scale (W h + b)).
+
+    Args:
+        weight_name, bias_name: names of W and b among the model's parameters.
+        tied: names under which the same W is used elsewhere (the input embedding).
+    """
+
+    weight: Float[Tensor, "V d"]
+    bias: Float[Tensor, " V"] | None
+    scale: float
+    softcap: float | None
+    weight_name: str
+    bias_name: str | None
+    tied: tuple[str, ...]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the readout operators."""
+        return dict(bias=self.bias, scale=self.scale, softcap=self.softcap)
+
+    def logits(self, hidden: Float[Tensor, "N d"]) -> Float[Tensor, "N V"]:
+        """z of given hidden states."""
+        return readout_logits(hidden, self.weight, **self.options)
+
+
+class Tracer:
+    """A causal LM as a function of its parameters; made by `trace`.
+
+    Attributes:
+        params: every parameter under every name it has, detached; tied tensors appear under each of their names.
+        owner: for each of those names the first name of the same tensor.
+        trainable: the first names of the tensors that require a gradient.
+        readout: the readout.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        named = list(model.named_parameters(remove_duplicate=False))
+        first: dict[int, str] = {}
+        self.owner = {name: first.setdefault(id(p), name) for name, p in named}
+        self.params = {name: p.detach() for name, p in named}
+        self.trainable = frozenset(self.owner[name] for name, p in named if p.requires_grad)
+        self._head_name, self._head = _output_embeddings(model)
+        self.readout = self._find_readout()
+        self.device, self.dtype = self.readout.weight.device, self.readout.weight.dtype
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+        for name, p in self.params.items():
+            if not bool(torch.isfinite(p).all()):
+                raise ValueError(f"parameter {name} holds NaN or inf: the model cannot be traced")
+
+    def _find_readout(self) -> Readout:
+        config = getattr(self.model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        scale = 1.0
+        for name, divide in (("logit_scale", False), ("logits_scaling", True), ("output_multiplier", False),
+                             ("lm_head_multiplier", False)):  # fmt: skip
+            value = getattr(config, name, None)
+            if value:
+                scale *= 1 / value if divide else value
+        weight_name, bias_name = f"{self._head_name}.weight", f"{self._head_name}.bias"
+        if weight_name not in self.params:
+            raise ValueError(f"the output embedding {self._head_name} has no weight of its own: its forces cannot be resolved")
+        tied = tuple(n for n, o in self.owner.items() if o == self.owner[weight_name] and n != weight_name)
+        return Readout(
+            weight=self.params[weight_name],
+            bias=self.params.get(bias_name),
+            scale=scale,
+            softcap=getattr(config, "final_logit_softcapping", None) or None,
+            weight_name=weight_name,
+            bias_name=bias_name if bias_name in self.params else None,
+            tied=tied,
+        )
+
+    def batches(self, chis: Sequence[Chi], tokens: int = 4096) -> list[Batch]:
+        """The sequences in order, in batches of at most `tokens` padded positions (one sequence at least).
+
+        Raises:
+            ValueError: a token id outside the vocabulary.
+        """
+        for i, chi in enumerate(chis):
+            if int(chi.ids.max()) >= self.vocabulary or int(chi.ids.min()) < 0:
+                raise ValueError(
+                    f"sequence {i} holds token ids from {int(chi.ids.min())} to {int(chi.ids.max())}, the model's vocabulary is "
+                    f"[0, {self.vocabulary}): were they made by another model's tokenizer?"
+                )
+        batches, start = [], 0
+        while start < len(chis):
+            stop, longest = start, 0
+            while stop < len(chis):
+                longest = max(longest, chis[stop].ids.numel())
+                if stop > start and longest * (stop + 1 - start) > tokens:
+                    break
+                stop += 1
+            batches.append(collate(chis[start:stop], first=start))
+            start = stop
+        return batches
+
+    def logits(self, batch: Batch, params: Parameters | None = None) -> Float[Tensor, "N V"]:
+        """Logits that score each token of the batch, differentiable in `params` (a part of the parameters, by any name)."""
+
+        def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            return (args[0].flatten(0, -2)[batch.rows.to(args[0].device)][None],)
+
+        return self._run(batch, params, select).flatten(0, -2)
+
+    def hidden(self, batch: Batch, params: Parameters | None = None) -> Float[Tensor, "N d"]:
+        """Input of the readout that scores each token of the batch."""
+        kept: list[Tensor] = []
+
+        def divert(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            kept.append(args[0].flatten(0, -2)[batch.rows.to(args[0].device)])
+            return (args[0][..., :1, :] * 0,)  # the readout itself is not wanted: one row keeps every head happy
+
+        self._run(batch, params, divert)
+        return kept[0]
+
+    def _run(self, batch: Batch, params: Parameters | None, hook: Any) -> Tensor:
+        handle = self._head.register_forward_pre_hook(hook)
+        try:
+            ids = batch.ids.to(self.device)
+            out = functional_call(self.model, dict(params or {}), (ids,), dict(use_cache=False), tie_weights=False)
+            return out.logits if hasattr(out, "logits") else out[0]
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def score(self, chis: Sequence[Chi], tokens: int = 4096) -> list[tuple[Batch, Tensor]]:
+        """Each batch with its logits [N, V], checked to be finite.
+
+        Raises:
+            ValueError: NaN or +inf logits, with the sequence they belong to.
+        """
+        scored = []
+        for batch in self.batches(chis, tokens):
+            z = self.logits(batch)
+            bad = (z.isnan() | (z == torch.inf)).any(1)
+            if bool(bad.any()):
+                n = int(bad.nonzero()[0])
+                raise ValueError(
+                    f"the logits of sequence {int(batch.sequence[n])} at position {int(batch.position[n])} hold NaN or inf "
+                    f"although every parameter is finite: the forward pass overflows in {self.dtype}"
+                )
+            scored.append((batch, z))
+        return scored
+
+    @torch.no_grad()
+    def readout_residual(self, chi: Chi) -> float:
+        """‖z_formula - z_model‖/‖z_model‖ on one sequence: whether scale, softcap and bias of the readout are all known."""
+        (batch,) = self.batches([chi])
+        z = self.logits(batch)
+        return float((self.readout.logits(self.hidden(batch)) - z).norm() / z.norm())
+
+
+@contextlib.contextmanager
+def trace(model: nn.Module) -> Iterator[Tracer]:
+    """Trace a causal LM; see the module's text.
+
+    Args:
+        model: a transformers causal LM, or any module that takes ids [B, T] and use_cache, returns logits [B, T, V] (as
+            `.logits` or first), and has get_output_embeddings.
+
+    Raises:
+        ValueError: no output embeddings, or NaN or inf in a parameter (named).
+    """
+    training = {module: module.training for module in model.modules()}
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    tracer = Tracer(model)
+    try:
+        model.eval()
+        if attention not in (None, "eager"):
+            _set_attention(model, "eager")
+        yield tracer
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        if attention not in (None, "eager"):
+            _set_attention(model, attention)
+
+
+def _set_attention(model: Any, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.set_attn_implementation(name)
+
+
+def _output_embeddings(model: nn.Module) -> tuple[str, nn.Module]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings: tokdyn needs a causal language model with a readout")
+    for name, module in model.named_modules():
+        if module is head:
+            return name, head
+    raise ValueError(f"the output embeddings of {type(model).__name__} are not one of its modules")

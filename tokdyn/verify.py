@@ -1,0 +1,125 @@
+"""verify(): the predicted change against a real step, and the order at which the difference vanishes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from . import exact
+from .forces import Sides, prepare
+from .objectives import SFT, Objective
+from .precondition import preconditioner
+from .sequences import Chi
+from .trace import Tracer, trace
+
+HALVINGS = 3
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Predicted against actual change of the observed log-probabilities.
+
+    Attributes:
+        eta: step size of `predicted` and `actual`.
+        predicted: eta Σ_l F[m,l], [M] nats.
+        actual: log pi after the step minus before, [M] nats.
+        order: slope of log ‖actual - predicted‖ against log eta over the `etas`; 2 where first order is right.
+        etas, residuals: eta, eta/2, eta/4 and ‖actual - predicted‖ there.
+        linearity: <predicted, actual>/‖predicted‖², 1 where the step is small enough.
+    """
+
+    eta: float
+    predicted: Float[Tensor, " M"]
+    actual: Float[Tensor, " M"]
+    order: float
+    etas: list[float]
+    residuals: list[float]
+    linearity: float
+
+
+def verify(
+    model: nn.Module,
+    update: Sequence[Chi],
+    observe: Sequence[Chi],
+    objective: Objective = SFT(),  # noqa: B008
+    eta: float | None = None,
+    *,
+    scope: str = "full",
+    optimizer: torch.optim.Optimizer | None = None,
+    reference: nn.Module | None = None,
+    move: float = 0.1,
+) -> Verification:
+    """Take the real step theta - eta P ∇L on a copy of the weights and compare with the first-order prediction.
+
+    Args:
+        model, update, observe, objective, scope, optimizer, reference: as in `forces`.
+        eta: step size; when absent, the one whose largest predicted change is `move` nats.
+        move: see eta.
+
+    The stepped weights exist beside the model's own, which are never written: it is left bit-identical.
+
+    Raises:
+        ValueError: as `forces`; eta is not positive; the update moves nothing.
+
+    Cost: one backward and one tangent pass, and four forward passes; twice the memory of the chosen parameters.
+    """
+    if eta is not None and not eta > 0:
+        raise ValueError(f"eta must be positive, got {eta}")
+    with trace(model) as tracer:
+        sides = prepare(tracer, update, observe, objective, reference=reference)
+        uses = exact.select(tracer, scope)
+        P = preconditioner(optimizer, tracer) if optimizer is not None else None
+        direction = exact.scaled(exact.pull(tracer, sides.u, uses), P)
+        force = exact.push_all(tracer, sides.o, direction, uses)
+        return against_steps(tracer, sides, direction, uses, force, eta, move)
+
+
+@torch.no_grad()
+def against_steps(
+    tracer: Tracer,
+    sides: Sides,
+    direction: exact.Direction,
+    uses: dict[str, str],
+    force: Float[Tensor, " M"],
+    eta: float | None = None,
+    move: float = 0.1,
+) -> Verification:
+    """The comparison, for a force Σ_l F already known along a direction (see `verify`)."""
+    strongest = float(force.abs().max())
+    if strongest == 0:
+        raise ValueError("this update moves no observed token at first order: its c is zero everywhere (a vanished or clipped loss)")
+    eta = move / strongest if eta is None else eta
+
+    def log_probs(step: float) -> Tensor:
+        params = {use: tracer.params[use] + step * direction[tensor] for use, tensor in uses.items()}
+        rows = [(tracer.logits(batch, params), batch.targets.to(tracer.device)) for batch in sides.o.batches]
+        return torch.cat([z.double().log_softmax(1).gather(1, y[:, None]).squeeze(1) for z, y in rows])
+
+    before = log_probs(0.0)
+    etas = [eta / 2**i for i in range(HALVINGS)]
+    actual = [log_probs(step) - before for step in etas]
+    force = force.double()
+    residuals = [float((change - step * force).norm()) for change, step in zip(actual, etas, strict=True)]
+    predicted = eta * force
+    return Verification(
+        eta=eta,
+        predicted=predicted,
+        actual=actual[0],
+        order=_slope(etas, residuals),
+        etas=etas,
+        residuals=residuals,
+        linearity=float((predicted @ actual[0]) / (predicted @ predicted)),
+    )
+
+
+def _slope(x: list[float], y: list[float]) -> float:
+    """Least-squares slope of log y against log x; NaN where a y is zero."""
+    if min(y) <= 0:
+        return float("nan")
+    a, b = torch.tensor(x, dtype=torch.float64).log(), torch.tensor(y, dtype=torch.float64).log()
+    a = a - a.mean()
+    return float((a * b).sum() / (a * a).sum())
