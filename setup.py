@@ -62,6 +62,7 @@ class BuildNative(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
+        """The objects that need flags of their own, then the rest and the link as setuptools does them."""
         import pybind11
 
         ext.include_dirs = [pybind11.get_include(), "csrc"]

@@ -20,7 +20,7 @@ def parts() -> dict[str, str]:
     """The native parts of this installation, each with what it is or why it is missing: `tokdyn doctor` prints them."""
     extension, reason = load()
     if extension is None:
-        return {"extension": reason, "cpu kernels": reason, "cuda": reason}
+        return {"extension": reason, "cpu kernels": "not built", "cuda": "not built"}
     built = extension.build()
     return {
         "extension": built["compiler"],

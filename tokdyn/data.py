@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .objectives import Objective
+from .objectives import DrGRPO, Objective
 from .sequences import Chi, encode, preference, rollouts
 
 SHAPES = (("prompt", "chosen", "rejected"), ("prompt", "completions", "rewards"), ("prompt", "completion"))
@@ -29,17 +30,22 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        numbered = list(enumerate(pq.read_table(path).to_pylist(), 1))
-        unit = "row"
+        try:
+            numbered, unit = list(enumerate(pq.read_table(path).to_pylist(), 1)), "row"
+        except ValueError as error:  # pyarrow's own name no file
+            raise ValueError(f"{path} is not a parquet file ({error})") from None
     elif path.suffix in (".jsonl", ".json"):
         numbered, unit = [], "line"
-        for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for n, line in enumerate(path.read_bytes().splitlines(), 1):  # of bytes: JSON text may hold U+2028 and its like
             if not line.strip():
                 continue
             try:
                 numbered.append((n, json.loads(line)))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} line {n} is not UTF-8 ({error.reason} at byte {error.start})") from None
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {n} is not JSON ({error.msg} at column {error.colno}): {line[:60]!r}") from None
+                shown = line[:60].decode(errors="replace")
+                raise ValueError(f"{path} line {n} is not JSON ({error.msg} at column {error.colno}): {shown!r}") from None
     else:
         raise ValueError(f"{path} must end in .jsonl or .parquet")
     if not numbered:
@@ -49,51 +55,71 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     return [row for _, row in numbered]
 
 
+def _shape(row: dict[str, Any]) -> tuple[str, ...]:
+    """Which of SHAPES a row has; a null counts as absent (parquet fills columns with them)."""
+    return next((shape for shape in SHAPES if all(row.get(key) is not None for key in shape)), ())
+
+
 def _check(row: Any, where: str) -> None:
     if not isinstance(row, dict):
         raise ValueError(f"{where} must be an object, got {type(row).__name__}")
-    shape = next((shape for shape in SHAPES if all(row.get(key) is not None for key in shape)), None)
-    if shape is None:
-        have = ", ".join(row) or "nothing"
-        raise ValueError(f"{where} must have prompt and completion, or prompt, chosen and rejected; it has {have}")
+    shape = _shape(row)
+    if not shape:
+        wanted = " or ".join(f"({', '.join(keys)})" for keys in SHAPES)
+        have = ", ".join(key for key, value in row.items() if value is not None) or "nothing"
+        raise ValueError(f"{where} must have {wanted}; it has {have}")
+    if "rewards" in shape:
+        texts, rewards = row["completions"], row["rewards"]
+        if not isinstance(texts, list) or not isinstance(rewards, list) or len(texts) != len(rewards) or not texts:
+            raise ValueError(f"{where}: completions and rewards must be two lists of one length")
+        if not all(type(r) in (bool, int, float) and math.isfinite(r) for r in rewards):
+            raise ValueError(f"{where}: rewards must be finite numbers, got {rewards}")
     for key in shape:
-        value = row[key]
-        if not isinstance(value, (str, list)):
-            raise ValueError(f"{where}: {key} must be text or a list of messages, got {type(value).__name__}")
-        if key not in ("prompt", "rewards") and not (value.strip() if isinstance(value, str) else value):
-            raise ValueError(f"{where}: {key} is empty, so there is nothing to score")
-        if key not in ("completions", "rewards") and isinstance(value, list):
-            for message in value:
-                if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-                    raise ValueError(f"{where}: every message of {key} must have a role and a content")
+        for value in row[key] if key == "completions" else [] if key == "rewards" else [row[key]]:
+            _check_text(value, key, where)
+
+
+def _check_text(value: Any, key: str, where: str) -> None:
+    if not isinstance(value, (str, list)):
+        raise ValueError(f"{where}: {key} must be text or a list of messages, got {type(value).__name__}")
+    if isinstance(value, list):
+        for message in value:
+            if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+                raise ValueError(f"{where}: every message of {key} must have a role and a content")
+            if not isinstance(message["content"], str):
+                raise ValueError(f"{where}: every content in {key} must be text, got {type(message['content']).__name__}")
+    text = value if isinstance(value, str) else "".join(message["content"] for message in value)
+    if not text.strip() and (key != "prompt" or value == []):
+        raise ValueError(f"{where}: {key} is empty, so there is nothing to {'answer' if key == 'prompt' else 'score'}")
 
 
 def sequences(tokenizer: Any, rows: Sequence[dict[str, Any]], objective: Objective, **options: Any) -> list[Chi]:
     """The sequences an objective trains on, row by row (group = number of the row).
 
     A preference row serves every objective: supervised ones learn the chosen answer, policy gradients take the two answers
-    as a group with rewards 1 and 0. Options as in `encode`.
+    as a group with rewards 1 and 0 (Dr. GRPO's advantages are not divided by their spread). Options as in `encode`.
 
     Raises:
         ValueError: the objective needs pairs or groups and a row has one completion only.
     """
     chis: list[Chi] = []
     for i, row in enumerate(rows):
-        pair = "chosen" in row
+        pair, group = "chosen" in _shape(row), "completions" in _shape(row)
         if objective.reads == "completion":
-            texts = [row["chosen"]] if pair else row["completions"] if "completions" in row else [row["completion"]]
+            texts = [row["chosen"]] if pair else row["completions"] if group else [row["completion"]]
             chis += [encode(tokenizer, row["prompt"], text, group=i, **options) for text in texts]
         elif objective.reads == "preference" and pair:
             chis += preference(tokenizer, row["prompt"], row["chosen"], row["rejected"], group=i, **options)
-        elif objective.reads == "rollouts" and (pair or "completions" in row):
+        elif objective.reads == "rollouts" and (pair or group):
             texts = [row["chosen"], row["rejected"]] if pair else row["completions"]
-            rewards = [1.0, 0.0] if pair else row["rewards"]
-            made = rollouts(tokenizer, row["prompt"], texts, rewards, group=i, **options)
+            rewards = [1.0, 0.0] if pair else [float(r) for r in row["rewards"]]
+            scaled = {"scale": not isinstance(objective, DrGRPO)} | options
+            made = rollouts(tokenizer, row["prompt"], texts, rewards, group=i, **scaled)
             roles = ("chosen", "rejected") if pair else ["response"] * len(made)
             chis += [chi.with_(role=role) for chi, role in zip(made, roles, strict=True)]
         else:
-            wanted = "chosen and rejected" if objective.reads == "preference" else "chosen and rejected, or completions and rewards"
-            raise ValueError(f"{type(objective).__name__} needs {wanted} in every row; row {i} has {', '.join(row)}")
+            wanted = "chosen and rejected" + (", or completions and rewards" if objective.reads == "rollouts" else "")
+            raise ValueError(f"{type(objective).__name__} needs {wanted} in every row; row {i + 1} has {', '.join(row)}")
     return chis
 
 
@@ -101,9 +127,9 @@ def watched(tokenizer: Any, rows: Sequence[dict[str, Any]], first_group: int = 0
     """Every answer of the rows, for the observed side, under its role."""
     chis: list[Chi] = []
     for i, row in enumerate(rows, first_group):
-        if "chosen" in row:
+        if "chosen" in _shape(row):
             chis += preference(tokenizer, row["prompt"], row["chosen"], row["rejected"], group=i, **options)
         else:
-            for text in row["completions"] if "completions" in row else [row["completion"]]:
+            for text in row["completions"] if "completions" in _shape(row) else [row["completion"]]:
                 chis.append(encode(tokenizer, row["prompt"], text, group=i, **options))
     return chis

@@ -77,10 +77,11 @@ def _leaves(tracer: Tracer, uses: dict[str, str]) -> dict[str, Tensor]:
 def _gather(grads: tuple[Tensor | None, ...], uses: dict[str, str], into: Direction, params: dict[str, Tensor]) -> Direction:
     """Sum the gradients of all uses of a tensor."""
     for (use, tensor), grad in zip(uses.items(), grads, strict=True):
+        if grad is not None:
+            into[tensor] = into[tensor] + grad if tensor in into else grad
+    for use, tensor in uses.items():
         if tensor not in into:
             into[tensor] = torch.zeros_like(params[use])
-        if grad is not None:
-            into[tensor] += grad
     return into
 
 
@@ -157,7 +158,7 @@ def naive_matrix(
     P: Direction | None,
     out: Tensor,
     progress: Progress | None = None,
-    memory: int = 2 << 30,
+    memory: int = 4 << 30,
     block: int = 16,
 ) -> None:
     """F [M, L] into out: one backward pass per token per side, then the Gram matrix of the gradients. The oracle.
@@ -176,7 +177,8 @@ def naive_matrix(
         nonlocal done
         J = torch.empty(min(stop, len(side)) - start, P_all, dtype=tracer.dtype, device=tracer.device)
         for i, direction in enumerate(pull_each(tracer, side, uses, start, stop)):
-            torch.cat([value.reshape(-1) for value in scaled(direction, precondition).values()], out=J[i])
+            whole = scaled(direction, precondition)
+            torch.cat([whole[name].reshape(-1) for name in tensors], out=J[i])
             done += 1
             if progress:
                 progress(done, total)

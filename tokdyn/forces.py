@@ -309,7 +309,7 @@ def forces(
     optimizer: torch.optim.Optimizer | None = None,
     reference: nn.Module | None = None,
     weights: Tensor | None = None,
-    memory: int = 2 << 30,
+    memory: int = 4 << 30,
     out: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Forces:

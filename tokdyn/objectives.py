@@ -89,6 +89,9 @@ class Objective:
         L = sum(len(chi) for chi in chis)
         if log_probs.shape != (L,):
             raise ValueError(f"log_probs must have shape [L]=({L},), got {list(log_probs.shape)}")
+        for i, chi in enumerate(chis):
+            if not len(chi):
+                raise ValueError(f"sequence {i} has no scored token, so it adds nothing to the loss: leave it out")
         for name in self.needs:
             if getattr(scores, name) is None:
                 raise ValueError(f"{type(self).__name__} needs scores.{name}")
@@ -403,7 +406,7 @@ class PPO(Objective):
 
 @dataclass(frozen=True)
 class GRPO(Objective):
-    """-Σ_groups (1/G) Σ_i (1/|y_i|) Σ_t [min(γ A, clip(γ) A) - β (e^{ρ} - ρ - 1)], ρ = log(pi_ref/pi) (arXiv 2402.03300, eq. 3)."""
+    """-Σ_groups (1/G) Σ_i (1/|y_i|) Σ_t [min(γA, clip(γ)A) - β(e^ρ - ρ - 1)], ρ = log(pi_ref/pi) (arXiv 2402.03300, eq. 3)."""
 
     reads: ClassVar[str] = "rollouts"
     clip: float = 0.2
@@ -472,7 +475,7 @@ class GSPO(GRPO):
 
 @dataclass(frozen=True)
 class SimKO(GRPO):
-    """GRPO that shares a positive gradient with the top candidates and presses harder on a wrong rank-1 token (arXiv 2510.14807).
+    """GRPO that shares positive gradients with top candidates and presses harder on a wrong rank-1 token (arXiv 2510.14807).
 
     At the tokens whose entropy lies above the response's q-quantile: for A > 0,
     γ⁺ = (1-α)γ + (α/N) Σ_n sg(γ/γ⁽ⁿ⁾) γ⁽ⁿ⁾ over the N most likely tokens (its value equals γ); for A < 0, where y is the
@@ -504,7 +507,7 @@ class SimKO(GRPO):
 
 @dataclass(frozen=True)
 class LLDS(GRPO):
-    """GRPO with a penalty on lost likelihood: λ Σ_t max(0, log pi_old - log pi) where a response lost in sum (lazy likelihood displacement)."""
+    """GRPO with a penalty on lost likelihood, λ Σ_t max(0, log pi_old - log pi), on responses that lost it in sum."""
 
     lam: float = 0.2
 
@@ -513,7 +516,7 @@ class LLDS(GRPO):
         total = super().loss(log_probs, chis, scores)
         for lp, chi in zip(_each(log_probs, chis), chis, strict=True):
             drop = _old(lp, chi) - lp
-            if float(drop.sum()) > 0:
+            if float(drop.detach().sum()) > 0:
                 total = total + self.lam * relu(drop).sum()
         return total
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
+MARK = "tokdyn-marks-the-answer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +133,13 @@ def encode(
     """
     if truncate not in ("end", "start"):
         raise ValueError(f'truncate must be "end" or "start", got {truncate!r}')
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
     chat = not isinstance(prompt, str)
-    if chat:
-        before, whole = _render(tokenizer, prompt, response)
-    else:
+    if isinstance(prompt, str):
         before, whole = prompt, prompt + (response if isinstance(response, str) else _content(response))
+    else:
+        before, whole = _render(tokenizer, prompt, response)
     ids, scored = _tokenise(tokenizer, before, whole, specials=not chat)
     end = tokenizer.eos_token_id
     if eos and not chat and end is not None and (not ids or ids[-1] != end):
@@ -146,21 +149,18 @@ def encode(
     cut = 0 if max_length is None else max(0, len(ids) - max_length)
     if cut:
         keep = slice(None, len(ids) - cut) if truncate == "end" else slice(cut, None)
-        lost = sum(scored) - sum(scored[keep])
+        kept = [False, *scored[keep][1:]]  # whatever token comes first now has nothing before it
         warnings.warn(
-            f"max_length={max_length} cut {cut} of {len(ids)} tokens at the {truncate} ({lost} of the {sum(scored)} scored ones)",
+            f"max_length={max_length} cut {cut} of {len(ids)} tokens at the {truncate} "
+            f"({sum(scored) - sum(kept)} of the {sum(scored)} scored ones)",
             stacklevel=2,
         )
-        ids, scored = ids[keep], scored[keep]
-        if ids:
-            scored[0] = False
+        ids, scored = ids[keep], kept
     if not any(scored):
         reason = f"after truncation to max_length={max_length}" if cut else "in the text given"
         raise ValueError(f"the response is empty {reason}: no token is left to score (prompt: {_shorten(before)!r})")
     texts = dict(prompt=before, response=whole[len(before) :])
-    return Chi(
-        torch.tensor(ids), torch.tensor(scored), tokens=_pieces(tokenizer, ids), truncated=cut, **(texts | metadata)
-    )
+    return Chi(torch.tensor(ids), torch.tensor(scored), tokens=_pieces(tokenizer, ids), truncated=cut, **(texts | metadata))
 
 
 def preference(tokenizer: Any, prompt: Text, chosen: Text, rejected: Text, *, group: int = 0, **options: Any) -> list[Chi]:
@@ -191,8 +191,8 @@ def rollouts(
     if len(completions) != len(rewards):
         raise ValueError(f"one reward per completion: got {len(completions)} completions and {len(rewards)} rewards")
     r = torch.tensor(rewards, dtype=torch.float64)
-    advantages = r - r.mean()
-    if scale and float(r.std(correction=0)) > 0:
+    advantages = r - r.mean() if len(set(rewards)) > 1 else torch.zeros_like(r)  # the mean of equal floats may round
+    if scale and bool(advantages.any()):
         advantages = advantages / r.std(correction=0)
     return [
         encode(tokenizer, prompt, text, advantage=float(a), group=group, **options)
@@ -223,8 +223,8 @@ def from_batch(
 
 
 def _content(messages: Sequence[Message]) -> str:
-    if len(messages) != 1 or "content" not in messages[0]:
-        raise ValueError("a response given as messages must be one assistant message with a content")
+    if len(messages) != 1 or not isinstance(messages[0].get("content"), str):
+        raise ValueError("a response to a plain prompt must be text or one assistant message whose content is text")
     return messages[0]["content"]
 
 
@@ -233,13 +233,16 @@ def _render(tokenizer: Any, prompt: Sequence[Message], response: Text) -> tuple[
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the data is conversational but the tokenizer has no chat template: give plain text instead")
     answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
-    whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
-    before = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-    if not whole.startswith(before):  # templates that rewrite earlier turns: the answer's own text marks the boundary
-        at = whole.rfind(_content(answer).strip())
-        if at < 0:
+
+    def render(messages: Sequence[Message], **options: Any) -> str:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+
+    whole, before = render([*prompt, *answer]), render(prompt, add_generation_prompt=True)
+    if answer and (before == render(prompt) or not whole.startswith(before)):
+        # no generation prompt, or one that the whole text does not repeat: see where a mark put in the answer's place comes out
+        before, found, _ = render([*prompt, {**answer[0], "content": MARK}, *answer[1:]]).rpartition(MARK)
+        if not found or not whole.startswith(before):
             raise ValueError("the chat template does not reproduce the response, so its tokens cannot be found")
-        before = whole[:at]
     return before, whole
 
 
@@ -254,23 +257,24 @@ def _tokenise(tokenizer: Any, before: str, whole: str, *, specials: bool) -> tup
         return list(encoding.ids), scored
     ids = tokenizer(whole, add_special_tokens=specials).input_ids
     head = tokenizer(before, add_special_tokens=specials).input_ids
-    while head and specials and head[-1] in tokenizer.all_special_ids:
-        head = head[:-1]
+    while head and ids[: len(head)] != head and head[-1] in tokenizer.all_special_ids:
+        head = head[:-1]  # the end-of-sequence that closes every text
     if ids[: len(head)] != head:
         raise ValueError("this tokenizer gives no offsets and merges prompt and response into one token: use its fast version")
     return list(ids), [t >= len(head) for t in range(len(ids))]
 
 
-_offset_cores: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
+_offset_cores: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def _exact_offsets(tokenizer: Any) -> Any:
     """A copy of the fast core whose offsets keep white space (`trim_offsets` would hide the owner of a space)."""
     from tokenizers import Tokenizer
 
-    size = len(tokenizer)
+    own = tokenizer.backend_tokenizer
+    state = (len(tokenizer), *(part.__getstate__() for part in (own.normalizer, own.pre_tokenizer, own.post_processor)))
     known = _offset_cores.get(tokenizer)
-    if known is not None and known[0] == size:
+    if known is not None and known[0] == state:
         return known[1]
 
     def untrimmed(node: Any) -> Any:
@@ -278,19 +282,28 @@ def _exact_offsets(tokenizer: Any) -> Any:
             return {k: False if k == "trim_offsets" else untrimmed(v) for k, v in node.items()}
         return [untrimmed(v) for v in node] if isinstance(node, list) else node
 
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    description = json.loads(own.to_str())
     for part in ("pre_tokenizer", "post_processor"):
         description[part] = untrimmed(description[part])
     core = Tokenizer.from_str(json.dumps(description))
     core.no_padding()
     core.no_truncation()
-    _offset_cores[tokenizer] = (size, core)
+    _offset_cores[tokenizer] = (state, core)
     return core
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """The text of each token; together they spell the sequence wherever tokens are whole characters."""
-    return tuple(tokenizer.convert_ids_to_tokens(i) if i in tokenizer.all_special_ids else tokenizer.decode([i]) for i in ids)
+    """The text of each token; together they spell the sequence wherever tokens are whole characters.
+
+    It is read behind an anchor, since many decoders trim the space that opens a text.
+    """
+    special, anchor = set(tokenizer.all_special_ids), tokenizer("a", add_special_tokens=False).input_ids[-1:]
+
+    def text(*more: int) -> str:
+        return tokenizer.decode([*anchor, *more], clean_up_tokenization_spaces=False)
+
+    start = len(text())
+    return tuple(tokenizer.convert_ids_to_tokens(i) if i in special else text(i)[start:] for i in ids)
 
 
 def _shorten(text: str, n: int = 60) -> str:

@@ -159,12 +159,12 @@ class Tracer:
         """Each batch with its logits [N, V], checked to be finite.
 
         Raises:
-            ValueError: NaN or +inf logits, with the sequence they belong to.
+            ValueError: a row of logits that is no distribution (NaN or inf), with the sequence it belongs to.
         """
         scored = []
         for batch in self.batches(chis, tokens):
             z = self.logits(batch)
-            bad = (z.isnan() | (z == torch.inf)).any(1)
+            bad = ~z.logsumexp(1).isfinite()
             if bool(bad.any()):
                 n = int(bad.nonzero()[0])
                 raise ValueError(

@@ -15,8 +15,9 @@ def token_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         entropy   = -Σ_v pi_v log pi_v         collision = Σ_v pi_v²
         g_norm    = ‖pi - e_y‖                 rank = #{v : z_v > z_y, or z_v = z_y and v < y}
 
-    entropy is log S - Σ e^{z-max}(z-max)/S and g_norm² is Σ_{v≠y} pi_v² + (1-pi_y)² with 1-pi_y = Σ_{v≠y} pi_v: neither
-    subtracts two numbers that agree in their leading digits. A row of NaN logits gives NaN, rank 0 and argmax -1.
+    No result subtracts two numbers that agree in their leading digits, so a peaked row keeps its own: with S = 1 + R the sum
+    of e^{z-max}, R over all but the argmax, log S is log1p(R), entropy is log S - Σ e^{z-max}(z-max)/S, and g_norm² is
+    Σ_{v≠y} pi_v² + (1-pi_y)² with 1-pi_y = Σ_{v≠y} pi_v. A row of NaN logits gives NaN, rank 0 and argmax -1.
     """
     z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     T, V = z.shape
@@ -24,18 +25,18 @@ def token_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         real, whole = z.new_zeros(0), targets.new_zeros(0)
         return real, real, real, real, real, whole, whole, real
     broken = z.isnan().any(1)
+    y = targets[:, None]
+    column = torch.arange(V, device=z.device)
     top = z.max(1, keepdim=True).values
+    argmax = torch.where(z == top, column, V - 1).min(1).values
     shifted = z - top
     e = shifted.exp()
-    S = e.sum(1)
-    y = targets[:, None]
-    log_S = S.log()
+    rest = e.scatter(1, argmax[:, None], 0.0).sum(1)
+    S, log_S = 1 + rest, rest.log1p()
     weighted = torch.where(e > 0, e * shifted, torch.zeros_like(e)).sum(1)  # 0 · -inf is 0 here
     others = e.scatter(1, y, 0.0)
     z_y = z.gather(1, y)
-    column = torch.arange(V, device=z.device)
     rank = ((z > z_y) | ((z == z_y) & (column < y))).sum(1)
-    argmax = torch.where(z == top, column, V).min(1).values
     argmax = torch.where(broken, torch.full_like(argmax, -1), argmax)
     return (
         top.squeeze(1) + log_S,

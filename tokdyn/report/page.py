@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import date, datetime
 from importlib.resources import files
@@ -54,6 +55,7 @@ SCRIPTS = (  # read in this order inside one function scope
     "store.js",
     "text.js",
     "inspector.js",
+    "painter.js",
     "heatmap.js",
     "bars.js",
     "scatter.js",
@@ -76,7 +78,7 @@ def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None
     Raises:
         ValueError: if `tokens` lacks a column that places tokens, or `matrix` does not have shape [M, L].
 
-    Cost: reads each input once; the page takes about 5.4 bytes per matrix cell and 0.5 kB per token, plus 85 kB.
+    Cost: reads each input once; the page takes about 5.4 bytes per matrix cell and 0.5 kB per token, plus 100 kB.
     """
     import jinja2
     from markupsafe import Markup
@@ -116,8 +118,7 @@ def _side(about: Mapping[str, Any], tokens: pa.Table, side: str) -> dict[str, An
     missing = {"side", "row", "sequence", "token"} - set(tokens.column_names)
     if missing:
         raise ValueError(f"tokens lacks the columns {sorted(missing)}")
-    picked = [index for index, name in enumerate(tokens.column("side").to_pylist()) if name == side]
-    table = tokens.take(picked).sort_by("row")
+    table = tokens.filter([name == side for name in tokens.column("side").to_pylist()]).sort_by("row")
     columns = {
         name: [_plain(value) for value in table.column(name).to_pylist()]
         for name, of in COLUMNS.items()
@@ -150,19 +151,17 @@ def _sequences(about: Mapping[str, Any], table: pa.Table, side: str) -> list[dic
             )
         found[-1]["stop"] = index + 1
     roles = {item["role"] for item in found}
-    noun = "Pair" if roles <= {"chosen", "rejected"} else "Example"
-    twins: dict[tuple[Any, str], int] = {}
-    for item in found:
-        twins[item["group"], item["role"]] = twins.get((item["group"], item["role"]), 0) + 1
-    seen: dict[tuple[Any, str], int] = {}
+    twins = Counter((item["group"], item["role"]) for item in found)
+    noun = "Group" if max(twins.values(), default=0) > 1 else "Pair" if roles <= {"chosen", "rejected"} else "Example"
+    seen: Counter[tuple[Any, str]] = Counter()
     for index, item in enumerate(found):
         key = (item["group"], item["role"])
-        seen[key] = seen.get(key, 0) + 1
+        seen[key] += 1
         number = item["group"] + 1 if isinstance(item["group"], int) else index + 1
         role = item["role"] if len(roles) > 1 or item["role"] != "response" else ""
-        nth = f"#{seen[key]}" if twins[key] > 1 else ""
-        item["name"] = " ".join(filter(None, (f"{noun} {number}", role and f"· {role}", nth)))
-        item["short"] = " ".join(filter(None, (str(number), role, nth)))
+        rest = " ".join(filter(None, (role, f"#{seen[key]}" if twins[key] > 1 else "")))
+        item["name"] = f"{noun} {number} · {rest}" if rest else f"{noun} {number}"
+        item["short"] = f"{number} {rest}".rstrip()
     return found
 
 
@@ -206,12 +205,11 @@ def _prose(about: Mapping[str, Any], sides: Mapping[str, Any], matrix: np.ndarra
         {True: "tied embeddings", False: "untied embeddings"}.get(model.get("tied")),  # type: ignore[arg-type]
         " on ".join(str(model[key]) for key in ("dtype", "device") if model.get(key)),
         arguments and f"{name}: {arguments}",
-        " ".join(str(settings[key]) for key in ("scope",) if settings.get(key)) and f"scope {settings['scope']}",
+        settings.get("scope") and f"scope {settings['scope']}",
         settings.get("method") and f"method {settings['method']}",
         data.get("path") and f"{data.get('used', '?')} of {data.get('rows', '?')} rows of {PurePath(str(data['path'])).name}",
     )
     computed = None if matrix is None or not matrix.size else float(np.isfinite(matrix).mean())
-    coverage = _table(about.get("coverage"))
     return {
         "model": model.get("name") or "a model",
         "objective": name,
@@ -223,15 +221,14 @@ def _prose(about: Mapping[str, Any], sides: Mapping[str, Any], matrix: np.ndarra
         "status": about.get("status") or "complete",
         "created": _day(about.get("created")),
         "version": about.get("tokdyn") or "",
-        "findings": [item for item in about.get("findings") or [] if item.get("title") or item.get("text")],
+        "findings": [{key: item.get(key) or "" for key in ("title", "text")} for item in about.get("findings") or [] if item],
         "computed": computed,
         "rows_done": None if matrix is None else int(np.isfinite(matrix).all(axis=1).sum()),
-        "kept": "none" if matrix is None else "sums" if matrix.size > MATRIX_CELLS else "full",
         "tables": [
             {"title": title, "rows": rows}
             for title, rows in (
                 ("Settings", _table(settings)),
-                ("Parameters covered", coverage),
+                ("Parameters covered", _coverage(about.get("coverage"))),
                 ("Self-checks", _table(about.get("checks"))),
                 ("Time, seconds", _table(about.get("seconds"))),
                 ("Versions", _table({"tokdyn": about.get("tokdyn"), **(about.get("versions") or {})})),
@@ -250,10 +247,24 @@ def _cite(about: Mapping[str, Any], M: int, L: int) -> str:
     if settings.get("scope"):
         parts.append(f"scope {settings['scope']}")
     if coverage:
-        parts.append("covering " + ", ".join(f"{key} {value}" for key, value in _table(coverage)))
+        parts.append("parameters " + ", ".join(f"{key}: {value}" for key, value in _coverage(coverage)))
     if settings.get("method"):
         parts.append(f"method {settings['method']}")
     return f"{parts[0]} {', '.join(parts[1:])}; tokdyn {about.get('tokdyn') or ''}".rstrip() + "."
+
+
+def _coverage(coverage: Any) -> list[tuple[str, str]]:
+    """Return {parameter: "exact" or why not} as one row per verdict; names are given for the few that are not exact."""
+    verdicts: dict[str, list[str]] = {}
+    for name, verdict in (coverage or {}).items():
+        if not isinstance(verdict, str):
+            return _table(coverage)
+        verdicts.setdefault(verdict, []).append(str(name))
+    rows = []
+    for verdict, names in verdicts.items():
+        named = "" if verdict == "exact" else ": " + ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+        rows.append((verdict, f"{len(names):,} tensor{'' if len(names) == 1 else 's'}{named}"))
+    return rows
 
 
 def _table(values: Any, prefix: str = "") -> list[tuple[str, str]]:

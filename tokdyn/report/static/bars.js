@@ -19,12 +19,20 @@ const BAR_COLUMNS = {
 
 function Bars() {
   const root = document.querySelector("#numbers .bars");
-  const options = ["updated", "observed"].flatMap((side) => sideOf(side).sequences.map((sequence, s) => [`${side}:${s}`, `${side === "updated" ? "Update" : "Observed"} · ${sequence.name}`]));
+  const options = ["updated", "observed"].flatMap((side) =>
+    sideOf(side).sequences.map((sequence, s) => [
+      `${side}:${s}`,
+      `${side === "updated" ? "Update" : "Observed"} · ${sequence.name}`,
+    ]),
+  );
   if (!options.length) return void root.append(h("p.empty", "The run has no tokens."));
   const holder = h("div.table-frame", { tabindex: 0, role: "region", "aria-label": "Numbers of the sequence" });
   let chosen = options[0][0];
   let rows = new Map();
-  const menu = dropdown("Sequence", options, chosen, (value) => { chosen = value; draw(); });
+  const menu = dropdown("Sequence", options, chosen, (value) => {
+    chosen = value;
+    draw();
+  });
   root.append(h("div.controls", menu), holder);
 
   function draw() {
@@ -33,7 +41,10 @@ function Bars() {
     const { start, stop } = of.sequences[+s];
     const range = Array.from({ length: stop - start }, (_, k) => start + k);
     const known = BAR_COLUMNS[side].map((column) => ({ ...column, values: range.map((i) => column.value(i)) }));
-    const columns = known.filter((column) => column.values.some(finite) && !(column.unless !== undefined && known[column.unless].values.some(finite)));
+    const columns = known.filter(
+      (column) =>
+        column.values.some(finite) && !(column.unless !== undefined && known[column.unless].values.some(finite)),
+    );
     for (const column of columns) {
       const peers = column.like !== undefined ? [...column.values, ...known[column.like].values] : column.values;
       const real = peers.filter(finite);
@@ -42,16 +53,49 @@ function Bars() {
       if (column.low === column.high) column.high = 1;
     }
     rows = new Map();
-    holder.replaceChildren(h("table.bar-table",
-      h("thead", h("tr", h("th", { scope: "col" }, "token"), columns.map((column) => h("th", { scope: "col" },
-        h("div.axis-name", column.name, " ", h("span.unit", column.unit)), axisTicks(column.low, column.high))))),
-      h("tbody", range.map((i, k) => {
-        const row = h("tr", { onclick: () => select(side, i) },
-          h("th", { scope: "row" }, h("button.row-token", { type: "button" }, tokenText(of.token(i), { limit: 22 }))),
-          columns.map((column) => h("td", bar(column.values[k], column.low, column.high, column.sign), h("span.value", column.sign ? signed(column.values[k]) : number(column.values[k])))));
-        rows.set(i, row);
-        return row;
-      }))));
+    holder.replaceChildren(
+      h(
+        "table.bar-table",
+        h(
+          "thead",
+          h(
+            "tr",
+            h("th", { scope: "col" }, "token"),
+            columns.map((column) =>
+              h(
+                "th",
+                { scope: "col" },
+                h("div.axis-name", column.name, " ", h("span.unit", column.unit)),
+                axisTicks(column.low, column.high),
+              ),
+            ),
+          ),
+        ),
+        h(
+          "tbody",
+          range.map((i, k) => {
+            const row = h(
+              "tr",
+              { onclick: () => select(side, i) },
+              h(
+                "th",
+                { scope: "row" },
+                h("button.row-token", { type: "button" }, tokenText(of.token(i), { limit: 22 })),
+              ),
+              columns.map((column) =>
+                h(
+                  "td",
+                  bar(column.values[k], column.low, column.high, column.sign),
+                  h("span.value", column.sign ? signed(column.values[k]) : number(column.values[k])),
+                ),
+              ),
+            );
+            rows.set(i, row);
+            return row;
+          }),
+        ),
+      ),
+    );
     holder.scrollTop = 0;
     mark();
   }
@@ -62,7 +106,7 @@ function Bars() {
   }
 
   /** A selected token brings its own sequence here. */
-  function follow_() {
+  function showSelected() {
     if (state.side) {
       const wanted = `${state.side}:${sideOf(state.side).sequenceOf(state.index)}`;
       if (wanted !== chosen) {
@@ -74,7 +118,7 @@ function Bars() {
     mark();
   }
   draw();
-  follow(follow_, draw);
+  follow(showSelected, draw);
 }
 
 /** A bar from zero inside [low, high]. */
@@ -82,12 +126,19 @@ function bar(value, low, high, sign) {
   if (!finite(value)) return h("span.track");
   const at = (x) => (100 * (x - low)) / (high - low);
   const [a, b] = [at(Math.min(0, value)), at(Math.max(0, value))];
-  return h("span.track", { "--zero": `${at(0)}%` }, h(`span.fill${sign ? (value > 0 ? ".up" : ".down") : ""}`, { "--from": `${a}%`, "--size": `${b - a}%` }));
+  return h(
+    "span.track",
+    { "--zero": `${at(0)}%` },
+    h(`span.fill${sign ? (value > 0 ? ".up" : ".down") : ""}`, { "--from": `${a}%`, "--size": `${b - a}%` }),
+  );
 }
 
 /** The ends of an axis, and its zero when that lies inside. */
 function axisTicks(low, high) {
   const at = (x) => (100 * (x - low)) / (high - low);
   const marks = [...new Set([low, 0, high])].filter((x) => x === 0 || (at(x) === 0 ? at(0) > 18 : 100 - at(0) > 18));
-  return h("div.axis", marks.map((x) => h(`span${at(x) < 1 ? ".first" : at(x) > 99 ? ".last" : ""}`, { "--at": `${at(x)}%` }, tick(x))));
+  return h(
+    "div.axis",
+    marks.map((x) => h(`span${at(x) < 1 ? ".first" : at(x) > 99 ? ".last" : ""}`, { "--at": `${at(x)}%` }, tick(x))),
+  );
 }

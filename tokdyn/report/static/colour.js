@@ -3,18 +3,16 @@
 const RAMPS = {
   light: {
     diverging: ["#a84e04", "#de7f12", "#fbb45c", "#fde0b8", "#f7f7f5", "#d3e5f1", "#93c4df", "#4491c5", "#1d5fa6"],
-    sequential: ["#f7f7f5", "#e2dcee", "#c0b4dc", "#9683c4", "#6c4fa3", "#4a2380"],
     missing: "#9a9a9a",
   },
   dark: {
     diverging: ["#ffc583", "#ea9436", "#a8610f", "#5c390f", "#25272b", "#173d5e", "#1f659f", "#4a9be0", "#a3d2ff"],
-    sequential: ["#25272b", "#3d3459", "#5d4c8f", "#8271bd", "#ab9ce0", "#d8cdfb"],
     missing: "#777777",
   },
 };
 const STEPS = 255; // odd, so that zero has a colour of its own
 
-const theme = { name: "light", diverging: null, sequential: null, ink: "", muted: "", paper: "", line: "" };
+const theme = { name: "light", colours: [], missing: "", ink: "", muted: "", paper: "", line: "", mono: "", sans: "" };
 
 function table(stops) {
   const parsed = stops.map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
@@ -29,28 +27,25 @@ function table(stops) {
 function loadTheme(name) {
   theme.name = name || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   document.documentElement.dataset.theme = theme.name;
-  theme.diverging = table(RAMPS[theme.name].diverging);
-  theme.sequential = table(RAMPS[theme.name].sequential);
+  theme.colours = table(RAMPS[theme.name].diverging);
   theme.missing = RAMPS[theme.name].missing;
   const style = getComputedStyle(document.documentElement);
-  for (const key of ["ink", "muted", "paper", "line", "mono", "sans"]) theme[key] = style.getPropertyValue(`--${key}`).trim();
+  for (const key of ["ink", "muted", "paper", "line", "mono", "sans"])
+    theme[key] = style.getPropertyValue(`--${key}`).trim();
 }
 
 const channel = (v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
 const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
 
 /**
- * A scale from values to colours. Diverging: symmetric about 0, clipped at ±max. Sequential: 0 to max.
+ * A scale from values to colours, symmetric about 0 and clipped at ±max, the `clip` quantile of |values|.
  * log: sign(x) log(1 + |x|/s), s = max/100, so that two decades below the clip are told apart.
  */
-function Scale(values, { kind = "diverging", log = false, clip = 0.98 } = {}) {
+function Scale(values, { log = false, clip = 0.98 } = {}) {
   const max = quantile(values, clip) || 1;
   const s = max / 100;
   const bend = log ? (a) => Math.log1p(a / s) / Math.log1p(100) : (a) => a / max;
-  const step = (x) => {
-    const t = Math.min(1, bend(Math.abs(x)));
-    return kind === "diverging" ? Math.round(((Math.sign(x) * t + 1) / 2) * (STEPS - 1)) : Math.round((x > 0 ? t : 0) * (STEPS - 1));
-  };
+  const step = (x) => Math.round(((Math.sign(x) * Math.min(1, bend(Math.abs(x))) + 1) / 2) * (STEPS - 1));
   let beyond = 0;
   let largestSize = 0;
   for (let i = 0; i < values.length; i += 1) {
@@ -59,32 +54,50 @@ function Scale(values, { kind = "diverging", log = false, clip = 0.98 } = {}) {
     if (size > largestSize) largestSize = size;
   }
   return {
-    kind, log, max, step, beyond, largest: largestSize,
-    rgb: (x) => theme[kind][step(x)],
+    log,
+    max,
+    beyond,
+    largest: largestSize,
+    rgb: (x) => theme.colours[step(x)],
     /** Background and the text colour that reads on it. */
     paint: (x) => {
-      const rgb = theme[kind][step(x)];
+      const rgb = theme.colours[step(x)];
       return { background: `rgb(${rgb.join(",")})`, color: luminance(rgb) > 0.19 ? "#111" : "#fff" };
     },
     /** Ticks as [position in 0..1, value]. */
     ticks: () => {
       const points = log ? [max / 10, max] : [max / 2, max];
-      const at = (x) => (kind === "diverging" ? (Math.sign(x) * bend(Math.abs(x)) + 1) / 2 : bend(x));
-      return (kind === "diverging" ? [...points.map((x) => -x).reverse(), 0, ...points] : [0, ...points]).map((x) => [at(x), x]);
+      return [...points.map((x) => -x).reverse(), 0, ...points].map((x) => [
+        (Math.sign(x) * bend(Math.abs(x)) + 1) / 2,
+        x,
+      ]);
     },
   };
 }
 
 /** Draw a scale's legend: what it shows, a colour bar, ticks with units. */
 function legend(node, scale, what, unit) {
-  const stops = theme[scale.kind].filter((_, k) => k % 2 === 0).map((rgb) => `rgb(${rgb.join(",")})`);
-  const note = scale.beyond ? `; ${plural(scale.beyond, "value")} beyond ±${tick(scale.max)}, up to ${number(scale.largest)}` : "";
+  const stops = theme.colours.filter((_, k) => k % 2 === 0).map((rgb) => `rgb(${rgb.join(",")})`);
+  const note = scale.beyond
+    ? `; ${plural(scale.beyond, "value")} beyond ±${tick(scale.max)}, up to ${number(scale.largest)}`
+    : "";
   node.replaceChildren(
     h("div.legend-what", { title: `${what} (${unit})${note}` }, what, " ", h("span.unit", unit)),
     h("div.legend-bar", { "--ramp": `linear-gradient(to right, ${stops.join(", ")})` }),
-    h("div.legend-ticks", scale.ticks().map(([at, value]) => h("span", { "--at": `${100 * at}%` }, (scale.kind === "diverging" && value > 0 ? "+" : "") + tick(value)))),
+    h(
+      "div.legend-ticks",
+      scale
+        .ticks()
+        .map(([at, value]) =>
+          h(
+            "span",
+            { "--at": `${100 * at}%` },
+            scale.beyond && at === 0 ? "≤ " : scale.beyond && at === 1 ? "≥ " : "",
+            (value > 0 ? "+" : "") + tick(value, 2),
+          ),
+        ),
+    ),
   );
-  node.classList.toggle("clipped", scale.beyond > 0);
 }
 
 /** Draw a legend's place when there is nothing to show. */

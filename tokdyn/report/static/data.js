@@ -18,7 +18,8 @@ function Side(name, { columns, sequences }) {
     sequenceOf: (i) => owner[i],
     sequence: (i) => sequences[owner[i]],
     /** "Pair 1 · chosen, token 3": counting response tokens from 1. */
-    place: (i) => `${sequences[owner[i]].name}, token ${i - sequences[owner[i]].start + 1} of ${sequences[owner[i]].stop - sequences[owner[i]].start}`,
+    place: (i) =>
+      `${sequences[owner[i]].name}, token ${i - sequences[owner[i]].start + 1} of ${sequences[owner[i]].stop - sequences[owner[i]].start}`,
   };
 }
 
@@ -53,7 +54,9 @@ function gNorm(l) {
 /** What an observed token did, best evidence first: measured, predicted, or the bare sum of forces. */
 const MOVES = {
   actual: (m) => OBSERVED.at("actual", m),
-  predicted: (m) => OBSERVED.at("predicted", m) ?? (ETA !== null && finite(OBSERVED.at("force", m)) ? ETA * OBSERVED.at("force", m) : null),
+  predicted: (m) =>
+    OBSERVED.at("predicted", m) ??
+    (ETA !== null && finite(OBSERVED.at("force", m)) ? ETA * OBSERVED.at("force", m) : null),
   force: (m) => OBSERVED.at("force", m),
 };
 const anyMove = (name) => Array.from({ length: OBSERVED.size }, (_, m) => MOVES[name](m)).some(finite);

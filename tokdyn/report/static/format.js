@@ -5,6 +5,9 @@ const SUPERSCRIPT = "⁰¹²³⁴⁵⁶⁷⁸⁹";
 
 const finite = (x) => typeof x === "number" && Number.isFinite(x);
 
+/** 12345 as 12,345. */
+const grouped = (n) => String(n).replace(/\B(?=(\d{3})+$)/g, ",");
+
 /** Three significant digits, a true minus sign, powers of ten beyond [1e-3, 1e6). */
 function number(x, digits = 3) {
   if (!finite(x)) return MISSING;
@@ -16,29 +19,34 @@ function number(x, digits = 3) {
     const power = [...exponent.replace("+", "")].map((d) => (d === "-" ? "⁻" : SUPERSCRIPT[+d])).join("");
     return `${sign}${mantissa}×10${power}`;
   }
-  if (a >= 10 ** digits) return sign + Math.round(a).toLocaleString("en-US");
+  if (a >= 10 ** digits) return sign + grouped(Math.round(a));
   return sign + a.toPrecision(digits);
 }
 
 const signed = (x, digits = 3) => (finite(x) && x > 0 ? "+" : "") + number(x, digits);
 
 /** A short number for ticks: no trailing zeros. */
-const tick = (x) => (x === 0 ? "0" : number(Number(x.toPrecision(3))).replace(/(\.\d*?)0+(?=×|$)/, "$1").replace(/\.(?=×|$)/, ""));
+const tick = (x, digits = 3) =>
+  number(x, digits)
+    .replace(/(\.\d*?)0+(?=×|$)/, "$1")
+    .replace(/\.(?=×|$)/, "");
 
 /** A probability: percent where a reader thinks in percent, a power of ten below. */
 function probability(p) {
   if (!finite(p)) return MISSING;
-  if (p === 0) return "0 %";
-  return p < 1e-4 ? number(p, 2) : `${Number((100 * p).toPrecision(3))} %`;
+  if (p === 0) return "0\u00a0%";
+  return p < 1e-4 ? number(p, 2) : `${Number((100 * p).toPrecision(3))}\u00a0%`;
 }
 
-const percent = (p) => (finite(p) ? `${(100 * p).toFixed(Math.abs(p) < 0.1 ? 1 : 0)} %` : MISSING);
+const percent = (p) =>
+  !finite(p) ? MISSING : p > 0 && p < 0.0005 ? "<0.1\u00a0%" : `${(100 * p).toFixed(Math.abs(p) < 0.1 ? 1 : 0)}\u00a0%`;
 
-const plural = (n, noun) => `${n.toLocaleString("en-US")} ${noun}${n === 1 ? "" : "s"}`;
+const plural = (n, noun) => `${grouped(n)} ${noun}${n === 1 ? "" : "s"}`;
 
 const MARKS = { "\n": "↵", "\r": "␍", "\t": "⇥", "\u00a0": "⍽" };
 // Characters that draw nothing or reorder what follows are spelled out.
-const UNSEEN = /[\u0000-\u001f\u007f-\u00a0\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufe00-\ufe0f\ufeff]/u;
+const UNSEEN =
+  /[\u0000-\u001f\u007f-\u00a0\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufe00-\ufe0f\ufeff]/u;
 
 function mark(character) {
   if (MARKS[character]) return MARKS[character];
@@ -68,7 +76,11 @@ function pieces(text, flow = false) {
 
 /** Token text as one short line, for axes and messages. */
 function label(text, limit = 32) {
-  const line = [...pieces(text).map((p) => p[0]).join("")];
+  const line = [
+    ...pieces(text)
+      .map((p) => p[0])
+      .join(""),
+  ];
   return line.length > limit ? `${line.slice(0, limit - 1).join("")}…` : line.join("");
 }
 
@@ -123,27 +135,38 @@ function choice(name, options, value, onchange) {
     onchange(options[index][0]);
   };
   options.forEach(([key, text, disabled], i) => {
-    group.append(h("button", text, {
-      type: "button", role: "radio", disabled: Boolean(disabled), "aria-checked": String(key === value), tabindex: key === value ? 0 : -1,
-      onclick: () => pick(i, false),
-      onkeydown: (event) => {
-        const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-        if (!step) return;
-        event.preventDefault();
-        let next = i;
-        do next = (next + step + options.length) % options.length; while (options[next][2] && next !== i);
-        pick(next, true);
-      },
-    }));
+    group.append(
+      h("button", text, {
+        type: "button",
+        role: "radio",
+        disabled: Boolean(disabled),
+        "aria-checked": String(key === value),
+        tabindex: key === value ? 0 : -1,
+        onclick: () => pick(i, false),
+        onkeydown: (event) => {
+          const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+          if (!step) return;
+          event.preventDefault();
+          let next = i;
+          do next = (next + step + options.length) % options.length;
+          while (options[next][2] && next !== i);
+          pick(next, true);
+        },
+      }),
+    );
   });
   return group;
 }
 
 /** A labelled <select>; `options` are [value, label]. */
 function dropdown(name, options, value, onchange) {
-  const select = h("select", options.map(([key, text]) => h("option", { value: key, selected: String(key) === String(value) }, text)), {
-    onchange: () => onchange(select.value),
-  });
+  const select = h(
+    "select",
+    options.map(([key, text]) => h("option", { value: key, selected: String(key) === String(value) }, text)),
+    {
+      onchange: () => onchange(select.value),
+    },
+  );
   return h("label.dropdown", h("span", name), select);
 }
 

@@ -10,7 +10,13 @@ function HeatMap() {
   const cursor = { i: -1, j: -1, keyboard: false };
   const canvas = h("canvas", { role: "presentation" });
   const space = h("div.map-space", canvas);
-  const frame = h("div.map-frame", space, { tabindex: 0, role: "application", "aria-roledescription": "heat map", "aria-label": "Force matrix. Arrow keys move between cells, Page keys between sequences, Enter selects, plus and minus zoom." });
+  const frame = h("div.map-frame", space, {
+    tabindex: 0,
+    role: "application",
+    "aria-roledescription": "heat map",
+    "aria-label":
+      "Force matrix. Arrow keys move between cells, Page keys between sequences, Enter selects, plus and minus zoom.",
+  });
   const legendNode = h("div.legend");
   const note = h("p.note.map-note");
   const picture = document.createElement("canvas");
@@ -21,36 +27,96 @@ function HeatMap() {
   let queued = false;
 
   // Controls.
-  const names = (of, all) => [["all", `all ${plural(of.sequences.length, "sequence")}`], ...of.sequences.map((sequence, s) => [s, sequence.name])].slice(of.sequences.length > 1 ? 0 : 1).map(([key, text]) => [key, key === "all" ? all : text]);
-  const rowMenu = dropdown("Rows", names(OBSERVED, "all observed"), "all", (value) => { view.rows = value; view.zoom = 0; rebuild(); });
-  const columnMenu = dropdown("Columns", names(UPDATED, "all update"), "all", (value) => { view.cols = value; view.zoom = 0; rebuild(); });
+  const names = (of, all) =>
+    [
+      ["all", `all ${plural(of.sequences.length, "sequence")}`],
+      ...of.sequences.map((sequence, s) => [s, sequence.name]),
+    ]
+      .slice(of.sequences.length > 1 ? 0 : 1)
+      .map(([key, text]) => [key, key === "all" ? all : text]);
+  const rowMenu = dropdown("Rows", names(OBSERVED, "all observed"), "all", (value) => {
+    view.rows = value;
+    view.zoom = 0;
+    rebuild();
+  });
+  const columnMenu = dropdown("Columns", names(UPDATED, "all update"), "all", (value) => {
+    view.cols = value;
+    view.zoom = 0;
+    rebuild();
+  });
   const menus = [rowMenu, columnMenu].map((menu) => menu.querySelector("select"));
-  const modes = choice("Cells", [["tokens", "Tokens", !MATRIX], ["sequences", "Sequence sums", !RUN.blocks]], view.mode, (mode) => { view.mode = mode; view.zoom = 0; rebuild(); });
-  const scaling = choice("Colour scale", [["linear", "Linear"], ["log", "Signed log"]], "linear", (name) => { view.log = name === "log"; recolour(); });
-  const clipping = toggle("clip at 98th percentile", true, (on) => { view.clip = on ? 0.98 : 1; recolour(); });
-  const button = (text, name, act) => h("button", text, { type: "button", "aria-label": name, title: name, onclick: act });
+  const modes = choice(
+    "Cells",
+    [
+      ["tokens", "Tokens", !MATRIX],
+      ["sequences", "Sequence sums", !RUN.blocks],
+    ],
+    view.mode,
+    (mode) => {
+      view.mode = mode;
+      view.zoom = 0;
+      rebuild();
+    },
+  );
+  const scaling = choice(
+    "Colour scale",
+    [
+      ["linear", "Linear"],
+      ["log", "Signed log"],
+    ],
+    "linear",
+    (name) => {
+      view.log = name === "log";
+      recolour();
+    },
+  );
+  const clipping = toggle("clip at 98th percentile", true, (on) => {
+    view.clip = on ? 0.98 : 1;
+    recolour();
+  });
+  const button = (text, name, act) =>
+    h("button", text, { type: "button", "aria-label": name, title: name, onclick: act });
   const zoomOut = button("−", "Zoom out", () => zoomBy(-1));
   const zoomIn = button("+", "Zoom in", () => zoomBy(1));
   const back = button("Show all", "Show all sequences", () => open("all", "all"));
-  root.append(h("div.map-head", h("div.controls", modes, rowMenu, columnMenu, scaling, clipping, h("div.zoom", zoomOut, zoomIn, back)), legendNode), frame, note);
+  root.append(
+    h(
+      "div.map-head",
+      h("div.controls", modes, rowMenu, columnMenu, scaling, clipping, h("div.zoom", zoomOut, zoomIn, back)),
+      legendNode,
+    ),
+    frame,
+    note,
+  );
 
   function open(rows, cols, mode = "tokens") {
     Object.assign(view, { rows: String(rows), cols: String(cols), zoom: 0, mode: MATRIX ? mode : "sequences" });
-    [rows, cols].forEach((value, k) => { menus[k].value = String(value); });
-    [...modes.children].forEach((node, k) => { node.setAttribute("aria-checked", (k === 0) === (view.mode === "tokens")); node.tabIndex = (k === 0) === (view.mode === "tokens") ? 0 : -1; });
+    [rows, cols].forEach((value, k) => {
+      menus[k].value = String(value);
+    });
+    [...modes.children].forEach((node, k) => {
+      node.setAttribute("aria-checked", (k === 0) === (view.mode === "tokens"));
+      node.tabIndex = (k === 0) === (view.mode === "tokens") ? 0 : -1;
+    });
     rebuild();
   }
 
   // The grid on show: which part of which matrix, and what its rows and columns are called.
   function axis(of, chosen) {
-    if (view.mode === "sequences") return { from: 0, size: of.sequences.length, names: of.sequences.map((sequence) => sequence.short), groups: [] };
+    if (view.mode === "sequences")
+      return { from: 0, size: of.sequences.length, names: of.sequences.map((sequence) => sequence.short), groups: [] };
     const picked = chosen === "all" || of.sequences.length < 2 ? of.sequences : [of.sequences[+chosen]];
     const from = picked.length ? picked[0].start : 0;
     const size = picked.length ? picked[picked.length - 1].stop - from : 0;
     return {
-      from, size,
+      from,
+      size,
       names: Array.from({ length: size }, (_, k) => label(of.token(from + k), 16)),
-      groups: picked.map((sequence) => ({ start: sequence.start - from, stop: sequence.stop - from, name: sequence.short })),
+      groups: picked.map((sequence) => ({
+        start: sequence.start - from,
+        stop: sequence.stop - from,
+        name: sequence.short,
+      })),
     };
   }
 
@@ -59,7 +125,8 @@ function HeatMap() {
     const cols = axis(UPDATED, view.cols);
     const values = new Float32Array(rows.size * cols.size);
     for (let i = 0, k = 0; i < rows.size; i += 1) {
-      for (let j = 0; j < cols.size; j += 1, k += 1) values[k] = view.mode === "tokens" ? force(rows.from + i, cols.from + j) : RUN.blocks[i][j] ?? NaN;
+      for (let j = 0; j < cols.size; j += 1, k += 1)
+        values[k] = view.mode === "tokens" ? force(rows.from + i, cols.from + j) : (RUN.blocks[i][j] ?? NaN);
     }
     grid = { rows, cols, values, at: (i, j) => values[i * cols.size + j] };
     Object.assign(cursor, { i: -1, j: -1, keyboard: false });
@@ -83,7 +150,12 @@ function HeatMap() {
       image.data.set([r, g, b, 255], 4 * k);
     }
     brush.putImageData(image, 0, 0);
-    legend(legendNode, scale, view.mode === "tokens" ? "F[m,l]" : "Σ F over each pair of sequences", `nats per unit lr${scale.log ? ", signed log" : ""}`);
+    legend(
+      legendNode,
+      scale,
+      view.mode === "tokens" ? "F[m,l]" : "Σ F over each pair of sequences",
+      `nats per unit lr${scale.log ? ", signed log" : ""}`,
+    );
     queue();
   }
 
@@ -96,8 +168,8 @@ function HeatMap() {
     const width = root.clientWidth - 2;
     ink.font = `11px ${theme.mono}`;
     const widest = (list) => Math.ceil(Math.max(0, ...list.map((text) => ink.measureText(text).width)));
-    const grow = 1.4 ** view.zoom;
-    const [maxW, maxH] = sums ? [110, 34] : [30, 20];
+    const grow = 1.7 ** view.zoom;
+    const [maxW, maxH] = sums ? [110, 34] : [cols.size <= 40 ? 44 : 30, rows.size <= 40 ? 24 : 20];
     const rowText = Math.min(widest(rows.names), 120) + 12;
     let left = rowText + (sums ? 0 : 20);
     let cw = whole(Math.min(maxW, Math.max(1, (width - left) / Math.max(1, cols.size)) * grow));
@@ -105,8 +177,17 @@ function HeatMap() {
     const colText = colLabels ? (sums && widest(cols.names) + 8 < cw ? 20 : Math.min(widest(cols.names), 120) + 10) : 0;
     const top = colText + (sums ? 0 : 20);
     const tall = rows.size * 13 <= 1400; // room for a label on every row of a page-high map
-    let ch = whole(Math.min(maxH, Math.max(tall ? 13 : 1, ((tall ? 0 : 680) - top) / Math.max(1, rows.size), cols.size && tall ? Math.min(cw * 0.8, maxH) : 1) * grow));
-    const rowLabels = ch >= 11;
+    let ch = whole(
+      Math.min(
+        maxH,
+        Math.max(
+          tall ? 13 : 1,
+          ((tall ? 0 : 680) - top) / Math.max(1, rows.size),
+          cols.size && tall ? Math.min(cw * 0.8, maxH) : 1,
+        ) * grow,
+      ),
+    );
+    const rowLabels = ch >= 10;
     if (!rowLabels) {
       left = Math.min(110, widest(rows.groups.map((group) => group.name)) + 16);
       cw = whole(Math.min(maxW, Math.max(1, (width - left) / Math.max(1, cols.size)) * grow));
@@ -132,15 +213,23 @@ function HeatMap() {
     const cells = grid.values.length;
     const missing = grid.values.reduce((n, value) => n + Number.isNaN(value), 0);
     note.textContent = [
-      `${rows.size.toLocaleString("en-US")} × ${cols.size.toLocaleString("en-US")} cells.`,
+      `${grouped(rows.size)} × ${grouped(cols.size)} cells.`,
       missing && `${percent(missing / cells)} not computed (hatched).`,
       !MATRIX && "The matrix is too large for a page; these are sums over sequences.",
-      MATRIX && (sums ? "Double-click a cell to open that pair of sequences." : "Click a cell to select its observed token; double-click to open its pair of sequences."),
-    ].filter(Boolean).join(" ");
+      MATRIX &&
+        (sums
+          ? "Double-click a cell to open that pair of sequences."
+          : "Click a cell to select its observed token; double-click to open its pair of sequences."),
+    ]
+      .filter(Boolean)
+      .join(" ");
   }
 
   function zoomBy(step, x = shape.w / 2, y = shape.h / 2) {
-    const before = { fx: (frame.scrollLeft + x - shape.left) / shape.cw, fy: (frame.scrollTop + y - shape.top) / shape.ch };
+    const before = {
+      fx: (frame.scrollLeft + x - shape.left) / shape.cw,
+      fy: (frame.scrollTop + y - shape.top) / shape.ch,
+    };
     const next = Math.max(0, Math.min(12, view.zoom + step));
     if (next === view.zoom) return;
     view.zoom = next;
@@ -152,194 +241,30 @@ function HeatMap() {
   function queue() {
     if (queued) return;
     queued = true;
-    requestAnimationFrame(() => { queued = false; draw(); });
+    requestAnimationFrame(() => {
+      queued = false;
+      draw();
+    });
   }
 
-  const hatch = () => {
-    const tile = document.createElement("canvas");
-    tile.width = tile.height = 6;
-    const brush = tile.getContext("2d");
-    brush.strokeStyle = theme.missing;
-    brush.globalAlpha = 0.55;
-    for (const shift of [-6, 0, 6]) { brush.moveTo(shift, 6); brush.lineTo(shift + 6, 0); }
-    brush.stroke();
-    return ink.createPattern(tile, "repeat");
-  };
+  /** The selected row and column on this grid (-1 if not on it), and whether each is the selection or its partner. */
+  function marks() {
+    if (view.mode === "sequences" || !state.side) return { m: -1, l: -1 };
+    const on = (index, { from, size }) => (index >= from && index < from + size ? index - from : -1);
+    const [m, l] = state.side === "observed" ? [state.index, state.partner] : [state.partner, state.index];
+    return { m: on(m, grid.rows), l: on(l, grid.cols) };
+  }
 
   function draw() {
-    const { left, top, cw, ch, rowLabels, colLabels, sums, upright, w, h: hgt, ratio } = shape;
-    const { rows, cols } = grid;
-    const [sx, sy] = [frame.scrollLeft, frame.scrollTop];
-    const x = (j) => left + j * cw - sx;
-    const y = (i) => top + i * ch - sy;
-    const j0 = Math.max(0, Math.floor(sx / cw));
-    const j1 = Math.min(cols.size, Math.ceil((sx + w - left) / cw));
-    const i0 = Math.max(0, Math.floor(sy / ch));
-    const i1 = Math.min(rows.size, Math.ceil((sy + hgt - top) / ch));
-    ink.setTransform(ratio, 0, 0, ratio, 0, 0);
-    ink.clearRect(0, 0, w, hgt);
-
-    // Cells.
-    ink.save();
-    ink.beginPath();
-    ink.rect(left, top, w - left, hgt - top);
-    ink.clip();
-    if (i1 > i0 && j1 > j0) {
-      ink.fillStyle = hatch();
-      ink.fillRect(x(j0), y(i0), (j1 - j0) * cw, (i1 - i0) * ch);
-      ink.imageSmoothingEnabled = false;
-      ink.drawImage(picture, j0, i0, j1 - j0, i1 - i0, x(j0), y(i0), (j1 - j0) * cw, (i1 - i0) * ch);
-    }
-    ink.strokeStyle = theme.paper;
-    ink.lineWidth = 1;
-    ink.beginPath();
-    if (cw >= 9 && ch >= 9) {
-      for (let j = j0 + 1; j < j1; j += 1) { ink.moveTo(x(j) - 0.5, y(i0)); ink.lineTo(x(j) - 0.5, y(i1)); }
-      for (let i = i0 + 1; i < i1; i += 1) { ink.moveTo(x(j0), y(i) - 0.5); ink.lineTo(x(j1), y(i) - 0.5); }
-    }
-    ink.stroke();
-    ink.strokeStyle = theme.muted;
-    ink.globalAlpha = 0.8;
-    ink.beginPath();
-    for (const { start } of cols.groups) if (start) { ink.moveTo(x(start) - 0.5, y(i0)); ink.lineTo(x(start) - 0.5, y(i1)); }
-    for (const { start } of rows.groups) if (start) { ink.moveTo(x(j0), y(start) - 0.5); ink.lineTo(x(j1), y(start) - 0.5); }
-    ink.stroke();
-    ink.globalAlpha = 1;
-    if (sums && cw >= 44 && ch >= 18) {
-      ink.font = `11px ${theme.sans}`;
-      ink.textAlign = "center";
-      ink.textBaseline = "middle";
-      for (let i = i0; i < i1; i += 1) {
-        for (let j = j0; j < j1; j += 1) {
-          const value = grid.at(i, j);
-          ink.fillStyle = Number.isNaN(value) ? theme.muted : scale.paint(value).color;
-          ink.fillText(signed(value), x(j) + cw / 2, y(i) + ch / 2 + 0.5);
-        }
-      }
-    }
-    // Selection, then cursor.
-    const outline = (i, j, n, k, weight) => {
-      ink.lineWidth = weight;
-      ink.strokeStyle = theme.paper;
-      ink.strokeRect(x(j) - 1.5, y(i) - 1.5, k * cw + 2, n * ch + 2);
-      ink.strokeStyle = theme.ink;
-      ink.strokeRect(x(j) - 0.5, y(i) - 0.5, k * cw, n * ch);
-    };
-    const marked = sums ? { m: -1, l: -1 } : {
-      m: (state.side === "observed" ? state.index : state.side ? state.partner : -1) - rows.from,
-      l: (state.side === "updated" ? state.index : state.side ? state.partner : -1) - cols.from,
-    };
-    const onRows = marked.m >= 0 && marked.m < rows.size && (state.side === "observed" || state.partner >= 0);
-    const onCols = marked.l >= 0 && marked.l < cols.size && (state.side === "updated" || state.partner >= 0);
-    if (onRows && state.side === "observed") outline(marked.m, 0, 1, cols.size, 1);
-    if (onCols && state.side === "updated") outline(0, marked.l, rows.size, 1, 1);
-    if (onRows && onCols) outline(marked.m, marked.l, 1, 1, 2);
-    if (cursor.i >= 0) {
-      ink.fillStyle = theme.ink;
-      ink.globalAlpha = 0.35;
-      if (cw < 5 || ch < 5) { ink.fillRect(left, y(cursor.i) + ch / 2, w - left, 0.75); ink.fillRect(x(cursor.j) + cw / 2, top, 0.75, hgt - top); }
-      ink.globalAlpha = 1;
-      outline(cursor.i, cursor.j, 1, 1, 1.5);
-    }
-    ink.restore();
-
-    // Column names.
-    ink.textBaseline = "middle";
-    ink.save();
-    ink.beginPath();
-    ink.rect(left, 0, w - left, top);
-    ink.clip();
-    if (colLabels) {
-      ink.font = `${Math.min(11, Math.floor(cw))}px ${theme.mono}`;
-      for (let j = j0; j < j1; j += 1) {
-        const on = j === cursor.j || (onCols && j === marked.l);
-        if (on) { ink.fillStyle = theme.line; ink.fillRect(x(j), sums ? 0 : 20, cw, top); }
-        ink.fillStyle = on ? theme.ink : theme.muted;
-        if (upright) {
-          ink.textAlign = "center";
-          ink.fillText(cols.names[j], x(j) + cw / 2, top - 9);
-        } else {
-          ink.save();
-          ink.translate(x(j) + cw / 2, top - 5);
-          ink.rotate(-Math.PI / 2);
-          ink.textAlign = "left";
-          ink.fillText(fit(cols.names[j], top - (sums ? 8 : 28)), 0, 0);
-          ink.restore();
-        }
-      }
-    }
-    band(cols.groups, (group) => {
-      const [a, b] = [Math.max(left, x(group.start)), Math.min(w, x(group.stop))];
-      rule(a + 1, 17.5, b - 2, 17.5);
-      centred(group.name, a, b, (text, at) => ink.fillText(text, at, 9));
+    paintMap(ink, {
+      grid,
+      shape,
+      scale,
+      picture,
+      scroll: [frame.scrollLeft, frame.scrollTop],
+      cursor,
+      marked: marks(),
     });
-    ink.restore();
-
-    // Row names.
-    ink.save();
-    ink.beginPath();
-    ink.rect(0, top, left, hgt - top);
-    ink.clip();
-    if (rowLabels) {
-      ink.font = `${Math.min(11, Math.floor(ch))}px ${theme.mono}`;
-      ink.textAlign = "right";
-      for (let i = i0; i < i1; i += 1) {
-        const on = i === cursor.i || (onRows && i === marked.m);
-        if (on) { ink.fillStyle = theme.line; ink.fillRect(sums ? 0 : 20, y(i), left, ch); }
-        ink.fillStyle = on ? theme.ink : theme.muted;
-        ink.fillText(fit(rows.names[i], left - (sums ? 8 : 28)), left - 6, y(i) + ch / 2 + 0.5);
-      }
-    }
-    band(rows.groups, (group) => {
-      const [a, b] = [Math.max(top, y(group.start)), Math.min(hgt, y(group.stop))];
-      if (rowLabels) {
-        rule(17.5, a + 1, 17.5, b - 2);
-        centred(group.name, a, b, (text, at) => {
-          ink.save();
-          ink.translate(9, at);
-          ink.rotate(-Math.PI / 2);
-          ink.fillText(text, 0, 0);
-          ink.restore();
-        });
-      } else {
-        rule(left - 4.5, a + 1, left - 4.5, b - 2);
-        if (b - a >= 11) {
-          ink.textAlign = "right";
-          ink.fillText(fit(group.name, left - 12), left - 10, (a + b) / 2);
-        }
-      }
-    });
-    ink.restore();
-
-    function band(groups, each) {
-      ink.font = `11px ${theme.sans}`;
-      ink.lineWidth = 1;
-      for (const group of groups) {
-        ink.strokeStyle = theme.muted;
-        ink.fillStyle = theme.ink;
-        each(group);
-      }
-    }
-    function rule(x0, y0, x1, y1) {
-      if (x1 < x0 || y1 < y0) return;
-      ink.beginPath();
-      ink.moveTo(x0, y0);
-      ink.lineTo(x1, y1);
-      ink.stroke();
-    }
-    function centred(text, a, b, put) {
-      if (b - a < 10) return;
-      ink.textAlign = "center";
-      const shown = fit(text, b - a - 6);
-      if (shown.length > 1 || text.length === 1) put(shown, (a + b) / 2);
-    }
-  }
-
-  function fit(text, room) {
-    if (ink.measureText(text).width <= room) return text;
-    const characters = [...text];
-    while (characters.length > 1 && ink.measureText(`${characters.join("")}…`).width > room) characters.pop();
-    return `${characters.join("")}…`;
   }
 
   // Pointing, by mouse and by keyboard.
@@ -372,28 +297,50 @@ function HeatMap() {
     const value = grid.at(i, j);
     const [m, l] = [grid.rows.from + i, grid.cols.from + j];
     const [share, net] = rowShare(m, value, sums ? UPDATED.sequences.length : UPDATED.size, sums ? grid.at : force);
-    const end = (title, of, k) => sums ? [title, of.sequences[k].name] : [title, [h("span.strong", tokenText(of.token(k), { limit: 24 })), h("span.where", `${of.sequence(k).name}, ${k - of.sequence(k).start + 1}`)]];
-    return [facts([
-      end("observed", OBSERVED, m),
-      end("update", UPDATED, l),
-      [sums ? "Σ F" : "F", finite(value) ? h("span.strong", `${signed(value)} nats per unit lr`) : "not computed"],
-      finite(value) && ETA !== null && ["× η", `${signed(ETA * value)} nats`],
-      finite(value) && ["share of the row", `${percent(share)} of Σ|F|`],
-      finite(value) && ["row total", `${signed(net)}, all columns`],
-    ])];
+    const end = (title, of, k) =>
+      sums
+        ? [title, of.sequences[k].name]
+        : [
+            title,
+            [
+              h("span.strong", tokenText(of.token(k), { limit: 24 })),
+              h("span.where", `${of.sequence(k).name}, ${k - of.sequence(k).start + 1}`),
+            ],
+          ];
+    return [
+      facts([
+        end("observed", OBSERVED, m),
+        end("update", UPDATED, l),
+        [sums ? "Σ F" : "F", finite(value) ? h("span.strong", `${signed(value)} nats per unit lr`) : "not computed"],
+        finite(value) && ETA !== null && ["× η", `${signed(ETA * value)} nats`],
+        finite(value) && ["share of the row", `${percent(share)} of Σ|F|`],
+        finite(value) && ["row total", `${signed(net)}, all columns`],
+      ]),
+    ];
   }
 
   frame.addEventListener("pointermove", (event) => {
     const at = cellAt(event);
     Object.assign(cursor, at && at.i >= 0 && at.j >= 0 ? at : { i: -1, j: -1 }, { keyboard: false });
     if (cursor.i >= 0) showTip(event.clientX, event.clientY, cellTip(cursor));
-    else if (at && at.i >= 0 && view.mode === "tokens") showTip(event.clientX, event.clientY, tokenTip("observed", grid.rows.from + at.i));
-    else if (at && at.j >= 0 && view.mode === "tokens") showTip(event.clientX, event.clientY, tokenTip("updated", grid.cols.from + at.j));
+    else if (at && at.i >= 0 && view.mode === "tokens")
+      showTip(event.clientX, event.clientY, tokenTip("observed", grid.rows.from + at.i));
+    else if (at && at.j >= 0 && view.mode === "tokens")
+      showTip(event.clientX, event.clientY, tokenTip("updated", grid.cols.from + at.j));
     else hideTip();
     queue();
   });
-  frame.addEventListener("pointerleave", () => { if (!cursor.keyboard) { Object.assign(cursor, { i: -1, j: -1 }); hideTip(); queue(); } });
-  frame.addEventListener("scroll", () => { if (!cursor.keyboard) hideTip(); queue(); });
+  frame.addEventListener("pointerleave", () => {
+    if (!cursor.keyboard) {
+      Object.assign(cursor, { i: -1, j: -1 });
+      hideTip();
+      queue();
+    }
+  });
+  frame.addEventListener("scroll", () => {
+    if (!cursor.keyboard) hideTip();
+    queue();
+  });
   frame.addEventListener("click", (event) => {
     const at = cellAt(event);
     if (at) choose(at);
@@ -402,17 +349,27 @@ function HeatMap() {
     const at = cellAt(event);
     if (at && at.i >= 0 && at.j >= 0) openAt(at);
   });
-  frame.addEventListener("wheel", (event) => {
-    if (!event.ctrlKey) return;
-    event.preventDefault();
-    const box = canvas.getBoundingClientRect();
-    zoomBy(event.deltaY < 0 ? 1 : -1, event.clientX - box.left, event.clientY - box.top);
-  }, { passive: false });
+  frame.addEventListener(
+    "wheel",
+    (event) => {
+      if (!event.ctrlKey) return;
+      event.preventDefault();
+      const box = canvas.getBoundingClientRect();
+      zoomBy(event.deltaY < 0 ? 1 : -1, event.clientX - box.left, event.clientY - box.top);
+    },
+    { passive: false },
+  );
 
   function choose({ i, j }) {
     if (view.mode === "sequences") return;
-    if (i >= 0) { if (state.side !== "observed" || state.index !== grid.rows.from + i || state.partner !== (j >= 0 ? grid.cols.from + j : -1)) select("observed", grid.rows.from + i, j >= 0 ? grid.cols.from + j : -1); }
-    else if (j >= 0) select("updated", grid.cols.from + j);
+    if (i >= 0) {
+      if (
+        state.side !== "observed" ||
+        state.index !== grid.rows.from + i ||
+        state.partner !== (j >= 0 ? grid.cols.from + j : -1)
+      )
+        select("observed", grid.rows.from + i, j >= 0 ? grid.cols.from + j : -1);
+    } else if (j >= 0) select("updated", grid.cols.from + j);
   }
 
   function openAt({ i, j }) {
@@ -432,13 +389,21 @@ function HeatMap() {
     const from = { i: Math.max(0, cursor.i), j: Math.max(0, cursor.j) };
     const fresh = cursor.i < 0;
     const moves = {
-      ArrowRight: () => ({ ...from, j: from.j + !fresh }), ArrowLeft: () => ({ ...from, j: from.j - 1 }),
-      ArrowDown: () => ({ ...from, i: from.i + !fresh }), ArrowUp: () => ({ ...from, i: from.i - 1 }),
-      Home: () => ({ ...from, j: 0 }), End: () => ({ ...from, j: cols.size - 1 }),
-      PageDown: () => ({ ...from, i: hop(rows, from.i, 1) }), PageUp: () => ({ ...from, i: hop(rows, from.i, -1) }),
+      ArrowRight: () => ({ ...from, j: from.j + !fresh }),
+      ArrowLeft: () => ({ ...from, j: from.j - 1 }),
+      ArrowDown: () => ({ ...from, i: from.i + !fresh }),
+      ArrowUp: () => ({ ...from, i: from.i - 1 }),
+      Home: () => ({ ...from, j: 0 }),
+      End: () => ({ ...from, j: cols.size - 1 }),
+      PageDown: () => ({ ...from, i: hop(rows, from.i, 1) }),
+      PageUp: () => ({ ...from, i: hop(rows, from.i, -1) }),
     };
-    if (event.key === "Enter" || event.key === " ") { if (!fresh) { if (event.shiftKey || view.mode === "sequences") openAt(cursor); else choose(cursor); } }
-    else if (event.key === "+" || event.key === "=") zoomBy(1);
+    if (event.key === "Enter" || event.key === " ") {
+      if (!fresh) {
+        if (event.shiftKey || view.mode === "sequences") openAt(cursor);
+        else choose(cursor);
+      }
+    } else if (event.key === "+" || event.key === "=") zoomBy(1);
     else if (event.key === "-") zoomBy(-1);
     else if (moves[event.key]) {
       const to = moves[event.key]();
@@ -446,7 +411,13 @@ function HeatMap() {
     } else return;
     event.preventDefault();
   });
-  frame.addEventListener("blur", () => { if (cursor.keyboard) { Object.assign(cursor, { i: -1, j: -1, keyboard: false }); hideTip(); queue(); } });
+  frame.addEventListener("blur", () => {
+    if (cursor.keyboard) {
+      Object.assign(cursor, { i: -1, j: -1, keyboard: false });
+      hideTip();
+      queue();
+    }
+  });
 
   function moveTo(i, j) {
     Object.assign(cursor, { i, j, keyboard: true });
@@ -455,7 +426,11 @@ function HeatMap() {
     if (x < left || x + cw > w) frame.scrollLeft += x < left ? x - left : x + cw - w;
     if (y < top || y + ch > hgt) frame.scrollTop += y < top ? y - top : y + ch - hgt;
     const box = canvas.getBoundingClientRect();
-    showTip(box.left + left + (j + 1) * cw - frame.scrollLeft, box.top + top + (i + 1) * ch - frame.scrollTop, cellTip(cursor));
+    showTip(
+      box.left + left + (j + 1) * cw - frame.scrollLeft,
+      box.top + top + (i + 1) * ch - frame.scrollTop,
+      cellTip(cursor),
+    );
     const value = grid.at(i, j);
     say(`${grid.rows.names[i]} from ${grid.cols.names[j]}: ${finite(value) ? signed(value) : "not computed"}`);
     queue();
@@ -469,5 +444,9 @@ function HeatMap() {
     draw();
   }).observe(root);
   rebuild();
-  follow(queue, () => { layout(); recolour(); });
+  follow(queue, () => {
+    layout();
+    recolour();
+    draw();
+  }); // at once: printing does not wait for a frame
 }

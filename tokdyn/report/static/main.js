@@ -14,12 +14,22 @@ const redraw = () => redrawers.forEach((again) => again());
 watchers.forEach((watch) => watch());
 if (state.side) {
   showInPanel[state.side](state.index);
+  hideTip();
   byId("answers").scrollIntoView();
 }
 
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { loadTheme(); redraw(); });
-addEventListener("beforeprint", () => { loadTheme("light"); redraw(); });
-addEventListener("afterprint", () => { loadTheme(); redraw(); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  loadTheme();
+  redraw();
+});
+addEventListener("beforeprint", () => {
+  loadTheme("light");
+  redraw();
+});
+addEventListener("afterprint", () => {
+  loadTheme();
+  redraw();
+});
 addEventListener("keydown", (event) => {
   if (event.key === "Escape") {
     hideTip();

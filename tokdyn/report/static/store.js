@@ -18,7 +18,9 @@ function select(side, index, partner = -1) {
   const hash = state.side ? `#${state.side === "observed" ? "m" : "l"}${state.index}` : "#";
   try {
     history.replaceState(null, "", hash);
-  } catch { /* a page inside a sandbox has no history; the selection works without */ }
+  } catch {
+    /* a page inside a sandbox has no history; the selection works without */
+  }
   watchers.forEach((watch) => watch());
   say(state.side ? `Selected ${describe(state.side, state.index)}` : "Selection cleared");
 }
@@ -28,12 +30,21 @@ function selectFromAddress() {
   const found = /^#([ml])(\d+)$/.exec(location.hash);
   if (!found) return;
   const side = found[1] === "m" ? OBSERVED : UPDATED;
-  if (+found[2] < side.size) Object.assign(state, { side: side.name, index: +found[2], partner: -1, focus: found[1] === "m" ? +found[2] : state.focus });
+  if (+found[2] < side.size)
+    Object.assign(state, {
+      side: side.name,
+      index: +found[2],
+      partner: -1,
+      focus: found[1] === "m" ? +found[2] : state.focus,
+    });
 }
 
-const describe = (side, i) => `${side === "observed" ? "observed" : "update"} token ${label(sideOf(side).token(i))}, ${sideOf(side).place(i)}`;
+const describe = (side, i) =>
+  `${side === "observed" ? "observed" : "update"} token ${label(sideOf(side).token(i))}, ${sideOf(side).place(i)}`;
 
-const say = (text) => { byId("live").textContent = text; };
+const say = (text) => {
+  byId("live").textContent = text;
+};
 
 // The tooltip: one for the whole page.
 
@@ -47,9 +58,15 @@ function showTip(x, y, content) {
   tip.style.transform = `translate(${Math.round(Math.max(8, left))}px, ${Math.round(Math.max(8, top))}px)`;
 }
 
-const hideTip = () => { byId("tip").hidden = true; };
+const hideTip = () => {
+  byId("tip").hidden = true;
+};
 
-const facts = (rows) => h("dl.facts-list", rows.filter(Boolean).map(([key, value]) => [h("dt", key), h("dd", value)]));
+const facts = (rows) =>
+  h(
+    "dl.facts-list",
+    rows.filter(Boolean).map(([key, value]) => [h("dt", key), h("dd", value)]),
+  );
 
 /** What is known of a token, for tooltips and the inspector. */
 function tokenFacts(side, i) {
@@ -62,11 +79,19 @@ function tokenFacts(side, i) {
     if (finite(MOVES.predicted(i))) rows.push(["predicted", `${signed(MOVES.predicted(i))} nats`]);
     if (finite(MOVES.force(i))) rows.push(["force", `${signed(MOVES.force(i))} nats per unit lr`]);
   } else {
-    if (finite(of.at("c", i))) rows.push(["weight c", `${signed(of.at("c", i))}, ${of.at("c", i) > 0 ? "pulled up" : of.at("c", i) < 0 ? "pushed down" : "left alone"}`]);
+    if (finite(of.at("c", i)))
+      rows.push([
+        "weight c",
+        `${signed(of.at("c", i))}, ${of.at("c", i) > 0 ? "pulled up" : of.at("c", i) < 0 ? "pushed down" : "left alone"}`,
+      ]);
   }
   if (finite(logProb)) rows.push(["log-prob", `${number(logProb)} nats (${probability(Math.exp(logProb))})`]);
-  if (finite(of.at("rank", i))) rows.push(["rank", of.at("rank", i).toLocaleString("en-US")]);
-  if (top !== null && top !== of.token(i)) rows.push(["most likely", [tokenText(top, { limit: 24 }), ` ${probability(Math.exp(of.at("argmax_log_prob", i)))}`]]);
+  if (finite(of.at("rank", i))) rows.push(["rank", grouped(of.at("rank", i) + 1)]); // stored from 0
+  if (top !== null && top !== of.token(i))
+    rows.push([
+      "most likely",
+      [tokenText(top, { limit: 24 }), ` ${probability(Math.exp(of.at("argmax_log_prob", i)))}`],
+    ]);
   if (finite(of.at("entropy", i))) rows.push(["entropy", `${number(of.at("entropy", i))} nats`]);
   if (side === "updated" && finite(gNorm(i))) rows.push(["‖G‖", number(gNorm(i))]);
   return rows;
@@ -78,11 +103,17 @@ function tokenTip(side, i) {
   const rows = tokenFacts(side, i);
   if (state.side && state.side !== side && MATRIX) {
     const value = side === "observed" ? force(i, state.index) : force(state.index, i);
-    rows.unshift([side === "observed" ? "F from selected" : "F on selected", finite(value) ? `${signed(value)} nats per unit lr` : "not computed"]);
+    rows.unshift([
+      side === "observed" ? "F from selected" : "F on selected",
+      finite(value) ? `${signed(value)} nats per unit lr` : "not computed",
+    ]);
   }
   return [
     h("p.tip-token", tokenText(of.token(i), { limit: 60 })),
-    h("p.tip-place", `${side === "observed" ? "Observed" : "Update"} · ${of.place(i)}${finite(of.at("token_id", i)) ? ` · id ${of.at("token_id", i)}` : ""}`),
+    h(
+      "p.tip-place",
+      `${side === "observed" ? "Observed" : "Update"} · ${of.place(i)}${finite(of.at("token_id", i)) ? ` · id ${of.at("token_id", i)}` : ""}`,
+    ),
     facts(rows),
   ];
 }

@@ -7,8 +7,18 @@ const MEASURES = {
     force: { name: "Force", what: "Sum of forces on m", unit: "nats per unit lr", value: MOVES.force },
   },
   updated: {
-    c: { name: "Weight c", what: "Weight c: blue pulls up, orange down", unit: "loss per nat", value: (l) => UPDATED.at("c", l) },
-    g: { name: "‖G‖", what: "‖G‖, gradient at the logits", unit: "loss per logit", kind: "sequential", value: gNorm },
+    g: {
+      name: "±‖G‖",
+      what: "Gradient ‖G‖: blue pulls up, orange pushes down",
+      unit: "loss per logit",
+      value: (l) => (gNorm(l) === null ? null : Math.sign(UPDATED.at("c", l)) * gNorm(l)),
+    },
+    c: {
+      name: "Weight c",
+      what: "Weight c: blue pulls up, orange pushes down",
+      unit: "loss per nat",
+      value: (l) => UPDATED.at("c", l),
+    },
   },
 };
 
@@ -22,11 +32,18 @@ function AnswerPanel(side) {
   let chosen = side === "observed" ? BEST_MOVE : available[0] || "c";
   const nodes = [];
 
-  controls.append(choice(`Colour of ${side} tokens`, Object.keys(measures).map((key) => [key, measures[key].name, !available.includes(key)]), chosen, (key) => {
-    chosen = key;
-    if (state.side && state.side !== side) select(null);
-    else paint();
-  }));
+  controls.append(
+    choice(
+      `Colour of ${side} tokens`,
+      Object.keys(measures).map((key) => [key, measures[key].name, !available.includes(key)]),
+      chosen,
+      (key) => {
+        chosen = key;
+        if (state.side && state.side !== side) select(null);
+        else paint();
+      },
+    ),
+  );
 
   of.sequences.forEach((sequence, s) => {
     const response = h("p.response", { role: "group", "aria-label": `${sequence.name}, response` });
@@ -40,11 +57,21 @@ function AnswerPanel(side) {
       nodes.push(node);
       response.append(node);
     }
-    texts.append(h("article.sequence", { "data-s": s },
-      h("p.caption", h("span.name", sequence.name), h("span.count", plural(sequence.stop - sequence.start, "token")), h("span.net")),
-      sequence.prompt && promptText(sequence.prompt),
-      response,
-      sequence.truncated > 0 && h("p.note", `${plural(sequence.truncated, "token")} cut off to fit.`)));
+    texts.append(
+      h(
+        "article.sequence",
+        { "data-s": s },
+        h(
+          "p.caption",
+          h("span.name", sequence.name),
+          h("span.count", plural(sequence.stop - sequence.start, "token")),
+          h("span.net"),
+        ),
+        sequence.prompt && promptText(sequence.prompt),
+        response,
+        sequence.truncated > 0 && h("p.note", `${plural(sequence.truncated, "token")} cut off to fit.`),
+      ),
+    );
   });
   if (!of.size) texts.append(h("p.note", "No tokens on this side."));
 
@@ -52,15 +79,21 @@ function AnswerPanel(side) {
     if (state.side && state.side !== side && MATRIX) {
       const from = side === "observed" ? forcesOf(state.index) : forcesOn(state.index);
       const name = [...label(sideOf(state.side).token(state.index), 16)].join("");
-      return { values: from, what: side === "observed" ? `F[·,l] from “${name}”` : `F[m,·] on “${name}”`, unit: "nats per unit lr", kind: "diverging", force: true };
+      return {
+        values: from,
+        what: side === "observed" ? `F[·,l] from “${name}”` : `F[m,·] on “${name}”`,
+        unit: "nats per unit lr",
+        isForce: true,
+      };
     }
     return { ...measures[chosen], values: all(measures[chosen]) };
   }
 
   function paint() {
-    const { values, what, unit, kind = "diverging", force: isForce } = shown();
+    const { values, what, unit, isForce } = shown();
     const known = values.some(finite);
-    const scale = Scale(values, { kind });
+    root.classList.toggle("by-force", Boolean(isForce));
+    const scale = Scale(values);
     if (known) legend(legendNode, scale, what, unit);
     else noLegend(legendNode, side === "observed" ? "No change was computed." : "No weights were kept.");
     nodes.forEach((node, i) => {
@@ -80,7 +113,13 @@ function AnswerPanel(side) {
       const same = part.length && part.every((value) => Math.abs(value - part[0]) <= 1e-5 * Math.abs(part[0]));
       const net = article.querySelector(".net");
       if (!part.length) net.textContent = "";
-      else if (side === "updated" && !isForce) net.textContent = chosen === "c" ? (same ? `c = ${signed(part[0])} each` : `Σ c = ${signed(sum)}`) : `mean ‖G‖ ${number(sum / part.length)}`;
+      else if (side === "updated" && !isForce)
+        net.textContent =
+          chosen === "c"
+            ? same
+              ? `c = ${signed(part[0])} each`
+              : `Σ c = ${signed(sum)}`
+            : `mean ‖G‖ ${number(part.reduce((a, b) => a + Math.abs(b), 0) / part.length)}`;
       else net.textContent = `Σ ${signed(sum)} ${isForce || chosen === "force" ? "nats per lr" : "nats"}`;
     }
   }
@@ -113,7 +152,14 @@ function AnswerPanel(side) {
     const i = +node.dataset.i;
     const s = of.sequenceOf(i);
     const jump = (to) => of.sequences[Math.max(0, Math.min(of.sequences.length - 1, to))].start;
-    const target = { ArrowRight: i + 1, ArrowLeft: i - 1, ArrowDown: jump(s + 1), ArrowUp: jump(i > of.sequences[s].start ? s : s - 1), Home: of.sequences[s].start, End: of.sequences[s].stop - 1 }[event.key];
+    const target = {
+      ArrowRight: i + 1,
+      ArrowLeft: i - 1,
+      ArrowDown: jump(s + 1),
+      ArrowUp: jump(i > of.sequences[s].start ? s : s - 1),
+      Home: of.sequences[s].start,
+      End: of.sequences[s].stop - 1,
+    }[event.key];
     if (event.key === "Enter" || event.key === " ") select(side, i);
     else if (target !== undefined) rove(nodes, Math.max(0, Math.min(of.size - 1, target)), true);
     else return;
@@ -121,9 +167,11 @@ function AnswerPanel(side) {
   });
   follow(paint);
 
-  /** Bring a token into view inside the panel without moving the page. */
+  /** Bring a token into view inside the panel without moving the page, and put the keyboard there. */
   return (i) => {
     const node = nodes[i];
+    rove(nodes, i, false);
+    node.focus({ preventScroll: true });
     const [box, frame] = [node.getBoundingClientRect(), texts.getBoundingClientRect()];
     if (box.top < frame.top || box.bottom > frame.bottom) texts.scrollTop += box.top - frame.top - frame.height / 3;
   };
@@ -141,9 +189,14 @@ function promptText(text) {
   const characters = [...text];
   const whole = () => tokenText(text.trim(), { flow: true });
   if (characters.length <= 300) return h("p.prompt", whole());
-  const node = h("p.prompt",
-    tokenText(characters.slice(0, 140).join(""), { flow: true }), h("button.more", `… ${(characters.length - 260).toLocaleString("en-US")} more characters …`, {
-      type: "button", onclick: () => node.replaceChildren(whole()),
-    }), tokenText(characters.slice(-120).join(""), { flow: true }));
+  const node = h(
+    "p.prompt",
+    tokenText(characters.slice(0, 140).join(""), { flow: true }),
+    h("button.more", `… ${grouped(characters.length - 260)} more characters …`, {
+      type: "button",
+      onclick: () => node.replaceChildren(whole()),
+    }),
+    tokenText(characters.slice(-120).join(""), { flow: true }),
+  );
   return node;
 }

@@ -1,0 +1,64 @@
+# make demo   install, then profile the embedded model: runs/demo/report.html
+# make test   install, then lint, type-check and test
+# make lint   ruff and mypy alone        make wheel   build a wheel and look inside        make clean
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(shell $(p) -c \
+	'import sys; (3, 11) <= sys.version_info < (3, 13) and print("$(p)")' 2>/dev/null)))
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test lint wheel clean
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "tokdyn needs Python 3.11 or 3.12; none found (set PYTHON=...)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# the constraints first: torch alone, so that a later failure does not cost the largest download again
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	@echo "installing torch into $(VENV) (the largest download)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt torch
+	@touch $@
+
+# editable: edits to Python files are live, and only a change named here installs (and compiles) again
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py tokdyn/_version.py $(NATIVE)
+	@echo "installing tokdyn and what it needs into $(VENV), compiling csrc/ (some minutes the first time)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/tokdyn profile --out $(RUN) --overwrite
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -q --durations=10
+
+WHEEL_HOLDS := tokdyn/demo/model/model.safetensors tokdyn/demo/model/tokenizer.json tokdyn/demo/pairs.jsonl \
+	tokdyn/report/page.html.jinja tokdyn/report/static/page.css tokdyn/py.typed tokdyn/kernels/token_stats/reference.py \
+	tokdyn/_C.
+
+wheel: install
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-deps -w dist .
+	@$(BIN)/python -m zipfile -l dist/tokdyn-*.whl > dist/contents.txt
+	@for held in $(WHEEL_HOLDS); do \
+		grep -qF "$$held" dist/contents.txt || { echo "the wheel lacks $$held" >&2; exit 1; }; done
+	@! grep -E '^(kernels|studies|tests)/' dist/contents.txt || { echo "the wheel installs a top-level folder" >&2; exit 1; }
+	@test -z "$$(find dist -name '*.whl' -size +20000k)" || { echo "the wheel is over 20 MB" >&2; exit 1; }
+	@ls -l dist/*.whl
+
+clean:
+	rm -rf build dist *.egg-info runs/demo .pytest_cache .ruff_cache .mypy_cache tokdyn/_C.*.so $(VENV)/.installed
+	find tokdyn kernels tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,266 @@
+"""Every way to compute a force gives the same force, on every family; and the model is left as it was."""
+
+import copy
+
+import pytest
+import torch
+
+import tokdyn as td
+from tokdyn.objectives import DPO, GRPO, PPO, SFT, SimKO
+from tokdyn.testing import random_chis, relative_error, tiny
+from tokdyn.trace import trace
+
+FAMILIES = ["gpt2", "gpt_neox", "llama", "llama_bias", "qwen2", "gemma2"]
+FP32 = 1e-5  # the bound of the issue; two float32 gradients of ~3e4 terms agree to about sqrt(3e4) eps = 2e-5 at worst
+
+
+def pair(seed=1):
+    chosen, rejected = random_chis([(3, 5), (2, 6)], seed=seed)
+    return [chosen.with_(role="chosen", group=0), rejected.with_(role="rejected", group=0)]
+
+
+OBSERVED = random_chis([(3, 4), (1, 3)], seed=2)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_methods_agree_with_one_gradient_per_token(family, tied):
+    model, update = tiny(family, tied=tied), pair()
+    naive = td.forces(model, update, OBSERVED, DPO(), method="naive").matrix
+    assert relative_error(td.forces(model, update, OBSERVED, DPO()).matrix, naive) < FP32
+    for reduce, axis in (("update", 1), ("observe", 0)):
+        truth = naive.sum(axis)
+        # rounding of a sum is relative to the sum of magnitudes, not to what is left after cancellation
+        scale = float(naive.abs().sum(axis).norm() / truth.norm())
+        assert relative_error(td.forces(model, update, OBSERVED, DPO(), reduce=reduce).vector, truth) < FP32 * max(1, scale / 4)
+        steps = td.forces(model, update, OBSERVED, DPO(), reduce=reduce, method="fd").vector
+        assert relative_error(steps, truth) < 1e-3 * max(1, scale / 4)  # float32 rounding over a 0.05 move: 1e-6/0.05 · few
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_readout_in_closed_form_is_the_kernel_of_the_readout_weight_alone(family, tied):
+    model, update = tiny(family, tied=tied), pair()
+    naive = td.forces(model, update, OBSERVED, DPO(), scope="readout", method="naive").matrix
+    closed = td.forces(model, update, OBSERVED, DPO(), scope="readout")
+    assert relative_error(closed.matrix, naive) < FP32
+    for reduce, axis in (("update", 1), ("observe", 0)):
+        vector = td.forces(model, update, OBSERVED, DPO(), scope="readout", reduce=reduce).vector
+        assert torch.allclose(vector, closed.matrix.sum(axis), rtol=1e-4, atol=1e-5 * float(closed.matrix.abs().sum(axis).max()))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama_bias"])
+def test_untied_forces_are_readout_plus_backbone(family):
+    model, update = tiny(family, tied=False), pair()
+    parts = [td.forces(model, update, OBSERVED, DPO(), scope=scope).matrix for scope in ("readout", "backbone")]
+    assert relative_error(sum(parts), td.forces(model, update, OBSERVED, DPO(), method="naive").matrix) < FP32
+
+
+def test_tied_forces_have_cross_terms_between_lookup_and_readout():
+    model, update = tiny("llama", tied=True), pair()
+    full = td.forces(model, update, OBSERVED, DPO(), method="naive").matrix
+    parts = sum(td.forces(model, update, OBSERVED, DPO(), scope=scope).matrix for scope in ("readout", "backbone"))
+    assert relative_error(parts, full) > 1e-3
+
+
+def test_the_kernel_adds_up_over_tensors():
+    model, update = tiny("qwen2"), pair()
+    full = td.forces(model, update, OBSERVED, SFT(), method="naive").matrix
+    names = [r"embed_tokens", r"layers\.0\.", r"layers\.1\.", r"^model\.norm"]
+    parts = sum(td.forces(model, update, OBSERVED, SFT(), scope=name).matrix for name in names)
+    assert relative_error(parts, full) < FP32
+
+
+def test_forces_between_log_probs_are_symmetric():
+    model, a, b = tiny("gemma2"), random_chis([(2, 4)], seed=5), random_chis([(3, 5)], seed=6)
+    assert relative_error(td.forces(model, a, b, SFT()).matrix, td.forces(model, b, a, SFT()).matrix.T) < FP32
+
+
+def test_weights_of_the_observed_tokens_enter_linearly():
+    model, update = tiny("gpt2"), pair()
+    w = torch.tensor([1.0, 0.0, -2.0, 0.5, 3.0, 0.0, 1.0])
+    for scope in ("full", "readout"):
+        matrix = td.forces(model, update, OBSERVED, DPO(), method="naive", scope=scope).matrix
+        vector = td.forces(model, update, OBSERVED, DPO(), scope=scope, reduce="observe", weights=w).vector
+        assert relative_error(vector, w @ matrix) < 4 * FP32
+
+
+@pytest.mark.parametrize("objective", [PPO(entropy=0.3), SimKO(), SFT(label_smoothing=0.2)], ids=lambda o: type(o).__name__)
+def test_objectives_with_entropy_candidates_or_smoothing_go_through_every_method(objective):
+    model = tiny("llama")
+    update = [c.with_(advantage=a, group=0) for c, a in zip(random_chis([(3, 5), (2, 6)], seed=1), (1.0, -1.0), strict=True)]
+    naive = td.forces(model, update, OBSERVED, objective, method="naive")
+    assert relative_error(td.forces(model, update, OBSERVED, objective).matrix, naive.matrix) < FP32
+    assert relative_error(td.forces(model, update, OBSERVED, objective, reduce="update").vector, naive.matrix.sum(1)) < 4 * FP32
+    closed = td.forces(model, update, OBSERVED, objective, scope="readout").matrix
+    assert relative_error(closed, td.forces(model, update, OBSERVED, objective, scope="readout", method="naive").matrix) < FP32
+
+
+def test_naive_blocks_do_not_matter():
+    model, update = tiny("llama"), pair()
+    whole = td.forces(model, update, OBSERVED, DPO(), method="naive").matrix
+    assert relative_error(td.forces(model, update, OBSERVED, DPO(), method="naive", memory=1).matrix, whole) < FP32
+
+
+def test_a_sequence_does_not_feel_its_batch():
+    model = tiny("llama")
+    alone = torch.cat([td.forces(model, pair(), [chi], DPO(), reduce="update").vector for chi in OBSERVED])
+    assert relative_error(td.forces(model, pair(), OBSERVED, DPO(), reduce="update").vector, alone) < FP32
+
+
+def test_reference_model_enters_c_and_nothing_else():
+    model, other = tiny("llama"), tiny("llama", seed=3)
+    with_model = td.forces(model, pair(), OBSERVED, DPO(beta=1.0), reference=other, method="naive")
+    at_start = td.forces(model, pair(), OBSERVED, DPO(beta=1.0), method="naive")
+    ratio = with_model.c / at_start.c
+    assert float((ratio - ratio[0]).abs().max()) < 1e-5 and abs(float(ratio[0]) - 1) > 1e-3
+    assert relative_error(with_model.matrix, float(ratio[0]) * at_start.matrix) < FP32
+
+
+def test_frozen_parameters_contribute_nothing_and_are_reported():
+    model = tiny("llama", tied=False)
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers.1" in name)
+    result = td.forces(model, pair(), OBSERVED, SFT())
+    for p in model.parameters():
+        p.requires_grad_(True)
+    assert relative_error(result.matrix, td.forces(model, pair(), OBSERVED, SFT(), scope=r"layers\.1").matrix) < FP32
+    assert {rule for name, rule in result.coverage.items() if "layers.1" not in name} == {"frozen"}
+    assert {rule for name, rule in result.coverage.items() if "layers.1" in name} == {"exact"}
+
+
+def optimizers(model):
+    yield torch.optim.SGD(model.parameters(), lr=0.1)
+    yield torch.optim.RMSprop(model.parameters(), lr=1e-3)
+    yield torch.optim.RMSprop(model.parameters(), lr=1e-3, centered=True)
+    yield torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.0, 0.9))
+    yield torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.0, 0.9), weight_decay=0.0, amsgrad=True)
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_P_is_what_the_optimizer_multiplied_the_gradient_with(which):
+    from tokdyn.precondition import preconditioner
+
+    model = tiny("llama")
+    optimizer = list(optimizers(model))[which]
+    for seed in range(3):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.zero_grad()
+        model(torch.randint(0, 61, (1, 9), generator=torch.Generator().manual_seed(seed))).logits.square().mean().backward()
+        optimizer.step()
+    lr = optimizer.param_groups[0]["lr"]
+    with trace(model) as tracer:
+        P = preconditioner(optimizer, tracer)
+    for name, p in model.named_parameters():
+        step = (before[name] - p.detach()) / lr
+        # theta carries the step with an absolute rounding of eps |theta| / lr
+        slack = 4 * torch.finfo(torch.float32).eps * float(before[name].abs().max()) / lr
+        assert torch.allclose(P[name] * p.grad, step, rtol=1e-4, atol=slack), name
+
+
+def test_preconditioned_forces_agree_between_methods_and_predict_the_preconditioned_step():
+    model = tiny("llama")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model(torch.randint(0, 61, (2, 9))).logits.square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    naive = td.forces(model, pair(), OBSERVED, DPO(), method="naive", optimizer=optimizer).matrix
+    assert relative_error(td.forces(model, pair(), OBSERVED, DPO(), optimizer=optimizer).matrix, naive) < FP32
+    vector = td.forces(model, pair(), OBSERVED, DPO(), optimizer=optimizer, reduce="update").vector
+    assert relative_error(vector, naive.sum(1)) < 4 * FP32
+    assert relative_error(naive, td.forces(model, pair(), OBSERVED, DPO(), method="naive").matrix) > 0.1
+    assert 1.9 < td.verify(model, pair(), OBSERVED, DPO(), optimizer=optimizer, move=0.02).order < 2.1
+
+
+def test_the_model_is_left_bit_identical_also_after_an_error():
+    model = tiny("llama").train()
+    model.model.layers[0].eval()
+    model.set_attn_implementation("sdpa")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    random = torch.get_rng_state()
+    td.forces(model, pair(), OBSERVED, DPO(), reduce="update").vocabulary(0)
+    td.verify(model, pair(), OBSERVED, DPO())
+    with pytest.raises(ValueError, match="token ids from"):
+        td.forces(model, random_chis([(2, 3)], vocabulary=900), OBSERVED)
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(p.grad, torch.ones_like(p)) and p.requires_grad for p in model.parameters())
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_attention_in_the_trace_is_the_models_own_attention():
+    model = tiny("qwen2")
+    model.set_attn_implementation("sdpa")
+    chi = random_chis([(3, 6)], seed=7)[0]
+    own = model(chi.ids[None]).logits[0][:-1][chi.scored[1:]]
+    with trace(model) as tracer:
+        traced = tracer.logits(tracer.batches([chi])[0])
+    assert torch.allclose(own, traced, atol=1e-5)
+
+
+def test_a_model_that_moved_is_not_asked_again():
+    model = tiny("gpt2")
+    result = td.forces(model, pair(), OBSERVED, DPO(), reduce="update")
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    with pytest.raises(ValueError, match="changed since"):
+        result.vocabulary(0)
+
+
+def test_tables_and_folder_hold_what_was_computed(tmp_path):
+    import pyarrow.parquet as pq
+    from safetensors.torch import load_file
+
+    result = td.forces(tiny("gpt2"), pair(), OBSERVED, DPO())
+    result.save(tmp_path / "f")
+    tensors = load_file(tmp_path / "f" / "forces.safetensors")
+    assert torch.equal(tensors["matrix"], result.matrix) and torch.equal(tensors["c"], result.c)
+    table = pq.read_table(tmp_path / "f" / "tokens.parquet").to_pylist()
+    assert [r["token_id"] for r in table if r["side"] == "observed"] == torch.cat([c.ids[c.scored] for c in OBSERVED]).tolist()
+    assert len(result.to_dataframe()) == result.matrix.numel()
+    assert float(result.to_dataframe().query("m == 2 and l == 3").force.iloc[0]) == pytest.approx(float(result.matrix[2, 3]))
+    with pytest.raises(FileExistsError):
+        result.save(tmp_path / "f")
+
+
+MISTAKES = [
+    (dict(scope="no_such_parameter"), "holds no trainable parameter"),
+    (dict(scope="("), "regular expression"),
+    (dict(reduce="rows"), "reduce must be"),
+    (dict(method="magic"), "method must be"),
+    (dict(method="fd"), "add reduce"),
+    (dict(weights=torch.ones(7)), "weights belong to"),
+    (dict(weights=torch.ones(3), reduce="observe"), r"\[M\]=\(7,\)"),
+]
+
+
+@pytest.mark.parametrize("options, message", MISTAKES, ids=lambda x: str(x)[:30])
+def test_mistakes_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        td.forces(tiny("gpt2"), pair(), OBSERVED, DPO(), **options)
+
+
+def test_broken_models_are_named():
+    model = tiny("gpt2")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="transformer.h.1.mlp.c_fc.weight holds NaN"):
+        td.forces(model, pair(), OBSERVED, DPO())
+    with pytest.raises(ValueError, match="no output embeddings"):
+        td.forces(tiny("gpt2").transformer, pair(), OBSERVED, DPO())
+    huge = tiny("llama", tied=False)
+    with torch.no_grad():
+        huge.lm_head.weight.fill_(3e38)
+    with pytest.raises(ValueError, match="logits of sequence 0 at position 3"):
+        td.forces(huge, pair(), OBSERVED, SFT())
+
+
+def test_a_clipped_update_is_said_to_move_nothing():
+    model = tiny("gpt2")
+    update = [c.with_(advantage=0.0, group=0) for c in random_chis([(2, 3), (2, 3)])]
+    with pytest.raises(ValueError, match="moves no observed token"):
+        td.verify(model, update, OBSERVED, GRPO())

@@ -1,0 +1,39 @@
+"""What an installation promises: its version, its dependencies, and no top-level package `kernels`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+import tokdyn
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_one_version():
+    assert tokdyn.__version__ == importlib.metadata.version("tokdyn")
+
+
+def test_kernels_is_not_a_top_level_package():
+    found = importlib.util.find_spec("kernels")  # the Hugging Face package of that name may well be installed
+    assert found is None or ROOT / "kernels" not in (Path(place) for place in found.submodule_search_locations or [])
+    ours = importlib.util.find_spec("tokdyn.kernels.token_stats.reference")
+    assert ours is not None and ours.origin is not None and ours.origin.endswith("token_stats/reference.py")
+
+
+def test_the_build_never_needs_torch():
+    assert {Requirement(line).name for line in PROJECT["build-system"]["requires"]} == {"setuptools", "pybind11"}
+
+
+def test_every_dependency_is_pinned_inside_its_range():
+    pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    versions = {pin.name.lower(): next(iter(pin.specifier)).version for pin in pins}
+    assert pins[0].name == "torch", "the Makefile installs it first"
+    optional = [line for lines in PROJECT["project"]["optional-dependencies"].values() for line in lines]
+    for requirement in map(Requirement, PROJECT["project"]["dependencies"] + optional + PROJECT["build-system"]["requires"]):
+        assert requirement.specifier.contains(versions[requirement.name.lower()]), requirement

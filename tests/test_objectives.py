@@ -1,0 +1,425 @@
+"""Objectives against every closed form of theory.md §2, and against autograd through dense logits, in float64."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import sigmoid
+
+from tokdyn import Chi, dynamics
+from tokdyn import objectives as td
+from tokdyn.objectives import Scores
+
+V, U = 13, torch.finfo(torch.float64).eps
+ORACLE = 1e-8
+
+# (role, group, scored tokens, advantage): unequal lengths, interleaved groups, a response of one token
+PAIRS = [("rejected", 7, 4, None), ("chosen", 2, 3, None), ("chosen", 7, 6, None), ("rejected", 2, 5, None),
+         ("chosen", 4, 1, None), ("rejected", 4, 2, None)]  # fmt: skip
+ROLLOUTS = [("response", 0, 6, 1.2), ("response", 5, 4, -0.9), ("response", 0, 3, -0.7), ("response", 5, 7, 0.9),
+            ("response", 0, 5, -0.5)]  # fmt: skip
+
+ALL = [
+    td.SFT(), td.SFT(label_smoothing=0.1), td.DPO(beta=0.3), td.CDPO(beta=0.3, epsilon=0.2), td.IPO(beta=0.4), td.SLiC(),
+    td.SPPO(eta=0.7), td.SPIN(beta=0.2), td.SimPO(beta=1.5, gamma=0.4), td.ORPO(lam=0.6),
+    td.KTO(beta=0.4, z0=0.3, desirable=1.5, undesirable=0.5), td.DPOP(beta=0.3, lam=2.0), td.REINFORCE(), td.PPO(),
+    td.PPO(entropy=0.05), td.GRPO(), td.GRPO(beta=0.3), td.DrGRPO(max_tokens=9, beta=0.3), td.DAPO(beta=0.3),
+    td.GSPO(clip=0.05, clip_high=0.08, beta=0.1), td.SimKO(quantile=0.5, alpha=0.3, beta=0.1), td.LLDS(),
+]  # fmt: skip
+everyone = pytest.mark.parametrize("objective", ALL, ids=repr)
+
+
+def problem(reads, seed=0):
+    """Chis with random reference and old log-probs, and the random logits [L, V] that score their tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    chis, logits = [], []
+    for i, (role, group, n, advantage) in enumerate(ROLLOUTS if reads == "rollouts" else PAIRS):
+        z = 2 * normal(n, V)
+        y = torch.randint(0, V, (n,), generator=generator)
+        if i == 1:
+            y = z.argmax(1)  # a response whose tokens are all of rank 1
+        lp = z.log_softmax(1).gather(1, y[:, None])[:, 0]
+        prompt = torch.randint(0, V, (2,), generator=generator)
+        chis.append(
+            Chi(torch.cat([prompt, y]), torch.arange(n + 2) >= 2, role=role, group=group, advantage=advantage,
+                reference_log_probs=lp + 0.5 * normal(n), old_log_probs=lp + 0.3 * normal(n))
+        )  # fmt: skip
+        logits.append(z)
+    return chis, torch.cat(logits)
+
+
+def read(logits, chis):
+    """What a loss may read of the logits, all of it differentiable."""
+    log_pi = logits.log_softmax(1)
+    y = torch.cat([chi.ids[chi.scored] for chi in chis])
+    top = log_pi.detach().topk(3).indices
+    entropy = -(log_pi.exp() * log_pi).sum(1)
+    return log_pi.gather(1, y[:, None])[:, 0], Scores(entropy, log_pi.mean(1), top, log_pi.gather(1, top))
+
+
+def each(x, chis):
+    return x.split([len(chi) for chi in chis])
+
+
+def close(value, truth):
+    return torch.allclose(value, torch.as_tensor(truth, dtype=value.dtype), rtol=0, atol=ORACLE)
+
+
+# ---------------------------------------------------------------- theorems of every objective
+
+
+def test_every_objective_of_the_library_is_in_the_list():
+    assert {type(objective).__name__ for objective in ALL} == set(td.__all__)
+
+
+@everyone
+def test_G_rebuilt_from_the_gterm_is_the_gradient_of_the_loss_at_the_logits(objective):
+    chis, z = problem(objective.reads)
+    z.requires_grad_()
+    log_probs, scores = read(z, chis)
+    (truth,) = torch.autograd.grad(objective.loss(log_probs, chis, scores), z)
+    gterm = objective.g_terms(log_probs, chis, scores)
+    G = dynamics.G(z.detach(), gterm)
+    rounding = 100 * V * U * float(gterm.c.abs().max())
+    assert truth.abs().max() > 1e-3
+    assert (G - truth).abs().max() <= rounding
+    assert G.sum(1).abs().max() <= rounding  # 1ᵀG = 0: a softmax loss does not see a common shift of the logits
+
+
+@everyone
+def test_c_is_the_finite_difference_of_the_loss(objective):
+    chis, z = problem(objective.reads)
+    log_probs, scores = read(z, chis)
+    step = U ** (1 / 3)
+    slopes = []
+    for e in torch.eye(len(z), dtype=z.dtype):
+        up, down = (objective.loss(log_probs + s * step * e, chis, scores) for s in (1, -1))
+        slopes.append((up - down) / (2 * step))
+    # SimKO's candidates enter as sg(γ/γₙ)γₙ: the value moves with γ alone, and their c is a part of its slope
+    c = objective.g_terms(log_probs, chis, scores).c.reshape(len(z), -1).sum(1)
+    size = 1 + float(objective.loss(log_probs, chis, scores).abs()) + float(c.abs().max())
+    assert (c + torch.stack(slopes)).abs().max() <= 100 * U ** (2 / 3) * size  # truncation step² and rounding U/step alike
+
+
+@everyone
+def test_absent_reference_and_old_log_probs_are_the_policy_itself(objective):
+    chis, z = problem(objective.reads)
+    log_probs, scores = read(z, chis)
+    absent = [chi.with_(reference_log_probs=None, old_log_probs=None) for chi in chis]
+    given = [chi.with_(reference_log_probs=lp, old_log_probs=lp) for chi, lp in zip(chis, each(log_probs, chis), strict=True)]
+    assert torch.equal(objective.g_terms(log_probs, absent, scores).c, objective.g_terms(log_probs, given, scores).c)
+
+
+@everyone
+def test_float32_log_probs_are_read_in_float64_and_c_is_rounded_once(objective):
+    chis, z = problem(objective.reads)
+    log_probs, scores = read(z, chis)
+    c = objective.g_terms(log_probs.float(), chis, scores).c
+    assert c.dtype == torch.float32
+    assert torch.equal(c, objective.g_terms(log_probs.float().double(), chis, scores).c.float())
+
+
+@everyone
+def test_name_and_constants_rebuild_the_objective(objective):
+    described = objective.describe()
+    assert td.by_name(described["name"].upper(), **described["arguments"]) == objective
+
+
+# ---------------------------------------------------------------- closed forms: supervised and preferences
+
+
+def test_sft_pulls_every_token_with_one():
+    chis, z = problem("completion")
+    assert close(td.SFT().g_terms(read(z, chis)[0], chis).c, torch.ones(len(z)))
+
+
+def test_label_smoothing_is_the_target_of_one_minus_eps_on_y_and_eps_on_all():
+    chis, z = problem("completion")
+    log_probs, scores = read(z, chis)
+    y = torch.cat([chi.ids[chi.scored] for chi in chis])
+    target = 0.9 * torch.eye(V, dtype=z.dtype)[y] + 0.1 / V
+    assert close(dynamics.G(z, td.SFT(label_smoothing=0.1).g_terms(log_probs, chis, scores)), z.softmax(1) - target)
+
+
+def odds_slope(mean):
+    return 1 / (1 - mean.exp())
+
+
+def orpo(o, p):
+    pull = o.lam * (1 - sigmoid(torch.logit(p.mean_plus.exp()) - torch.logit(p.mean_minus.exp())))
+    return (1 + pull * odds_slope(p.mean_plus)) / p.n_plus, -pull * odds_slope(p.mean_minus) / p.n_minus
+
+
+def simpo(o, p):
+    pull = o.beta * (1 - sigmoid(o.beta * (p.mean_plus - p.mean_minus) - o.gamma))
+    return pull / p.n_plus, -pull / p.n_minus
+
+
+def both(c):
+    return c, -c
+
+
+def dpop(o, p):
+    pull = o.beta * (1 - sigmoid(o.beta * (p.h - o.lam * max(0, -p.r_plus))))
+    return pull * (1 + o.lam * (p.r_plus < 0)), -pull
+
+
+def kto(o, p):
+    k_plus, k_minus = sigmoid(o.beta * p.r_plus - o.z0), sigmoid(o.z0 - o.beta * p.r_minus)
+    return o.desirable * o.beta * k_plus * (1 - k_plus), -o.undesirable * o.beta * k_minus * (1 - k_minus)
+
+
+def cdpo(o, p):
+    a = sigmoid(o.beta * p.h)
+    return both(o.beta * ((1 - o.epsilon) * (1 - a) - o.epsilon * a))
+
+
+PAIR_FORMS = {
+    "DPO": lambda o, p: both(o.beta * (1 - sigmoid(o.beta * p.h))),
+    "SPIN": lambda o, p: both(o.beta * (1 - sigmoid(o.beta * p.h))),
+    "CDPO": cdpo,
+    "IPO": lambda o, p: both(2 * (1 / (2 * o.beta) - p.h)),
+    "SPPO": lambda o, p: (2 * (o.eta / 2 - p.r_plus), -2 * (p.r_minus + o.eta / 2)),
+    "SLiC": lambda o, p: both(1.0 * (p.gap < o.delta)),
+    "SimPO": simpo,
+    "ORPO": orpo,
+    "KTO": kto,
+    "DPOP": dpop,
+}
+
+
+def pairs(chis, log_probs):
+    """Facts of each pair (means, log-ratios) and where its two responses lie in the list."""
+    lps = each(log_probs, chis)
+    for group in {chi.group for chi in chis}:
+        at = {chi.role: i for i, chi in enumerate(chis) if chi.group == group}
+        plus, minus = at["chosen"], at["rejected"]
+        r_plus, r_minus = ((lps[i] - chis[i].reference_log_probs).sum() for i in (plus, minus))
+        yield plus, minus, SimpleNamespace(
+            r_plus=r_plus, r_minus=r_minus, h=r_plus - r_minus, gap=lps[plus].sum() - lps[minus].sum(),
+            mean_plus=lps[plus].mean(), mean_minus=lps[minus].mean(), n_plus=len(lps[plus]), n_minus=len(lps[minus]),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", [o for o in ALL if o.reads == "preference"], ids=repr)
+@pytest.mark.parametrize("seed", range(3))
+def test_preference_c_has_its_closed_form(objective, seed):
+    chis, z = problem("preference", seed)
+    log_probs, _ = read(z, chis)
+    c = each(objective.g_terms(log_probs, chis).c, chis)
+    for plus, minus, facts in pairs(chis, log_probs):
+        c_plus, c_minus = PAIR_FORMS[type(objective).__name__](objective, facts)
+        assert close(c[plus], c_plus.expand(facts.n_plus))
+        assert close(c[minus], c_minus.expand(facts.n_minus))
+
+
+def test_slic_acts_on_one_side_of_its_hinge_only_and_always_on_the_reference_response():
+    chis, z = problem("preference")
+    log_probs, _ = read(z, chis)
+    gaps = sorted(float(facts.gap) for *_, facts in pairs(chis, log_probs))
+    between = td.SLiC(delta=(gaps[1] + gaps[2]) / 2, lam=0.25)
+    kept = chis[0].with_(role="reference", group=99)
+    c = each(between.g_terms(torch.cat([log_probs, log_probs[: len(kept)]]), [*chis, kept]).c, [*chis, kept])
+    for plus, minus, facts in pairs(chis, log_probs):
+        active = float(float(facts.gap) < between.delta)
+        assert (c[plus] == active).all() and (c[minus] == -active).all()
+    assert sum(bool(part.any()) for part in c[:-1]) == 4  # two pairs inside the hinge, one outside
+    assert close(c[-1], torch.full((len(kept),), 0.25))
+
+
+@pytest.mark.parametrize("shift", [-0.1, 0.0, 0.1])
+def test_dpop_pays_for_a_lowered_chosen_answer_only(shift):
+    chis, z = problem("preference")
+    log_probs, _ = read(z, chis)
+    raised = [chi.with_(reference_log_probs=lp - shift) for chi, lp in zip(chis, each(log_probs, chis), strict=True)]
+    c = each(td.DPOP(lam=2.0).g_terms(log_probs, raised).c, chis)
+    for plus, minus, _ in pairs(raised, log_probs):
+        assert close(c[plus][0] / -c[minus][0], 3.0 if shift < 0 else 1.0)
+
+
+# ---------------------------------------------------------------- closed forms: policy gradients
+
+
+def clipped(A, ratio, low, high):
+    """Tokens whose surrogate is flat: already moved further than the clip the way A wants."""
+    return ((A > 0) & (ratio > 1 + high)) | ((A < 0) & (ratio < 1 - low))
+
+
+def rollouts(chis, log_probs):
+    for chi, lp in zip(chis, each(log_probs, chis), strict=True):
+        group = [other for other in chis if other.group == chi.group]
+        yield SimpleNamespace(
+            A=torch.tensor(chi.advantage, dtype=lp.dtype), n=len(chi), G=len(group), tokens=sum(map(len, group)),
+            ratio=(lp - chi.old_log_probs).exp(), rho=chi.reference_log_probs - lp,
+        )  # fmt: skip
+
+
+def surrogate(o, t, ratio, high=None):
+    return t.A * ratio * ~clipped(t.A, ratio, o.clip, o.clip if high is None else high)
+
+
+def kl(o, t):
+    return o.beta * (1 - t.rho.exp())
+
+
+POLICY_FORMS = {
+    "REINFORCE": lambda o, t: t.A.expand(t.n),
+    "PPO": lambda o, t: surrogate(o, t, t.ratio),
+    "GRPO": lambda o, t: (surrogate(o, t, t.ratio) - kl(o, t)) / (t.G * t.n),
+    "DrGRPO": lambda o, t: (surrogate(o, t, t.ratio) - kl(o, t)) / (t.G * o.max_tokens),
+    "DAPO": lambda o, t: (surrogate(o, t, t.ratio, o.clip_high) - kl(o, t)) / t.tokens,
+    "GSPO": lambda o, t: (surrogate(o, t, t.ratio.log().mean().exp(), o.clip_high) - kl(o, t)) / (t.G * t.n),
+}
+
+
+@pytest.mark.parametrize("objective", [o for o in ALL if type(o).__name__ in POLICY_FORMS], ids=repr)
+def test_policy_gradient_c_has_its_closed_form(objective):
+    flat = 0
+    for seed in range(3):
+        chis, z = problem("rollouts", seed)
+        log_probs, scores = read(z, chis)
+        c = objective.g_terms(log_probs, chis, scores).c
+        facts = list(rollouts(chis, log_probs))
+        assert close(c, torch.cat([POLICY_FORMS[type(objective).__name__](objective, t) for t in facts]))
+        flat += sum(int(clipped(t.A, t.ratio, 0.2, 0.2).sum()) for t in facts)
+    assert 0 < flat < 3 * len(z)  # both sides of the clip were met
+
+
+def one_token(ratio, advantage):
+    """One response of one token with pi/pi_old = ratio, and its log-prob."""
+    lp = torch.tensor([-1.5], dtype=torch.float64)
+    old = lp - torch.tensor([ratio], dtype=torch.float64).log()
+    return lp, [Chi(torch.tensor([0, 1]), torch.tensor([False, True]), advantage=float(advantage), old_log_probs=old)]
+
+
+@pytest.mark.parametrize(
+    "objective, ratio, advantage, moves",
+    [(td.GRPO(), 1.19, 1, 1), (td.GRPO(), 1.21, 1, 0), (td.GRPO(), 1.21, -1, 1), (td.GRPO(), 0.79, -1, 0),
+     (td.GRPO(), 0.79, 1, 1), (td.DAPO(), 1.27, 1, 1), (td.DAPO(), 1.29, 1, 0), (td.DAPO(), 0.79, -1, 0),
+     (td.DAPO(), 0.81, -1, 1)],
+)  # fmt: skip
+def test_the_clip_stops_only_what_has_already_moved_as_wanted(objective, ratio, advantage, moves):
+    lp, chis = one_token(ratio, advantage)
+    assert close(objective.g_terms(lp, chis).c, [moves * advantage * ratio])
+
+
+def test_the_kl_term_of_grpo_pulls_towards_the_reference():
+    chis, z = problem("rollouts")
+    log_probs, _ = read(z, chis)
+    idle = [chi.with_(advantage=0.0) for chi in chis]
+    c = td.GRPO(beta=0.3).g_terms(log_probs, idle).c
+    assert torch.equal(c.sign(), torch.cat([t.rho for t in rollouts(chis, log_probs)]).sign())
+
+
+def test_an_entropy_bonus_is_v_of_minus_k_and_leaves_c():
+    chis, z = problem("rollouts")
+    log_probs, scores = read(z, chis)
+    gterm, plain = (td.PPO(entropy=k).g_terms(log_probs, chis, scores) for k in (0.05, 0.0))
+    assert close(gterm.v, torch.full((len(z),), -0.05)) and plain.v is None
+    assert torch.equal(gterm.c, plain.c)
+
+
+def forking(objective, chis, scores):
+    """Which tokens lie above the entropy quantile of their own response."""
+    return torch.cat([h > h.quantile(objective.quantile) for h in each(scores.entropy, chis)])
+
+
+def test_simko_shares_a_positive_gradient_with_the_candidates_without_changing_the_value():
+    chis, z = problem("rollouts")
+    chis = [chi.with_(advantage=abs(chi.advantage)) for chi in chis]
+    log_probs, scores = read(z, chis)
+    objective, plain = td.SimKO(quantile=0.5, alpha=0.3), td.GRPO()
+    assert abs(objective.loss(log_probs, chis, scores) - plain.loss(log_probs, chis)) <= 100 * U
+    gamma = plain.g_terms(log_probs, chis).c[:, None]  # A sg(γ)/(G|y|), 0 where clipped
+    e, eye = torch.eye(V, dtype=z.dtype)[torch.cat([chi.ids[chi.scored] for chi in chis])], torch.eye(V, dtype=z.dtype)
+    shared = 0.7 * e + 0.3 / 3 * eye[scores.candidates].sum(1)
+    gate = forking(objective, chis, scores)[:, None]
+    assert 0 < gate.sum() < len(z)
+    G = dynamics.G(z, objective.g_terms(log_probs, chis, scores))
+    assert close(G, -gamma * (torch.where(gate, shared, e) - z.softmax(1)))
+
+
+def test_simko_presses_harder_on_a_wrong_token_of_rank_one():
+    chis, z = problem("rollouts")
+    chis = [chi.with_(advantage=-abs(chi.advantage), old_log_probs=None) for chi in chis]
+    log_probs, scores = read(z, chis)
+    objective = td.SimKO(quantile=0.5, lam=1.15)
+    first = z.argmax(1) == torch.cat([chi.ids[chi.scored] for chi in chis])
+    gate = forking(objective, chis, scores)
+    assert (first & gate).any() and (first & ~gate).any() and (~first & gate).any()
+    factor = torch.where(first & gate, 1.15, 1.0)
+    assert close(objective.g_terms(log_probs, chis, scores).c, factor * td.GRPO().g_terms(log_probs, chis).c)
+
+
+def test_llds_pulls_lost_tokens_of_responses_that_lost_in_sum():
+    met = set()
+    for seed in range(3):
+        chis, z = problem("rollouts", seed)
+        log_probs, _ = read(z, chis)
+        extra = td.LLDS(lam=0.4).g_terms(log_probs, chis).c - td.GRPO().g_terms(log_probs, chis).c
+        for chi, lp, pull in zip(chis, each(log_probs, chis), each(extra, chis), strict=True):
+            drop = chi.old_log_probs - lp
+            assert close(pull, 0.4 * (drop > 0) * (drop.sum() > 0))
+            met.add((bool(drop.sum() > 0), bool((drop > 0).any())))
+    assert {(True, True), (False, True)} <= met
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_ones():
+    with pytest.raises(ValueError, match="unknown objective 'grp0': did you mean GRPO"):
+        td.by_name("grp0")
+    with pytest.raises(ValueError, match="unknown objective 'qqq': known: SFT, DPO"):
+        td.by_name("qqq")
+
+
+def test_an_unknown_constant_is_answered_with_those_there_are():
+    with pytest.raises(ValueError, match="DPO has no constant 'gamma': it has beta"):
+        td.by_name("dpo", gamma=1.0)
+
+
+@pytest.mark.parametrize("role, group", [("rejected", 2), ("chosen", 8)])
+def test_a_group_without_its_pair_is_named(role, group):
+    chis, z = problem("preference")
+    chis[1] = chis[1].with_(role=role, group=group)
+    with pytest.raises(ValueError, match=r"group [28] must hold one chosen and one rejected"):
+        td.DPO().g_terms(read(z, chis)[0], chis)
+
+
+def test_kto_needs_chosen_or_rejected():
+    chis, z = problem("rollouts")
+    with pytest.raises(ValueError, match="KTO needs the role"):
+        td.KTO().g_terms(read(z, chis)[0], chis)
+
+
+@pytest.mark.parametrize("objective", [o for o in ALL if o.reads == "rollouts"], ids=repr)
+def test_a_missing_advantage_is_said(objective):
+    chis, z = problem("preference")
+    log_probs, scores = read(z, chis)
+    with pytest.raises(ValueError, match="needs Chi.advantage"):
+        objective.g_terms(log_probs, chis, scores)
+
+
+def test_log_probs_of_the_wrong_length_are_refused():
+    chis, z = problem("completion")
+    with pytest.raises(ValueError, match=r"log_probs must have shape \[L\]=\(21,\), got \[20\]"):
+        td.SFT().g_terms(read(z, chis)[0][1:], chis)
+
+
+def test_a_sequence_without_scored_tokens_is_refused():
+    chis, z = problem("completion")
+    empty = chis[0].with_(scored=torch.zeros_like(chis[0].scored), reference_log_probs=None, old_log_probs=None)
+    with pytest.raises(ValueError, match="sequence 6 has no scored token"):
+        td.SimPO().g_terms(read(z, chis)[0], [*chis, empty])
+
+
+@pytest.mark.parametrize("objective", [o for o in ALL if o.needs], ids=repr)
+def test_a_needed_score_that_is_absent_is_named(objective):
+    chis, z = problem(objective.reads)
+    with pytest.raises(ValueError, match=f"{type(objective).__name__} needs scores.{objective.needs[0]}"):
+        objective.g_terms(read(z, chis)[0], chis)

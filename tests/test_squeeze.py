@@ -1,0 +1,111 @@
+"""Squeezing: the toy numbers of the notebook, the lemma, and the sign rule (theory.md §4)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tokdyn import squeeze
+
+# the recipe and the results of the learning-dynamics paper's toy notebook, recomputed in float64
+ORACLE = json.loads((Path(__file__).parent / "oracles" / "squeeze.json").read_text())
+
+
+def toy():
+    """The recipe of the oracle file, draw by draw."""
+    random = np.random.RandomState(10086)
+    X = torch.tensor(random.randn(4))
+    W = {name: torch.tensor(w) for name, w in (("uniform", random.randn(4, 50)), ("flat", 1 + 0.05 * random.randn(4, 50)))}
+    peaky = torch.tensor(random.randn(4, 50))
+    z = X @ peaky
+    many_hot = torch.zeros(50, dtype=torch.float64).index_fill(0, torch.arange(5, 13), 1.0)
+    z = z + (X @ X) * (many_hot - z.softmax(-1))  # the notebook's gradient is p - y also for this y, which sums to 8
+    return X, {name: X @ w for name, w in W.items()} | {"peaky": z}
+
+
+@pytest.mark.parametrize("name", ORACLE["cases"])
+def test_toy_numbers_of_the_notebook(name):
+    X, logits = toy()
+    z = logits[next(kind for kind in logits if kind in name)]
+    update = ORACLE["cases"][name]["update"]
+    targets = [update[key] for key in ("minus", "plus") if key in update]
+    c = [sign * update[rate] for key, rate, sign in (("minus", "lm", -1.0), ("plus", "lp", 1.0)) if key in update]
+    after = squeeze.step(z, torch.tensor(targets), torch.tensor(c, dtype=torch.float64), float(X @ X))
+    p, q = z.softmax(-1), after.softmax(-1)
+    expected = ORACLE["cases"][name]
+    assert int(p.argmax()) == expected["argmax_before"]
+    assert (int((q > p).sum()), int((q < p).sum())) == (expected["up"], expected["down"])
+    for value, truth in ((p, expected["entropy_before"]), (q, expected["entropy_after"])):
+        assert float(-(value * value.log()).sum()) == pytest.approx(truth, rel=1e-6)
+    for token, (before, later) in expected["prob"].items():
+        assert float(p[int(token)]) == pytest.approx(before, rel=1e-6)
+        assert float(q[int(token)]) == pytest.approx(later, rel=1e-6)
+
+
+def random_rows(T=200, V=30):
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(T, V, dtype=torch.float64, generator=g) * torch.linspace(0.1, 5, T, dtype=torch.float64)[:, None]
+    return z, torch.randint(0, V, (T,), generator=g)
+
+
+def test_ratio_of_probabilities_is_the_lemmas():
+    z, y = random_rows()
+    eta = 0.7
+    p = z.softmax(-1)
+    delta = eta * (p - torch.nn.functional.one_hot(y, 30))
+    beta = (delta[:, None, :] - delta[:, :, None]).exp()  # beta_j = exp(delta_j - delta_i) for every i
+    lemma = z.exp().sum(1)[:, None] / (beta * z.exp()[:, None, :]).sum(2)
+    q = squeeze.step(z, y, -torch.ones(200, dtype=torch.float64), eta).softmax(-1)
+    assert torch.allclose(q / p, lemma, rtol=1e-12)
+
+
+def test_negative_step_lowers_its_target_and_lifts_another_argmax():
+    z, y = random_rows()
+    stats = squeeze.diagnose(z, y, -torch.ones(200, dtype=torch.float64), 0.5)
+    assert bool((stats.target_after < stats.target_before).all())
+    other = z.argmax(1) != y
+    assert bool((stats.argmax_gain[other] > 0).all())
+
+
+def test_sign_rule_is_the_first_order_of_the_step():
+    z, y = random_rows()
+    for c in (-1.0, 0.5):
+        weight = torch.full((200,), c, dtype=torch.float64)
+        h = 1e-6
+        change = (squeeze.step(z, y, weight, h).log_softmax(-1) - squeeze.step(z, y, weight, -h).log_softmax(-1)) / (2 * h)
+        assert torch.allclose(squeeze.sign_rule(z.softmax(-1), y, weight), change, atol=1e-8)  # h² and eps/h
+    p = z.softmax(-1)
+    rule = squeeze.sign_rule(p, y, -torch.ones(200, dtype=torch.float64)) < 0
+    other = torch.nn.functional.one_hot(y, 30) == 0
+    said = p < p.square().sum(1, keepdim=True) - p.gather(1, y[:, None])
+    assert torch.equal(rule & other, said & other)
+
+
+def test_at_fixed_p_a_less_likely_target_makes_every_other_token_fall_more():
+    z = torch.randn(30, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    order = z.argsort()
+    likely, unlikely = order[20], order[0]
+    minus = torch.tensor(-1.0, dtype=torch.float64)
+    a, b = (squeeze.step(z, y, minus, 0.1).log_softmax(-1) for y in (likely, unlikely))
+    others = [i for i in range(30) if i not in (int(likely), int(unlikely))]
+    assert bool((b[others] < a[others]).all())
+
+
+def test_shared_prefix_of_a_pair_cannot_squeeze():
+    """With shared features a pair's opposite weights leave Γ = c (e₊ - e₋): zero on equal tokens, two logits on different ones."""
+    z, y = random_rows(1)
+    weights = torch.tensor([[0.3, -0.3]], dtype=torch.float64)
+    same = squeeze.step(z, torch.stack([y, y], 1), weights, 1.0)
+    assert torch.allclose(same, z, atol=1e-15)
+    other = (y + 1) % 30
+    moved = squeeze.step(z, torch.stack([y, other], 1), weights, 1.0) - z
+    assert sorted(moved.abs().gt(1e-12).nonzero()[:, 1].tolist()) == sorted([int(y), int(other)])
+
+
+def test_dtype_is_kept_and_shapes_are_checked():
+    z = torch.randn(3, 7, dtype=torch.bfloat16)
+    assert squeeze.step(z, torch.tensor([0, 1, 2]), -torch.ones(3), 0.1).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="targets and c must both have shape"):
+        squeeze.step(z, torch.tensor([0, 1]), torch.ones(2), 0.1)

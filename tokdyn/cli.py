@@ -1,0 +1,181 @@
+"""The command line: `tokdyn profile`, `tokdyn report`, `tokdyn doctor`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+out_console, err_console = Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.callback()
+def about() -> None:
+    """tokdyn: which token of an update moved which token of an answer, which way, how much, and why."""
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """A user's mistake ends in one sentence and exit code 2, an interrupt in 130; anything else is our bug and shows as one."""
+    try:
+        yield
+    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        err_console.print("error:", style="bold red", end=" ")
+        err_console.print(str(error), markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        err_console.print("interrupted before there was anything to keep; nothing was written", style="yellow")
+        raise typer.Exit(130) from None
+
+
+def constants(pairs: list[str]) -> dict[str, float]:
+    """'beta=0.1' as keyword arguments."""
+    found = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise ValueError(f"--set takes NAME=NUMBER, got {pair!r}") from None
+    return found
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Option(help="'demo', a local folder, or a hub name")] = "demo",
+    data: Annotated[str, typer.Option(help="'demo', or a .jsonl or .parquet file with prompt/completion or "
+                                           "prompt/chosen/rejected")] = "demo",  # fmt: skip
+    objective: Annotated[str, typer.Option(help="loss of the update: sft, dpo, ipo, simpo, kto, grpo, …")] = "dpo",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="constant of the objective, e.g. beta=0.5")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="rows of the data in the update")] = 2,
+    held_out: Annotated[int, typer.Option(min=0, help="further rows that are only observed")] = 1,
+    skip: Annotated[int, typer.Option(min=0, help="rows to pass over first")] = 0,
+    eta: Annotated[float | None, typer.Option(help="size of the checking step; by default 0.1 nats at the largest")] = None,
+    scope: Annotated[str, typer.Option(help="full, readout, backbone, or a regular expression over parameter names")] = "full",
+    method: Annotated[str, typer.Option(help="how the matrix is computed: naive, tangent, or none")] = "naive",
+    reference: Annotated[str | None, typer.Option(help="reference model; the policy itself when absent")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="longest sequence in tokens")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/profile"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that lies there")] = False,
+) -> None:
+    """Profile the token-level forces of one update and write run.json, tokens.parquet, forces.safetensors and report.html.
+
+    Ctrl-C during the matrix keeps what is done as a readable partial run.
+    """
+    with plain_errors():
+        import tokdyn as td
+        from tokdyn.data import read, sequences, watched
+        from tokdyn.loading import DEMO_PAIRS, load_model
+        from tokdyn.store import check_free
+        from tokdyn.summary import summary
+
+        check_free(out, overwrite)
+        loss = td.objectives.by_name(objective, **constants(set_ or []))
+        table = read(DEMO_PAIRS if data == "demo" else data)
+        wanted = rows + held_out
+        if len(table) - skip < rows:
+            raise ValueError(f"{data} has {len(table)} rows, after skipping {skip} there are not {rows} for the update")
+        table = table[skip : skip + wanted]
+        with progress() as stage:
+            stage(f"loading {model}", 0, 0)
+            lm, tokenizer = load_model(model, device)
+            other = load_model(reference, device)[0] if reference else None
+            update = sequences(tokenizer, table[:rows], loss, max_length=max_length)
+            observe = watched(tokenizer, table, max_length=max_length)
+            run = td.profile(
+                lm, update, observe, loss, tokenizer=tokenizer, eta=eta, scope=scope, method=method, reference=other, out=out,
+                overwrite=overwrite, stage=stage,
+                about={"model": {"name": model}, "data": {"path": data, "rows": len(table), "used": wanted}},
+            )  # fmt: skip
+        out_console.print(summary(run))
+        out_console.print(f"Run in {out}, page in {out / 'report.html'}")
+        if run.about["status"] != "complete":
+            raise typer.Exit(130)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="folder of a run")]) -> None:
+    """Show a run in the terminal and write its page anew."""
+    with plain_errors():
+        import tokdyn as td
+        from tokdyn.summary import summary
+
+        found = td.load(run)
+        found.to_html(run / "report.html")
+        out_console.print(summary(found))
+        out_console.print(f"Page in {run / 'report.html'}")
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, which native parts were built, and a check of the mathematics on a tiny model."""
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+    from rich.table import Table
+
+    from tokdyn import __version__, _native
+    from tokdyn.loading import DEMO_MODEL
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("tokdyn", __version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} processors")
+    for name in ("torch", "transformers", "numpy", "triton", "trl", "peft"):
+        try:
+            table.add_row(name, version(name))
+        except PackageNotFoundError:
+            table.add_row(name, "not installed", style="dim")
+    cuda = torch.cuda.is_available()
+    table.add_row("device", torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads (no CUDA device)")
+    for part, state in _native.parts().items():
+        table.add_row(part, state)
+    table.add_row("demo model", "present" if (DEMO_MODEL / "model.safetensors").exists() else "missing")
+    with progress() as stage:
+        stage("checking the mathematics", 0, 0)
+        error = self_check()
+    good = error < 1e-5
+    table.add_row("exact forces", f"{'agree' if good else 'DISAGREE'} with one gradient per token: relative error {error:.1e}")
+    out_console.print(table)
+    if not good:
+        raise typer.Exit(1)
+
+
+def self_check() -> float:
+    """Relative error of a tangent reduction against the row sums of the naive matrix, on a tiny random model."""
+    from tokdyn import forces
+    from tokdyn.testing import random_chis, relative_error, tiny
+
+    model, u, o = tiny("llama"), random_chis([(3, 4)], seed=1), random_chis([(2, 5)], seed=2)
+    truth = forces(model, u, o, method="naive").matrix
+    value = forces(model, u, o, reduce="update").vector
+    assert truth is not None and value is not None
+    return relative_error(value, truth.sum(1))
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Any]:
+    """A line that says what is being done, with a bar where there is something to count."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    bar = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   console=err_console, transient=True)  # fmt: skip
+    with bar:
+        task = bar.add_task("starting", total=None)
+
+        def stage(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        yield stage
