@@ -50,7 +50,10 @@ def test_G_sums_to_zero_for_every_kind_of_term(logits):
 def dense():
     """A tiny GPT-2 in float64 (its forward pass is pure float64) with the logits' dense Jacobians on both sides."""
     model = tiny("gpt2", vocabulary=23).double()
-    u = [c.with_(role=r, group=0) for c, r in zip(random_chis([(2, 3), (2, 2)], seed=1, vocabulary=23), ("chosen", "rejected"), strict=True)]
+    u = [
+        c.with_(role=r, group=0)
+        for c, r in zip(random_chis([(2, 3), (2, 2)], seed=1, vocabulary=23), ("chosen", "rejected"), strict=True)
+    ]
     o = random_chis([(3, 4)], seed=2, vocabulary=23)
     jacobians, logits = [], []
     with trace(model) as tracer:

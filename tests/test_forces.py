@@ -46,7 +46,9 @@ def test_readout_in_closed_form_is_the_kernel_of_the_readout_weight_alone(family
     assert relative_error(closed.matrix, naive) < FP32
     for reduce, axis in (("update", 1), ("observe", 0)):
         vector = td.forces(model, update, OBSERVED, DPO(), scope="readout", reduce=reduce).vector
-        assert torch.allclose(vector, closed.matrix.sum(axis), rtol=1e-4, atol=1e-5 * float(closed.matrix.abs().sum(axis).max()))
+        assert torch.allclose(
+            vector, closed.matrix.sum(axis), rtol=1e-4, atol=1e-5 * float(closed.matrix.abs().sum(axis).max())
+        )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama_bias"])

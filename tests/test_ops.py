@@ -118,7 +118,9 @@ def test_readout_forces_are_inner_products_of_readout_gradients(softcap, train_b
 
     def gradients(values):
         wanted = [W, b] if train_bias else [W]
-        return torch.stack([torch.cat([x.flatten() for x in torch.autograd.grad(v, wanted, retain_graph=True)]) for v in values])
+        return torch.stack(
+            [torch.cat([x.flatten() for x in torch.autograd.grad(v, wanted, retain_graph=True)]) for v in values]
+        )
 
     lp = log_pi(h_u)
     loss = -(c * lp.gather(1, targets)).sum(1) - v * (lp.exp() * lp).sum(1) - u * lp.mean(1)

@@ -23,7 +23,7 @@ from tokdyn.report import page, render
 PAIRS = (
     (
         "How do I keep basil alive on a windowsill?",
-        " Give it at least six hours of sun, and water the soil, not the leaves, when the top feels dry. Pinch the tips weekly.",
+        " Give it at least six hours of sun, and water the soil, not the leaves, when the top is dry. Pinch the tips weekly.",
         " Just water it a lot every day and it will be fine. Basil is easy, so do not worry about the sun or the soil.",
     ),
     (
@@ -122,7 +122,8 @@ def synthetic_run(
     top = log_pi_u.argmax(axis=1)
     table: dict[str, list[Any]] = {name: [] for name in (
         "side", "row", "sequence", "group", "role", "position", "token_id", "token", "log_prob", "entropy", "g_norm",
-        "collision", "rank", "argmax_token", "argmax_log_prob", *[k for k, v in page.COLUMNS.items() if len(v) == 1])}  # fmt: skip
+        "collision", "rank", "argmax_token", "argmax_log_prob", *[k for k, v in page.COLUMNS.items() if len(v) == 1],
+    )}  # fmt: skip
     moved = actual(eta)
     for side, log_pi in (("updated", log_pi_u), ("observed", log_pi_o)):
         for i, (number, group, role, t, y, _) in enumerate(rows[side]):
@@ -169,12 +170,16 @@ def synthetic_run(
         "checks": {"row_sum_against_vector": 3.1e-7, "largest_probability_error": 1.2e-16},
         "seconds": {"load": 0.41, "trace": 1.93, "forces": 21.7, "verify": 3.02},
         "versions": {"python": "3.11.7", "torch": "2.13.0+cpu", "transformers": "5.17.0", "numpy": "2.4.6"},
-        "coverage": {"parameters": W.size, "covered": W.size, "share": 1.0},
+        "coverage": {"readout.weight": "exact", "embedding.weight": "frozen"},
         "findings": [
-            {"title": f"“{vocabulary[y_o[best]].strip()}” moved most", "text": f"Its log-probability changed by {moved[best]:+.3f} nats, by prediction {predicted[best]:+.3f}."},
-            {"title": "The answers as a whole", "text": f"Summed over {len(y_o)} observed tokens the step changed the log-probability by {total:+.2f} nats."},
-            {"title": "The forces explain the step", "text": f"Predicted and actual changes agree; what is left falls with the square of the learning rate."},
-            {"title": "Pushing down lifts the argmax", "text": "Where a token was pushed down, the model's first choice gained in most places."},
+            {"title": f"“{vocabulary[y_o[best]].strip()}” moved most",
+             "text": f"Its log-probability changed by {moved[best]:+.3f} nats, by prediction {predicted[best]:+.3f}."},
+            {"title": "The answers as a whole",
+             "text": f"Summed over {len(y_o)} observed tokens the step changed the log-probability by {total:+.2f} nats."},
+            {"title": "The forces explain the step",
+             "text": "Predicted and actual changes agree; what is left falls with the square of the learning rate."},
+            {"title": "Pushing down lifts the argmax",
+             "text": "Where a token was pushed down, the model's first choice gained in most places."},
         ],
     }  # fmt: skip
     return about, tokens, matrix
@@ -293,10 +298,19 @@ def test_header_findings_and_footer_need_no_script(run: Any, html: str) -> None:
     """What was run, what was found and with what is plain HTML."""
     about, words = run[0], Tags(html).words
     L, M = run[2].shape[1], run[2].shape[0]
-    assert f"One DPO step on synthetic-readout: how {L} update tokens move {M} observed tokens at learning rate η = 0.4" in words
+    assert f"One DPO step on synthetic-readout: how {L} update tokens move {M} observed tokens" in words
+    assert "observed tokens at learning rate η = 0.4" in words
     for finding in about["findings"]:
         assert finding["title"] in words and finding["text"] in words
-    for text in ("complete run", "beta = 0.1", "torch 2.13.0+cpu", "forces 21.7", "row sum against vector 3.1e−07", "share 1"):
+    for text in (
+        "complete run",
+        "beta = 0.1",
+        "torch 2.13.0+cpu",
+        "forces 21.7",
+        "row sum against vector 3.1×10⁻⁷",
+        "exact 1 tensor",
+        "frozen 1 tensor: emb",
+    ):
         assert text in words, text
     assert "Partial run" not in words
 
@@ -346,7 +360,7 @@ def test_hostile_text_stays_text(run: Any) -> None:
     html = render(about, renamed(tokens, "token", texts), matrix)
     html.encode("utf-8")
     page = Tags(html)
-    assert not [tag for tag, _ in page.tags if tag in ("img", "b") and tag == "img"]
+    assert "img" not in [tag for tag, _ in page.tags]
     assert len([1 for tag, _ in page.tags if tag == "script"]) == 2
     assert nasty in page.words and "<b>bold</b>" in page.words
     (embedded,) = [text for _, attrs, text in page.raw if attrs.get("id") == "payload"]
@@ -426,7 +440,7 @@ def test_shapes_and_columns_are_checked(run: Any) -> None:
     """A matrix of another run, or a table that places no tokens, is refused with a sentence."""
     about, tokens, matrix = run
     M, L = matrix.shape
-    with pytest.raises(ValueError, match=rf"matrix must have shape \[M, L\]=\({M}, {L}\) to match tokens, got \({L}, {M - 1}\)"):
+    with pytest.raises(ValueError, match=rf"matrix must have shape \[M, L\]=\({M}, {L}\) .* got \({L}, {M - 1}\)"):
         render(about, tokens, matrix.T[:, 1:])
     with pytest.raises(ValueError, match=r"tokens lacks the columns \['row'\]"):
         render(about, tokens.drop_columns(["row"]), matrix)

@@ -94,7 +94,7 @@ def test_at_fixed_p_a_less_likely_target_makes_every_other_token_fall_more():
 
 
 def test_shared_prefix_of_a_pair_cannot_squeeze():
-    """With shared features a pair's opposite weights leave Γ = c (e₊ - e₋): zero on equal tokens, two logits on different ones."""
+    """With shared features a pair leaves Γ = c (e₊ - e₋): zero where the tokens agree, two logits where they differ."""
     z, y = random_rows(1)
     weights = torch.tensor([[0.3, -0.3]], dtype=torch.float64)
     same = squeeze.step(z, torch.stack([y, y], 1), weights, 1.0)

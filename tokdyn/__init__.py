@@ -1,6 +1,6 @@
 """tokdyn: how every token of a fine-tuning update moves every token of another answer.
 
-    Δ log pi(y_m) ≈ eta Σ_l F[m,l],    F[m,l] = -[A_m K_{m,l} G_l]_{y_m}
+Δ log pi(y_m) ≈ eta Σ_l F[m,l],    F[m,l] = -[A_m K_{m,l} G_l]_{y_m}
 """
 
 from . import dynamics, objectives, ops, squeeze

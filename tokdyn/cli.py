@@ -53,8 +53,9 @@ def constants(pairs: list[str]) -> dict[str, float]:
 @app.command()
 def profile(
     model: Annotated[str, typer.Option(help="'demo', a local folder, or a hub name")] = "demo",
-    data: Annotated[str, typer.Option(help="'demo', or a .jsonl or .parquet file with prompt/completion or "
-                                           "prompt/chosen/rejected")] = "demo",  # fmt: skip
+    data: Annotated[
+        str, typer.Option(help="'demo', or a .jsonl or .parquet file with prompt/completion or prompt/chosen/rejected")
+    ] = "demo",  # fmt: skip
     objective: Annotated[str, typer.Option(help="loss of the update: sft, dpo, ipo, simpo, kto, grpo, …")] = "dpo",
     set_: Annotated[list[str] | None, typer.Option("--set", help="constant of the objective, e.g. beta=0.5")] = None,
     rows: Annotated[int, typer.Option(min=1, help="rows of the data in the update")] = 2,
@@ -132,14 +133,18 @@ def doctor() -> None:
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("tokdyn", __version__)
-    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} processors")
+    table.add_row(
+        "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} processors"
+    )
     for name in ("torch", "transformers", "numpy", "triton", "trl", "peft"):
         try:
             table.add_row(name, version(name))
         except PackageNotFoundError:
             table.add_row(name, "not installed", style="dim")
     cuda = torch.cuda.is_available()
-    table.add_row("device", torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads (no CUDA device)")
+    table.add_row(
+        "device", torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads (no CUDA device)"
+    )
     for part, state in _native.parts().items():
         table.add_row(part, state)
     table.add_row("demo model", "present" if (DEMO_MODEL / "model.safetensors").exists() else "missing")

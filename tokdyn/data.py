@@ -32,7 +32,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
         try:
             numbered, unit = list(enumerate(pq.read_table(path).to_pylist(), 1)), "row"
-        except ValueError as error:  # pyarrow's own name no file
+        except (ValueError, OSError) as error:  # pyarrow does not name the file
             raise ValueError(f"{path} is not a parquet file ({error})") from None
     elif path.suffix in (".jsonl", ".json"):
         numbered, unit = [], "line"

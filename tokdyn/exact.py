@@ -61,7 +61,9 @@ def select(tracer: Tracer, scope: str) -> dict[str, str]:
         try:
             pattern = re.compile(scope)
         except re.error as error:
-            raise ValueError(f'scope must be "full", "readout", "backbone" or a regular expression, got {scope!r}: {error}') from None
+            raise ValueError(
+                f'scope must be "full", "readout", "backbone" or a regular expression, got {scope!r}: {error}'
+            ) from None
         wanted = {tensor for use, tensor in uses.items() if pattern.search(use)}
         uses = {use: tensor for use, tensor in uses.items() if tensor in wanted}
     if not uses:
@@ -76,7 +78,7 @@ def _leaves(tracer: Tracer, uses: dict[str, str]) -> dict[str, Tensor]:
 
 def _gather(grads: tuple[Tensor | None, ...], uses: dict[str, str], into: Direction, params: dict[str, Tensor]) -> Direction:
     """Sum the gradients of all uses of a tensor."""
-    for (use, tensor), grad in zip(uses.items(), grads, strict=True):
+    for tensor, grad in zip(uses.values(), grads, strict=True):
         if grad is not None:
             into[tensor] = into[tensor] + grad if tensor in into else grad
     for use, tensor in uses.items():
@@ -122,7 +124,8 @@ def push(tracer: Tracer, batch: Batch, direction: Direction, uses: dict[str, str
     """Logits and their velocity ż = J θ̇ [N, V] along a direction: one tangent pass."""
     primal = {use: tracer.params[use] for use in uses}
     tangent = {use: direction[tensor] for use, tensor in uses.items()}
-    return jvp(lambda p: tracer.logits(batch, p), (primal,), (tangent,))
+    logits, velocity = jvp(lambda p: tracer.logits(batch, p), (primal,), (tangent,))[:2]
+    return logits, velocity
 
 
 def push_all(tracer: Tracer, side: Side, direction: Direction, uses: dict[str, str]) -> Float[Tensor, " N"]:

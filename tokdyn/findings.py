@@ -11,7 +11,7 @@ Finding = dict[str, str]
 
 
 def findings(about: dict[str, Any], tokens: Any, matrix: Tensor | None) -> list[Finding]:
-    """Short findings with their figures: the step, the tug of war behind it, the strongest pair of tokens, squeezing, the check.
+    """The step, the tug of war behind it, the strongest pair of tokens, squeezing, and the check, each with its figures.
 
     Args:
         about: a run's record; its sequences, settings and verify are read.
@@ -22,7 +22,7 @@ def findings(about: dict[str, Any], tokens: Any, matrix: Tensor | None) -> list[
     u = [row for row in rows if row["side"] == "updated"]
     o = [row for row in rows if row["side"] == "observed"]
     whole = matrix is not None and not bool(matrix.isnan().any())
-    found = [_step(about, o)]
+    found: list[Finding | None] = [_step(about, o)]
     if whole and matrix is not None:
         found += [_tug_of_war(about, o, u, matrix), _strongest(o, u, matrix)]
     found += [_squeezing(u), _check(about)]
@@ -75,7 +75,9 @@ def _step(about: dict[str, Any], o: list[dict[str, Any]]) -> Finding:
     title = "The step moves every answer the way it should" if not strange else f"Against its purpose, {' and '.join(strange)}"
     if not any(name.startswith(("chosen", "rejected")) for name in sums):
         title = "What the step does to each answer"
-    return dict(title=title, text=f"Change of log-probability after a step of {about['settings']['eta']:.3g}, in nats: {moves}.")
+    return dict(
+        title=title, text=f"Change of log-probability after a step of {about['settings']['eta']:.3g}, in nats: {moves}."
+    )
 
 
 def _tug_of_war(about: dict[str, Any], o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor) -> Finding | None:
@@ -116,7 +118,9 @@ def _strongest(o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor)
     a, b, force = o[m], u[l], float(matrix[m, l])
     row = matrix[m].abs()
     return dict(
-        title="The strongest pull between two different tokens" if force > 0 else "The strongest push between two different tokens",
+        title="The strongest pull between two different tokens"
+        if force > 0
+        else "The strongest push between two different tokens",
         text=f"{shown(b['token'])} at position {b['position']} of {sequence_label(b)} {'lifts' if force > 0 else 'lowers'} "
         f"{shown(a['token'])} at position {a['position']} of {sequence_label(a)}: {force:+.3g} nats per unit learning rate, "
         f"{100 * float(row[l] / row.sum()):.0f}% of all force on that token.",
@@ -133,8 +137,8 @@ def _squeezing(u: list[dict[str, Any]]) -> Finding | None:
     mass = sum(row["mass_to_argmax"] for row in away)
     return dict(
         title="Squeezing" if len(gains) > len(away) / 2 else "Little squeezing",
-        text=f"{len(pushed)} update tokens are pushed down, {len(away)} of them are not the model's first choice. In a step on the "
-        f"readout alone the first choice gains at {len(gains)} of those ({mass:+.2e} probability in all), while on average "
+        text=f"{len(pushed)} update tokens are pushed down, {len(away)} of them are not the model's first choice. In a step on "
+        f"the readout alone the first choice gains at {len(gains)} of those ({mass:+.2e} probability in all), while on average "
         f"{100 * falling:.0f}% of the other vocabulary falls.",
     )
 
@@ -145,6 +149,6 @@ def _check(about: dict[str, Any]) -> Finding | None:
         return None
     return dict(
         title="The prediction holds" if 1.8 <= check["order"] <= 2.2 else "Check the prediction",
-        text=f"Against a real step of {check['eta']:.3g}, predicted and actual changes agree with slope {check['linearity']:.3f}; "
-        f"the difference shrinks with order {check['order']:.2f} as the step is halved (2 is what first-order theory says).",
+        text=f"Against a real step of {check['eta']:.3g}, predicted and actual changes agree with slope "
+        f"{check['linearity']:.3f}; the difference shrinks with order {check['order']:.2f} as the step is halved (2 is what first-order theory says).",
     )

@@ -81,7 +81,11 @@ def prepare(
     ]
     seen = tracer.score(observe, tokens)
     y = torch.cat([batch.targets for batch, _ in seen]).to(tracer.device)
-    w = torch.ones(len(y), dtype=tracer.dtype, device=tracer.device) if weights is None else weights.to(tracer.device, tracer.dtype)
+    w = (
+        torch.ones(len(y), dtype=tracer.dtype, device=tracer.device)
+        if weights is None
+        else weights.to(tracer.device, tracer.dtype)
+    )
     if w.shape != y.shape:
         raise ValueError(f"weights must have shape [M]=({len(y)},), one per observed token, got {list(w.shape)}")
     o_sizes = [len(batch.targets) for batch, _ in seen]
@@ -243,9 +247,13 @@ class Forces:
         """
         from .store import write_folder
 
-        about = dict(format=FORMAT, kind="forces", scope=self.scope, method=self.method, reduce=self.reduce, coverage=self.coverage)
+        about = dict(
+            format=FORMAT, kind="forces", scope=self.scope, method=self.method, reduce=self.reduce, coverage=self.coverage
+        )
         tensors = {"c": self.c, "matrix": self.matrix, "vector": self.vector}
-        write_folder(Path(path), json.dumps(about, indent=1), self.tokens(), {k: v for k, v in tensors.items() if v is not None})
+        write_folder(
+            Path(path), json.dumps(about, indent=1), self.tokens(), {k: v for k, v in tensors.items() if v is not None}
+        )
 
 
 @dataclass(frozen=True)
@@ -289,6 +297,8 @@ def fingerprint(tracer: Tracer) -> Tensor:
 
 
 def coverage(tracer: Tracer, uses: dict[str, str], scope: str) -> dict[str, str]:
+    """Every parameter name with "exact", or why it takes no part."""
+
     def rule(use: str, tensor: str) -> str:
         if use in uses:
             return "exact"

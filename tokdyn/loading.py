@@ -33,6 +33,8 @@ def load_model(name: str = "demo", device: str = "cpu", dtype: torch.dtype = tor
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)

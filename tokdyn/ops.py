@@ -108,7 +108,9 @@ def apply_A(logits: Float[Tensor, "T V"], x: Float[Tensor, "T V *k"], *, impl: s
     return _apply_A.apply_A(logits, x)
 
 
-def softmax_jvp(logits: Float[Tensor, "T V"], x: Float[Tensor, "T V *k"], *, impl: str | None = None) -> Float[Tensor, "T V *k"]:
+def softmax_jvp(
+    logits: Float[Tensor, "T V"], x: Float[Tensor, "T V *k"], *, impl: str | None = None
+) -> Float[Tensor, "T V *k"]:
     """pi ⊙ (x - pi·x): how pi moves when the logits move by x, for one column or k."""
     _require_reference("softmax_jvp", impl)
     return _softmax_jvp.softmax_jvp(logits, x)

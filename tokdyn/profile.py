@@ -25,7 +25,7 @@ from .forces import coverage as coverage_of
 from .objectives import DPO, Objective
 from .sequences import Chi
 from .trace import Tracer, trace
-from .verify import against_steps
+from .verify import against_steps, check_eta
 
 Stage = Callable[[str, int, int], None]
 
@@ -125,6 +125,7 @@ def profile(
         store.check_free(Path(out), overwrite)
     if method not in ("naive", "tangent", "none"):
         raise ValueError(f'method must be "naive", "tangent" or "none", got {method!r}')
+    check_eta(eta)
     clock = _Clock(stage)
     status, matrix = "complete", None
     with trace(model) as tracer:
@@ -256,7 +257,9 @@ def _tokens(sides: Sides, tokenizer: Any, vector: Tensor, verification: Any, squ
         ("fallers", entries(*vocabulary[1])),
     ):
         observed = observed.append_column(name, pa.array(values))
-    updated, observed = (t.append_column("argmax_token", pa.array([text(i) for i in t["argmax"].to_pylist()])) for t in (updated, observed))
+    updated, observed = (
+        t.append_column("argmax_token", pa.array([text(i) for i in t["argmax"].to_pylist()])) for t in (updated, observed)
+    )
     return with_sides(updated, observed)
 
 

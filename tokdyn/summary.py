@@ -53,11 +53,18 @@ def summary(run: Run) -> Any:
     table.add_column("rising at that place")
     table.add_column("falling at that place")
     for row in moved:
-        cells = [shown(row["token"]), f"{sequence_label(row)} @{row['position']}", f"{row['predicted']:+.4f}", f"{row['actual']:+.4f}"]
+        cells = [
+            shown(row["token"]),
+            f"{sequence_label(row)} @{row['position']}",
+            f"{row['predicted']:+.4f}",
+            f"{row['actual']:+.4f}",
+        ]
         if whole and run.matrix is not None:
             force = run.matrix[row["row"]]
             mover = u[int(force.abs().argmax())]
-            cells.append(f"{shown(mover['token'])} {sequence_label(mover)} @{mover['position']} ({eta * float(force.abs().max()):.4f})")
+            cells.append(
+                f"{shown(mover['token'])} {sequence_label(mover)} @{mover['position']} ({eta * float(force.abs().max()):.4f})"
+            )
         for key in ("risers", "fallers"):
             cells.append(" ".join(shown(entry["token"]) for entry in row[key][:3]))
         table.add_row(*cells)

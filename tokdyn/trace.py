@@ -81,7 +81,8 @@ class Tracer:
 
     def _find_readout(self) -> Readout:
         config = getattr(self.model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        if config is not None and hasattr(config, "get_text_config"):
+            config = config.get_text_config()
         scale = 1.0
         for name, divide in (("logit_scale", False), ("logits_scaling", True), ("output_multiplier", False),
                              ("lm_head_multiplier", False)):  # fmt: skip
@@ -111,8 +112,8 @@ class Tracer:
         for i, chi in enumerate(chis):
             if int(chi.ids.max()) >= self.vocabulary or int(chi.ids.min()) < 0:
                 raise ValueError(
-                    f"sequence {i} holds token ids from {int(chi.ids.min())} to {int(chi.ids.max())}, the model's vocabulary is "
-                    f"[0, {self.vocabulary}): were they made by another model's tokenizer?"
+                    f"sequence {i} holds token ids from {int(chi.ids.min())} to {int(chi.ids.max())}, the model's vocabulary "
+                    f"is [0, {self.vocabulary}): were they made by another model's tokenizer?"
                 )
         batches, start = [], 0
         while start < len(chis):
@@ -217,7 +218,9 @@ def _set_attention(model: Any, name: str) -> None:
 def _output_embeddings(model: nn.Module) -> tuple[str, nn.Module]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if head is None:
-        raise ValueError(f"{type(model).__name__} has no output embeddings: tokdyn needs a causal language model with a readout")
+        raise ValueError(
+            f"{type(model).__name__} has no output embeddings: tokdyn needs a causal language model with a readout"
+        )
     for name, module in model.named_modules():
         if module is head:
             return name, head

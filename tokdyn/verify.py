@@ -67,8 +67,7 @@ def verify(
 
     Cost: one backward and one tangent pass, and four forward passes; twice the memory of the chosen parameters.
     """
-    if eta is not None and not eta > 0:
-        raise ValueError(f"eta must be positive, got {eta}")
+    check_eta(eta)
     with trace(model) as tracer:
         sides = prepare(tracer, update, observe, objective, reference=reference)
         uses = exact.select(tracer, scope)
@@ -91,7 +90,9 @@ def against_steps(
     """The comparison, for a force Σ_l F already known along a direction (see `verify`)."""
     strongest = float(force.abs().max())
     if strongest == 0:
-        raise ValueError("this update moves no observed token at first order: its c is zero everywhere (a vanished or clipped loss)")
+        raise ValueError(
+            "this update moves no observed token at first order: its c is zero everywhere (a vanished or clipped loss)"
+        )
     eta = move / strongest if eta is None else eta
 
     def log_probs(step: float) -> Tensor:
@@ -114,6 +115,16 @@ def against_steps(
         residuals=residuals,
         linearity=float((predicted @ actual[0]) / (predicted @ predicted)),
     )
+
+
+def check_eta(eta: float | None) -> None:
+    """Refuse a step size that is not positive.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if eta is not None and not eta > 0:
+        raise ValueError(f"eta must be positive, got {eta}")
 
 
 def _slope(x: list[float], y: list[float]) -> float:

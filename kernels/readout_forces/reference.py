@@ -14,9 +14,7 @@ def readout_logits(
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def logit_force(
-    logits: Tensor, targets: Tensor, c: Tensor, v: Tensor | None = None, uniform: Tensor | None = None
-) -> Tensor:
+def logit_force(logits: Tensor, targets: Tensor, c: Tensor, v: Tensor | None = None, uniform: Tensor | None = None) -> Tensor:
     """Γ = -G, the force of a loss at the logits.
 
     Γ_l = Σ_k c_lk (e_{targets_lk} - pi_l) + v_l pi_l ⊙ (log pi_l + H_l) + u_l (1/V - pi_l)

@@ -40,6 +40,7 @@ SHAPE = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_ke
 
 
 def jsonl(path: Path) -> Iterator[dict]:
+    """The rows of a JSONL file."""
     if not path.exists():
         raise SystemExit(f"{path} is missing: --data must name a folder that holds {path.name}")
     with path.open(encoding="utf-8") as lines:
@@ -72,6 +73,7 @@ def documents(data: Path, split: str) -> list[tuple[str, str, bool]]:
 
 
 def train_tokenizer(texts: list[str], out: Path):
+    """A byte-level BPE with the chat template, saved to `out`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -103,6 +105,7 @@ def pack(tokenizer, rows: list[tuple[str, str, bool]], order: random.Random | No
 
 
 def build(tokenizer, max_positions: int = 1024):
+    """The untrained model."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     return Qwen2ForCausalLM(Qwen2Config(
@@ -119,6 +122,7 @@ def loss_on(model, ids: Tensor, labels: Tensor, autocast: bool) -> Tensor:
 
 @torch.no_grad()
 def validate(model, ids: Tensor, labels: Tensor, length: int, autocast: bool) -> float:
+    """Mean loss over whole blocks of `length` tokens."""
     n = len(ids) // length
     blocks = ids[: n * length].view(n, length), labels[: n * length].view(n, length)
     model.eval()
@@ -128,6 +132,7 @@ def validate(model, ids: Tensor, labels: Tensor, length: int, autocast: bool) ->
 
 
 def train(args: argparse.Namespace) -> None:
+    """Train, or go on from the checkpoint in args.work."""
     from transformers import AutoTokenizer
 
     work: Path = args.work
@@ -155,7 +160,9 @@ def train(args: argparse.Namespace) -> None:
         print(f"resumed at step {step}", flush=True)
     per_step = args.batch * args.length
     steps = args.tokens // per_step
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {per_step} tokens", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {per_step} tokens", flush=True
+    )
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:  # epoch e is always shuffled by seed e: a resumed run sees the same order
         done = step * args.batch
@@ -178,7 +185,7 @@ def train(args: argparse.Namespace) -> None:
         os.replace(part, checkpoint)
 
     model.train()
-    clock, mean = time.perf_counter(), 0.0
+    clock, mean = time.perf_counter(), None
     for ids, labels in batches():
         if step >= steps:
             break
@@ -190,13 +197,14 @@ def train(args: argparse.Namespace) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step, seen, mean = step + 1, seen + per_step, 0.98 * mean + 0.02 * loss.item()
+        step, seen = step + 1, seen + per_step
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         if step % 50 == 0:
             rate = 50 * per_step / (time.perf_counter() - clock)
             clock = time.perf_counter()
-            print(f"step {step}/{steps}  loss {mean / (1 - 0.98**step):.3f}  {rate:.0f} tokens/s", flush=True)
+            print(f"step {step}/{steps}  loss {mean:.3f}  {rate:.0f} tokens/s", flush=True)
         if step % args.every == 0 or step == steps:
-            value = validate(model, *validation, args.length, args.bf16)
+            value = validate(model, validation[0], validation[1], args.length, args.bf16)
             history.append([step, seen, round(mean, 4), round(value, 4)])
             print(f"step {step}: validation {value:.4f} nats a token", flush=True)
             if value < best:
@@ -221,7 +229,8 @@ specimen for learning dynamics, not a source of advice: it writes legible Englis
 
 | | |
 |---|---|
-| data | HH-RLHF helpful dialogues with their rephrasings (Learning_dynamics_LLM, Apache-2.0; texts from Anthropic HH-RLHF, MIT), UltraFeedback answers (MIT), GSM8K questions and worked answers (MIT) |
+| data | HH-RLHF helpful dialogues and rephrasings (Learning_dynamics_LLM, Apache-2.0; texts from Anthropic HH-RLHF, MIT) |
+| | UltraFeedback answers (MIT); GSM8K questions and worked answers (MIT) |
 | left out | irrelevant, permuted, random and self-refined columns; every test file |
 | prompt | `Human: …`, blank line, `Assistant:` (also as chat template) |
 | steps | {step} steps of {batch} x {length} tokens, {tokens:.1f} M tokens, AdamW, cosine from {lr}, weight decay 0.1 |
@@ -264,6 +273,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Train or export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with the text files (needed to train)")
     parser.add_argument("--work", type=Path, default=Path("checkpoints/demo"), help="checkpoints, resumed when present")

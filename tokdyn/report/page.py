@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SIDES = ("observed", "updated")
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Column of `tokens` -> kept for which side. `sequence`, `group` and `role` live in the sequence list instead.
 COLUMNS = {
     "position": SIDES,
@@ -115,10 +116,12 @@ def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None
 
 def _side(about: Mapping[str, Any], tokens: pa.Table, side: str) -> dict[str, Any]:
     """Return {"columns": {name: list}, "sequences": [...]} of one side, in the order of the matrix axis."""
+    import pyarrow.compute as pc
+
     missing = {"side", "row", "sequence", "token"} - set(tokens.column_names)
     if missing:
         raise ValueError(f"tokens lacks the columns {sorted(missing)}")
-    table = tokens.filter([name == side for name in tokens.column("side").to_pylist()]).sort_by("row")
+    table = tokens.filter(pc.equal(tokens.column("side").cast("string"), side)).sort_by("row")
     columns = {
         name: [_plain(value) for value in table.column(name).to_pylist()]
         for name, of in COLUMNS.items()
@@ -289,7 +292,8 @@ def _show(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+        digits, _, power = f"{value:.3g}".replace("-", "\N{MINUS SIGN}").partition("e")
+        return f"{digits}×10{str(int(power.replace('−', '-'))).translate(SUPERSCRIPT)}" if power else digits
     if isinstance(value, list | tuple):
         return ", ".join(_show(item) for item in value)
     return str(value)

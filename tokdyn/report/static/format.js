@@ -53,7 +53,10 @@ function mark(character) {
   return `‹U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}›`;
 }
 
-/** Token text as [piece, isMark] pairs: spaces at the ends and everything invisible become marks. */
+/**
+ * Token text as [piece, isMark] pairs: spaces at the ends and everything invisible become marks.
+ * flow: true for running text (spaces stay spaces, a line break also breaks), "line" for the same without the break.
+ */
 function pieces(text, flow = false) {
   if (text === "") return [["∅", true]];
   const found = [];
@@ -69,7 +72,7 @@ function pieces(text, flow = false) {
     if (character === " ") push(blank || (edge && !flow) ? "␣" : " ", blank || (edge && !flow));
     else if (UNSEEN.test(character)) push(mark(character), true);
     else push(character, false);
-    if (flow && character === "\n") push("\n", false);
+    if (flow === true && character === "\n") push("\n", false);
   });
   return found;
 }

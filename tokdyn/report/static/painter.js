@@ -113,7 +113,7 @@ function paintMap(ink, { grid, shape, scale, picture, scroll, cursor, marked }) 
         ink.translate(x(j) + cw / 2, top - 5);
         ink.rotate(-Math.PI / 2);
         ink.textAlign = "left";
-        ink.fillText(fit(ink, cols.names[j], top - (sums ? 8 : 28)), 0, 0);
+        named(ink, fit(ink, cols.names[j], top - (sums ? 8 : 28)), 0);
         ink.restore();
       }
     }
@@ -132,7 +132,7 @@ function paintMap(ink, { grid, shape, scale, picture, scroll, cursor, marked }) 
   ink.clip();
   if (rowLabels) {
     ink.font = `${Math.min(11, Math.floor(ch))}px ${theme.mono}`;
-    ink.textAlign = "right";
+    ink.textAlign = "left";
     for (let i = i0; i < i1; i += 1) {
       const on = i === cursor.i || (onRows && i === marked.m);
       if (on) {
@@ -140,7 +140,8 @@ function paintMap(ink, { grid, shape, scale, picture, scroll, cursor, marked }) 
         ink.fillRect(sums ? 0 : 20, y(i), left, ch);
       }
       ink.fillStyle = on ? theme.ink : theme.muted;
-      ink.fillText(fit(ink, rows.names[i], left - (sums ? 8 : 28)), left - 6, y(i) + ch / 2 + 0.5);
+      const name = fit(ink, rows.names[i], left - (sums ? 8 : 28));
+      named(ink, name, left - 6 - ink.measureText(name).width, y(i) + ch / 2 + 0.5);
     }
   }
   band(rows.groups, (group) => {
@@ -186,6 +187,15 @@ function paintMap(ink, { grid, shape, scale, picture, scroll, cursor, marked }) 
     const shown = fit(ink, text, b - a - 6);
     if (shown === text || shown.length > 3) put(shown, (a + b) / 2);
   }
+}
+
+/** A token's name, the mark of its leading space faint: most tokens have one. */
+function named(ink, text, x, y = 0) {
+  const space = text.length > 1 && text.startsWith("␣") ? "␣" : "";
+  ink.globalAlpha = 0.4;
+  ink.fillText(space, x, y);
+  ink.globalAlpha = 1;
+  ink.fillText(text.slice(space.length), x + ink.measureText(space).width, y);
 }
 
 /** Text cut to a width in pixels. */

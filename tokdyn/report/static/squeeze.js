@@ -91,7 +91,9 @@ function Squeeze() {
           `Of ${plural(pushed.length, "token")} pushed down, ${others.length === pushed.length ? "all" : grouped(others.length)} were not the model's first choice; the first choice gained in ${gained.length === others.length ? "every one of them" : `${grouped(gained.length)} of them`}.`,
         );
       if (falling.length)
-        text.push(`On average ${percent(falling.reduce((a, b) => a + b, 0) / falling.length)} of the other vocabulary fell.`);
+        text.push(
+          `On average ${percent(falling.reduce((a, b) => a + b, 0) / falling.length)} of the other vocabulary fell.`,
+        );
     }
     return h("p.summary", text.join(" "));
   }

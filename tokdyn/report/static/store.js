@@ -112,7 +112,13 @@ function tokenTip(side, i) {
     h("p.tip-token", tokenText(of.token(i), { limit: 60 })),
     h(
       "p.tip-place",
-      `${side === "observed" ? "Observed" : "Update"} · ${of.place(i)}${finite(of.at("token_id", i)) ? ` · id ${of.at("token_id", i)}` : ""}`,
+      [
+        side === "observed" ? "Observed" : "Update",
+        of.place(i),
+        ...["position", "token_id"]
+          .filter((key) => finite(of.at(key, i)))
+          .map((key) => `${key === "position" ? "position" : "id"} ${of.at(key, i)}`),
+      ].join(" · "),
     ),
     facts(rows),
   ];

@@ -187,16 +187,16 @@ function rove(nodes, index, focus) {
 /** A prompt, muted; a long one shows its two ends until asked for all of it. */
 function promptText(text) {
   const characters = [...text];
-  const whole = () => tokenText(text.trim(), { flow: true });
+  const whole = () => tokenText(text.trim(), { flow: "line" });
   if (characters.length <= 300) return h("p.prompt", whole());
   const node = h(
     "p.prompt",
-    tokenText(characters.slice(0, 140).join(""), { flow: true }),
+    tokenText(characters.slice(0, 140).join(""), { flow: "line" }),
     h("button.more", `… ${grouped(characters.length - 260)} more characters …`, {
       type: "button",
       onclick: () => node.replaceChildren(whole()),
     }),
-    tokenText(characters.slice(-120).join(""), { flow: true }),
+    tokenText(characters.slice(-120).join(""), { flow: "line" }),
   );
   return node;
 }

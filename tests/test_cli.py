@@ -1,0 +1,139 @@
+"""The command line as a user meets it: the main job, and one clear sentence for every mistake."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tokdyn as td
+from tokdyn.cli import app
+from tokdyn.loading import DEMO_MODEL, DEMO_PAIRS
+
+RUN = ["profile", "--rows", "1", "--held-out", "0", "--method", "none"]
+
+
+def call(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def refused(result, *words):
+    assert result.exit_code == 2, result.output + result.stderr
+    assert all(word in " ".join(result.stderr.split()) for word in words), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_main_job_on_the_demo_model(tmp_path):
+    result = call("profile", "--rows", 1, "--held-out", 0, "--skip", 4, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output + result.stderr
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"run.json", "tokens.parquet", "forces.safetensors", "report.html"}
+    run = td.load(tmp_path / "run")
+    assert run.about["status"] == "complete" and 1.8 < run.about["verify"]["order"] < 2.2
+    assert run.about["checks"]["row sums of the matrix against the tangent pass"] < 1e-4
+    spelled = "".join(r["token"] for r in run.tokens.to_pylist() if r["side"] == "updated" and r["role"] == "chosen")
+    assert spelled == json.loads(DEMO_PAIRS.read_text().splitlines()[4])["chosen"] + "<|endoftext|>"
+    assert "chosen 0" in result.output and "order" in result.output
+    assert call("report", tmp_path / "run").exit_code == 0
+
+
+def test_other_objectives_data_forms_and_a_model_folder(tmp_path):
+    shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    chat = dict(prompt=[dict(role="user", content="Why?")], completion=[dict(role="assistant", content="Because.")])
+    (tmp_path / "chat.jsonl").write_text(json.dumps(chat) + "\n")
+    for objective, options in (
+        ("sft", ["--data", tmp_path / "chat.jsonl", "--model", tmp_path / "model"]),
+        ("grpo", ["--set", "clip=0.1"]),
+        ("simko", []),
+    ):
+        result = call(*RUN, "--objective", objective, *options, "--out", tmp_path / objective)
+        assert result.exit_code == 0, result.output + result.stderr
+        assert td.load(tmp_path / objective).about["objective"]["name"].lower() == objective
+
+
+def test_doctor_says_what_is_there():
+    result = call("doctor")
+    assert result.exit_code == 0
+    for word in ("torch", torch.__version__, "cpu kernels", "cuda", "exact forces", "agree"):
+        assert word in result.output
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", ["holds no rows"]),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": \n', ["line 2", "not JSON"]),
+        ('{"prompt": "a", "answer": "b"}\n', ["line 1", "prompt, answer"]),
+        ('{"prompt": "a", "chosen": "  ", "rejected": "c"}\n', ["line 1", "chosen is empty"]),
+    ],
+)
+def test_bad_data_is_named_by_file_and_line(tmp_path, text, words):
+    (tmp_path / "d.jsonl").write_text(text)
+    refused(call(*RUN, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "run"), "d.jsonl", *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--objective", "dop"], ["unknown objective 'dop'", "DPO"]),
+        (["--set", "beta=much"], ["NAME=NUMBER"]),
+        (["--set", "gamma=1"], ["DPO has no constant 'gamma'", "beta"]),
+        (["--model", "./no-such-model-here"], ["no-such-model-here"]),
+        (["--data", "nowhere.jsonl"], ["no data file nowhere.jsonl"]),
+        (["--max-length", "4"], ["response is empty after truncation"]),
+        (["--scope", "nothing_like_it"], ["no trainable parameter"]),
+        (["--rows", "999"], ["32 rows"]),
+        (["--eta", "-1"], ["eta must be positive"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:max_length")
+def test_mistakes_get_one_sentence_and_write_nothing(tmp_path, options, words):
+    refused(call(*RUN, "--out", tmp_path / "run", *options), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+def test_absent_cuda_is_said(tmp_path):
+    refused(call(*RUN, "--out", tmp_path / "run", "--device", "cuda"), "no CUDA device")
+
+
+def test_taken_folder_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    refused(call(*RUN, "--out", tmp_path / "run"), "exists already", "--overwrite")
+    refused(call(*RUN, "--out", tmp_path / "run", "--overwrite"), "not a tokdyn run")
+
+
+def test_broken_weights_are_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][7] = torch.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    refused(call(*RUN, "--model", tmp_path / "model", "--out", tmp_path / "run"), "model.norm.weight holds NaN")
+    assert not (tmp_path / "run").exists()
+
+
+def test_control_c_leaves_a_readable_partial_run(tmp_path):
+    tokdyn = Path(sys.executable).with_name("tokdyn")
+    process = subprocess.Popen(
+        [tokdyn, "profile", "--rows", "6", "--held-out", "6", "--out", tmp_path / "run"],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    # not a terminal: stages are not drawn, so wait for the matrix by time; an earlier interrupt must leave nothing at all
+    time.sleep(25)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, (process.returncode, out, err)
+    assert "Traceback" not in err
+    if (tmp_path / "run").exists():
+        assert td.load(tmp_path / "run").about["status"] == "partial"
+    else:
+        assert "nothing was written" in err

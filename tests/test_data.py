@@ -1,0 +1,220 @@
+"""Data files: what is read, what each mistake is answered with, and what an objective makes of a row."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tokdyn import data
+from tokdyn import objectives as td
+from tokdyn.loading import load_model
+
+ASK = [{"role": "user", "content": "Where is the cat?"}]
+
+
+def answer(text):
+    return [{"role": "assistant", "content": text}]
+
+
+COMPLETION = {"prompt": "Where is the cat?", "completion": " On the mat."}
+PAIR = {"prompt": "Where is the cat?", "chosen": " On the mat.", "rejected": " In the garden, I think."}
+GROUP = {"prompt": "Where is the cat?", "completions": [" On the mat.", " Here.", " There."], "rewards": [1, 0, 0.5]}
+CHATS = [{"prompt": ASK, "completion": answer("On the mat.")}, {"prompt": ASK, "chosen": answer("Here."), "rejected": answer("No.")}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<eos>"], show_progress=False
+    )
+    core.train_from_iterator([json.dumps([COMPLETION, PAIR, GROUP])], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    fast.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return fast
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
+        pq.write_table(pa.table(columns), path)
+    else:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
+@pytest.mark.parametrize("rows", [[COMPLETION], [PAIR, PAIR], [GROUP], CHATS[:1], CHATS[1:]])
+def test_what_was_written_is_read(tmp_path, name, rows):
+    assert data.read(write(tmp_path / name, rows)) == rows
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path):
+    row = {"prompt": "é", "completion": "line\u2028separator\x85 and 🙂"}
+    path = write(tmp_path / "rows.jsonl", [row, row])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\r\n"))  # byte order mark, blank lines
+    assert data.read(path) == [row, row]
+
+
+def test_columns_that_parquet_fills_with_null_are_absent(tmp_path, tokenizer):
+    mixed = [COMPLETION, PAIR, GROUP]
+    lines, rows = (data.sequences(tokenizer, data.read(write(tmp_path / n, mixed)), td.SFT()) for n in ("r.jsonl", "r.parquet"))
+    assert [chi.response for chi in lines] == [chi.response for chi in rows]
+    assert len(data.watched(tokenizer, data.read(tmp_path / "r.parquet"))) == 1 + 2 + 3
+
+
+ROW = json.dumps(COMPLETION)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "{path} holds no rows"),
+        ("\n \n", "{path} holds no rows"),
+        (ROW + '\n{"prompt": ', "{path} line 2 is not JSON"),
+        ("\n" + ROW + "\n\n[1, 2]", "{path} line 4 must be an object, got list"),
+        ('{"prompt": "a"}', "{path} line 1 must have (prompt, chosen, rejected) or"),
+        ('{"prompt": "a", "chosen": "b", "rejected": null}', "line 1 must have (prompt, chosen, rejected) or (prompt, completions"),
+        ('{"prompt": "a", "chosen": "b", "rejected": null}', "it has prompt, chosen"),
+        ("{}", "it has nothing"),
+        (ROW + '\n{"prompt": "a", "completion": " \\n"}', "{path} line 2: completion is empty, so there is nothing to score"),
+        ('{"prompt": "a", "chosen": "b", "rejected": []}', "{path} line 1: rejected is empty"),
+        ('{"prompt": "a", "completion": [{"role": "assistant", "content": ""}]}', "{path} line 1: completion is empty"),
+        ('{"prompt": [], "completion": "b"}', "{path} line 1: prompt is empty, so there is nothing to answer"),
+        ('{"prompt": 3, "completion": "b"}', "{path} line 1: prompt must be text or a list of messages, got int"),
+        ('{"prompt": "a", "completion": {"text": "b"}}', "{path} line 1: completion must be text or a list of messages, got dict"),
+        ('{"prompt": "a", "completion": ["b"]}', "{path} line 1: every message of completion must have a role and a content"),
+        ('{"prompt": [{"role": "user"}], "completion": "b"}', "{path} line 1: every message of prompt must have a role"),
+        ('{"prompt": [{"role": "user", "content": 1}], "completion": "b"}', "every content in prompt must be text, got int"),
+        ('{"prompt": "a", "completions": ["b"], "rewards": [1, 2]}', "line 1: completions and rewards must be two lists of one"),
+        ('{"prompt": "a", "completions": "bc", "rewards": [1, 2]}', "line 1: completions and rewards must be two lists of one"),
+        ('{"prompt": "a", "completions": ["b"], "rewards": ["1"]}', "line 1: rewards must be finite numbers"),
+        ('{"prompt": "a", "completions": ["b"], "rewards": [NaN]}', "line 1: rewards must be finite numbers, got [nan]"),
+        ('{"prompt": "a", "completions": ["b", ""], "rewards": [1, 0]}', "{path} line 1: completions is empty"),
+    ],
+)
+def test_a_bad_line_is_named_with_what_is_wrong(tmp_path, text, said):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        data.read(path)
+    assert said.format(path=path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(ROW.encode() + "\n{'prompt': 'é'}".encode("latin-1"))
+    with pytest.raises(ValueError, match="rows.jsonl line 2 is not UTF-8"):
+        data.read(path)
+
+
+def test_a_bad_parquet_row_or_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="rows.parquet row 2: completion is empty"):
+        data.read(write(tmp_path / "rows.parquet", [COMPLETION, COMPLETION | {"completion": ""}]))
+    (tmp_path / "text.parquet").write_text(ROW)
+    with pytest.raises(ValueError, match="text.parquet is not a parquet file"):
+        data.read(tmp_path / "text.parquet")
+
+
+def test_a_file_that_is_absent_or_of_another_kind_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no data file .*none.jsonl"):
+        data.read(tmp_path / "none.jsonl")
+    (tmp_path / "rows.csv").write_text("prompt,completion")
+    with pytest.raises(ValueError, match="rows.csv must end in .jsonl or .parquet"):
+        data.read(tmp_path / "rows.csv")
+
+
+# ---------------------------------------------------------------- rows as an objective reads them
+
+
+def facts(chis):
+    return [(chi.role, chi.group, chi.response, chi.advantage) for chi in chis]
+
+
+@pytest.mark.parametrize(
+    "objective, expected",
+    [
+        (td.SFT(), [("response", 0, PAIR["chosen"], None)]),
+        (td.DPO(), [("chosen", 0, PAIR["chosen"], None), ("rejected", 0, PAIR["rejected"], None)]),
+        (td.KTO(), [("chosen", 0, PAIR["chosen"], None), ("rejected", 0, PAIR["rejected"], None)]),
+        (td.GRPO(), [("chosen", 0, PAIR["chosen"], 1.0), ("rejected", 0, PAIR["rejected"], -1.0)]),
+        (td.DrGRPO(), [("chosen", 0, PAIR["chosen"], 0.5), ("rejected", 0, PAIR["rejected"], -0.5)]),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_preference_row_serves_every_objective(tokenizer, objective, expected):
+    assert facts(data.sequences(tokenizer, [PAIR], objective)) == expected
+
+
+def test_sampled_groups_serve_supervised_and_policy_gradient_objectives(tokenizer):
+    texts = GROUP["completions"]
+    assert [chi.response for chi in data.sequences(tokenizer, [GROUP], td.SFT())] == texts
+    advantages = [chi.advantage for chi in data.sequences(tokenizer, [GROUP], td.GRPO())]
+    assert advantages == pytest.approx([1.5**0.5, -(1.5**0.5), 0.0])  # population spread of 1, 0, ½ is 1/√6
+
+
+@pytest.mark.parametrize("objective", [td.by_name(name) for name in td.__all__ if name != "SimKO"], ids=repr)
+def test_sequences_are_what_the_objective_asks_for(tokenizer, objective):
+    chis = data.sequences(tokenizer, [PAIR, CHATS[1]], objective)
+    log_probs = torch.full((sum(map(len, chis)),), -1.0)
+    assert {chi.group for chi in chis} == {0, 1}
+    assert objective.g_terms(log_probs, chis).c.abs().max() > 0
+
+
+def test_every_answer_is_watched_under_its_role(tokenizer):
+    chis = data.watched(tokenizer, [COMPLETION, PAIR, GROUP], first_group=5)
+    assert [(chi.role, chi.group) for chi in chis] == [("response", 5), ("chosen", 6), ("rejected", 6)] + 3 * [("response", 7)]
+
+
+@pytest.mark.parametrize(
+    "objective, row, said",
+    [
+        (td.DPO(), COMPLETION, "DPO needs chosen and rejected in every row; row 2 has prompt, completion"),
+        (td.DPO(), GROUP, "DPO needs chosen and rejected in every row; row 2 has prompt, completions, rewards"),
+        (td.GRPO(), COMPLETION, "GRPO needs chosen and rejected, or completions and rewards in every row; row 2 has"),
+    ],
+)
+def test_rows_that_do_not_fit_the_objective_are_named(tokenizer, objective, row, said):
+    with pytest.raises(ValueError, match=said):
+        data.sequences(tokenizer, [PAIR, row], objective)
+
+
+# ---------------------------------------------------------------- models that cannot be loaded
+
+
+def sentence(error):
+    return "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_model_folder_that_is_absent_or_holds_none_is_said_in_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="there is no model folder .*/none") as error:
+        load_model(str(tmp_path / "none"))
+    assert sentence(error)
+    with pytest.raises(ValueError, match="holds no model: it has no config.json") as error:
+        load_model(str(tmp_path))
+    assert sentence(error)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="cannot load the folder .* as a causal language model") as error:
+        load_model(str(tmp_path))
+    assert sentence(error)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_absent_cuda_device_is_said_before_anything_is_loaded():
+    with pytest.raises(ValueError, match='device \'cuda:0\' was asked for but torch finds no CUDA device: use device="cpu"'):
+        load_model("no/such", device="cuda:0")
+
+
+def test_an_unknown_device_is_said():
+    with pytest.raises(ValueError, match="unknown device 'gpu'"):
+        load_model("no/such", device="gpu")

@@ -1,0 +1,64 @@
+"""The main job's check on the model that ships: the difference to a real step is of second order."""
+
+import pytest
+import torch
+
+import tokdyn as td
+from tokdyn.data import read, sequences, watched
+from tokdyn.loading import DEMO_PAIRS, load_model
+from tokdyn.objectives import DPO, GRPO, SFT
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return *load_model(), read(DEMO_PAIRS)[:2]
+
+
+@pytest.mark.parametrize("objective", [SFT(), DPO(), GRPO()], ids=lambda o: type(o).__name__)
+def test_residual_is_of_second_order_on_the_demo_model(demo, objective):
+    model, tokenizer, rows = demo
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    check = td.verify(model, sequences(tokenizer, rows[:1], objective), watched(tokenizer, rows), objective)
+    assert 1.8 < check.order < 2.2
+    assert float(check.predicted.abs().max()) == pytest.approx(0.1, rel=1e-6)
+    assert 0.9 < check.linearity < 1.1
+    assert all(torch.equal(p, model.state_dict()[name]) for name, p in before.items())
+
+
+def test_the_prediction_is_eta_times_the_forces(demo):
+    model, tokenizer, rows = demo
+    update, observe = sequences(tokenizer, rows[:1], DPO()), watched(tokenizer, rows[1:])
+    check = td.verify(model, update, observe, DPO(), eta=1e-4)
+    forces = td.forces(model, update, observe, DPO(), reduce="update")
+    assert torch.allclose(check.predicted.float(), forces.predict(1e-4), rtol=1e-5)
+
+
+def test_the_actual_change_is_that_of_a_trained_copy(demo):
+    """One plain SGD step of the plain loss, on a copy, moves the log-probs by what verify calls actual."""
+    import copy
+
+    model, tokenizer, rows = demo
+    update = sequences(tokenizer, rows[:1], SFT())
+    check = td.verify(model, update, update, SFT())
+    trained = copy.deepcopy(model)
+    chi = update[0]
+
+    def log_probs(m):
+        z = m(chi.ids[None]).logits[0, :-1]
+        return z.log_softmax(-1).gather(1, chi.ids[1:, None]).squeeze(1)[chi.scored[1:]]
+
+    before = log_probs(trained)
+    (-before.sum()).backward()
+    with torch.no_grad():
+        for p in trained.parameters():
+            p -= check.eta * p.grad
+        after = log_probs(trained)
+    # both are differences of float32 log-probs of size ~5
+    assert torch.allclose(check.actual.float(), after - before.detach(), atol=20 * torch.finfo(torch.float32).eps * 5)
+
+
+def test_eta_must_be_positive(demo):
+    model, tokenizer, rows = demo
+    update = sequences(tokenizer, rows[:1], SFT())
+    with pytest.raises(ValueError, match="eta must be positive"):
+        td.verify(model, update, update, SFT(), eta=0.0)
