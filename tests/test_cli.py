@@ -38,7 +38,7 @@ def test_main_job_on_the_demo_model(tmp_path):
     assert run.about["checks"]["row sums of the matrix against the tangent pass"] < 1e-4
     spelled = "".join(r["token"] for r in run.tokens.to_pylist() if r["side"] == "updated" and r["role"] == "chosen")
     assert spelled == json.loads(DEMO_PAIRS.read_text().splitlines()[4])["chosen"] + "<|endoftext|>"
-    assert "chosen 0" in result.output and "order" in result.output
+    assert "chosen 1" in result.output and "order" in result.output
     assert call("report", tmp_path / "run").exit_code == 0
 
 

@@ -23,7 +23,10 @@ def answer(text):
 COMPLETION = {"prompt": "Where is the cat?", "completion": " On the mat."}
 PAIR = {"prompt": "Where is the cat?", "chosen": " On the mat.", "rejected": " In the garden, I think."}
 GROUP = {"prompt": "Where is the cat?", "completions": [" On the mat.", " Here.", " There."], "rewards": [1, 0, 0.5]}
-CHATS = [{"prompt": ASK, "completion": answer("On the mat.")}, {"prompt": ASK, "chosen": answer("Here."), "rejected": answer("No.")}]
+CHATS = [
+    {"prompt": ASK, "completion": answer("On the mat.")},
+    {"prompt": ASK, "chosen": answer("Here."), "rejected": answer("No.")},
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,10 @@ ROW = json.dumps(COMPLETION)
         (ROW + '\n{"prompt": ', "{path} line 2 is not JSON"),
         ("\n" + ROW + "\n\n[1, 2]", "{path} line 4 must be an object, got list"),
         ('{"prompt": "a"}', "{path} line 1 must have (prompt, chosen, rejected) or"),
-        ('{"prompt": "a", "chosen": "b", "rejected": null}', "line 1 must have (prompt, chosen, rejected) or (prompt, completions"),
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": null}',
+            "line 1 must have (prompt, chosen, rejected) or (prompt, completions",
+        ),
         ('{"prompt": "a", "chosen": "b", "rejected": null}', "it has prompt, chosen"),
         ("{}", "it has nothing"),
         (ROW + '\n{"prompt": "a", "completion": " \\n"}', "{path} line 2: completion is empty, so there is nothing to score"),
@@ -92,11 +98,17 @@ ROW = json.dumps(COMPLETION)
         ('{"prompt": "a", "completion": [{"role": "assistant", "content": ""}]}', "{path} line 1: completion is empty"),
         ('{"prompt": [], "completion": "b"}', "{path} line 1: prompt is empty, so there is nothing to answer"),
         ('{"prompt": 3, "completion": "b"}', "{path} line 1: prompt must be text or a list of messages, got int"),
-        ('{"prompt": "a", "completion": {"text": "b"}}', "{path} line 1: completion must be text or a list of messages, got dict"),
+        (
+            '{"prompt": "a", "completion": {"text": "b"}}',
+            "{path} line 1: completion must be text or a list of messages, got dict",
+        ),
         ('{"prompt": "a", "completion": ["b"]}', "{path} line 1: every message of completion must have a role and a content"),
         ('{"prompt": [{"role": "user"}], "completion": "b"}', "{path} line 1: every message of prompt must have a role"),
         ('{"prompt": [{"role": "user", "content": 1}], "completion": "b"}', "every content in prompt must be text, got int"),
-        ('{"prompt": "a", "completions": ["b"], "rewards": [1, 2]}', "line 1: completions and rewards must be two lists of one"),
+        (
+            '{"prompt": "a", "completions": ["b"], "rewards": [1, 2]}',
+            "line 1: completions and rewards must be two lists of one",
+        ),
         ('{"prompt": "a", "completions": "bc", "rewards": [1, 2]}', "line 1: completions and rewards must be two lists of one"),
         ('{"prompt": "a", "completions": ["b"], "rewards": ["1"]}', "line 1: rewards must be finite numbers"),
         ('{"prompt": "a", "completions": ["b"], "rewards": [NaN]}', "line 1: rewards must be finite numbers, got [nan]"),
@@ -211,7 +223,7 @@ def test_a_model_folder_that_is_absent_or_holds_none_is_said_in_a_sentence(tmp_p
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_an_absent_cuda_device_is_said_before_anything_is_loaded():
-    with pytest.raises(ValueError, match='device \'cuda:0\' was asked for but torch finds no CUDA device: use device="cpu"'):
+    with pytest.raises(ValueError, match="device 'cuda:0' was asked for but torch finds no CUDA device: use device=\"cpu\""):
         load_model("no/such", device="cuda:0")
 
 

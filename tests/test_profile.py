@@ -74,14 +74,14 @@ def test_blocks_and_sums_are_those_of_the_matrix(run):
     rows = run.tokens.to_pylist()
     u, o = ([row for row in rows if row["side"] == side] for side in ("updated", "observed"))
     table = blocks(o, u, run.matrix)
-    assert table["rejected 0"]["chosen 0"] == pytest.approx(float(run.matrix[5:, :5].sum()), rel=1e-5)
-    total = run.about["settings"]["eta"] * sum(table["chosen 0"].values())
-    assert by_sequence(o)["chosen 0"]["predicted"] == pytest.approx(total, rel=1e-4)
+    assert table["rejected 1"]["chosen 1"] == pytest.approx(float(run.matrix[5:, :5].sum()), rel=1e-5)
+    total = run.about["settings"]["eta"] * sum(table["chosen 1"].values())
+    assert by_sequence(o)["chosen 1"]["predicted"] == pytest.approx(total, rel=1e-4)
 
 
 def test_interrupt_keeps_what_is_done(tmp_path):
     def stop(what, done, total):
-        if what == "force matrix" and done == 4:
+        if what == "force matrix" and done == 5:
             raise KeyboardInterrupt
 
     run = td.profile(tiny("llama"), pair(), pair(), method="tangent", out=tmp_path / "p", stage=stop)
@@ -89,8 +89,8 @@ def test_interrupt_keeps_what_is_done(tmp_path):
     assert again.about["status"] == "partial" and again.about["verify"]["order"] == run.about["verify"]["order"]
     whole = td.forces(tiny("llama"), pair(), pair(), td.objectives.DPO()).matrix
     done = ~again.matrix.isnan()
-    assert bool(done[:, :4].all()) and not bool(done[:, 4:].any())
-    assert relative_error(again.matrix[:, :4], whole[:, :4]) < 1e-6
+    assert bool(done[:, :5].all()) and not bool(done[:, 5:].any())  # the chosen answer's columns, whole ones
+    assert relative_error(again.matrix[:, :5], whole[:, :5]) < 1e-6
 
 
 def test_error_writes_nothing(tmp_path):

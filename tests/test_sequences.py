@@ -146,6 +146,16 @@ def test_bos_is_never_scored_and_eos_is_scored_once(kind):
             assert (chi.ids == 2).sum() == 1 and chi.ids[-1] == 2 and chi.scored[-1]
 
 
+def test_special_tokens_before_the_prompt_are_not_scored_and_none_closes_an_empty_response():
+    core = Tokenizer.from_str(tokenizer("byte").backend_tokenizer.to_str())
+    specials = [("<unk>", 0), ("<bos>", 1), ("<eos>", 2)]
+    core.post_processor = processors.TemplateProcessing(single="<bos> <unk> $A <eos>", special_tokens=specials)
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    assert td.encode(fast, "the cat", " sat").scored.tolist() == [False, False, False, False, True, True]
+    with pytest.raises(ValueError, match="no token is left to score"):
+        td.encode(fast, "the cat", "")
+
+
 def test_eos_can_be_left_out():
     with_, without = (td.encode(tokenizer("byte"), "the cat", " sat", eos=eos) for eos in (True, False))
     assert torch.equal(with_.ids[:-1], without.ids) and with_.ids[-1] == 2

@@ -63,7 +63,7 @@ def profile(
     skip: Annotated[int, typer.Option(min=0, help="rows to pass over first")] = 0,
     eta: Annotated[float | None, typer.Option(help="size of the checking step; by default 0.1 nats at the largest")] = None,
     scope: Annotated[str, typer.Option(help="full, readout, backbone, or a regular expression over parameter names")] = "full",
-    method: Annotated[str, typer.Option(help="how the matrix is computed: naive, tangent, or none")] = "naive",
+    method: Annotated[str, typer.Option(help="how the matrix is computed: tangent, naive, or none")] = "tangent",
     reference: Annotated[str | None, typer.Option(help="reference model; the policy itself when absent")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="longest sequence in tokens")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",

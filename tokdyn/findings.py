@@ -24,14 +24,14 @@ def findings(about: dict[str, Any], tokens: Any, matrix: Tensor | None) -> list[
     whole = matrix is not None and not bool(matrix.isnan().any())
     found: list[Finding | None] = [_step(about, o)]
     if whole and matrix is not None:
-        found += [_tug_of_war(about, o, u, matrix), _strongest(o, u, matrix)]
+        found += [_tug_of_war(about, o, u, matrix), _strongest(about, o, u, matrix)]
     found += [_squeezing(u), _check(about)]
     return [finding for finding in found if finding is not None]
 
 
 def sequence_label(row: dict[str, Any]) -> str:
-    """'chosen 0': the role and the group of a token or sequence."""
-    return f"{row['role']} {row['group']}"
+    """'chosen 1': the role of a token or sequence, and its group counted from 1."""
+    return f"{row['role']} {row['group'] + 1}"
 
 
 def by_sequence(o: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -58,6 +58,11 @@ def blocks(o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor) -> 
     return sums
 
 
+def signed(x: float) -> str:
+    """A number with its sign, three decimals, and a minus that reads as one."""
+    return f"{x:+.3f}".replace("-", "−")
+
+
 def shown(token: str) -> str:
     """A token in quotes with its white space visible."""
     return "“" + token.replace("\n", "↵").replace(" ", "␣") + "”"
@@ -65,15 +70,18 @@ def shown(token: str) -> str:
 
 def _step(about: dict[str, Any], o: list[dict[str, Any]]) -> Finding:
     sums = by_sequence(o)
-    moves = ", ".join(f"{name} {entry['actual']:+.3f}" for name, entry in sums.items())
-    up, down = ("rises", "falls")
-    strange = [
-        f"{name} {down if name.startswith('chosen') else up}"
-        for name, entry in sums.items()
-        if (name.startswith("chosen") and entry["actual"] < 0) or (name.startswith("rejected") and entry["actual"] > 0)
-    ]
-    title = "The step moves every answer the way it should" if not strange else f"Against its purpose, {' and '.join(strange)}"
-    if not any(name.startswith(("chosen", "rejected")) for name in sums):
+    trained = {sequence_label(entry) for entry in about["sequences"] if entry["side"] == "updated"}
+    moves = ", ".join(f"{name} {signed(entry['actual'])}" for name, entry in sums.items())
+    wanted = {"chosen": 1, "rejected": -1}
+    judged = {
+        name: sums[name]["actual"] * wanted[name.split()[0]] for name in sums if name in trained and name.split()[0] in wanted
+    }
+    wrong = [f"{name} {'rises' if name.startswith('rejected') else 'falls'}" for name, gain in judged.items() if gain < 0]
+    if wrong:
+        title = f"Against its purpose, {' and '.join(wrong)}"
+    elif judged:
+        title = "The step moves every answer it trains on the way it should"
+    else:
         title = "What the step does to each answer"
     return dict(
         title=title, text=f"Change of log-probability after a step of {about['settings']['eta']:.3g}, in nats: {moves}."
@@ -88,8 +96,8 @@ def _tug_of_war(about: dict[str, Any], o: list[dict[str, Any]], u: list[dict[str
         if lift and press:
             up, down = max(entry, key=lambda k: entry[k]), min(entry, key=lambda k: entry[k])
             text = (
-                f"On {name}, the tokens of {up} do {eta * entry[up]:+.3f} nats and those of {down} {eta * entry[down]:+.3f}; "
-                f"all updated answers together leave {eta * (lift + press):+.3f}."
+                f"On {name}, the tokens of {up} do {signed(eta * entry[up])} nats and those of {down} "
+                f"{signed(eta * entry[down])}; all updated answers together leave {signed(eta * (lift + press))}."
             )
             cancelled = min(lift, -press)
             if best is None or cancelled > best[0]:
@@ -106,7 +114,7 @@ def _cancels(table: dict[str, dict[str, float]]) -> bool:
     return net < 0.5 * gross
 
 
-def _strongest(o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor) -> Finding | None:
+def _strongest(about: dict[str, Any], o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor) -> Finding | None:
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["group"], row["role"], row["position"]
 
@@ -115,14 +123,14 @@ def _strongest(o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor)
         return None
     index = int(torch.where(other, matrix.abs(), torch.zeros_like(matrix)).argmax())
     m, l = divmod(index, len(u))  # noqa: E741
-    a, b, force = o[m], u[l], float(matrix[m, l])
+    a, b, force, eta = o[m], u[l], float(matrix[m, l]), about["settings"]["eta"]
     row = matrix[m].abs()
     return dict(
         title="The strongest pull between two different tokens"
         if force > 0
         else "The strongest push between two different tokens",
         text=f"{shown(b['token'])} at position {b['position']} of {sequence_label(b)} {'lifts' if force > 0 else 'lowers'} "
-        f"{shown(a['token'])} at position {a['position']} of {sequence_label(a)}: {force:+.3g} nats per unit learning rate, "
+        f"{shown(a['token'])} at position {a['position']} of {sequence_label(a)}: {signed(eta * force)} nats in this step, "
         f"{100 * float(row[l] / row.sum()):.0f}% of all force on that token.",
     )
 
@@ -138,8 +146,8 @@ def _squeezing(u: list[dict[str, Any]]) -> Finding | None:
     return dict(
         title="Squeezing" if len(gains) > len(away) / 2 else "Little squeezing",
         text=f"{len(pushed)} update tokens are pushed down, {len(away)} of them are not the model's first choice. In a step on "
-        f"the readout alone the first choice gains at {len(gains)} of those ({mass:+.2e} probability in all), while on average "
-        f"{100 * falling:.0f}% of the other vocabulary falls.",
+        f"the readout alone the first choice gains at {len(gains)} of those ({mass:.2g} of probability in all), while "
+        f"on average {100 * falling:.0f}% of the other vocabulary falls.",
     )
 
 
@@ -150,5 +158,6 @@ def _check(about: dict[str, Any]) -> Finding | None:
     return dict(
         title="The prediction holds" if 1.8 <= check["order"] <= 2.2 else "Check the prediction",
         text=f"Against a real step of {check['eta']:.3g}, predicted and actual changes agree with slope "
-        f"{check['linearity']:.3f}; the difference shrinks with order {check['order']:.2f} as the step is halved (2 is what first-order theory says).",
+        f"{check['linearity']:.3f}; the difference shrinks with order {check['order']:.2f} as the step is halved "
+        f"(2 is what first-order theory says).",
     )

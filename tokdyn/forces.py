@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from . import exact, ops
+from . import exact, ops, structured
 from .exact import Progress, Side
 from .objectives import SFT, GTerm, Objective, Scores
 from .precondition import preconditioner
@@ -164,7 +164,7 @@ class Forces:
         vector: Σ_l F [M] (reduce="update"), Σ_m w_m F [L] (reduce="observe"), or None.
         c: weight of each update token, -dL/dlog pi (its first target's where it has several), [L].
         observed, updated: row tables (pyarrow) with sequence, position, token_id, token, log_prob and the token statistics.
-        coverage: parameter name -> "exact", or why it took no part.
+        coverage: parameter name -> the rule it took part by, or why it took no part.
         scope, method, reduce: as asked.
     """
 
@@ -296,12 +296,12 @@ def fingerprint(tracer: Tracer) -> Tensor:
     return torch.stack([torch.stack([p.double().sum(), p.double().square().sum()]) for p in tracer.params.values()])
 
 
-def coverage(tracer: Tracer, uses: dict[str, str], scope: str) -> dict[str, str]:
-    """Every parameter name with "exact", or why it takes no part."""
+def coverage(tracer: Tracer, uses: dict[str, str], scope: str, rules: dict[str, str] | None = None) -> dict[str, str]:
+    """Every parameter name with the rule it took part by, or why it takes no part."""
 
     def rule(use: str, tensor: str) -> str:
         if use in uses:
-            return "exact"
+            return (rules or {}).get(use, "autograd")
         return f"outside scope {scope!r}" if tensor in tracer.trainable else "frozen"
 
     return {use: rule(use, tensor) for use, tensor in tracer.owner.items()}
@@ -336,20 +336,21 @@ def forces(
             before it; or a regular expression over parameter names.
         reduce: None -> matrix [M, L]; "update" -> vector [M], the whole step on each observed token; "observe" -> vector [L],
             each update token on the summed (or weighted) observed log-probability.
-        method: "tangent" (exact: backward and forward-mode passes), "naive" (exact: one gradient per token per side; the
+        method: "tangent" (exact: structured tangents, see structured.py), "naive" (exact: one gradient per token per side; the
             oracle), "fd" (real parameter steps, extrapolated; reductions only).
         optimizer: an Adam, AdamW or RMSprop with state; the kernel becomes J_o P J_uᵀ at its frozen diagonal P.
         reference: model of log pi_ref, where the sequences do not bring it; the policy itself when absent.
         weights: weight of each observed token in reduce="observe", [M].
-        memory: bytes that method="naive" may keep of per-token gradients.
+        memory: bytes that method="naive" may keep of per-token gradients, "tangent" of a chunk's tangents.
         out: an [M, L] tensor to fill as the matrix is computed (what is there when interrupted is right).
         progress: called with (done, total).
 
     Raises:
         ValueError: an unknown option, sequences that do not fit the objective or the model, a model that is not finite.
 
-    Cost: a reduction is one backward and one tangent pass over each side. A matrix by "tangent" is one of each per token of
-    the shorter side, by "naive" one backward pass per token of both sides and 2·M·L·P flops.
+    Cost: a reduction is one backward and one tangent pass over each side. A matrix by "tangent" is about one
+    of each per token of one side without its weight gradients, by "naive" one backward pass per token of both sides and
+    2·M·L·P flops.
     """
     if reduce not in (None, "update", "observe"):
         raise ValueError(f'reduce must be None, "update" or "observe", got {reduce!r}')
@@ -363,8 +364,8 @@ def forces(
         sides = prepare(tracer, update, observe, objective, reference=reference, weights=weights)
         uses = exact.select(tracer, scope)
         P = preconditioner(optimizer, tracer) if optimizer is not None else None
-        matrix = vector = None
-        if scope == "readout" and method == "tangent" and P is None:
+        matrix, vector, rules = None, None, dict[str, str]()
+        if scope == "readout" and method == "tangent" and P is None and plain_readout(tracer, observe[0]):
             closed = readout(tracer, sides, uses, reduce)
             matrix, vector = (closed, None) if reduce is None else (None, closed)
         elif reduce is None or method == "naive":
@@ -374,8 +375,10 @@ def forces(
             matrix = torch.full(shape, torch.nan, dtype=tracer.dtype, device=tracer.device) if out is None else out
             if method == "naive":
                 exact.naive_matrix(tracer, sides.o, sides.u, uses, P, matrix, progress, memory)
-            else:
+            elif P is not None:
                 exact.tangent_matrix(tracer, sides.o, sides.u, uses, P, matrix, progress)
+            else:
+                rules = structured.matrix(tracer, sides.o, sides.u, uses, matrix, progress, memory)
             if reduce is not None:
                 vector, matrix = matrix.sum(1 if reduce == "update" else 0), None
         else:
@@ -385,9 +388,14 @@ def forces(
             vector = move(tracer, sink, direction, uses)
         c = sides.gterm.c
         return Forces(
-            matrix, vector, c[:, 0] if c.dim() == 2 else c, sides.observed, sides.updated, coverage(tracer, uses, scope),
+            matrix, vector, c[:, 0] if c.dim() == 2 else c, sides.observed, sides.updated, coverage(tracer, uses, scope, rules),
             scope, method, reduce, _Live(model, sides, scope, P, fingerprint(tracer)),
         )  # fmt: skip
+
+
+def plain_readout(tracer: Tracer, chi: Chi) -> bool:
+    """Whether the model's logits are softcap(scale (W h + b)), to the square root of the unit roundoff."""
+    return tracer.readout_residual(chi) < torch.finfo(tracer.dtype).eps ** 0.5
 
 
 @torch.no_grad()

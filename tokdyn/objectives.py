@@ -479,7 +479,7 @@ class SimKO(GRPO):
 
     At the tokens whose entropy lies above the response's q-quantile: for A > 0,
     γ⁺ = (1-α)γ + (α/N) Σ_n sg(γ/γ⁽ⁿ⁾) γ⁽ⁿ⁾ over the N most likely tokens (its value equals γ); for A < 0, where y is the
-    most likely token, γ⁻ = λγ. pi_old of the candidates is the policy itself.
+    most likely token, γ⁻ = λγ. pi_old of the candidates cancels, so none is needed.
     """
 
     alpha: float = 0.01

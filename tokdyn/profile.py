@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import exact, ops, squeeze, store
+from . import exact, ops, squeeze, store, structured
 from ._version import __version__
 from .findings import findings
 from .forces import FORMAT, Sides, prepare, with_sides
@@ -95,7 +95,7 @@ def profile(
     tokenizer: Any = None,
     eta: float | None = None,
     scope: str = "full",
-    method: str = "naive",
+    method: str = "tangent",
     reference: nn.Module | None = None,
     k: int = 8,
     about: dict[str, Any] | None = None,
@@ -109,7 +109,7 @@ def profile(
         model, update, observe, objective, scope, reference: as in `forces`.
         tokenizer: for the texts of vocabulary entries; ids are shown without it.
         eta: size of the checking step; by default the one whose largest predicted change is 0.1 nats.
-        method: how the matrix is computed, "naive" or "tangent"; "none" leaves it out.
+        method: how the matrix is computed, "tangent" or "naive" (the oracle); "none" leaves it out.
         k: how many rising and falling vocabulary entries to keep per observed token.
         about: further entries of run.json (model, data).
         out: folder to write; nothing is written when absent.
@@ -127,7 +127,7 @@ def profile(
         raise ValueError(f'method must be "naive", "tangent" or "none", got {method!r}')
     check_eta(eta)
     clock = _Clock(stage)
-    status, matrix = "complete", None
+    status, matrix, rules = "complete", None, dict[str, str]()
     with trace(model) as tracer:
         clock("scoring both sides")
         sides = prepare(tracer, update, observe, objective, reference=reference)
@@ -143,14 +143,16 @@ def profile(
         if method != "none":
             clock("force matrix")
             matrix = torch.full((len(sides.o), len(sides.u)), torch.nan, dtype=tracer.dtype, device=tracer.device)
-            fill = exact.naive_matrix if method == "naive" else exact.tangent_matrix
             try:
-                fill(tracer, sides.o, sides.u, uses, None, matrix, clock.progress)
+                if method == "naive":
+                    exact.naive_matrix(tracer, sides.o, sides.u, uses, None, matrix, clock.progress)
+                else:
+                    rules = structured.matrix(tracer, sides.o, sides.u, uses, matrix, clock.progress)
                 error = (matrix.sum(1) - vector).norm() / vector.norm()
                 checks["row sums of the matrix against the tangent pass"] = float(error)
             except KeyboardInterrupt:
                 status = "partial"
-        coverage = coverage_of(tracer, uses, scope)
+        coverage = coverage_of(tracer, uses, scope, rules)
         facts = _model_facts(tracer)
         clock("writing")
     tokens = _tokens(sides, tokenizer, vector, verification, squeezed, vocabulary)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from .kernels.readout_forces.reference import readout_logits
 from .sequences import Batch, Chi, collate
 
 Parameters = Mapping[str, Tensor]
+Hook = Callable[[nn.Module, Any, Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,17 @@ class Readout:
     def logits(self, hidden: Float[Tensor, "N d"]) -> Float[Tensor, "N V"]:
         """z of given hidden states."""
         return readout_logits(hidden, self.weight, **self.options)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: what went in and what came out."""
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
 
 
 class Tracer:
@@ -145,6 +157,53 @@ class Tracer:
 
         self._run(batch, params, divert)
         return kept[0]
+
+    @torch.no_grad()
+    def record(self, batch: Batch, names: Collection[str]) -> tuple[Tensor, list[Call]]:
+        """Hidden states at the scored tokens, and every call of the named modules in the order they were made."""
+        calls: list[Call] = []
+
+        def keep(name: str) -> Hook:
+            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                calls.append(Call(name, module, args, kwargs, output))
+
+            return hook
+
+        with self._hooked({name: keep(name) for name in names}):
+            return self.hidden(batch), calls
+
+    @torch.enable_grad()
+    def unroll(self, batch: Batch, names: Collection[str]) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states at the scored tokens in a graph that starts at the named modules' outputs, and those outputs."""
+        outputs: list[Tensor] = []
+
+        def start(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            outputs.append(output if output.requires_grad else output.detach().requires_grad_())
+            return outputs[-1]
+
+        with self._hooked(dict.fromkeys(names, start)):
+            return self.hidden(batch), outputs
+
+    def steer(self, batch: Batch, names: Collection[str], additions: Sequence[Tensor]) -> Float[Tensor, "N d"]:
+        """Hidden states at the scored tokens when the calls of the named modules have these tensors added to their outputs."""
+        waiting = iter(additions)
+
+        def add(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            return output + next(waiting)
+
+        with self._hooked(dict.fromkeys(names, add)):
+            return self.hidden(batch)
+
+    @contextlib.contextmanager
+    def _hooked(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
+        handles = []
+        try:
+            for name, hook in hooks.items():
+                handles.append(self.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _run(self, batch: Batch, params: Parameters | None, hook: Any) -> Tensor:
         handle = self._head.register_forward_pre_hook(hook)

@@ -34,8 +34,7 @@ const tick = (x, digits = 3) =>
 /** A probability: percent where a reader thinks in percent, a power of ten below. */
 function probability(p) {
   if (!finite(p)) return MISSING;
-  if (p === 0) return "0\u00a0%";
-  return p < 1e-4 ? number(p, 2) : `${Number((100 * p).toPrecision(3))}\u00a0%`;
+  return p >= 1 || p === 0 ? `${100 * p}\u00a0%` : p < 1e-4 ? number(p) : `${(100 * p).toPrecision(3)}\u00a0%`;
 }
 
 const percent = (p) =>
