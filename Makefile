@@ -57,6 +57,7 @@ wheel: install
 		grep -qF "$$held" dist/contents.txt || { echo "the wheel lacks $$held" >&2; exit 1; }; done
 	@! grep -E '^(kernels|studies|tests)/' dist/contents.txt || { echo "the wheel installs a top-level folder" >&2; exit 1; }
 	@test -z "$$(find dist -name '*.whl' -size +20000k)" || { echo "the wheel is over 20 MB" >&2; exit 1; }
+	@rm -rf build
 	@ls -l dist/*.whl
 
 clean:

@@ -30,11 +30,11 @@ def test_all_methods_agree_with_one_gradient_per_token(family, tied):
     assert relative_error(td.forces(model, update, OBSERVED, DPO()).matrix, naive) < FP32
     for reduce, axis in (("update", 1), ("observe", 0)):
         truth = naive.sum(axis)
-        # rounding of a sum is relative to the sum of magnitudes, not to what is left after cancellation
-        scale = float(naive.abs().sum(axis).norm() / truth.norm())
-        assert relative_error(td.forces(model, update, OBSERVED, DPO(), reduce=reduce).vector, truth) < FP32 * max(1, scale / 4)
+        assert relative_error(td.forces(model, update, OBSERVED, DPO(), reduce=reduce).vector, truth) < FP32
         steps = td.forces(model, update, OBSERVED, DPO(), reduce=reduce, method="fd").vector
-        assert relative_error(steps, truth) < 1e-3 * max(1, scale / 4)  # float32 rounding over a 0.05 move: 1e-6/0.05 · few
+        assert (
+            relative_error(steps, truth) < 1e-3
+        )  # float32 rounding of logits of size 5 over a move of 0.05, and its extrapolation: 5 · 1.2e-7/0.05 · few
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from . import _native
 from .kernels.apply_A import reference as _apply_A
 from .kernels.dual_gram import reference as _dual_gram
 from .kernels.linear_token_stats import reference as _linear_token_stats
 from .kernels.readout_forces import reference as _readout_forces
 from .kernels.softmax_jvp import reference as _softmax_jvp
+from .kernels.token_stats import cpp as _token_stats_cpp
 from .kernels.token_stats import reference as _token_stats
 from .kernels.topk_log_probs import reference as _topk_log_probs
 
@@ -44,16 +47,14 @@ def token_stats(logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"], *, imp
     Args:
         logits: [T, V], fp32, bf16 or fp64.
         targets: [T], in [0, V).
-        impl: None, "reference" or "cpp" (CPU, fp32 and bf16).
+        impl: None, "reference" or "cpp" (CPU, fp32 and bf16, no gradient). None takes cpp where it is built and applies.
 
     Raises:
         ValueError: a target outside the vocabulary, or an impl that is not built.
     """
     _check_targets(targets, logits.shape[-1])
-    if impl == "cpp":
-        from .kernels.token_stats import cpp
-
-        return TokenStats(*cpp.token_stats(logits, targets))
+    if impl == "cpp" or (impl is None and _takes_cpp(logits)):
+        return TokenStats(*_token_stats_cpp.token_stats(logits, targets))
     _require_reference("token_stats", impl)
     return TokenStats(*_token_stats.token_stats(logits, targets))
 
@@ -172,6 +173,12 @@ def dual_gram(
     """out += (a1 a2ᵀ) ⊙ (d1 d2ᵀ), [M, L], or summed over pairs of segments, [S_o, S_u]."""
     _require_reference("dual_gram", impl)
     return _dual_gram.dual_gram(a1, a2, d1, d2, out=out, segments=segments)
+
+
+def _takes_cpp(x: Tensor) -> bool:
+    plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.stride(-1) == 1
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return plain and not x.requires_grad and not wrapped and _native.load()[0] is not None
 
 
 def _check_targets(targets: Tensor, V: int) -> None:

@@ -249,6 +249,7 @@ def _tokens(sides: Sides, tokenizer: Any, vector: Tensor, verification: Any, squ
         ("p_argmax_after", squeezed.argmax_after),
         ("mass_to_argmax", squeezed.argmax_gain),
         ("falling_share", squeezed.falling),
+        ("falling_by_sign_rule", squeezed.predicted_falling),
     ):
         updated = updated.append_column(name, pa.array(column.tolist()))
     for name, values in (

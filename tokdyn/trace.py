@@ -4,23 +4,29 @@
         z = tracer.logits(batch)                       # [N, V] at the scored tokens
         z = tracer.logits(batch, {"lm_head.weight": W})  # the same with other weights; the model's own are not touched
 
-Inside the block the model is in eval mode with eager attention (the only one with a forward derivative). Both are put back
-on exit, also after an error; parameters, gradients, requires_grad, buffers and random state are never written.
+Inside the block the model is in eval mode with the tracing attention (attention.py), or with eager attention where it takes
+no other: fused attention has no forward derivative. Both are put back on exit, also after an error; parameters, gradients,
+requires_grad, buffers and random state are never written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vjp
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
+from .attention import ATTENTION, register
 from .kernels.readout_forces.reference import readout_logits
 from .sequences import Batch, Chi, collate
 
@@ -64,6 +70,25 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that went in, by position and then by keyword."""
+        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The tensors of real numbers that came out: what a parameter can move."""
+        return floats(self.output)
+
+
+def floats(tree: Any) -> list[Tensor]:
+    """The floating-point tensors of a nested structure."""
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _map_floats(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    return tree_map(lambda x: f(x) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
 
 
 class Tracer:
@@ -173,26 +198,69 @@ class Tracer:
             return self.hidden(batch), calls
 
     @torch.enable_grad()
-    def unroll(self, batch: Batch, names: Collection[str]) -> tuple[Tensor, list[Tensor]]:
-        """Hidden states at the scored tokens in a graph that starts at the named modules' outputs, and those outputs."""
-        outputs: list[Tensor] = []
+    def unroll(self, batch: Batch, names: Collection[str]) -> tuple[Tensor, list[Call]]:
+        """Hidden states at the scored tokens in a graph that starts at the named modules' outputs, and their calls."""
+        calls: list[Call] = []
 
-        def start(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            outputs.append(output if output.requires_grad else output.detach().requires_grad_())
-            return outputs[-1]
+        def start(x: Tensor) -> Tensor:  # an alias each: no output lies on another's path
+            return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
-        with self._hooked(dict.fromkeys(names, start)):
-            return self.hidden(batch), outputs
+        def keep(name: str) -> Hook:
+            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+                args, kwargs = _map_floats(Tensor.detach, (args, kwargs))
+                calls.append(Call(name, module, args, kwargs, _map_floats(start, output)))
+                return calls[-1].output
+
+            return hook
+
+        with self._hooked({name: keep(name) for name in names}):
+            return self.hidden(batch), calls
 
     def steer(self, batch: Batch, names: Collection[str], additions: Sequence[Tensor]) -> Float[Tensor, "N d"]:
         """Hidden states at the scored tokens when the calls of the named modules have these tensors added to their outputs."""
         waiting = iter(additions)
 
-        def add(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            return output + next(waiting)
+        def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            return _map_floats(lambda x: x + next(waiting), output)
 
         with self._hooked(dict.fromkeys(names, add)):
             return self.hidden(batch)
+
+    @torch.no_grad()
+    def usage(self, batches: Iterable[Batch]) -> dict[str, set[str]]:
+        """Tensor name -> the modules that use it before the readout, as seen in the forward pass.
+
+        At each use it is the innermost running module that the tensor belongs to: the module that owns it, or one around
+        that which reads the weight without calling its module (Mamba's convolution).
+        """
+        tensors = {id(p): self.owner[name] for name, p in self.model.named_parameters(remove_duplicate=False)}
+        inside = {name: {id(p) for p in module.parameters()} for name, module in self.model.named_modules()}
+        running: list[str] = []
+        seen: dict[str, set[str]] = {}
+
+        class Watch(TorchFunctionMode):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                result = func(*args, **(kwargs or {}))
+                for p in {id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, nn.Parameter)} & tensors.keys():
+                    if floats(result):  # not a look at its dtype or shape
+                        seen.setdefault(tensors[p], set()).add(next(name for name in reversed(running) if p in inside[name]))
+                return result
+
+        def enter(name: str) -> Any:
+            return lambda module, args: running.append(name)
+
+        handles = []
+        try:
+            for name, module in self.model.named_modules():
+                handles.append(module.register_forward_pre_hook(enter(name)))
+                handles.append(module.register_forward_hook(lambda module, args, output: running.pop() and None))
+            for batch in batches:
+                with Watch():
+                    self.hidden(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {tensor: names - {self._head_name} for tensor, names in seen.items()}
 
     @contextlib.contextmanager
     def _hooked(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
@@ -258,14 +326,23 @@ def trace(model: nn.Module) -> Iterator[Tracer]:
     tracer = Tracer(model)
     try:
         model.eval()
-        if attention not in (None, "eager"):
-            _set_attention(model, "eager")
+        if attention is not None:
+            _set_attention(model, _traceable_attention(model))
         yield tracer
     finally:
         for module, mode in training.items():
             module.training = mode
-        if attention not in (None, "eager"):
+        if attention is not None:
             _set_attention(model, attention)
+
+
+def _traceable_attention(model: Any) -> str:
+    """The tracing attention where the model takes its attention from transformers' interface and has no sinks, else eager."""
+    interface = hasattr(model, "_can_set_attn_implementation") and model._can_set_attn_implementation()
+    if not interface or any(hasattr(module, "sinks") for module in model.modules()):
+        return "eager"
+    register()
+    return ATTENTION
 
 
 def _set_attention(model: Any, name: str) -> None:
@@ -284,3 +361,53 @@ def _output_embeddings(model: nn.Module) -> tuple[str, nn.Module]:
         if module is head:
             return name, head
     raise ValueError(f"the output embeddings of {type(model).__name__} are not one of its modules")
+
+
+@contextlib.contextmanager
+def _forward_derivatives(model: nn.Module) -> Iterator[None]:
+    """Give the custom autograd functions beside the model's modules that have only a backward a forward derivative too."""
+    beside = {type(module).__module__ for module in model.modules()}
+    values = [value for name in beside for value in vars(sys.modules[name]).values() if isinstance(value, type)]
+    old = [f for f in values if issubclass(f, torch.autograd.Function) and f.setup_context is torch.autograd.Function.setup_context]
+    old = [f for f in old if "apply" not in vars(f) and f is not torch.autograd.Function]
+    try:
+        for f in old:
+            f.apply = _with_transpose(f).apply  # type: ignore[method-assign]
+        yield
+    finally:
+        for f in old:
+            del f.apply
+
+
+def _with_transpose(old: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """A function of tensors with only a backward w -> Jᵀw, as one that torch.func takes: J is the transpose of its backward."""
+
+    def pull(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Callable[..., Any]]:
+        context = SimpleNamespace(needs_input_grad=(True,) * len(inputs), saved_tensors=())
+        context.save_for_backward = lambda *saved: setattr(context, "saved_tensors", saved)
+        output = old.forward(context, *inputs)
+        return output, lambda w: old.backward(context, w)
+
+    class New(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Tensor) -> Tensor:  # type: ignore[override]
+            return pull(inputs)[0]
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, w: Tensor) -> Any:  # type: ignore[override]
+            return pull(ctx.saved_tensors)[1](w)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor) -> Tensor:  # type: ignore[override]
+            output, back = pull(ctx.saved_tensors)
+            given = tangents if len(tangents) > 1 else tangents[0]
+            return vjp(back, torch.zeros_like(output))[1](given)[0]
+
+    return New

@@ -1,0 +1,1 @@
+"""Backward derivative of softmax attention for many cotangents at once."""

@@ -1,0 +1,1 @@
+"""Forward derivative of softmax attention along many tangents at once."""

@@ -1,0 +1,71 @@
+"""Specification of tangent_attention, in plain torch, and of the attention it differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+ELEMENTS = 1 << 23  # scores of all tangents held at a time; rows of queries are taken in blocks of that size
+
+
+def blocks(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None, n: int = 1) -> Iterator[tuple]:
+    """Row blocks of the attention: (rows, keys, P, slope) with P [B, Hk, G, t, s] over the keys that the block can see.
+
+    slope is the derivative of the capped score by the plain one, times scale: 1·scale without a cap.
+    """
+    B, Hk, G, T, _ = q.shape
+    S = k.shape[-2]
+    step = max(1, min(T, ELEMENTS // max(1, n * B * Hk * G * S)))
+    for start in range(0, T, step):
+        rows, keys = slice(start, min(T, start + step)), slice(0, S)
+        seen = None
+        if mask is not None:
+            seen = mask[..., rows, :]
+            used = seen.flatten(0, -2).any(0).nonzero()
+            keys = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
+            seen = seen[:, :, None, :, keys]
+        s = (q[..., rows, :] @ k[:, :, None, keys].mT) * scale
+        slope: Tensor | float = scale
+        if softcap is not None:
+            s = softcap * torch.tanh(s / softcap)
+            slope = scale * (1 - (s / softcap).square())
+        if seen is not None:
+            s = s.masked_fill(~seen, -torch.inf)
+        e = (s - s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)).exp()
+        P = e / e.sum(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)  # a row that sees nothing attends to nothing
+        yield rows, keys, P, slope
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None) -> Tensor:
+    """O = softmax(cap(scale q kᵀ) where mask) v with grouped heads.
+
+    q [B, Hk, G, T, D], k and v [B, Hk, S, D], mask [B or 1, 1, T, S] (True where a key is seen) -> [B, Hk, G, T, D].
+    """
+    return torch.cat([P @ v[:, :, None, keys] for _, keys, P, _ in blocks(q, k, mask, scale, softcap)], -2)
+
+
+def tangent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Ȯ for n tangents, the softmax computed once for all of them and no T x T kept per tangent.
+
+        Ȯ = P V̇ + (P ⊙ Ṡ) V - μ O,   Ṡ = slope ⊙ (Q̇ Kᵀ + Q K̇ᵀ),   μ = rowsum(P ⊙ Ṡ)
+
+    dq [n, B, Hk, G, T, D], dk and dv [n, B, Hk, S, D] -> [n, B, Hk, G, T, D]. Cost 8 T² D flops a head and tangent.
+    """
+    out = []
+    for rows, keys, P, slope in blocks(q, k, mask, scale, softcap, len(dq)):
+        near, values = k[:, :, None, keys], v[:, :, None, keys]
+        W = P * (slope * (dq[..., rows, :] @ near.mT + q[..., rows, :] @ dk[:, :, :, None, keys].mT))
+        out.append(P @ dv[:, :, :, None, keys] + W @ values - W.sum(-1, keepdim=True) * (P @ values))
+    return torch.cat(out, -2)
