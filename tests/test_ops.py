@@ -76,6 +76,20 @@ def test_topk_agrees_with_rank():
         assert torch.allclose(stats.log_prob, values[:, k], rtol=1e-13)
 
 
+@pytest.mark.parametrize("gap", [5.0, 20.0, 40.0])
+def test_force_on_a_confident_token_keeps_its_digits(gap):
+    """Γ_y = c (1 - pi_y), of size e^-gap, is right relative to that, and the row still sums to zero."""
+    from tokdyn.kernels.readout_forces.reference import logit_force
+
+    V, c = 9, torch.tensor([-0.3], dtype=torch.float64)
+    z = torch.zeros(1, V, dtype=torch.float64)
+    z[0, 4] = gap
+    q = torch.tensor(-gap, dtype=torch.float64).exp()
+    force = logit_force(z, torch.tensor([4]), c)
+    assert float(force[0, 4] / (c * (V - 1) * q / (1 + (V - 1) * q)) - 1) == pytest.approx(0, abs=20 * EPS)
+    assert abs(float(force.sum())) <= 20 * EPS * float(force.abs().sum())
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_linear_forms_are_the_logit_forms_of_the_readout(softcap):
     g = torch.Generator().manual_seed(0)

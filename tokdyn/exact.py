@@ -36,7 +36,7 @@ class Side:
         return sum(len(batch.targets) for batch in self.batches)
 
     def force(self, b: int, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-        """Γ of the tokens of batch b."""
+        """Γ of the tokens of batch b, in float32 at least."""
         term = self.terms[b]
         return logit_force(logits, term.targets, term.c, term.v, term.uniform)
 
@@ -98,7 +98,7 @@ def pull(tracer: Tracer, side: Side, uses: dict[str, str]) -> Direction:
     leaves, direction = _leaves(tracer, uses), Direction()
     for b, batch in enumerate(side.batches):
         z = tracer.logits(batch, leaves)
-        grads = torch.autograd.grad(z, list(leaves.values()), side.force(b, z.detach()), allow_unused=True)
+        grads = torch.autograd.grad(z, list(leaves.values()), side.force(b, z.detach()).to(z), allow_unused=True)
         _gather(grads, uses, direction, tracer.params)
     return direction
 
@@ -112,7 +112,7 @@ def pull_each(tracer: Tracer, side: Side, uses: dict[str, str], start: int = 0, 
         N = len(batch.targets)
         if n + N > start and n < stop:
             z = tracer.logits(batch, leaves)
-            force = side.force(b, z.detach())
+            force = side.force(b, z.detach()).to(z)
             for row in range(max(0, start - n), min(N, stop - n)):
                 grads = torch.autograd.grad(z[row], list(leaves.values()), force[row], retain_graph=True, allow_unused=True)
                 yield _gather(grads, uses, Direction(), tracer.params)
@@ -171,17 +171,17 @@ def naive_matrix(
     """
     tensors = dict.fromkeys(uses.values())
     P_all = sum(tracer.params[name].numel() for name in tensors)
-    size = P_all * tracer.dtype.itemsize
+    size = P_all * out.element_size()
     rows = max(1, min(len(o), memory // size - block))
     passes = -(-len(o) // rows)
     done, total = 0, len(o) + passes * len(u)
 
     def flat(side: Side, start: int, stop: int, precondition: Direction | None) -> Tensor:
         nonlocal done
-        J = torch.empty(min(stop, len(side)) - start, P_all, dtype=tracer.dtype, device=tracer.device)
+        J = torch.empty(min(stop, len(side)) - start, P_all, dtype=out.dtype, device=tracer.device)
         for i, direction in enumerate(pull_each(tracer, side, uses, start, stop)):
             whole = scaled(direction, precondition)
-            torch.cat([whole[name].reshape(-1) for name in tensors], out=J[i])
+            torch.cat([whole[name].reshape(-1).to(out.dtype) for name in tensors], out=J[i])
             done += 1
             if progress:
                 progress(done, total)

@@ -19,13 +19,20 @@ def logit_force(logits: Tensor, targets: Tensor, c: Tensor, v: Tensor | None = N
 
     Γ_l = Σ_k c_lk (e_{targets_lk} - pi_l) + v_l pi_l ⊙ (log pi_l + H_l) + u_l (1/V - pi_l)
 
-    logits [L, V], targets and c [L] or [L, K], v and uniform [L] -> [L, V].
+    logits [L, V], targets and c [L] or [L, K], v and uniform [L] -> [L, V]; half precision is computed in float32.
+
+    A target's own column is C (1 - pi_y) + (Σ of its c) - C with C = Σ_k c_k and 1 - pi_y summed over the other tokens: for one
+    target no digits are lost as pi_y goes to 1.
     """
-    log_pi = logits.log_softmax(-1)
+    z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    log_pi = z.log_softmax(-1)
     pi = log_pi.exp()
     y, c = (targets[:, None], c[:, None]) if targets.dim() == 1 else (targets, c)
     c = c.to(pi.dtype)
-    force = (-c.sum(1, keepdim=True) * pi).scatter_add(1, y, c)
+    total = c.sum(1, keepdim=True)
+    own = torch.zeros_like(pi).scatter_add(1, y, c).gather(1, y) - total
+    rest = torch.stack([pi.scatter(1, y[:, k : k + 1], 0.0).sum(1) for k in range(y.shape[1])], 1)
+    force = (-total * pi).scatter(1, y, own + total * rest)
     if v is not None:
         plogp = torch.where(pi > 0, pi * log_pi, torch.zeros_like(pi))
         force = force + v.to(pi.dtype)[:, None] * (plogp - pi * plogp.sum(1, keepdim=True))
