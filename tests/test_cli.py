@@ -1,11 +1,13 @@
 """The command line as a user meets it: the main job, and one clear sentence for every mistake."""
 
+import contextlib
 import json
+import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,12 @@ def test_bad_data_is_named_by_file_and_line(tmp_path, text, words):
     [
         (["--objective", "dop"], ["unknown objective 'dop'", "DPO"]),
         (["--set", "beta=much"], ["NAME=NUMBER"]),
+        (["--set", "beta=nan"], ["beta must be a finite number"]),
+        (["--objective", "ipo", "--set", "beta=0"], ["beta must be positive"]),
+        (["--objective", "simko", "--set", "n_candidates=2.5"], ["n_candidates must be a finite whole number"]),
+        (["--objective", "simko", "--set", "quantile=2"], ["quantile must lie in [0, 1]"]),
+        (["--device", "tpu"], ["tpu"]),
+        (["--eta", "inf"], ["eta must be positive"]),
         (["--set", "gamma=1"], ["DPO has no constant 'gamma'", "beta"]),
         (["--model", "./no-such-model-here"], ["no-such-model-here"]),
         (["--data", "nowhere.jsonl"], ["no data file nowhere.jsonl"]),
@@ -107,7 +115,7 @@ def test_taken_folder_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")
     refused(call(*RUN, "--out", tmp_path / "run"), "exists already", "--overwrite")
-    refused(call(*RUN, "--out", tmp_path / "run", "--overwrite"), "not a tokdyn run")
+    refused(call(*RUN, "--out", tmp_path / "run", "--overwrite"), "thesis.txt")
 
 
 def test_broken_weights_are_named(tmp_path):
@@ -122,18 +130,30 @@ def test_broken_weights_are_named(tmp_path):
 
 
 def test_control_c_leaves_a_readable_partial_run(tmp_path):
+    """In a terminal, interrupted when the matrix is named: the folder is whole and says that it is partial."""
     tokdyn = Path(sys.executable).with_name("tokdyn")
-    process = subprocess.Popen(
-        [tokdyn, "profile", "--rows", "6", "--held-out", "6", "--out", tmp_path / "run"],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    # not a terminal: stages are not drawn, so wait for the matrix by time; an earlier interrupt must leave nothing at all
-    time.sleep(25)
+    command = [tokdyn, "profile", "--rows", "8", "--held-out", "8", "--out", tmp_path / "run"]
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, close_fds=True)
+    os.close(follower)
+    seen = ""
+    while "force matrix" not in seen:  # ends with the process: read() then fails
+        seen += os.read(leader, 4096).decode(errors="replace")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, (process.returncode, out, err)
-    assert "Traceback" not in err
-    if (tmp_path / "run").exists():
-        assert td.load(tmp_path / "run").about["status"] == "partial"
-    else:
-        assert "nothing was written" in err
+    with contextlib.suppress(OSError):  # the terminal closes with the process
+        while True:
+            seen += os.read(leader, 4096).decode(errors="replace")
+    os.close(leader)
+    assert process.wait(timeout=300) == 130, seen
+    assert "Traceback" not in seen
+    assert td.load(tmp_path / "run").about["status"] == "partial"
+
+
+def test_control_c_before_there_is_anything_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokdyn.loading.load_model", interrupt)
+    result = call(*RUN, "--out", tmp_path / "run")
+    assert result.exit_code == 130 and "nothing was written" in result.stderr
+    assert list(tmp_path.iterdir()) == []

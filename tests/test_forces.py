@@ -266,3 +266,41 @@ def test_a_clipped_update_is_said_to_move_nothing():
     update = [c.with_(advantage=0.0, group=0) for c in random_chis([(2, 3), (2, 3)])]
     with pytest.raises(ValueError, match="moves no observed token"):
         td.verify(model, update, OBSERVED, GRPO())
+
+
+def test_a_reference_model_does_not_replace_the_references_a_sequence_brings():
+    model, other = tiny("llama"), tiny("llama", seed=3)
+    own = [chi.with_(reference_log_probs=torch.full((len(chi),), -1.0)) for chi in pair()]
+    alone = td.forces(model, own, OBSERVED, DPO(), reduce="update")
+    assert torch.equal(td.forces(model, own, OBSERVED, DPO(), reduce="update", reference=other).c, alone.c)
+    half = [own[0], pair()[1]]
+    assert not torch.equal(td.forces(model, half, OBSERVED, DPO(), reduce="update", reference=other).c, alone.c)
+
+
+def test_the_oracles_gram_matrix_is_right_to_one_rounding():
+    """A million float32 products: a plain sum drifts by several eps, the blocked one stays within one."""
+    from tokdyn.exact import gram
+
+    a = 1 + 0.01 * torch.randn(2, 1 << 20, generator=torch.Generator().manual_seed(0))
+    truth = a.double() @ a.double().T
+    assert float((gram(a, a) / truth - 1).abs().max()) < torch.finfo(torch.float32).eps
+
+
+def test_a_half_precision_model_gives_float32_forces_and_steps_that_are_not_swallowed():
+    model = tiny("llama")
+    half = tiny("llama").to(torch.bfloat16)
+    for p, q in zip(model.parameters(), half.parameters(), strict=True):
+        p.data.copy_(q.data)  # the same weights, so that what differs is arithmetic
+    truth = td.forces(model, pair(), OBSERVED, DPO(), method="naive").matrix
+    # bfloat16 keeps 8 bits; a dozen roundings on the way of every number
+    bound = 12 * torch.finfo(torch.bfloat16).eps
+    for options in (dict(method="naive"), dict(method="tangent")):
+        matrix = td.forces(half, pair(), OBSERVED, DPO(), **options).matrix
+        assert matrix.dtype == torch.float32 and relative_error(matrix, truth) < bound
+    readout = td.forces(model, pair(), OBSERVED, DPO(), scope="readout").matrix
+    assert relative_error(td.forces(half, pair(), OBSERVED, DPO(), scope="readout").matrix, readout) < bound
+    vector = td.forces(half, pair(), OBSERVED, DPO(), reduce="update").vector
+    check = td.verify(half, pair(), OBSERVED, DPO())
+    assert vector.dtype == torch.float32 and abs(check.linearity - 1) < bound + 0.05
+    run = td.profile(half, pair(), pair())
+    assert run.matrix.dtype == torch.float32 and "<html" in run.to_html()

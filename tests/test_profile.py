@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokdyn as td
-from tokdyn.findings import blocks, by_sequence
+from tokdyn.findings import blocks, by_sequence, sequence_names
 from tokdyn.testing import random_chis, relative_error, tiny
 
 
@@ -37,16 +37,23 @@ def test_run_is_forces_and_verify(run):
     assert [entry["delta"] for entry in observed[2]["fallers"][:3]] == pytest.approx(top.fall.tolist(), rel=1e-4)
 
 
-def test_squeezing_columns_are_a_readout_step_of_the_token(run):
-    model = tiny("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_squeezing_columns_are_a_step_of_the_readout_weight_also_through_a_softcap(family):
+    model = tiny(family)
+    run = td.profile(model, pair(), pair(), method="none")
     updated = [row for row in run.tokens.to_pylist() if row["side"] == "updated"]
     chi, eta = pair()[1], run.about["settings"]["eta"]
     out = model(chi.ids[None], output_hidden_states=True)
-    h, z = out.hidden_states[-1][0, :-1][chi.scored[1:]], out.logits[0, :-1][chi.scored[1:]]
-    W, h, z = model.lm_head.weight.detach(), h.detach(), z.detach()
+    h = out.hidden_states[-1][0, :-1][chi.scored[1:]]
+    h, cap = h.detach(), getattr(model.config, "final_logit_softcapping", None)
+
+    def logits(W, x):
+        return W @ x if cap is None else cap * (W @ x / cap).tanh()
+
     for i, row in enumerate(updated[len(pair()[0]) :]):
-        G = -row["c"] * (torch.nn.functional.one_hot(chi.ids[row["position"]], 61) - z[i].softmax(0))
-        p = ((W - eta * torch.outer(G, h[i])) @ h[i]).softmax(0)
+        W = model.lm_head.weight.detach().clone().requires_grad_()
+        loss = -row["c"] * logits(W, h[i]).log_softmax(0)[chi.ids[row["position"]]]
+        p = logits(W.detach() - eta * torch.autograd.grad(loss, W)[0], h[i]).softmax(0)
         assert row["p_target_after"] == pytest.approx(float(p[row["token_id"]]), rel=1e-4)
         assert row["p_argmax_after"] == pytest.approx(float(p[row["argmax"]]), rel=1e-4)
 
@@ -65,7 +72,7 @@ def test_run_survives_the_disk(run, tmp_path):
         td.load(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="not a tokdyn run"):
+    with pytest.raises(FileExistsError, match="thesis.txt"):
         run.save(tmp_path / "other", overwrite=True)
     assert (tmp_path / "other" / "thesis.txt").read_text() == "precious"
 
@@ -73,10 +80,11 @@ def test_run_survives_the_disk(run, tmp_path):
 def test_blocks_and_sums_are_those_of_the_matrix(run):
     rows = run.tokens.to_pylist()
     u, o = ([row for row in rows if row["side"] == side] for side in ("updated", "observed"))
-    table = blocks(o, u, run.matrix)
+    names = sequence_names(rows)
+    table = blocks(o, u, run.matrix, names)
     assert table["rejected 1"]["chosen 1"] == pytest.approx(float(run.matrix[5:, :5].sum()), rel=1e-5)
     total = run.about["settings"]["eta"] * sum(table["chosen 1"].values())
-    assert by_sequence(o)["chosen 1"]["predicted"] == pytest.approx(total, rel=1e-4)
+    assert by_sequence(o, names)["chosen 1"]["predicted"] == pytest.approx(total, rel=1e-4)
 
 
 def test_interrupt_keeps_what_is_done(tmp_path):
@@ -96,4 +104,69 @@ def test_interrupt_keeps_what_is_done(tmp_path):
 def test_error_writes_nothing(tmp_path):
     with pytest.raises(ValueError):
         td.profile(tiny("llama"), pair(), random_chis([(2, 3)], vocabulary=900), out=tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rollouts_of_one_prompt_keep_their_names_and_markup_in_tokens_is_text():
+    from rich.console import Console
+
+    from tokdyn.summary import summary
+
+    chis = [
+        chi.with_(group=0, advantage=a, tokens=tuple("[/INST]" for _ in range(chi.ids.numel())))
+        for chi, a in zip(random_chis([(3, 4), (3, 4), (3, 4)], seed=4), (1.0, -0.5, -0.5), strict=True)
+    ]
+    run = td.profile(tiny("llama"), chis, chis, td.objectives.GRPO())
+    console = Console(width=250, record=True)
+    console.print(summary(run))
+    text = console.export_text()
+    assert "[/INST]" in text
+    rows = run.tokens.to_pylist()
+    sums = by_sequence([row for row in rows if row["side"] == "observed"], sequence_names(rows))
+    assert list(sums) == ["response 1", "response 1 #2", "response 1 #3"]
+    assert [entry["tokens"] for entry in sums.values()] == [4, 4, 4]
+    assert all(name in text for name in sums)
+    strongest = next(finding for finding in run.about["findings"] if "strongest" in finding["title"])
+    m, l = divmod(int((run.matrix.abs() * (1 - torch.eye(12))).argmax()), 12)  # noqa: E741
+    places = [(s, t) for s in range(3) for t in (3, 4, 5, 6)]
+    assert (
+        f"position {places[l][1]} of response" in strongest["text"]
+        and f"position {places[m][1]} of response" in strongest["text"]
+    )
+
+
+@pytest.mark.parametrize("name", ["run.json", "tokens.parquet", "forces.safetensors"])
+def test_a_broken_run_is_named(run, tmp_path, name):
+    run.save(tmp_path / "r")
+    (tmp_path / "r" / name).write_text("[]" if name == "run.json" else "garbage")
+    with pytest.raises(ValueError, match=name):
+        td.load(tmp_path / "r")
+
+
+def test_forces_and_profiles_are_told_apart_on_disk(run, tmp_path):
+    forces = td.forces(tiny("gpt2"), pair(), pair(), td.objectives.DPO())
+    forces.save(tmp_path / "f")
+    run.save(tmp_path / "r")
+    again = td.Forces.load(tmp_path / "f")
+    assert (
+        torch.equal(again.matrix, forces.matrix)
+        and again.observed.equals(forces.observed)
+        and again.updated.equals(forces.updated)
+    )
+    assert torch.equal(again.predict(0.5), forces.predict(0.5)) and again.coverage == forces.coverage
+    with pytest.raises(ValueError, match="needs the model"):
+        again.vocabulary(0)
+    with pytest.raises(ValueError, match="td.Forces.load"):
+        td.load(tmp_path / "f")
+    with pytest.raises(ValueError, match="td.load"):
+        td.Forces.load(tmp_path / "r")
+
+
+def test_what_is_not_finite_is_refused_not_written(tmp_path):
+    away = [chi.with_(old_log_probs=torch.full((len(chi),), -1e4), advantage=1.0, group=0) for chi in pair()]
+    with pytest.raises(ValueError, match="GRPO gives sequence 0 a weight c that is not finite"):
+        td.profile(tiny("llama"), [c.with_(advantage=-1.0) for c in away], pair(), td.objectives.GRPO(), out=tmp_path / "x")
+    for eta in (float("inf"), float("nan"), -1.0):
+        with pytest.raises(ValueError, match="eta must be positive and finite"):
+            td.profile(tiny("llama"), pair(), pair(), eta=eta, out=tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

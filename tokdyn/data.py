@@ -107,7 +107,8 @@ def sequences(tokenizer: Any, rows: Sequence[dict[str, Any]], objective: Objecti
         pair, group = "chosen" in _shape(row), "completions" in _shape(row)
         if objective.reads == "completion":
             texts = [row["chosen"]] if pair else row["completions"] if group else [row["completion"]]
-            chis += [encode(tokenizer, row["prompt"], text, group=i, **options) for text in texts]
+            role = "chosen" if pair else "response"
+            chis += [encode(tokenizer, row["prompt"], text, role=role, group=i, **options) for text in texts]
         elif objective.reads == "preference" and pair:
             chis += preference(tokenizer, row["prompt"], row["chosen"], row["rejected"], group=i, **options)
         elif objective.reads == "rollouts" and (pair or group):

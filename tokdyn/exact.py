@@ -190,8 +190,16 @@ def naive_matrix(
     for m in range(0, len(o), rows):
         J_o = flat(o, m, m + rows, None)
         for l in range(0, len(u), block):  # noqa: E741
-            out[m : m + rows, l : l + block] = J_o @ flat(u, l, l + block, P).T
+            out[m : m + rows, l : l + block] = gram(J_o, flat(u, l, l + block, P))
         del J_o
+
+
+def gram(a: Float[Tensor, "M P"], b: Float[Tensor, "L P"], block: int = 1 << 14) -> Float[Tensor, "M L"]:
+    """A bᵀ, summed in float64 over blocks of P: millions of float32 products that cancel would lose their digits."""
+    out = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    for x, y in zip(a.split(block, 1), b.split(block, 1), strict=True):
+        out += x @ y.T
+    return out
 
 
 @torch.no_grad()
@@ -204,13 +212,13 @@ def finite_difference(
     """
 
     def at(h: float) -> list[Tensor]:
-        params = {use: tracer.params[use] + h * direction[tensor] for use, tensor in uses.items()}
+        params = tracer.stepped(direction, uses, h)
         return [tracer.logits(batch, params) for batch in side.batches]
 
     still = at(0.0)
     norm = float(torch.stack([value.norm() for value in direction.values()]).norm())
     if norm == 0:
-        return torch.zeros(len(side), dtype=tracer.dtype, device=tracer.device)
+        return torch.zeros(len(side), dtype=tracer.precision, device=tracer.device)
     size = float(torch.stack([tracer.params[use].norm() for use in uses]).norm())
     h = 1e-4 * size / norm
     for _ in range(8):  # until the measured change is of the wanted size

@@ -21,38 +21,49 @@ def findings(about: dict[str, Any], tokens: Any, matrix: Tensor | None) -> list[
     rows = tokens.to_pylist()
     u = [row for row in rows if row["side"] == "updated"]
     o = [row for row in rows if row["side"] == "observed"]
-    whole = matrix is not None and not bool(matrix.isnan().any())
-    found: list[Finding | None] = [_step(about, o)]
-    if whole and matrix is not None:
-        found += [_tug_of_war(about, o, u, matrix), _strongest(about, o, u, matrix)]
+    names = sequence_names(rows)
+    found: list[Finding | None] = [_step(about, o, u, names)]
+    if matrix is not None and not bool(matrix.isnan().any()):
+        found += [_tug_of_war(about, o, u, matrix, names), _strongest(about, o, u, matrix, names)]
     found += [_squeezing(u), _check(about)]
     return [finding for finding in found if finding is not None]
 
 
-def sequence_label(row: dict[str, Any]) -> str:
-    """'chosen 1': the role of a token or sequence, and its group counted from 1."""
-    return f"{row['role']} {row['group'] + 1}"
+Names = dict[tuple[str, int], str]
 
 
-def by_sequence(o: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def sequence_names(rows: list[dict[str, Any]]) -> Names:
+    """(side, sequence) -> its name: role and group counted from 1, as "chosen 1"; twins get a number, "response 1 #2"."""
+    found: Names = {}
+    seen: dict[tuple[str, str, int], int] = {}
+    for row in rows:
+        key = (row["side"], row["sequence"])
+        if key not in found:
+            twin = (row["side"], row["role"], row["group"])
+            seen[twin] = seen.get(twin, 0) + 1
+            found[key] = f"{row['role']} {row['group'] + 1}" + (f" #{seen[twin]}" if seen[twin] > 1 else "")
+    return found
+
+
+def by_sequence(o: list[dict[str, Any]], names: Names) -> dict[str, dict[str, float]]:
     """Sum of predicted and actual change per observed sequence, in nats."""
     sums: dict[str, dict[str, float]] = {}
     for row in o:
-        entry = sums.setdefault(sequence_label(row), dict(predicted=0.0, actual=0.0, tokens=0))
+        entry = sums.setdefault(names["observed", row["sequence"]], dict(predicted=0.0, actual=0.0, tokens=0))
         entry["predicted"] += row["predicted"]
         entry["actual"] += row["actual"]
         entry["tokens"] += 1
     return sums
 
 
-def blocks(o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor) -> dict[str, dict[str, float]]:
+def blocks(o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor, names: Names) -> dict[str, dict[str, float]]:
     """Force of each updated sequence on each observed one, summed over both; nats per unit learning rate."""
     sums: dict[str, dict[str, float]] = {}
     columns: dict[str, list[int]] = {}
     for l, row in enumerate(u):  # noqa: E741
-        columns.setdefault(sequence_label(row), []).append(l)
+        columns.setdefault(names["updated", row["sequence"]], []).append(l)
     for m, row in enumerate(o):
-        entry = sums.setdefault(sequence_label(row), {})
+        entry = sums.setdefault(names["observed", row["sequence"]], {})
         for name, at in columns.items():
             entry[name] = entry.get(name, 0.0) + float(matrix[m, at].sum())
     return sums
@@ -68,13 +79,15 @@ def shown(token: str) -> str:
     return "“" + token.replace("\n", "↵").replace(" ", "␣") + "”"
 
 
-def _step(about: dict[str, Any], o: list[dict[str, Any]]) -> Finding:
-    sums = by_sequence(o)
-    trained = {sequence_label(entry) for entry in about["sequences"] if entry["side"] == "updated"}
+def _step(about: dict[str, Any], o: list[dict[str, Any]], u: list[dict[str, Any]], names: Names) -> Finding:
+    sums = by_sequence(o, names)
     moves = ", ".join(f"{name} {signed(entry['actual'])}" for name, entry in sums.items())
+    trained = {(row["role"], row["group"]) for row in u}
     wanted = {"chosen": 1, "rejected": -1}
     judged = {
-        name: sums[name]["actual"] * wanted[name.split()[0]] for name in sums if name in trained and name.split()[0] in wanted
+        names["observed", row["sequence"]]: sums[names["observed", row["sequence"]]]["actual"] * wanted[row["role"]]
+        for row in o
+        if row["role"] in wanted and (row["role"], row["group"]) in trained
     }
     wrong = [f"{name} {'rises' if name.startswith('rejected') else 'falls'}" for name, gain in judged.items() if gain < 0]
     if wrong:
@@ -88,8 +101,10 @@ def _step(about: dict[str, Any], o: list[dict[str, Any]]) -> Finding:
     )
 
 
-def _tug_of_war(about: dict[str, Any], o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor) -> Finding | None:
-    table, eta = blocks(o, u, matrix), about["settings"]["eta"]
+def _tug_of_war(
+    about: dict[str, Any], o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor, names: Names
+) -> Finding | None:
+    table, eta = blocks(o, u, matrix, names), about["settings"]["eta"]
     best: tuple[float, str] | None = None
     for name, entry in table.items():
         lift, press = sum(f for f in entry.values() if f > 0), sum(f for f in entry.values() if f < 0)
@@ -114,9 +129,13 @@ def _cancels(table: dict[str, dict[str, float]]) -> bool:
     return net < 0.5 * gross
 
 
-def _strongest(about: dict[str, Any], o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor) -> Finding | None:
-    def place(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["group"], row["role"], row["position"]
+def _strongest(
+    about: dict[str, Any], o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor, names: Names
+) -> Finding | None:
+    texts = {(entry["side"], entry["sequence"]): (entry["prompt"], entry["response"]) for entry in about["sequences"]}
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:  # the same token of the same text, whatever its role on that side
+        return texts.get((row["side"], row["sequence"])), row["position"], row["token_id"]
 
     other = torch.tensor([[place(a) != place(b) for b in u] for a in o])
     if not bool(other.any()):
@@ -126,11 +145,10 @@ def _strongest(about: dict[str, Any], o: list[dict[str, Any]], u: list[dict[str,
     a, b, force, eta = o[m], u[l], float(matrix[m, l]), about["settings"]["eta"]
     row = matrix[m].abs()
     return dict(
-        title="The strongest pull between two different tokens"
-        if force > 0
-        else "The strongest push between two different tokens",
-        text=f"{shown(b['token'])} at position {b['position']} of {sequence_label(b)} {'lifts' if force > 0 else 'lowers'} "
-        f"{shown(a['token'])} at position {a['position']} of {sequence_label(a)}: {signed(eta * force)} nats in this step, "
+        title=f"The strongest {'pull' if force > 0 else 'push'} between two different tokens",
+        text=f"{shown(b['token'])} at position {b['position']} of {names['updated', b['sequence']]} "
+        f"{'lifts' if force > 0 else 'lowers'} {shown(a['token'])} at position {a['position']} of "
+        f"{names['observed', a['sequence']]}: {signed(eta * force)} nats in this step, "
         f"{100 * float(row[l] / row.sum()):.0f}% of all force on that token.",
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,8 @@ from .exact import Progress, Side
 from .objectives import SFT, GTerm, Objective, Scores
 from .precondition import preconditioner
 from .sequences import Batch, Chi
+from .store import FORMAT, read_folder, write_folder
 from .trace import Tracer, trace
-
-FORMAT = 1
 
 
 class Vocabulary(NamedTuple):
@@ -63,11 +61,20 @@ def prepare(
     for name, chis in (("update", update), ("observe", observe)):
         if not chis or not sum(len(chi) for chi in chis):
             raise ValueError(f"{name} holds no scored token: give at least one sequence with a response")
+        if not all(len(chi) for chi in chis):
+            raise ValueError(f"sequence {[len(chi) for chi in chis].index(0)} of {name} holds no scored token: leave it out")
     if reference is not None:
         update = with_reference(update, reference)
     scored = tracer.score(update, tokens)
     log_probs, scores = _scores(scored, objective)
     gterm = objective.g_terms(log_probs, update, scores)
+    broken = ~gterm.c.reshape(len(log_probs), -1).isfinite().all(1)
+    if bool(broken.any()):
+        s = int(torch.cat([batch.sequence for batch, _ in scored])[broken.cpu()][0])
+        raise ValueError(
+            f"{type(objective).__name__} gives sequence {s} a weight c that is not finite: its constants, its advantage, or "
+            "its reference or old log-probs are far out of range"
+        )
     sizes = [len(batch.targets) for batch, _ in scored]
     terms = [
         GTerm(*parts)
@@ -82,9 +89,9 @@ def prepare(
     seen = tracer.score(observe, tokens)
     y = torch.cat([batch.targets for batch, _ in seen]).to(tracer.device)
     w = (
-        torch.ones(len(y), dtype=tracer.dtype, device=tracer.device)
+        torch.ones(len(y), dtype=tracer.precision, device=tracer.device)
         if weights is None
-        else weights.to(tracer.device, tracer.dtype)
+        else weights.to(tracer.device, tracer.precision)
     )
     if w.shape != y.shape:
         raise ValueError(f"weights must have shape [M]=({len(y)},), one per observed token, got {list(w.shape)}")
@@ -98,11 +105,16 @@ def prepare(
 
 
 def with_reference(chis: Sequence[Chi], reference: nn.Module) -> list[Chi]:
-    """The sequences with log pi_ref of a reference model filled in."""
-    with trace(reference) as tracer:
-        log_probs = torch.cat([ops.token_stats(z, batch.targets.to(z.device)).log_prob for batch, z in tracer.score(chis)])
-    parts = log_probs.split([len(chi) for chi in chis])
-    return [chi.with_(reference_log_probs=part) for chi, part in zip(chis, parts, strict=True)]
+    """The sequences with log pi_ref of a reference model filled in, where they do not bring their own."""
+    wanting = [i for i, chi in enumerate(chis) if chi.reference_log_probs is None]
+    filled = list(chis)
+    if wanting:
+        with trace(reference) as tracer:
+            scored = tracer.score([chis[i] for i in wanting])
+        log_probs = torch.cat([ops.token_stats(z, batch.targets.to(z.device)).log_prob for batch, z in scored])
+        for i, part in zip(wanting, log_probs.split([len(chis[i]) for i in wanting]), strict=True):
+            filled[i] = chis[i].with_(reference_log_probs=part)
+    return filled
 
 
 def _scores(scored: list[tuple[Batch, Tensor]], objective: Objective) -> tuple[Tensor, Scores]:
@@ -209,6 +221,8 @@ class Forces:
         for name, index, size in (("m", m, self.observed.num_rows), ("l", l, self.updated.num_rows)):
             if index is not None and not 0 <= index < size:
                 raise ValueError(f"{name} must lie in [0, {size}), got {index}")
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
         return self._live.vocabulary(m, l, k)
 
     def tokens(self) -> Any:
@@ -245,15 +259,29 @@ class Forces:
         Raises:
             FileExistsError: the folder exists.
         """
-        from .store import write_folder
-
         about = dict(
             format=FORMAT, kind="forces", scope=self.scope, method=self.method, reduce=self.reduce, coverage=self.coverage
         )
         tensors = {"c": self.c, "matrix": self.matrix, "vector": self.vector}
-        write_folder(
-            Path(path), json.dumps(about, indent=1), self.tokens(), {k: v for k, v in tensors.items() if v is not None}
-        )
+        write_folder(Path(path), about, self.tokens(), {k: v for k, v in tensors.items() if v is not None})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Forces:
+        """Read what `save` wrote; `vocabulary` then needs the model and is not available.
+
+        Raises:
+            FileNotFoundError: the folder holds nothing that was saved.
+            ValueError: it holds something other than forces, or cannot be read.
+        """
+        about, table, tensors = read_folder(Path(path))
+        if about.get("kind") != "forces":
+            raise ValueError(f"{path} holds a {about.get('kind')}, not forces: read it with td.load")
+        sides = []
+        for side in ("updated", "observed"):
+            rows = table.filter([value == side for value in table["side"].to_pylist()]).drop_columns(["side", "row"])
+            sides.append(rows if side == "updated" else rows.drop_columns(["c"]))
+        return cls(tensors.get("matrix"), tensors.get("vector"), tensors["c"], sides[1], sides[0], about["coverage"],
+                   about["scope"], about["method"], about["reduce"])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -285,7 +313,7 @@ class _Live:
                 z, velocity = exact.push(tracer, batch, exact.scaled(direction, self.P), uses)
                 moved = ops.apply_A(z, velocity)
                 moved = moved if m is None else moved[m : m + 1]
-                rise, fall = moved.topk(k), (-moved).topk(k)
+                rise, fall = moved.topk(min(k, moved.shape[1])), (-moved).topk(min(k, moved.shape[1]))
                 parts.append((rise.indices, rise.values, fall.indices, -fall.values))
         joined = [torch.cat(part) for part in zip(*parts, strict=True)]
         return Vocabulary(*(x[0] for x in joined)) if m is not None else Vocabulary(*joined)
@@ -339,7 +367,7 @@ def forces(
         method: "tangent" (exact: structured tangents, see structured.py), "naive" (exact: one gradient per token per side; the
             oracle), "fd" (real parameter steps, extrapolated; reductions only).
         optimizer: an Adam, AdamW or RMSprop with state; the kernel becomes J_o P J_uᵀ at its frozen diagonal P.
-        reference: model of log pi_ref, where the sequences do not bring it; the policy itself when absent.
+        reference: model of log pi_ref for the sequences that do not bring it; the policy itself when absent.
         weights: weight of each observed token in reduce="observe", [M].
         memory: bytes that method="naive" may keep of per-token gradients, "tangent" of a chunk's tangents.
         out: an [M, L] tensor to fill as the matrix is computed (what is there when interrupted is right).
@@ -365,14 +393,15 @@ def forces(
         uses = exact.select(tracer, scope)
         P = preconditioner(optimizer, tracer) if optimizer is not None else None
         matrix, vector, rules = None, None, dict[str, str]()
-        if scope == "readout" and method == "tangent" and P is None and plain_readout(tracer, observe[0]):
-            closed = readout(tracer, sides, uses, reduce)
+        plain = tracer.readout.weight_name in uses and plain_readout(tracer, observe[0])
+        if scope == "readout" and method == "tangent" and P is None and plain:
+            closed, rules = readout(tracer, sides, uses, reduce), dict.fromkeys(uses, "readout in closed form")
             matrix, vector = (closed, None) if reduce is None else (None, closed)
         elif reduce is None or method == "naive":
             shape = (len(sides.o), len(sides.u))
             if out is not None and out.shape != shape:
                 raise ValueError(f"out must have shape [M, L]={shape}, got {list(out.shape)}")
-            matrix = torch.full(shape, torch.nan, dtype=tracer.dtype, device=tracer.device) if out is None else out
+            matrix = torch.full(shape, torch.nan, dtype=tracer.precision, device=tracer.device) if out is None else out
             if method == "naive":
                 exact.naive_matrix(tracer, sides.o, sides.u, uses, P, matrix, progress, memory)
             elif P is not None:
@@ -401,12 +430,14 @@ def plain_readout(tracer: Tracer, chi: Chi) -> bool:
 @torch.no_grad()
 def readout(tracer: Tracer, sides: Sides, uses: dict[str, str], reduce: str | None) -> Tensor:
     """Forces through the readout weight in closed form (ops.readout_forces)."""
-    head = tracer.readout
-    h_o = torch.cat([tracer.hidden(batch) for batch in sides.o.batches])
-    h_u = torch.cat([tracer.hidden(batch) for batch in sides.u.batches])
+    head, p = tracer.readout, tracer.precision
+    h_o = torch.cat([tracer.hidden(batch) for batch in sides.o.batches]).to(p)
+    h_u = torch.cat([tracer.hidden(batch) for batch in sides.u.batches]).to(p)
+    bias = None if head.bias is None else head.bias.to(p)
     term, weighted = sides.gterm, reduce == "observe"
     F = ops.readout_forces(
-        h_o, sides.y, h_u, term.targets.to(tracer.device), term.c, head.weight, v=term.v, uniform=term.uniform,
-        train_bias=head.bias_name in uses, reduce=None if weighted else reduce, **head.options,
+        h_o, sides.y, h_u, term.targets.to(tracer.device), term.c, head.weight.to(p), v=term.v, uniform=term.uniform,
+        bias=bias, scale=head.scale, softcap=head.softcap, train_bias=head.bias_name in uses,
+        reduce=None if weighted else reduce,
     )  # fmt: skip
     return torch.cat([t.c for t in sides.o.terms]) @ F if weighted else F

@@ -58,6 +58,10 @@ class Scores:
     candidate_log_probs: Float[Tensor, "L N"] | None = None
 
 
+RANGES = {"label_smoothing": (0, 1), "epsilon": (0, 1), "alpha": (0, 1), "quantile": (0, 1), "beta": (0, math.inf),
+          "clip": (0, math.inf), "clip_high": (0, math.inf), "max_tokens": (1, math.inf)}  # fmt: skip
+
+
 class Objective:
     """A loss over log-probabilities. Subclasses are frozen dataclasses whose fields are the paper's constants.
 
@@ -68,6 +72,12 @@ class Objective:
     reads: ClassVar[str] = "completion"
     needs: ClassVar[tuple[str, ...]] = ()
     n_candidates: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name, None)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{type(self).__name__}: {name} must lie in [{low}, {high}], got {value}")
 
     def loss(self, log_probs: Float[Tensor, "L"], chis: Sequence[Chi], scores: Scores = Scores()) -> Float[Tensor, ""]:  # noqa: B008
         """The loss, summed over sequences, pairs or groups.
@@ -191,8 +201,10 @@ def _clipped(ratio: Tensor, advantage: float, low: float, high: float) -> Tensor
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0 without cancellation."""
-    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+    """log(1 - e^x) for x < 0 without cancellation; each branch sees only its own x, so that no gradient is 0 · inf."""
+    near, half = x > -math.log(2), torch.full_like(x, -math.log(2))
+    close, far = torch.where(near, x, half), torch.where(near, half, x)
+    return torch.where(near, torch.log(-torch.expm1(close)), torch.log1p(-torch.exp(far)))
 
 
 # ---------------------------------------------------------------- supervised
@@ -266,6 +278,11 @@ class IPO(_Preference):
     """(h - 1/(2β))² (arXiv 2310.12036, eq. 17)."""
 
     beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta == 0:
+            raise ValueError("IPO: beta must be positive, its target is 1/(2 beta)")
 
     def pair_loss(self, pair):
         """(h - 1/(2β))²."""
@@ -541,4 +558,10 @@ def by_name(name: str, **constants: Any) -> Objective:
     for constant in constants:
         if constant not in allowed:
             raise ValueError(f"{cls.__name__} has no constant {constant!r}: it has {', '.join(allowed) or 'none'}")
-    return cls(**constants)
+    whole = {f.name for f in fields(cls) if isinstance(f.default, int) and not isinstance(f.default, bool)}  # type: ignore[arg-type]
+    for constant, value in constants.items():
+        if not math.isfinite(value) or (constant in whole and value != int(value)):
+            raise ValueError(
+                f"{cls.__name__}: {constant} must be a finite {'whole ' if constant in whole else ''}number, got {value}"
+            )
+    return cls(**{name: int(value) if name in whole else value for name, value in constants.items()})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import platform
 import sys
 import time
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 from . import exact, ops, squeeze, store, structured
 from ._version import __version__
 from .findings import findings
-from .forces import FORMAT, Sides, prepare, with_sides
+from .forces import Sides, prepare, with_sides
 from .forces import coverage as coverage_of
 from .objectives import DPO, Objective
-from .sequences import Chi
+from .sequences import Chi, token_texts
 from .trace import Tracer, trace
 from .verify import against_steps, check_eta
 
@@ -62,8 +61,7 @@ class Run:
             FileExistsError: the folder exists and overwrite is False, or it is something other than a run.
         """
         tensors = {"vector": self.vector} | ({} if self.matrix is None else {"matrix": self.matrix})
-        about = json.dumps(self.about, indent=1, ensure_ascii=False, allow_nan=True)
-        store.write_folder(Path(path), about, self.tokens, tensors, self.to_html(), overwrite)
+        store.write_folder(Path(path), self.about, self.tokens, tensors, self.to_html(), overwrite)
 
 
 def load(path: str | Path) -> Run:
@@ -71,19 +69,12 @@ def load(path: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: the folder holds no run.
-        ValueError: it was written by a later format.
+        ValueError: it was written by a later format, cannot be read, or holds something other than a profile.
     """
-    import pyarrow.parquet as pq
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if not (path / store.ABOUT).exists():
-        raise FileNotFoundError(f"{path} holds no run: {store.ABOUT} is missing")
-    about = json.loads((path / store.ABOUT).read_text(encoding="utf-8"))
-    if about.get("format", 0) > FORMAT:
-        raise ValueError(f"{path} was written in format {about['format']}, this version reads up to {FORMAT}: update tokdyn")
-    tensors = load_file(path / store.FORCES)
-    return Run(about, pq.read_table(path / store.TOKENS), tensors["vector"], tensors.get("matrix"))
+    about, tokens, tensors = store.read_folder(Path(path))
+    if about.get("kind") != "profile" or "vector" not in tensors:
+        raise ValueError(f"{path} holds {about.get('kind')}, not a profile: read it with td.Forces.load")
+    return Run(about, tokens, tensors["vector"], tensors.get("matrix"))
 
 
 def profile(
@@ -142,7 +133,7 @@ def profile(
         checks = {"readout formula against the model's logits": tracer.readout_residual(observe[0])}
         if method != "none":
             clock("force matrix")
-            matrix = torch.full((len(sides.o), len(sides.u)), torch.nan, dtype=tracer.dtype, device=tracer.device)
+            matrix = torch.full((len(sides.o), len(sides.u)), torch.nan, dtype=tracer.precision, device=tracer.device)
             try:
                 if method == "naive":
                     exact.naive_matrix(tracer, sides.o, sides.u, uses, None, matrix, clock.progress)
@@ -158,7 +149,7 @@ def profile(
     tokens = _tokens(sides, tokenizer, vector, verification, squeezed, vocabulary)
     matrix = None if matrix is None else matrix.cpu()
     record: dict[str, Any] = {
-        "format": FORMAT,
+        "format": store.FORMAT,
         "kind": "profile",
         "tokdyn": __version__,
         "status": status,
@@ -221,13 +212,15 @@ def _whole_step(tracer: Tracer, sides: Sides, direction: exact.Direction, uses: 
 
 @torch.no_grad()
 def _squeeze(tracer: Tracer, sides: Sides, eta: float) -> squeeze.Squeeze:
-    """Each update token's own readout step of size eta: strength eta ‖h‖²."""
-    parts = []
-    for batch, term in zip(sides.u.batches, sides.u.terms, strict=True):
+    """Each update token's own step of size eta on the readout weight, through scale and softcap: W h moves by eta ‖h‖² γ."""
+    head, parts = tracer.readout, []
+    for b, (batch, term) in enumerate(zip(sides.u.batches, sides.u.terms, strict=True)):
         h = tracer.hidden(batch)
-        z = tracer.readout.logits(h)
+        z = head.logits(h)
+        gamma = head.pull_back(z, sides.u.force(b, z))
+        after = head.cap(head.uncapped(h) + head.scale * eta * h.square().sum(1, keepdim=True) * gamma)
         c = term.c[:, 0] if term.c.dim() == 2 else term.c
-        parts.append(squeeze.diagnose(z, batch.targets.to(z.device), c, eta * h.square().sum(1)))
+        parts.append(squeeze.compare(z, after, batch.targets.to(z.device), c))
     return squeeze.Squeeze(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -235,12 +228,14 @@ def _tokens(sides: Sides, tokenizer: Any, vector: Tensor, verification: Any, squ
     """The token table of a run."""
     import pyarrow as pa
 
-    def text(i: int) -> str:
-        return tokenizer.decode([i]) if tokenizer is not None else f"<{i}>"
+    ids = torch.cat([vocabulary[0][0].flatten(), vocabulary[1][0].flatten()]).tolist()
+    ids = sorted({*ids, *sides.updated["argmax"].to_pylist(), *sides.observed["argmax"].to_pylist()})
+    texts = token_texts(tokenizer, ids) if tokenizer is not None else [""] * len(ids)
+    text = {i: spelled or f"<{i}>" for i, spelled in zip(ids, texts, strict=True)}
 
     def entries(ids: Tensor, values: Tensor) -> list[list[dict[str, Any]]]:
         rows = zip(ids.tolist(), values.tolist(), strict=True)
-        return [[{"token": text(i), "delta": v} for i, v in zip(*row, strict=True)] for row in rows]
+        return [[{"token": text[i], "delta": v} for i, v in zip(*row, strict=True)] for row in rows]
 
     updated, observed = sides.updated, sides.observed
     for name, column in (
@@ -261,7 +256,7 @@ def _tokens(sides: Sides, tokenizer: Any, vector: Tensor, verification: Any, squ
     ):
         observed = observed.append_column(name, pa.array(values))
     updated, observed = (
-        t.append_column("argmax_token", pa.array([text(i) for i in t["argmax"].to_pylist()])) for t in (updated, observed)
+        t.append_column("argmax_token", pa.array([text[i] for i in t["argmax"].to_pylist()])) for t in (updated, observed)
     )
     return with_sides(updated, observed)
 

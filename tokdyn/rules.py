@@ -1,68 +1,77 @@
 """Module rules of the structured tangent: what one module's own parameters do to its output on the observed side.
 
-A rule holds a module's inputs on both sides. The update token l moves its parameters by Σ_s ∂(output_s)/∂θᵀ δ_{l,s}, δ the
-cotangent at the module's output at position s of the updated sequence. `tangent(δ)` is what that direction does to the
-module's output on the observed side, without writing the direction down where it is an outer product.
+The update token l moves a module's parameters by Σ_s ∂(output_s)/∂θᵀ δ_{l,s}, δ the cotangent at the module's output at
+position s of the updated sequence. A rule holds the module's calls on the observed side; `tangent(u, δ)` is what that direction
+does to their outputs, without writing the direction down where it is an outer product. Which rule a module goes by is found
+from what it computes, not from its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
-from .trace import Call
+from .trace import Call, floats
+
+Outputs = list[list[Tensor]]  # per call, per tensor it returns: [b, *shape]
 
 
 class Linear:
-    """W a + b (nn.Linear, GPT-2's Conv1D): E_l = δ_lᵀ S with S = a·b (+ 1 where the bias moves)."""
+    """W a + b (nn.Linear, GPT-2's Conv1D, …): E_l = δ_lᵀ S with S = a·b (+ 1 where the bias moves)."""
 
     label = "outer product"
 
-    def __init__(self, u: Sequence[Call], o: Sequence[Call], moves: set[str]) -> None:
-        self.a = torch.cat([call.args[0].flatten(0, -2) for call in u])
-        self.b = [call.args[0].flatten(0, -2) for call in o]
+    def __init__(self, o: Sequence[Call], moves: set[str]) -> None:
+        self.b = [call.inputs[0].flatten(0, -2) for call in o]
+        self.shapes = [call.output.shape for call in o]
         self.moves = moves
-        self.u_lengths = [call.args[0].shape[-2] for call in u]
+        self.written = 0
 
-    def tangent(self, delta: Float[Tensor, "b S q"], rows: Tensor) -> list[Float[Tensor, "b N q"]]:
-        """E for each observed call; `rows` says which rows of the inputs the S cotangents belong to."""
-        a, out = self.a[rows], []
-        S, p = a.shape
-        for x in self.b:
-            N = x.shape[0]
-            if "weight" not in self.moves:
-                out.append(delta.sum(1, keepdim=True).expand(-1, N, -1))
-            elif S * N <= 3 * (S + N) * p:  # S costs (p + b q) S N; a written direction b p q (S + N)
-                gram = x @ a.T
-                out.append(torch.matmul(gram + 1 if "bias" in self.moves else gram, delta))
-            else:
-                direction = torch.matmul(a.T, delta)  # [b, p, q]
-                moved = torch.matmul(x, direction)
-                out.append(moved + delta.sum(1, keepdim=True) if "bias" in self.moves else moved)
-        return out
+    def tangent(self, u: Sequence[Call], delta: Outputs) -> Outputs:
+        """E for each observed call, from the updated calls and the cotangents δ at their outputs."""
+        a = torch.cat([call.inputs[0].flatten(0, -2) for call in u])
+        d = torch.cat([x.flatten(1, -2) for (x,) in delta], 1)
+        return [[self._moved(a, d, x).reshape(-1, *shape)] for x, shape in zip(self.b, self.shapes, strict=True)]
+
+    def _moved(self, a: Float[Tensor, "S p"], delta: Float[Tensor, "b S q"], x: Float[Tensor, "N p"]) -> Tensor:
+        (S, p), N = a.shape, x.shape[0]
+        if "weight" not in self.moves:
+            return delta.sum(1, keepdim=True).expand(-1, N, -1)
+        if S * N <= 3 * (S + N) * p:  # S costs (p + b q) S N; a written direction b p q (S + N)
+            gram = x @ a.T
+            return torch.matmul(gram + 1 if "bias" in self.moves else gram, delta)
+        moved = torch.matmul(x, torch.matmul(a.T, delta))
+        return moved + delta.sum(1, keepdim=True) if "bias" in self.moves else moved
 
 
 class Embedding:
-    """A lookup, times a constant where the family scales it: S = scale² 1[id_s = id_t]."""
+    """A lookup, times a constant where the family scales it: S = scale² 1[id_s = id_t]; its padding row has no gradient."""
 
     label = "lookup"
 
-    def __init__(self, u: Sequence[Call], o: Sequence[Call], moves: set[str]) -> None:
-        self.u_ids = torch.cat([call.args[0].flatten() for call in u])
-        self.o_ids = [call.args[0].flatten() for call in o]
-        scale = getattr(u[0].module, "embed_scale", 1.0)
-        self.scale = float(scale)
-        self.u_lengths = [call.args[0].shape[-1] for call in u]
+    def __init__(self, o: Sequence[Call], moves: set[str]) -> None:
+        found = [_lookup(call) for call in o]
+        self.o_ids, self.scale = [ids for ids, _ in found], found[0][1]
+        self.shapes = [call.output.shape for call in o]
+        padding: Any = o[0].module.padding_idx
+        self.padding = -1 if padding is None else int(padding)
+        self.written = 0
 
-    def tangent(self, delta: Float[Tensor, "b S q"], rows: Tensor) -> list[Float[Tensor, "b N q"]]:
+    def rows(self, u: Sequence[Call], delta: Outputs) -> tuple[Int[Tensor, " S"], Float[Tensor, "b S q"]]:
+        """The rows that the updated calls look up and the cotangents there."""
+        ids, d = torch.cat([_lookup(call)[0] for call in u]), torch.cat([x.flatten(1, -2) for (x,) in delta], 1)
+        return ids, d * ids.ne(self.padding)[:, None]
+
+    def tangent(self, u: Sequence[Call], delta: Outputs) -> Outputs:
         """E for each observed call."""
-        ids = self.u_ids[rows]
-        return [torch.matmul((x[:, None] == ids).to(delta.dtype) * self.scale**2, delta) for x in self.o_ids]
+        ids, d = self.rows(u, delta)
+        E = [torch.matmul((x[:, None] == ids).to(d.dtype) * self.scale**2, d) for x in self.o_ids]
+        return [[e.reshape(-1, *shape)] for e, shape in zip(E, self.shapes, strict=True)]
 
 
 class Scale:
@@ -70,96 +79,143 @@ class Scale:
 
     label = "elementwise gain"
 
-    def __init__(self, u: Sequence[Call], o: Sequence[Call], moves: set[str]) -> None:
+    def __init__(self, o: Sequence[Call], moves: set[str]) -> None:
         self.moves = moves
-        self.a = torch.cat([_normalised(call).flatten(0, -2) for call in u])
-        self.shape = [_normalised(call).shape for call in o]
-        self.b = [_normalised(call).flatten(0, -2) for call in o]
-        self.u_lengths = [call.args[0].shape[-2] for call in u]
+        self.b = [_normalised(call) for call in o]
+        self.written = 0
 
-    def tangent(self, delta: Float[Tensor, "b S q"], rows: Tensor) -> list[Float[Tensor, "b N q"]]:
+    def tangent(self, u: Sequence[Call], delta: Outputs) -> Outputs:
         """E for each observed call."""
-        gain = (delta * self.a[rows]).sum(1, keepdim=True) if "weight" in self.moves else 0
-        shift = delta.sum(1, keepdim=True) if "bias" in self.moves else 0
-        return [(gain * x + shift).expand(len(delta), len(x), -1) for x in self.b]
+        shape = _own(u[0])["weight"].shape
+        a = torch.cat([_normalised(call).reshape(-1, *shape) for call in u])
+        d = torch.cat([x.reshape(len(x), -1, *shape) for (x,) in delta], 1)
+        gain = (d * a).sum(1) if "weight" in self.moves else d.new_zeros(len(d), *shape)
+        shift = d.sum(1) if "bias" in self.moves else torch.zeros_like(gain)
+        E = []
+        for x in self.b:
+            wide = (len(d), *(1,) * (x.dim() - len(shape)), *shape)
+            E.append([(gain.view(wide) * x + shift.view(wide)).expand(-1, *x.shape)])
+        return E
 
 
 class Local:
-    """Any other module: its vjp in its own parameters, then its jvp along the direction found. Exact, slower."""
+    """Any other module: its vjp in its moving parameters, then its jvp along the direction found. Exact, slower.
+
+    Raises:
+        NotAlone: called again with the same inputs, the module returns something else.
+    """
 
     label = "module-local"
 
-    def __init__(self, u: Sequence[Call], o: Sequence[Call], moves: set[str]) -> None:
-        self.u, self.o = u, o
-        self.own = {name: p.detach() for name, p in u[0].module.named_parameters(recurse=False) if name in moves}
-        self.u_lengths = [call.output.flatten(0, -2).shape[0] for call in u]
+    def __init__(self, o: Sequence[Call], moves: set[str]) -> None:
+        self.o = o
+        self.own = {name: o[0].module.get_parameter(name).detach() for name in sorted(moves)}
+        self.written = sum(p.numel() for p in self.own.values())
+        for call in o:
+            for now, then in zip(_of(call)(self.own), call.outputs, strict=True):
+                if not _close(now, then, relative=0.0):
+                    raise NotAlone(call.name)
 
-    def tangent(self, delta: Float[Tensor, "b S q"], rows: Tensor) -> list[Float[Tensor, "b N q"]]:
+    def tangent(self, u: Sequence[Call], delta: Outputs) -> Outputs:
         """E for each observed call."""
-        whole = delta.new_zeros(delta.shape[0], sum(self.u_lengths), delta.shape[2])
-        whole[:, rows] = delta
         direction: dict[str, Tensor] = {}
-        for call, cotangent in zip(self.u, whole.split(self.u_lengths, 1), strict=True):
-            pull = vjp(_of_own(call), self.own)[1]
-            (part,) = vmap(pull)(cotangent.reshape(-1, *call.output.shape))
+        for call, cotangent in zip(u, delta, strict=True):
+            (part,) = vmap(vjp(_of(call), self.own)[1])(tuple(cotangent))
             direction = {name: direction[name] + part[name] if direction else part[name] for name in part}
-        out = []
-        for call in self.o:
-            f = _of_own(call)
-            moved = vmap(lambda d, f=f: jvp(f, (self.own,), (d,))[1])(direction)
-            out.append(moved.flatten(1, -2))
-        return out
+
+        def moved(call: Call) -> list[Tensor]:
+            return list(vmap(lambda d: jvp(_of(call), (self.own,), (d,))[1])(direction))
+
+        return [moved(call) for call in self.o]
 
 
 Rule = Linear | Embedding | Scale | Local
 
 
-def rule_for(u: Sequence[Call], o: Sequence[Call], moves: set[str]) -> Rule:
-    """The rule of a module from its calls on both sides.
-
-    Raises:
-        Unsupported: it does not return one tensor.
-    """
-    module, output = u[0].module, u[0].output
-    if not isinstance(output, Tensor):
-        raise Unsupported(f"{u[0].name} ({type(module).__name__}) returns {type(output).__name__}, not one tensor")
-    name = type(module).__name__
-    if type(module) is nn.Linear or name == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
-        return Linear(u, o, moves)
-    if type(module) is nn.Embedding or name.endswith("ScaledWordEmbedding"):
-        return Embedding(u, o, moves)
-    if moves <= {"weight", "bias"} and _is_gain(u[0]):
-        return Scale(u, o, moves)
-    return Local(u, o, moves)
+@torch.no_grad()
+def rule_for(o: Sequence[Call], moves: set[str]) -> Rule:
+    """The rule of a module from its calls on the observed side."""
+    for rule, fits in ((Linear, _is_linear), (Embedding, _is_lookup), (Scale, _is_gain)):
+        if moves <= {"weight", "bias"} and isinstance(o[0].output, Tensor) and fits(o[0]):
+            return rule(o, moves)
+    return Local(o, moves)
 
 
 class Unsupported(Exception):
     """The structured engine does not cover this model; a slower exact method does."""
 
 
-def _of_own(call: Call) -> Any:
-    return lambda own: functional_call(call.module, own, call.args, call.kwargs)
+class NotAlone(Exception):
+    """A module whose output depends on what an outer module does meanwhile (PEFT's nested adapters of an expert stack)."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def _of(call: Call) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
+    """What a call returns as a function of the module's parameters, named from the module."""
+    return lambda own: tuple(floats(functional_call(call.module, own, call.args, call.kwargs)))
 
 
 def _own(call: Call) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in call.module.named_parameters(recurse=False)}
 
 
+def _random(call: Call) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(p.shape, generator=generator).to(p) for name, p in _own(call).items()}
+
+
+def _close(value: Tensor, expected: Tensor, relative: float = 1e-3) -> bool:
+    relative = max(relative, 10 * torch.finfo(expected.dtype).eps)
+    return value.shape == expected.shape and float((value - expected).norm()) <= relative * float(expected.norm()) + 1e-12
+
+
+def _is_linear(call: Call) -> bool:
+    """Whether output = W a + b or Wᵀ a + b."""
+    if type(call.module) is nn.Linear:
+        return True
+    own, a = _random(call), call.inputs[0]
+    W = own.get("weight")
+    if W is None or W.dim() != 2 or set(own) - {"weight", "bias"} or not a.is_floating_point() or a.shape[-1] not in W.shape:
+        return False
+    (output,) = _of(call)(own)
+    return any(a.shape[-1] == X.shape[0] and _close(output, a @ X + own.get("bias", torch.zeros(()).to(a))) for X in (W.T, W))
+
+
+def _lookup(call: Call) -> tuple[Int[Tensor, " S"], float]:
+    """The rows that a lookup takes and the constant it multiplies them with: its answers to weights of 1 and of 0, 1, 2."""
+    if type(call.module) is nn.Embedding:
+        return call.inputs[0].flatten(), 1.0
+    weight = _own(call)["weight"]
+    column = torch.arange(weight.shape[0], dtype=torch.float64, device=weight.device)[:, None]
+    (ones,), (count,) = (_of(call)({"weight": x}) for x in (torch.ones_like(column), column))
+    return (count / ones).round().long().flatten(), float(ones.flatten()[0])
+
+
+def _is_lookup(call: Call) -> bool:
+    """Whether output = constant · weight[ids], for a lookup whatever its signature (OPT's positions start at 2)."""
+    own = _random(call)
+    if not isinstance(call.module, nn.Embedding) or set(own) != {"weight"}:
+        return False
+    ids, scale = _lookup(call)
+    (output,) = _of(call)(own)
+    return _close(output, (scale * own["weight"][ids]).reshape_as(output))
+
+
 def _normalised(call: Call) -> Tensor:
     """∂output/∂weight of a module that is elementwise affine in its weight, in the layout of its output."""
     own = _own(call)
     tangent = {name: torch.ones_like(p) if name == "weight" else torch.zeros_like(p) for name, p in own.items()}
-    return jvp(_of_own(call), (own,), (tangent,))[1]
+    return jvp(_of(call), (own,), (tangent,))[1][0]
 
 
 def _is_gain(call: Call) -> bool:
-    """Whether output = n(x) ⊙ (weight or 1 + weight) + bias, n independent of both: measured, not guessed from a name."""
+    """Whether output = n(x) ⊙ (weight or 1 + weight) + bias, n independent of both."""
     own = _own(call)
-    if "weight" not in own or own["weight"].shape != call.output.shape[-1:] or set(own) - {"weight", "bias"}:
+    if "weight" not in own or set(own) - {"weight", "bias"} or call.output.shape[-own["weight"].dim() :] != own["weight"].shape:
         return False
-    f, n = _of_own(call), _normalised(call)
-    generator = torch.Generator().manual_seed(0)
-    shift = {name: torch.randn(p.shape, generator=generator).to(p) for name, p in own.items()}
-    moved = f({name: p + shift[name] for name, p in own.items()}) - f(own)
-    expected = n * shift["weight"] + shift.get("bias", 0)
-    return float((moved - expected).norm()) <= 1e-3 * float(expected.norm()) + 1e-12
+    f, n, shift = _of(call), _normalised(call), _random(call)
+    moved = f({name: p + shift[name] for name, p in own.items()})[0] - f(own)[0]
+    return _close(moved, n * shift["weight"] + shift.get("bias", torch.zeros_like(shift["weight"])))

@@ -160,7 +160,7 @@ def encode(
         reason = f"after truncation to max_length={max_length}" if cut else "in the text given"
         raise ValueError(f"the response is empty {reason}: no token is left to score (prompt: {_shorten(before)!r})")
     texts = dict(prompt=before, response=whole[len(before) :])
-    return Chi(torch.tensor(ids), torch.tensor(scored), tokens=_pieces(tokenizer, ids), truncated=cut, **(texts | metadata))
+    return Chi(torch.tensor(ids), torch.tensor(scored), tokens=token_texts(tokenizer, ids), truncated=cut, **(texts | metadata))
 
 
 def preference(tokenizer: Any, prompt: Text, chosen: Text, rejected: Text, *, group: int = 0, **options: Any) -> list[Chi]:
@@ -218,7 +218,7 @@ def from_batch(
         scored = labels[b][real].cpu() != -100 if labels is not None else torch.ones_like(ids, dtype=torch.bool)
         if ids.numel():
             scored[0] = False
-        chis.append(Chi(ids, scored, group=b, tokens=_pieces(tokenizer, ids.tolist()) if tokenizer is not None else None))
+        chis.append(Chi(ids, scored, group=b, tokens=token_texts(tokenizer, ids.tolist()) if tokenizer is not None else None))
     return chis
 
 
@@ -292,7 +292,7 @@ def _exact_offsets(tokenizer: Any) -> Any:
     return core
 
 
-def _pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     """The text of each token; together they spell the sequence wherever tokens are whole characters.
 
     It is read behind an anchor, since many decoders trim the space that opens a text.

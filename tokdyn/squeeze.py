@@ -64,13 +64,20 @@ class Squeeze(NamedTuple):
 def diagnose(
     logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"], c: Float[Tensor, " T"], strength: float | Float[Tensor, " T"]
 ) -> Squeeze:
-    """Squeezing of each position under one readout step on its own token."""
+    """Squeezing of each position under one readout step on its own token, for a readout without softcap."""
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    before = wide.log_softmax(-1)
-    after = step(wide, targets, c, strength).log_softmax(-1)
+    return compare(wide, step(wide, targets, c, strength), targets, c)
+
+
+@torch.no_grad()
+def compare(
+    logits: Float[Tensor, "T V"], moved: Float[Tensor, "T V"], targets: Int[Tensor, " T"], c: Float[Tensor, " T"]
+) -> Squeeze:
+    """Squeezing between two sets of logits; c is the weight of the target in the step between them."""
+    before, after = logits.log_softmax(-1), moved.log_softmax(-1)
     y = targets[:, None]
     p, q = before.exp(), after.exp()
-    top = wide.argmax(-1, keepdim=True)
+    top = logits.argmax(-1, keepdim=True)
     others = torch.ones_like(p).scatter(1, y, 0.0)
     count = others.sum(1).clamp(min=1)
     rule = sign_rule(p, targets, c) < 0

@@ -10,7 +10,7 @@ memory chunk · T · Σ module widths. A tied embedding adds its two cross terms
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from . import exact
 from .exact import Progress, Side
 from .kernels.readout_forces.reference import logit_force
 from .objectives import GTerm
-from .rules import Embedding, Rule, Unsupported, rule_for
+from .rules import Embedding, NotAlone, Rule, Unsupported, rule_for
 from .sequences import Batch
 from .trace import Call, Tracer
 
@@ -31,7 +31,8 @@ from .trace import Call, Tracer
 class Plan:
     """Which modules move and how the readout takes part."""
 
-    moves: dict[str, set[str]]  # module -> its moving parameters, in the backbone
+    moves: dict[str, set[str]]  # module -> its moving parameters, in the backbone, named from there
+    module: dict[str, str]  # use of a tensor -> the module that moves it
     head: bool  # the readout weight moves as readout
     head_bias: bool
     lookup: str | None  # the module whose lookup shares the readout's weight, when both move
@@ -42,30 +43,33 @@ class Plan:
         return list(self.moves)
 
 
-def plan(tracer: Tracer, uses: dict[str, str]) -> Plan:
-    """Sort the uses by module.
+def plan(tracer: Tracer, uses: dict[str, str], seen: dict[str, set[tuple[str, ...]]], passed: Collection[str] = ()) -> Plan:
+    """Sort the uses by the innermost module that was seen to use them (Tracer.usage) and is not passed over.
 
     Raises:
         Unsupported: a tensor that two modules share, other than a lookup tied to the readout.
     """
     head = tracer.readout
+    before = {use: tensor for use, tensor in uses.items() if use not in (head.weight_name, head.bias_name)}
     moves: dict[str, set[str]] = {}
-    seen: dict[str, str] = {}
-    for use, tensor in uses.items():
-        if use in (head.weight_name, head.bias_name):
-            continue
-        module, _, parameter = use.rpartition(".")
-        if tensor in seen:
-            other = seen[tensor].rpartition(".")[0]
-            if tracer.model.get_submodule(other) is tracer.model.get_submodule(module):
-                continue  # one module under two names: its calls are counted under the first
-            raise Unsupported(f"{use} and {seen[tensor]} are one tensor in two modules")
-        seen[tensor] = use
-        moves.setdefault(module, set()).add(parameter)
+    module_of: dict[str, str] = {}
+    for tensor in dict.fromkeys(before.values()):
+        modules = {next((m for m in reversed(chain) if m not in passed), "") for chain in seen.get(tensor, ())}
+        outermost = [m for m in modules if not any(n != m and _within(m, n) for n in modules)]
+        if len(outermost) > 1:
+            raise Unsupported(f"{tensor} is one tensor in two modules, {' and '.join(sorted(outermost))}")
+        for module in outermost:
+            names = [name for name, owner in tracer.owner.items() if owner == tensor and _within(name, module)]
+            moves.setdefault(module, set()).add(names[0][len(module) + 1 if module else 0 :])
+            module_of |= {use: module for use, other in before.items() if other == tensor}
+    tied = tracer.owner[head.weight_name]
+    lookup = next((module_of[use] for use, tensor in before.items() if tensor == tied and use in module_of), None)
     moving = head.weight_name in uses
-    tied = [use for use in head.tied if use in uses and use in seen.values()]
-    lookup = tied[0].rpartition(".")[0] if moving and tied else None
-    return Plan(moves, moving, head.bias_name in uses, lookup)
+    return Plan(moves, module_of, moving, head.bias_name in uses, lookup if moving else None)
+
+
+def _within(name: str, module: str) -> bool:
+    return not module or name.startswith(module + ".")
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,9 @@ def watch(tracer: Tracer, side: Side, b: int, names: Sequence[str], start: int) 
     head = tracer.readout
     z = head.logits(h)
     term = side.terms[b]
-    residual = logit_force(z, term.targets, term.c, term.v, term.uniform) * head.scale
-    if head.softcap is not None:
-        residual = residual * (1 - (z / head.softcap).square())
-    return Watched(batch, h, residual, residual @ head.weight, calls, slice(start, start + len(batch.targets)))
+    residual = head.pull_back(z, logit_force(z, term.targets, term.c, term.v, term.uniform))
+    u = residual @ head.weight.to(residual.dtype)  # residuals of a half-precision model are float32, and so is what they meet
+    return Watched(batch, h.to(residual.dtype), residual, u, calls, slice(start, start + len(batch.targets)))
 
 
 def one_by_one(side: Side) -> Side:
@@ -152,23 +155,15 @@ def structured_matrix(
         chunk: update tokens at a time.
 
     Raises:
-        Unsupported: a module that returns no single tensor, or tensors shared in other ways than a tied readout.
+        Unsupported: tensors shared in other ways than a tied readout.
     """
-    p = plan(tracer, uses)
-    singles, start, done = one_by_one(u), 0, 0
-    watched = []
-    for b, batch in enumerate(o.batches):
-        watched.append(watch(tracer, o, b, p.names, start))
-        start += len(batch.targets)
-    rules_seen: dict[str, str] = {}
+    singles, done = one_by_one(u), 0
+    p, pairs = _prepared(tracer, o, uses, tracer.usage([*o.batches, *singles.batches]))
     column = 0
     for b, batch in enumerate(singles.batches):
-        source = watch(tracer, singles, b, p.names, column)
+        source = watch(tracer, singles, b, (), column)
         column += len(batch.targets)
-        pairs = [(w, _rules(p, source.calls, w.calls)) for w in watched]
-        for _, rules in pairs:
-            rules_seen |= {f"{name}.{x}": rule.label for name, rule in rules.items() for x in p.moves[name]}
-        b_max = chunk or _chunk(watched, source, memory, out.element_size())
+        b_max = chunk or _chunk(pairs, batch, memory, out.element_size())
         for n in range(0, len(batch.targets), b_max):
             rows = slice(n, min(n + b_max, len(batch.targets)))
             at = slice(source.columns.start + rows.start, source.columns.start + rows.stop)
@@ -179,20 +174,59 @@ def structured_matrix(
             done += rows.stop - rows.start
             if progress:
                 progress(done, out.shape[1])
+    labels = {name: rule.label for _, rules in pairs for name, rule in rules.items()}
     head = tracer.readout
-    for use, moving in ((head.weight_name, p.head), (head.bias_name, p.head_bias)):
-        if use is not None and moving:
-            rules_seen[use] = "readout in closed form"
-    return rules_seen
+    return {
+        use: "readout in closed form"
+        if use in (head.weight_name, head.bias_name)
+        else labels.get(p.module.get(use, ""), "not used in the forward pass")
+        for use in uses
+    }
 
 
-def _rules(p: Plan, u: list[Call], o: list[Call]) -> dict[str, Rule]:
-    """A rule for each module that is called on both sides."""
-    of: dict[str, tuple[list[Call], list[Call]]] = {}
-    for side, calls in enumerate((u, o)):
-        for call in calls:
-            of.setdefault(call.name, ([], []))[side].append(call)
-    rules = {name: rule_for(a, b, p.moves[name]) for name, (a, b) in of.items() if a and b}
+def _prepared(
+    tracer: Tracer, o: Side, uses: dict[str, str], seen: dict[str, set[tuple[str, ...]]]
+) -> tuple[Plan, list[tuple[Watched, dict[str, Rule]]]]:
+    """Which modules move, and the observed batches with a rule for each.
+
+    A module that does not repeat its output when called alone is moved as part of the one around it.
+    """
+    passed: set[str] = set()
+    while True:
+        p, pairs, start = plan(tracer, uses, seen, passed), [], 0
+        try:
+            for b, batch in enumerate(o.batches):
+                w = watch(tracer, o, b, p.names, start)
+                pairs.append((w, _rules(p, w.calls)))
+                if b == 0 and not passed:
+                    _check_readout(tracer, w)
+                start += len(batch.targets)
+            return p, pairs
+        except NotAlone as error:
+            if not error.name:
+                raise Unsupported("the model does not repeat its output") from error
+            passed.add(error.name)
+
+
+@torch.no_grad()
+def _check_readout(tracer: Tracer, w: Watched) -> None:
+    """The split at the readout needs its formula.
+
+    Raises:
+        Unsupported: the model's logits are not softcap(scale (W h + b)), to the square root of the unit roundoff.
+    """
+    z = tracer.logits(w.batch)
+    error = float((tracer.readout.logits(w.h.to(z.dtype)) - z).norm() / z.norm())
+    if error > torch.finfo(z.dtype).eps ** 0.5:
+        raise Unsupported(f"the logits differ by {error:.0e} from softcap(scale (W h + b)), the readout's formula")
+
+
+def _rules(p: Plan, calls: list[Call]) -> dict[str, Rule]:
+    """A rule for each module that is called."""
+    of: dict[str, list[Call]] = {}
+    for call in calls:
+        of.setdefault(call.name, []).append(call)
+    rules = {name: rule_for(mine, p.moves[name]) for name, mine in of.items()}
     if p.lookup is not None and not isinstance(rules.get(p.lookup), Embedding):
         raise Unsupported(f"the readout's weight is tied to {p.lookup}, which is no plain lookup")
     return rules
@@ -206,82 +240,69 @@ def _readout_part(p: Plan, w: Watched, source: Watched, rows: slice) -> Float[Te
     return features * (w.residual @ source.residual[rows].T)
 
 
-def _chunk(watched: list[Watched], source: Watched, memory: int, itemsize: int) -> int:
-    """Update tokens at a time such that cotangents and tangents stay within `memory`."""
+def _chunk(pairs: list[tuple[Watched, dict[str, Rule]]], batch: Batch, memory: int, itemsize: int) -> int:
+    """Update tokens at a time such that cotangents, tangents and what is written of directions stay within `memory`."""
+    widths = [sum(x.numel() for call in w.calls for x in call.outputs) / w.batch.ids.numel() for w, _ in pairs]
+    tangents = max(width * w.batch.ids.numel() for width, (w, _) in zip(widths, pairs, strict=True))
+    written = max(rule.written for _, rules in pairs for rule in rules.values()) if widths[0] else 0
+    token = itemsize * (max(widths) * batch.ids.numel() + 3 * tangents + 2 * written)
+    return int(max(1, min(32, memory // max(1, token))))
 
-    def width(calls: list[Call]) -> int:
-        return sum(call.output.numel() for call in calls)
 
-    token = itemsize * (width(source.calls) + 3 * max(width(w.calls) for w in watched))
-    return max(1, min(32, memory // max(1, token)))
+Deltas = dict[str, tuple[list[Call], list[list[Tensor]]]]
 
 
-def _cotangents(tracer: Tracer, p: Plan, source: Watched, rows: slice) -> dict[str, tuple[Tensor, Tensor]]:
-    """δ [b, S, q] at the outputs of every moving module for a chunk of tokens, and the rows of its inputs they belong to.
+def _cotangents(tracer: Tracer, p: Plan, source: Watched, rows: slice) -> Deltas:
+    """The calls of every moving module for a chunk of tokens, and δ [b, ...] at each of their outputs.
 
     The sequence is cut behind the chunk's last token: nothing later takes part.
     """
-    batch, T = source.batch, source.batch.ids.shape[1]
+    batch = source.batch
     at = batch.rows[rows]
-    S = int(at.max()) + 1
-    cut = Batch(batch.ids[:, :S], at, batch.targets[rows], batch.sequence[rows], batch.position[rows])
-    order: list[str] = [call.name for call in source.calls]
-    h, outputs = tracer.unroll(cut, p.names)
+    cut = Batch(batch.ids[:, : int(at.max()) + 1], at, batch.targets[rows], batch.sequence[rows], batch.position[rows])
+    h, calls = tracer.unroll(cut, p.names)
     b, d = h.shape
     cotangent = torch.zeros(b, b, d, dtype=h.dtype, device=h.device)
     index = torch.arange(b, device=h.device)
-    cotangent[index, index] = source.u[rows]
+    cotangent[index, index] = source.u[rows].to(h.dtype)
+    outputs = [x for call in calls for x in call.outputs]
 
     def back(v: Tensor) -> tuple[Tensor, ...]:
         grads = torch.autograd.grad(h, outputs, v, retain_graph=True, allow_unused=True)
         return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, outputs, strict=True))
 
-    found: dict[str, list[Tensor]] = {}
-    for name, delta in zip(order, vmap(back)(cotangent), strict=True):
-        found.setdefault(name, []).append(delta.flatten(1, -2))
-    kept = {}
-    for name, deltas in found.items():
-        inputs = [call for call in source.calls if call.name == name]
-        lengths = [call.output.flatten(0, -2).shape[0] for call in inputs]
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
-        spans = [torch.arange(s, s + delta.shape[1], device=h.device) for s, delta in zip(starts, deltas, strict=True)]
-        kept[name] = (torch.cat(deltas, 1), torch.cat(spans))
-    assert T >= S
-    return kept
+    deltas, found = iter(vmap(back)(cotangent)), Deltas()
+    for call in calls:
+        mine, delta = found.setdefault(call.name, ([], []))
+        mine.append(call.detached())
+        delta.append([next(deltas) for _ in call.outputs])
+    return found
 
 
+@torch.no_grad()
 def _move(
-    tracer: Tracer,
-    p: Plan,
-    w: Watched,
-    rules: dict[str, Rule],
-    source: Watched,
-    rows: slice,
-    deltas: dict[str, tuple[Tensor, Tensor]],
+    tracer: Tracer, p: Plan, w: Watched, rules: dict[str, Rule], source: Watched, rows: slice, deltas: Deltas
 ) -> Float[Tensor, "M b"]:
     """What the backbone's part of a chunk of update tokens does to one batch of observed ones."""
     b = rows.stop - rows.start
-    waiting = {name: iter(rule.tangent(*deltas[name])) for name, rule in rules.items()}
-    tangents, F = [], torch.zeros(len(w.h), b, dtype=w.h.dtype, device=w.h.device)
-    if p.lookup is not None:
+    waiting = {name: iter(rule.tangent(*deltas[name])) for name, rule in rules.items() if name in deltas}
+    tangents, F = list[Tensor](), torch.zeros(len(w.h), b, dtype=w.h.dtype, device=w.h.device)
+    if p.lookup is not None:  # the cross terms of a tied embedding: the lookup moves the readout, and the readout the lookup
         rule = rules[p.lookup]
         assert isinstance(rule, Embedding)
-        delta, at = deltas[p.lookup]
-        ids = rule.u_ids[at]
-        F += rule.scale * torch.einsum("bsd,md,ms->mb", delta, w.h, w.residual[:, ids])
+        ids, delta = rule.rows(*deltas[p.lookup])
+        F += rule.scale * torch.einsum("bsd,md,ms->mb", delta.to(w.h.dtype), w.h, w.residual[:, ids])
+        source_rows = [source.residual[rows][:, ids] * (rule.scale * ids.ne(rule.padding)) for ids in rule.o_ids]
+        moved = ([x[..., None] * source.h[rows, None, :]] for x in source_rows)
     for call in w.calls:
-        if call.name not in rules:
-            tangents.append(torch.zeros(b, *call.output.shape, dtype=call.output.dtype, device=call.output.device))
-            continue
-        E = next(waiting[call.name])
+        E = next(waiting[call.name]) if call.name in waiting else [x.new_zeros(b, *x.shape) for x in call.outputs]
         if call.name == p.lookup:
-            E = E + rules[call.name].scale * source.residual[rows][:, call.args[0].flatten(), None] * source.h[rows, None, :]  # type: ignore[union-attr]
-        tangents.append(E.reshape(b, *call.output.shape))
-    zeros = tuple(torch.zeros_like(call.output) for call in w.calls)
+            E = [e + x.reshape_as(e) for e, x in zip(E, next(moved), strict=True)]
+        tangents.extend(e.to(x.dtype) for e, x in zip(E, call.outputs, strict=True))
+    zeros = tuple(torch.zeros_like(x) for call in w.calls for x in call.outputs)
 
     def forward(e: tuple[Tensor, ...]) -> Tensor:
         return jvp(lambda *x: tracer.steer(w.batch, p.names, x), zeros, e)[1]
 
-    with torch.no_grad():
-        h_dot = vmap(forward)(tuple(tangents))
-    return F + torch.einsum("bmd,md->mb", h_dot, w.u)
+    h_dot = vmap(forward)(tuple(tangents))
+    return F + torch.einsum("bmd,md->mb", h_dot.to(w.u.dtype), w.u)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .findings import blocks, by_sequence, sequence_label, shown
+from .findings import blocks, by_sequence, sequence_names, shown
 
 if TYPE_CHECKING:
     from .profile import Run
@@ -20,6 +20,7 @@ def summary(run: Run) -> Any:
     rows = run.tokens.to_pylist()
     u = [row for row in rows if row["side"] == "updated"]
     o = [row for row in rows if row["side"] == "observed"]
+    names = sequence_names(rows)
     eta = about["settings"]["eta"]
     constants = ", ".join(f"{k}={v}" for k, v in about["objective"]["arguments"].items())
     parts: list[Any] = [
@@ -33,13 +34,13 @@ def summary(run: Run) -> Any:
 
     whole = run.matrix is not None and not bool(run.matrix.isnan().any())
     table = Table(title="Change of each answer, nats", title_justify="left", box=None, pad_edge=False)
-    columns = list(dict.fromkeys(sequence_label(row) for row in u))
+    columns = [name for (side, _), name in names.items() if side == "updated"]
     for name in ("answer", "tokens", "predicted", "actual"):
         table.add_column(name, justify="left" if name == "answer" else "right")
-    by = blocks(o, u, run.matrix) if whole and run.matrix is not None and len(columns) <= 8 else None
+    by = blocks(o, u, run.matrix, names) if whole and run.matrix is not None and len(columns) <= 8 else None
     for name in columns if by else ():
         table.add_column(f"by {name}", justify="right", style="dim")
-    for name, sums in by_sequence(o).items():
+    for name, sums in by_sequence(o, names).items():
         cells = [name, str(int(sums["tokens"])), f"{sums['predicted']:+.4f}", f"{sums['actual']:+.4f}"]
         table.add_row(*cells, *([f"{eta * by[name][column]:+.4f}" for column in columns] if by else []))
     parts += ["", table]
@@ -55,19 +56,18 @@ def summary(run: Run) -> Any:
     for row in moved:
         cells = [
             shown(row["token"]),
-            f"{sequence_label(row)} @{row['position']}",
+            f"{names['observed', row['sequence']]} @{row['position']}",
             f"{row['predicted']:+.4f}",
             f"{row['actual']:+.4f}",
         ]
         if whole and run.matrix is not None:
             force = run.matrix[row["row"]]
             mover = u[int(force.abs().argmax())]
-            cells.append(
-                f"{shown(mover['token'])} {sequence_label(mover)} @{mover['position']} ({eta * float(force.abs().max()):.4f})"
-            )
+            strength = eta * float(force.abs().max())
+            cells.append(f"{shown(mover['token'])} {names['updated', mover['sequence']]} @{mover['position']} ({strength:.4f})")
         for key in ("risers", "fallers"):
             cells.append(" ".join(shown(entry["token"]) for entry in row[key][:3]))
-        table.add_row(*cells)
+        table.add_row(*(Text(cell) for cell in cells))  # a token may look like markup
     parts += ["", table, ""]
 
     for finding in about["findings"]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -60,6 +60,19 @@ class Readout:
         """z of given hidden states."""
         return readout_logits(hidden, self.weight, **self.options)
 
+    def uncapped(self, hidden: Float[Tensor, "N d"]) -> Float[Tensor, "N V"]:
+        """scale (W h + b)."""
+        return readout_logits(hidden, self.weight, bias=self.bias, scale=self.scale)
+
+    def cap(self, z: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """The softcap, where there is one."""
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def pull_back(self, logits: Float[Tensor, "N V"], force: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """A force at the logits as a force at W h + b, through softcap and scale."""
+        slope = self.scale if self.softcap is None else self.scale * (1 - (logits / self.softcap).square())
+        return slope * force
+
 
 @dataclass(frozen=True)
 class Call:
@@ -80,6 +93,14 @@ class Call:
     def outputs(self) -> list[Tensor]:
         """The tensors of real numbers that came out: what a parameter can move."""
         return floats(self.output)
+
+    def detached(self) -> Call:
+        """The same call outside the graph it was recorded in."""
+        return Call(self.name, self.module, *_map_floats(Tensor.detach, (self.args, self.kwargs, self.output)))
+
+
+def _join(module: str, parameter: str) -> str:
+    return f"{module}.{parameter.rpartition('.')[2]}" if module else parameter
 
 
 def floats(tree: Any) -> list[Tensor]:
@@ -108,9 +129,14 @@ class Tracer:
         self.owner = {name: first.setdefault(id(p), name) for name, p in named}
         self.params = {name: p.detach() for name, p in named}
         self.trainable = frozenset(self.owner[name] for name, p in named if p.requires_grad)
+        modules: dict[int, str] = {}  # a module under two names is swapped under the first, or swapping back would break it
+        for name, module in model.named_modules(remove_duplicate=False):
+            modules.setdefault(id(module), name)
+        self._slot = {name: _join(modules[id(model.get_submodule(name.rpartition(".")[0]))], name) for name, _ in named}
         self._head_name, self._head = _output_embeddings(model)
         self.readout = self._find_readout()
         self.device, self.dtype = self.readout.weight.device, self.readout.weight.dtype
+        self.precision = torch.promote_types(self.dtype, torch.float32)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
         for name, p in self.params.items():
             if not bool(torch.isfinite(p).all()):
@@ -134,7 +160,7 @@ class Tracer:
             weight=self.params[weight_name],
             bias=self.params.get(bias_name),
             scale=scale,
-            softcap=getattr(config, "final_logit_softcapping", None) or None,
+            softcap=getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None) or None,
             weight_name=weight_name,
             bias_name=bias_name if bias_name in self.params else None,
             tied=tied,
@@ -163,6 +189,11 @@ class Tracer:
             batches.append(collate(chis[start:stop], first=start))
             start = stop
         return batches
+
+    def stepped(self, direction: Parameters, uses: Mapping[str, str], step: float) -> Parameters:
+        """Parameters after a step along a direction, for `logits`; a half-precision model in float32, which holds the step."""
+        moved = {use: self.params[use].to(self.precision) + step * direction[tensor] for use, tensor in uses.items()}
+        return moved if self.dtype == self.precision else {n: p.to(self.precision) for n, p in self.params.items()} | moved
 
     def logits(self, batch: Batch, params: Parameters | None = None) -> Float[Tensor, "N V"]:
         """Logits that score each token of the batch, differentiable in `params` (a part of the parameters, by any name)."""
@@ -207,7 +238,6 @@ class Tracer:
 
         def keep(name: str) -> Hook:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-                args, kwargs = _map_floats(Tensor.detach, (args, kwargs))
                 calls.append(Call(name, module, args, kwargs, _map_floats(start, output)))
                 return calls[-1].output
 
@@ -227,40 +257,43 @@ class Tracer:
             return self.hidden(batch)
 
     @torch.no_grad()
-    def usage(self, batches: Iterable[Batch]) -> dict[str, set[str]]:
-        """Tensor name -> the modules that use it before the readout, as seen in the forward pass.
+    def usage(self, batches: Iterable[Batch]) -> dict[str, set[tuple[str, ...]]]:
+        """Tensor name -> for each use before the readout the running modules it belongs to, from the model inwards.
 
-        At each use it is the innermost running module that the tensor belongs to: the module that owns it, or one around
-        that which reads the weight without calling its module (Mamba's convolution).
+        The last one of them is the module that owns it, or one around that which reads the weight without calling its
+        module (Mamba's convolution). It is seen in the forward pass, not guessed from names.
         """
         tensors = {id(p): self.owner[name] for name, p in self.model.named_parameters(remove_duplicate=False)}
         inside = {name: {id(p) for p in module.parameters()} for name, module in self.model.named_modules()}
         running: list[str] = []
-        seen: dict[str, set[str]] = {}
+        seen: dict[str, set[tuple[str, ...]]] = {}
 
         class Watch(TorchFunctionMode):
             def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 result = func(*args, **(kwargs or {}))
                 for p in {id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, nn.Parameter)} & tensors.keys():
                     if floats(result):  # not a look at its dtype or shape
-                        seen.setdefault(tensors[p], set()).add(next(name for name in reversed(running) if p in inside[name]))
+                        seen.setdefault(tensors[p], set()).add(tuple(name for name in running if p in inside[name]))
                 return result
 
         def enter(name: str) -> Any:
             return lambda module, args: running.append(name)
 
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            running.pop()
+
         handles = []
         try:
             for name, module in self.model.named_modules():
                 handles.append(module.register_forward_pre_hook(enter(name)))
-                handles.append(module.register_forward_hook(lambda module, args, output: running.pop() and None))
+                handles.append(module.register_forward_hook(leave))
             for batch in batches:
                 with Watch():
                     self.hidden(batch)
         finally:
             for handle in handles:
                 handle.remove()
-        return {tensor: names - {self._head_name} for tensor, names in seen.items()}
+        return {tensor: {use for use in uses if use[-1] != self._head_name} for tensor, uses in seen.items()}
 
     @contextlib.contextmanager
     def _hooked(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
@@ -277,7 +310,8 @@ class Tracer:
         handle = self._head.register_forward_pre_hook(hook)
         try:
             ids = batch.ids.to(self.device)
-            out = functional_call(self.model, dict(params or {}), (ids,), dict(use_cache=False), tie_weights=False)
+            swapped = {self._slot[name]: value for name, value in (params or {}).items()}
+            out = functional_call(self.model, swapped, (ids,), dict(use_cache=False), tie_weights=False)
             return out.logits if hasattr(out, "logits") else out[0]
         finally:
             handle.remove()
@@ -322,18 +356,34 @@ def trace(model: nn.Module) -> Iterator[Tracer]:
         ValueError: no output embeddings, or NaN or inf in a parameter (named).
     """
     training = {module: module.training for module in model.modules()}
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     tracer = Tracer(model)
     try:
         model.eval()
-        if attention is not None:
-            _set_attention(model, _traceable_attention(model))
-        yield tracer
+        implementations = _implementations(model, attention=_traceable_attention(model), experts="eager")
+        with implementations, _forward_derivatives(model), _parameter_adapters(model):
+            yield tracer
     finally:
         for module, mode in training.items():
             module.training = mode
-        if attention is not None:
-            _set_attention(model, attention)
+
+
+@contextlib.contextmanager
+def _implementations(model: nn.Module, **names: str) -> Iterator[None]:
+    """Choose the implementations of attention and of mixtures of experts (grouped products have no forward derivative).
+
+    They are written to the configurations, where every transformers model reads them at each call; set_attn_implementation
+    refuses some models (Falcon) and reaches no experts.
+    """
+    keys = {"_attn_implementation_internal": names["attention"], "_experts_implementation_internal": names["experts"]}
+    configs = [config for module in model.modules() if hasattr(config := getattr(module, "config", None), "__dict__")]
+    before = [(config, key, vars(config)[key]) for config in configs for key in keys if vars(config).get(key) is not None]
+    try:
+        for config, key, _ in before:
+            setattr(config, key, keys[key])
+        yield
+    finally:
+        for config, key, value in before:
+            setattr(config, key, value)
 
 
 def _traceable_attention(model: Any) -> str:
@@ -343,12 +393,6 @@ def _traceable_attention(model: Any) -> str:
         return "eager"
     register()
     return ATTENTION
-
-
-def _set_attention(model: Any, name: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.set_attn_implementation(name)
 
 
 def _output_embeddings(model: nn.Module) -> tuple[str, nn.Module]:
@@ -368,7 +412,9 @@ def _forward_derivatives(model: nn.Module) -> Iterator[None]:
     """Give the custom autograd functions beside the model's modules that have only a backward a forward derivative too."""
     beside = {type(module).__module__ for module in model.modules()}
     values = [value for name in beside for value in vars(sys.modules[name]).values() if isinstance(value, type)]
-    old = [f for f in values if issubclass(f, torch.autograd.Function) and f.setup_context is torch.autograd.Function.setup_context]
+    old = [
+        f for f in values if issubclass(f, torch.autograd.Function) and f.setup_context is torch.autograd.Function.setup_context
+    ]
     old = [f for f in old if "apply" not in vars(f) and f is not torch.autograd.Function]
     try:
         for f in old:
@@ -377,6 +423,33 @@ def _forward_derivatives(model: nn.Module) -> Iterator[None]:
     finally:
         for f in old:
             del f.apply
+
+
+@contextlib.contextmanager
+def _parameter_adapters(model: nn.Module) -> Iterator[None]:
+    """Let PEFT's adapters of parameters (expert stacks, routers) run under torch.func.
+
+    In every forward pass they register a parametrization, which writes the frozen tensor onto itself and sets its
+    requires_grad to what it is: torch.func refuses both, although nothing changes.
+    """
+    wrapper = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", ())
+    if not any(isinstance(module, wrapper) for module in model.modules()):
+        yield
+        return
+
+    class SameGrad(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is Tensor.requires_grad_ and args[0].requires_grad == (*args, True)[1]:
+                return args[0]
+            return func(*args, **(kwargs or {}))
+
+    write = parametrize._maybe_set
+    try:
+        parametrize._maybe_set = lambda dest, src: None if dest is src else write(dest, src)
+        with SameGrad():
+            yield
+    finally:
+        parametrize._maybe_set = write
 
 
 def _with_transpose(old: type[torch.autograd.Function]) -> type[torch.autograd.Function]:

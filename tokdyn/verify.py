@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,6 +90,8 @@ def against_steps(
 ) -> Verification:
     """The comparison, for a force Σ_l F already known along a direction (see `verify`)."""
     strongest = float(force.abs().max())
+    if not math.isfinite(strongest):
+        raise ValueError("the force on some observed token is not finite: the step overflows in this precision")
     if strongest == 0:
         raise ValueError(
             "this update moves no observed token at first order: its c is zero everywhere (a vanished or clipped loss)"
@@ -96,7 +99,7 @@ def against_steps(
     eta = move / strongest if eta is None else eta
 
     def log_probs(step: float) -> Tensor:
-        params = {use: tracer.params[use] + step * direction[tensor] for use, tensor in uses.items()}
+        params = tracer.stepped(direction, uses, step)
         rows = [(tracer.logits(batch, params), batch.targets.to(tracer.device)) for batch in sides.o.batches]
         return torch.cat([z.double().log_softmax(1).gather(1, y[:, None]).squeeze(1) for z, y in rows])
 
@@ -118,13 +121,13 @@ def against_steps(
 
 
 def check_eta(eta: float | None) -> None:
-    """Refuse a step size that is not positive.
+    """Refuse a step size that is not a positive number.
 
     Raises:
         ValueError: it is not.
     """
-    if eta is not None and not eta > 0:
-        raise ValueError(f"eta must be positive, got {eta}")
+    if eta is not None and not 0 < eta < math.inf:
+        raise ValueError(f"eta must be positive and finite, got {eta}")
 
 
 def _slope(x: list[float], y: list[float]) -> float:

@@ -257,7 +257,7 @@ def _cite(about: Mapping[str, Any], M: int, L: int) -> str:
 
 
 def _coverage(coverage: Any) -> list[tuple[str, str]]:
-    """Return {parameter: "exact" or why not} as one row per verdict; names are given for the few that are not exact."""
+    """Return {parameter: rule, or why it took no part} as one row per verdict; names are given where it took none."""
     verdicts: dict[str, list[str]] = {}
     for name, verdict in (coverage or {}).items():
         if not isinstance(verdict, str):
@@ -265,7 +265,8 @@ def _coverage(coverage: Any) -> list[tuple[str, str]]:
         verdicts.setdefault(verdict, []).append(str(name))
     rows = []
     for verdict, names in verdicts.items():
-        named = "" if verdict == "exact" else ": " + ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+        absent = verdict.startswith(("frozen", "outside", "one direction"))
+        named = ": " + ", ".join(names[:6]) + (", …" if len(names) > 6 else "") if absent else ""
         rows.append((verdict, f"{len(names):,} tensor{'' if len(names) == 1 else 's'}{named}"))
     return rows
 
