@@ -433,11 +433,9 @@ def readout(tracer: Tracer, sides: Sides, uses: dict[str, str], reduce: str | No
     head, p = tracer.readout, tracer.precision
     h_o = torch.cat([tracer.hidden(batch) for batch in sides.o.batches]).to(p)
     h_u = torch.cat([tracer.hidden(batch) for batch in sides.u.batches]).to(p)
-    bias = None if head.bias is None else head.bias.to(p)
     term, weighted = sides.gterm, reduce == "observe"
     F = ops.readout_forces(
-        h_o, sides.y, h_u, term.targets.to(tracer.device), term.c, head.weight.to(p), v=term.v, uniform=term.uniform,
-        bias=bias, scale=head.scale, softcap=head.softcap, train_bias=head.bias_name in uses,
-        reduce=None if weighted else reduce,
+        h_o, sides.y, h_u, term.targets.to(tracer.device), term.c, head.weight, v=term.v, uniform=term.uniform,
+        train_bias=head.bias_name in uses, reduce=None if weighted else reduce, **head.options,
     )  # fmt: skip
     return torch.cat([t.c for t in sides.o.terms]) @ F if weighted else F

@@ -9,7 +9,12 @@ from torch import Tensor
 def readout_logits(
     hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
 ) -> Tensor:
-    """z = softcap(scale · (W h + b)) with softcap(x) = s tanh(x/s); hidden [.., d], weight [V, d] -> [.., V]."""
+    """z = softcap(scale · (W h + b)) with softcap(x) = s tanh(x/s); hidden [.., d], weight [V, d] -> [.., V].
+
+    Half precision gives float32 logits: rounding them to 8 bits would be an error of its own.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    hidden, weight, bias = hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
     z = scale * torch.nn.functional.linear(hidden, weight, bias)
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
