@@ -304,3 +304,14 @@ def test_a_half_precision_model_gives_float32_forces_and_steps_that_are_not_swal
     assert vector.dtype == torch.float32 and abs(check.linearity - 1) < bound + 0.05
     run = td.profile(half, pair(), pair())
     assert run.matrix.dtype == torch.float32 and "<html" in run.to_html()
+
+
+def test_a_sequence_beyond_the_models_positions_is_named():
+    with pytest.raises(ValueError, match="70 tokens is longer than the 64 positions"):
+        td.forces(tiny("gpt2"), random_chis([(60, 10)]), OBSERVED)
+
+
+def test_forces_can_be_asked_for_under_inference_mode():
+    truth = td.forces(tiny("gpt2"), pair(), OBSERVED, DPO(), reduce="update").vector
+    with torch.inference_mode():
+        assert torch.equal(td.forces(tiny("gpt2"), pair(), OBSERVED, DPO(), reduce="update").vector, truth)

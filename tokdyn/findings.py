@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Finding = dict[str, str]
+ROW_SUMS = "row sums of the matrix against the tangent pass"
 
 
 def findings(about: dict[str, Any], tokens: Any, matrix: Tensor | None) -> list[Finding]:
@@ -25,7 +26,7 @@ def findings(about: dict[str, Any], tokens: Any, matrix: Tensor | None) -> list[
     found: list[Finding | None] = [_step(about, o, u, names)]
     if matrix is not None and not bool(matrix.isnan().any()):
         found += [_tug_of_war(about, o, u, matrix, names), _strongest(about, o, u, matrix, names)]
-    found += [_squeezing(u), _check(about)]
+    found += [_squeezing(u), _check(about), _sums(about)]
     return [finding for finding in found if finding is not None]
 
 
@@ -179,3 +180,14 @@ def _check(about: dict[str, Any]) -> Finding | None:
         f"{check['linearity']:.3f}; the difference shrinks with order {check['order']:.2f} as the step is halved "
         f"(2 is what first-order theory says).",
     )
+
+
+def _sums(about: dict[str, Any]) -> Finding | None:
+    """Only where something is wrong: the matrix and the reduction are two exact computations of one thing."""
+    error = about["checks"].get(ROW_SUMS)
+    if error is None or error < 1e-3:
+        return None
+    text = (
+        f"Its row sums differ from the whole step's forces by {error:.1e} of their size: do not trust the matrix of this run."
+    )
+    return dict(title="The force matrix does not add up", text=text)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import exact, ops, squeeze, store, structured
 from ._version import __version__
-from .findings import findings
+from .findings import ROW_SUMS, findings
 from .forces import Sides, prepare, with_sides
 from .forces import coverage as coverage_of
 from .objectives import DPO, Objective
@@ -140,7 +140,7 @@ def profile(
                 else:
                     rules = structured.matrix(tracer, sides.o, sides.u, uses, matrix, clock.progress)
                 error = (matrix.sum(1) - vector).norm() / vector.norm()
-                checks["row sums of the matrix against the tangent pass"] = float(error)
+                checks[ROW_SUMS] = float(error)
             except KeyboardInterrupt:
                 status = "partial"
         coverage = coverage_of(tracer, uses, scope, rules)

@@ -313,6 +313,11 @@ class Tracer:
             swapped = {self._slot[name]: value for name, value in (params or {}).items()}
             out = functional_call(self.model, swapped, (ids,), dict(use_cache=False), tie_weights=False)
             return out.logits if hasattr(out, "logits") else out[0]
+        except IndexError as error:
+            T, most = batch.ids.shape[1], getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+            if most is not None and T > most:
+                raise ValueError(f"a sequence of {T} tokens is longer than the {most} positions the model has") from error
+            raise
         finally:
             handle.remove()
 
@@ -360,7 +365,7 @@ def trace(model: nn.Module) -> Iterator[Tracer]:
     try:
         model.eval()
         implementations = _implementations(model, attention=_traceable_attention(model), experts="eager")
-        with implementations, _forward_derivatives(model), _parameter_adapters(model):
+        with implementations, _forward_derivatives(model), _parameter_adapters(model), torch.inference_mode(False):
             yield tracer
     finally:
         for module, mode in training.items():
