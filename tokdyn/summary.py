@@ -63,8 +63,8 @@ def summary(run: Run) -> Any:
         if whole and run.matrix is not None:
             force = run.matrix[row["row"]]
             mover = u[int(force.abs().argmax())]
-            strength = eta * float(force.abs().max())
-            cells.append(f"{shown(mover['token'])} {names['updated', mover['sequence']]} @{mover['position']} ({strength:.4f})")
+            by_it = eta * float(force[mover["row"]])
+            cells.append(f"{shown(mover['token'])} {names['updated', mover['sequence']]} @{mover['position']} ({by_it:+.4f})")
         for key in ("risers", "fallers"):
             cells.append(" ".join(shown(entry["token"]) for entry in row[key][:3]))
         table.add_row(*(Text(cell) for cell in cells))  # a token may look like markup

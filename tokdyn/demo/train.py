@@ -238,7 +238,7 @@ specimen for learning dynamics, not a source of advice: it writes legible Englis
 | stored as | bf16 safetensors |
 | made by | `python -m tokdyn.demo.train` |
 
-## Three samples, as they came (temperature 0.7, seed 0)
+## Three samples, as they came (temperature 0.7, top-p 0.9, seed 0)
 {samples}
 """
 SAMPLE_PROMPTS = ("How can I learn to cook a simple dinner?", "Why is sleep important?",
@@ -260,7 +260,7 @@ def export(args: argparse.Namespace) -> None:
     samples = []
     for question in SAMPLE_PROMPTS:
         x = tokenizer(f"Human: {question}\n\nAssistant:", return_tensors="pt").input_ids
-        y = model.generate(x, attention_mask=torch.ones_like(x), do_sample=True, temperature=0.7, max_new_tokens=80,
+        y = model.generate(x, attention_mask=torch.ones_like(x), do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=80,
                            pad_token_id=tokenizer.pad_token_id)  # fmt: skip
         samples.append("> " + tokenizer.decode(y[0], skip_special_tokens=True).replace("\n", "\n> "))
     card = CARD.format(
