@@ -156,7 +156,7 @@ def facts(chis):
 @pytest.mark.parametrize(
     "objective, expected",
     [
-        (td.SFT(), [("response", 0, PAIR["chosen"], None)]),
+        (td.SFT(), [("chosen", 0, PAIR["chosen"], None)]),
         (td.DPO(), [("chosen", 0, PAIR["chosen"], None), ("rejected", 0, PAIR["rejected"], None)]),
         (td.KTO(), [("chosen", 0, PAIR["chosen"], None), ("rejected", 0, PAIR["rejected"], None)]),
         (td.GRPO(), [("chosen", 0, PAIR["chosen"], 1.0), ("rejected", 0, PAIR["rejected"], -1.0)]),

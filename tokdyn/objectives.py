@@ -560,7 +560,7 @@ def by_name(name: str, **constants: Any) -> Objective:
             raise ValueError(f"{cls.__name__} has no constant {constant!r}: it has {', '.join(allowed) or 'none'}")
     whole = {f.name for f in fields(cls) if isinstance(f.default, int) and not isinstance(f.default, bool)}  # type: ignore[arg-type]
     for constant, value in constants.items():
-        if not math.isfinite(value) or (constant in whole and value != int(value)):
+        if value is not None and (not math.isfinite(value) or (constant in whole and value != int(value))):
             raise ValueError(
                 f"{cls.__name__}: {constant} must be a finite {'whole ' if constant in whole else ''}number, got {value}"
             )
