@@ -20,7 +20,7 @@ def test_residual_is_of_second_order_on_the_demo_model(demo, objective):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     check = td.verify(model, sequences(tokenizer, rows[:1], objective), watched(tokenizer, rows), objective)
     assert 1.8 < check.order < 2.2
-    assert float(check.predicted.abs().max()) == pytest.approx(0.1, rel=1e-6)
+    assert float(check.predicted.abs().max()) == pytest.approx(0.2, rel=1e-6)
     assert 0.9 < check.linearity < 1.1
     assert all(torch.equal(p, model.state_dict()[name]) for name, p in before.items())
 

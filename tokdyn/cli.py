@@ -61,7 +61,7 @@ def profile(
     rows: Annotated[int, typer.Option(min=1, help="rows of the data in the update")] = 2,
     held_out: Annotated[int, typer.Option(min=0, help="further rows that are only observed")] = 1,
     skip: Annotated[int, typer.Option(min=0, help="rows to pass over first")] = 0,
-    eta: Annotated[float | None, typer.Option(help="size of the checking step; by default 0.1 nats at the largest")] = None,
+    eta: Annotated[float | None, typer.Option(help="size of the checking step; by default 0.2 nats at the largest")] = None,
     scope: Annotated[str, typer.Option(help="full, readout, backbone, or a regular expression over parameter names")] = "full",
     method: Annotated[str, typer.Option(help="how the matrix is computed: tangent, naive, or none")] = "tangent",
     reference: Annotated[str | None, typer.Option(help="reference model; the policy itself when absent")] = None,

@@ -99,7 +99,7 @@ def profile(
     Args:
         model, update, observe, objective, scope, reference: as in `forces`.
         tokenizer: for the texts of vocabulary entries; ids are shown without it.
-        eta: size of the checking step; by default the one whose largest predicted change is 0.1 nats.
+        eta: size of the checking step; by default the one whose largest predicted change is 0.2 nats.
         method: how the matrix is computed, "tangent" or "naive" (the oracle); "none" leaves it out.
         k: how many rising and falling vocabulary entries to keep per observed token.
         about: further entries of run.json (model, data).

@@ -52,7 +52,7 @@ def verify(
     scope: str = "full",
     optimizer: torch.optim.Optimizer | None = None,
     reference: nn.Module | None = None,
-    move: float = 0.1,
+    move: float = 0.2,
 ) -> Verification:
     """Take the real step theta - eta P ∇L on a copy of the weights and compare with the first-order prediction.
 
@@ -86,7 +86,7 @@ def against_steps(
     uses: dict[str, str],
     force: Float[Tensor, " M"],
     eta: float | None = None,
-    move: float = 0.1,
+    move: float = 0.2,
 ) -> Verification:
     """The comparison, for a force Σ_l F already known along a direction (see `verify`)."""
     strongest = float(force.abs().max())

@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with the text files (needed to train)")
     parser.add_argument("--work", type=Path, default=Path("checkpoints/demo"), help="checkpoints, resumed when present")
     parser.add_argument("--export", type=Path, help="only write the shipped folder here, from the best checkpoint")
-    parser.add_argument("--tokens", type=int, default=16_000_000)
+    parser.add_argument("--tokens", type=int, default=20_000_000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--lr", type=float, default=2e-3)
