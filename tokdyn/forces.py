@@ -393,8 +393,8 @@ def forces(
         uses = exact.select(tracer, scope)
         P = preconditioner(optimizer, tracer) if optimizer is not None else None
         matrix, vector, rules = None, None, dict[str, str]()
-        plain = tracer.readout.weight_name in uses and plain_readout(tracer, observe[0])
-        if scope == "readout" and method == "tangent" and P is None and plain:
+        closed_form = scope == "readout" and method == "tangent" and P is None and tracer.readout.weight_name in uses
+        if closed_form and tracer.readout_residual(sides.o.batches[0]) < tracer.readout_bound:
             closed, rules = readout(tracer, sides, uses, reduce), dict.fromkeys(uses, "readout in closed form")
             matrix, vector = (closed, None) if reduce is None else (None, closed)
         elif reduce is None or method == "naive":
@@ -420,11 +420,6 @@ def forces(
             matrix, vector, c[:, 0] if c.dim() == 2 else c, sides.observed, sides.updated, coverage(tracer, uses, scope, rules),
             scope, method, reduce, _Live(model, sides, scope, P, fingerprint(tracer)),
         )  # fmt: skip
-
-
-def plain_readout(tracer: Tracer, chi: Chi) -> bool:
-    """Whether the model's logits are softcap(scale (W h + b)), to the square root of the unit roundoff."""
-    return tracer.readout_residual(chi) < torch.finfo(tracer.dtype).eps ** 0.5
 
 
 @torch.no_grad()

@@ -130,7 +130,7 @@ def profile(
         verification = against_steps(tracer, sides, direction, uses, vector, eta)
         clock("squeezing")
         squeezed = _squeeze(tracer, sides, verification.eta)
-        checks = {"readout formula against the model's logits": tracer.readout_residual(observe[0])}
+        checks = {"readout formula against the model's logits": tracer.readout_residual(sides.o.batches[0])}
         if method != "none":
             clock("force matrix")
             matrix = torch.full((len(sides.o), len(sides.u)), torch.nan, dtype=tracer.precision, device=tracer.device)

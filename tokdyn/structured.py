@@ -155,7 +155,7 @@ def structured_matrix(
         chunk: update tokens at a time.
 
     Raises:
-        Unsupported: tensors shared in other ways than a tied readout.
+        Unsupported: tensors shared in other ways than a tied readout, or a readout that is not softcap(scale (W h + b)).
     """
     singles, done = one_by_one(u), 0
     p, pairs = _prepared(tracer, o, uses, tracer.usage([*o.batches, *singles.batches]))
@@ -199,26 +199,17 @@ def _prepared(
                 w = watch(tracer, o, b, p.names, start)
                 pairs.append((w, _rules(p, w.calls)))
                 if b == 0 and not passed:
-                    _check_readout(tracer, w)
+                    error = tracer.readout_residual(w.batch)
+                    if error > tracer.readout_bound:
+                        raise Unsupported(
+                            f"the logits differ by {error:.0e} from softcap(scale (W h + b)), the readout's formula"
+                        )
                 start += len(batch.targets)
             return p, pairs
         except NotAlone as error:
             if not error.name:
                 raise Unsupported("the model does not repeat its output") from error
             passed.add(error.name)
-
-
-@torch.no_grad()
-def _check_readout(tracer: Tracer, w: Watched) -> None:
-    """The split at the readout needs its formula.
-
-    Raises:
-        Unsupported: the model's logits are not softcap(scale (W h + b)), to the square root of the unit roundoff.
-    """
-    z = tracer.logits(w.batch)
-    error = float((tracer.readout.logits(w.h.to(z.dtype)) - z).norm() / z.norm())
-    if error > torch.finfo(z.dtype).eps ** 0.5:
-        raise Unsupported(f"the logits differ by {error:.0e} from softcap(scale (W h + b)), the readout's formula")
 
 
 def _rules(p: Plan, calls: list[Call]) -> dict[str, Rule]:

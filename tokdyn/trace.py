@@ -342,11 +342,18 @@ class Tracer:
         return scored
 
     @torch.no_grad()
-    def readout_residual(self, chi: Chi) -> float:
-        """‖z_formula - z_model‖/‖z_model‖ on one sequence: whether scale, softcap and bias of the readout are all known."""
-        (batch,) = self.batches([chi])
+    def readout_residual(self, batch: Batch) -> float:
+        """‖z_formula - z_model‖/‖z_model‖ on one batch: whether scale, softcap and bias of the readout are all known.
+
+        They are when it stays below `readout_bound`, the square root of the unit roundoff.
+        """
         z = self.logits(batch)
         return float((self.readout.logits(self.hidden(batch)) - z).norm() / z.norm())
+
+    @property
+    def readout_bound(self) -> float:
+        """See `readout_residual`."""
+        return torch.finfo(self.dtype).eps ** 0.5
 
 
 @contextlib.contextmanager
