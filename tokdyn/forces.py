@@ -11,8 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from . import exact, ops, structured
+from . import exact, ops
 from .exact import Progress, Side
+from .exact.matrix import matrix as exact_matrix
+from .exact.naive import naive_matrix
+from .exact.readout import readout_matrix
 from .objectives import SFT, GTerm, Objective, Scores
 from .precondition import preconditioner
 from .sequences import Batch, Chi
@@ -395,7 +398,7 @@ def forces(
         matrix, vector, rules = None, None, dict[str, str]()
         closed_form = scope == "readout" and method == "tangent" and P is None and tracer.readout.weight_name in uses
         if closed_form and tracer.readout_residual(sides.o.batches[0]) < tracer.readout_bound:
-            closed, rules = readout(tracer, sides, uses, reduce), dict.fromkeys(uses, "readout in closed form")
+            closed, rules = readout_matrix(tracer, sides.o, sides.u, uses, None, reduce), dict.fromkeys(uses, "readout in closed form")
             matrix, vector = (closed, None) if reduce is None else (None, closed)
         elif reduce is None or method == "naive":
             shape = (len(sides.o), len(sides.u))
@@ -403,11 +406,9 @@ def forces(
                 raise ValueError(f"out must have shape [M, L]={shape}, got {list(out.shape)}")
             matrix = torch.full(shape, torch.nan, dtype=tracer.precision, device=tracer.device) if out is None else out
             if method == "naive":
-                exact.naive_matrix(tracer, sides.o, sides.u, uses, P, matrix, progress, memory)
-            elif P is not None:
-                exact.tangent_matrix(tracer, sides.o, sides.u, uses, P, matrix, progress)
+                naive_matrix(tracer, sides.o, sides.u, uses, P, matrix, progress, memory)
             else:
-                rules = structured.matrix(tracer, sides.o, sides.u, uses, matrix, progress, memory)
+                rules = exact_matrix(tracer, sides.o, sides.u, uses, P, matrix, progress, memory)
             if reduce is not None:
                 vector, matrix = matrix.sum(1 if reduce == "update" else 0), None
         else:
@@ -420,17 +421,3 @@ def forces(
             matrix, vector, c[:, 0] if c.dim() == 2 else c, sides.observed, sides.updated, coverage(tracer, uses, scope, rules),
             scope, method, reduce, _Live(model, sides, scope, P, fingerprint(tracer)),
         )  # fmt: skip
-
-
-@torch.no_grad()
-def readout(tracer: Tracer, sides: Sides, uses: dict[str, str], reduce: str | None) -> Tensor:
-    """Forces through the readout weight in closed form (ops.readout_forces)."""
-    head, p = tracer.readout, tracer.precision
-    h_o = torch.cat([tracer.hidden(batch) for batch in sides.o.batches]).to(p)
-    h_u = torch.cat([tracer.hidden(batch) for batch in sides.u.batches]).to(p)
-    term, weighted = sides.gterm, reduce == "observe"
-    F = ops.readout_forces(
-        h_o, sides.y, h_u, term.targets.to(tracer.device), term.c, head.weight, v=term.v, uniform=term.uniform,
-        train_bias=head.bias_name in uses, reduce=None if weighted else reduce, **head.options,
-    )  # fmt: skip
-    return torch.cat([t.c for t in sides.o.terms]) @ F if weighted else F

@@ -40,6 +40,10 @@ class GTerm:
     v: Float[Tensor, "L"] | None = None
     uniform: Float[Tensor, "L"] | None = None
 
+    def rows(self, index: Tensor | slice) -> GTerm:
+        """Some of the tokens."""
+        return GTerm(*(None if x is None else x[index] for x in (self.targets, self.c, self.v, self.uniform)))
+
 
 @dataclass(frozen=True)
 class Scores:

@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import exact, ops, squeeze, store, structured
+from . import exact, ops, squeeze, store
 from ._version import __version__
+from .exact.matrix import matrix as exact_matrix
+from .exact.naive import naive_matrix
 from .findings import ROW_SUMS, findings
 from .forces import Sides, prepare, with_sides
 from .forces import coverage as coverage_of
@@ -136,9 +138,9 @@ def profile(
             matrix = torch.full((len(sides.o), len(sides.u)), torch.nan, dtype=tracer.precision, device=tracer.device)
             try:
                 if method == "naive":
-                    exact.naive_matrix(tracer, sides.o, sides.u, uses, None, matrix, clock.progress)
+                    naive_matrix(tracer, sides.o, sides.u, uses, None, matrix, clock.progress)
                 else:
-                    rules = structured.matrix(tracer, sides.o, sides.u, uses, matrix, clock.progress)
+                    rules = exact_matrix(tracer, sides.o, sides.u, uses, None, matrix, clock.progress)
                 error = (matrix.sum(1) - vector).norm() / vector.norm()
                 checks[ROW_SUMS] = float(error)
             except KeyboardInterrupt:

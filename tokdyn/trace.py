@@ -229,9 +229,14 @@ class Tracer:
             return self.hidden(batch), calls
 
     @torch.enable_grad()
-    def unroll(self, batch: Batch, names: Collection[str]) -> tuple[Tensor, list[Call]]:
-        """Hidden states at the scored tokens in a graph that starts at the named modules' outputs, and their calls."""
+    def unroll(self, batch: Batch, names: Collection[str]) -> tuple[Tensor, list[Call], dict[tuple[Any, ...], Tensor]]:
+        """Hidden states at the scored tokens in a graph that starts at the named modules' outputs, and their calls.
+
+        Also what every module was given, by (module, how many calls before, which tensor): the places where it can be cut.
+        """
         calls: list[Call] = []
+        given: dict[tuple[Any, ...], Tensor] = {}
+        count: dict[str, int] = {}
 
         def start(x: Tensor) -> Tensor:  # an alias each: no output lies on another's path
             return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
@@ -243,8 +248,18 @@ class Tracer:
 
             return hook
 
-        with self._hooked({name: keep(name) for name in names}):
-            return self.hidden(batch), calls
+        def enter(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                count[name] = count.get(name, 0) + 1
+                given.update({(name, count[name], i): x for i, x in enumerate(floats((args, kwargs)))})
+
+            return hook
+
+        with contextlib.ExitStack() as hooks:
+            for name, module in self.model.named_modules():
+                hooks.callback(module.register_forward_pre_hook(enter(name), with_kwargs=True).remove)
+            hooks.enter_context(self._hooked({name: keep(name) for name in names}))
+            return self.hidden(batch), calls, given
 
     def steer(self, batch: Batch, names: Collection[str], additions: Sequence[Tensor]) -> Float[Tensor, "N d"]:
         """Hidden states at the scored tokens when the calls of the named modules have these tensors added to their outputs."""

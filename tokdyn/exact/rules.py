@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
-from .trace import Call, floats
+from ..trace import Call, floats
+from .motions import Direction, scaled
 
 Outputs = list[list[Tensor]]  # per call, per tensor it returns: [b, *shape]
 
@@ -26,22 +27,44 @@ class Linear:
 
     label = "outer product"
 
-    def __init__(self, o: Sequence[Call], moves: set[str]) -> None:
+    def __init__(self, o: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
         self.b = [call.inputs[0].flatten(0, -2) for call in o]
         self.shapes = [call.output.shape for call in o]
-        self.moves = moves
-        self.written = 0
+        self.moves, self.P = moves, P
+        self.transposed = type(o[0].module) is not nn.Linear and P is not None and _is_transposed(o[0])
+        self.size = sum(o[0].module.get_parameter(name).numel() for name in moves)
+        self.written = 0 if P is None else self.size
+
+    def is_short(self, positions: int) -> bool:
+        """Whether the direction itself is smaller than the cotangents it is made of."""
+        return self.P is not None or "weight" not in self.moves or self.b[0].shape[1] < positions
+
+    def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
+        """Σ_s δ_s a_sᵀ and Σ_s δ_s, in the layout of the parameters."""
+        a, d = _rows(calls), _flat(delta)
+        found = {}
+        if "weight" in self.moves:
+            found["weight"] = torch.matmul(a.T, d) if self.transposed else torch.matmul(d.mT, a)
+        if "bias" in self.moves:
+            found["bias"] = d.sum(1)
+        return found
 
     def tangent(self, u: Sequence[Call], delta: Outputs) -> Outputs:
         """E for each observed call, from the updated calls and the cotangents δ at their outputs."""
-        a = torch.cat([call.inputs[0].flatten(0, -2) for call in u])
-        d = torch.cat([x.flatten(1, -2) for (x,) in delta], 1)
-        return [[self._moved(a, d, x).reshape(-1, *shape)] for x, shape in zip(self.b, self.shapes, strict=True)]
+        if self.P is not None:
+            W = {name: self.P[name] * x for name, x in self.direction(u, delta).items()}
+            weight, shift = W.get("weight"), W["bias"][:, None] if "bias" in W else 0
+            maps = None if weight is None else weight if self.transposed else weight.mT
+            E = [shift if maps is None else torch.matmul(x, maps) + shift for x in self.b]
+        else:
+            a, d = _rows(u), _flat(delta)
+            E = [self._moved(a, d, x) for x in self.b]
+        return [[e.expand(-1, len(x), -1).reshape(-1, *shape)] for e, x, shape in zip(E, self.b, self.shapes, strict=True)]
 
     def _moved(self, a: Float[Tensor, "S p"], delta: Float[Tensor, "b S q"], x: Float[Tensor, "N p"]) -> Tensor:
         (S, p), N = a.shape, x.shape[0]
         if "weight" not in self.moves:
-            return delta.sum(1, keepdim=True).expand(-1, N, -1)
+            return delta.sum(1, keepdim=True)
         if S * N <= 3 * (S + N) * p:  # S costs (p + b q) S N; a written direction b p q (S + N)
             gram = x @ a.T
             return torch.matmul(gram + 1 if "bias" in self.moves else gram, delta)
@@ -54,24 +77,35 @@ class Embedding:
 
     label = "lookup"
 
-    def __init__(self, o: Sequence[Call], moves: set[str]) -> None:
+    def __init__(self, o: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
         found = [_lookup(call) for call in o]
         self.o_ids, self.scale = [ids for ids, _ in found], found[0][1]
         self.shapes = [call.output.shape for call in o]
         padding: Any = o[0].module.padding_idx
         self.padding = -1 if padding is None else int(padding)
-        self.written = 0
+        self.P = P
+        self.size = self.written = 0
 
-    def rows(self, u: Sequence[Call], delta: Outputs) -> tuple[Int[Tensor, " S"], Float[Tensor, "b S q"]]:
-        """The rows that the updated calls look up and the cotangents there."""
-        ids, d = torch.cat([_lookup(call)[0] for call in u]), torch.cat([x.flatten(1, -2) for (x,) in delta], 1)
-        return ids, d * ids.ne(self.padding)[:, None]
+    def is_short(self, positions: int) -> bool:
+        """Never: a direction is the whole table."""
+        return False
+
+    def rows(self, calls: Sequence[Call], delta: Outputs) -> tuple[Int[Tensor, " S"], Float[Tensor, "b S q"]]:
+        """The rows that the calls look up and the step there: P ⊙ scale · δ, nothing in the padding row."""
+        ids, d = torch.cat([_lookup(call)[0] for call in calls]), _flat(delta)
+        d = d * (self.scale * ids.ne(self.padding)).to(d.dtype)[:, None]
+        return ids, d if self.P is None else d * self.P["weight"][ids]
 
     def tangent(self, u: Sequence[Call], delta: Outputs) -> Outputs:
         """E for each observed call."""
         ids, d = self.rows(u, delta)
-        E = [torch.matmul((x[:, None] == ids).to(d.dtype) * self.scale**2, d) for x in self.o_ids]
+        E = [torch.matmul((x[:, None] == ids).to(d.dtype) * self.scale, d) for x in self.o_ids]
         return [[e.reshape(-1, *shape)] for e, shape in zip(E, self.shapes, strict=True)]
+
+    def looked_up(self, residual: Float[Tensor, "b S"], h: Float[Tensor, "b d"], ids: Int[Tensor, " S"]) -> Tensor:
+        """What a step residual hᵀ of a tied readout does to the lookups at `ids`, [b, S, d]."""
+        found = (residual * (self.scale * ids.ne(self.padding)))[..., None] * h[:, None]
+        return found if self.P is None else found * self.P["weight"][ids]
 
 
 class Scale:
@@ -79,22 +113,38 @@ class Scale:
 
     label = "elementwise gain"
 
-    def __init__(self, o: Sequence[Call], moves: set[str]) -> None:
-        self.moves = moves
-        self.b = [_normalised(call) for call in o]
+    def __init__(self, o: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
+        self.moves, self.P = moves, P
+        self.shape = _own(o[0])["weight"].shape
+        self.o = o
+        self.size = sum(o[0].module.get_parameter(name).numel() for name in moves)
         self.written = 0
+
+    def is_short(self, positions: int) -> bool:
+        """Always: a vector."""
+        return True
+
+    def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
+        """Σ_s δ_s ⊙ â_s and Σ_s δ_s."""
+        d = torch.cat([x.reshape(len(x), -1, *self.shape) for (x,) in delta], 1)
+        found = {}
+        if "weight" in self.moves:
+            a = torch.cat([_normalised(call).reshape(-1, *self.shape) for call in calls])
+            found["weight"] = (d * a).sum(1)
+        if "bias" in self.moves:
+            found["bias"] = d.sum(1)
+        return found
 
     def tangent(self, u: Sequence[Call], delta: Outputs) -> Outputs:
         """E for each observed call."""
-        shape = _own(u[0])["weight"].shape
-        a = torch.cat([_normalised(call).reshape(-1, *shape) for call in u])
-        d = torch.cat([x.reshape(len(x), -1, *shape) for (x,) in delta], 1)
-        gain = (d * a).sum(1) if "weight" in self.moves else d.new_zeros(len(d), *shape)
-        shift = d.sum(1) if "bias" in self.moves else torch.zeros_like(gain)
+        moved = scaled(self.direction(u, delta), self.P)
         E = []
-        for x in self.b:
-            wide = (len(d), *(1,) * (x.dim() - len(shape)), *shape)
-            E.append([(gain.view(wide) * x + shift.view(wide)).expand(-1, *x.shape)])
+        for call in self.o:
+            x = _normalised(call)
+            wide = (-1, *(1,) * (x.dim() - len(self.shape)), *self.shape)
+            e = moved["weight"].view(wide) * x if "weight" in moved else torch.zeros_like(x)
+            e = e + moved["bias"].view(wide) if "bias" in moved else e
+            E.append([e])
         return E
 
 
@@ -107,38 +157,55 @@ class Local:
 
     label = "module-local"
 
-    def __init__(self, o: Sequence[Call], moves: set[str]) -> None:
-        self.o = o
+    def __init__(self, o: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
+        self.o, self.P = o, P
         self.own = {name: o[0].module.get_parameter(name).detach() for name in sorted(moves)}
-        self.written = sum(p.numel() for p in self.own.values())
+        self.size = self.written = sum(p.numel() for p in self.own.values())
         for call in o:
             for now, then in zip(_of(call)(self.own), call.outputs, strict=True):
                 if not _close(now, then, relative=0.0):
                     raise NotAlone(call.name)
 
+    def is_short(self, positions: int) -> bool:
+        """Whether the module's parameters are few beside what it returns."""
+        return self.written <= 2 * sum(x.numel() for call in self.o for x in call.outputs)
+
+    def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
+        """The module's vjp."""
+        found: Direction = {}
+        for call, cotangent in zip(calls, delta, strict=True):
+            (part,) = vmap(vjp(_of(call), self.own)[1])(tuple(cotangent))
+            found = {name: found[name] + part[name] if found else part[name] for name in part}
+        return found
+
     def tangent(self, u: Sequence[Call], delta: Outputs) -> Outputs:
         """E for each observed call."""
-        direction: dict[str, Tensor] = {}
-        for call, cotangent in zip(u, delta, strict=True):
-            (part,) = vmap(vjp(_of(call), self.own)[1])(tuple(cotangent))
-            direction = {name: direction[name] + part[name] if direction else part[name] for name in part}
+        moved = scaled(self.direction(u, delta), self.P)
 
-        def moved(call: Call) -> list[Tensor]:
-            return list(vmap(lambda d: jvp(_of(call), (self.own,), (d,))[1])(direction))
+        def along(call: Call) -> list[Tensor]:
+            return list(vmap(lambda d: jvp(_of(call), (self.own,), (d,))[1])(moved))
 
-        return [moved(call) for call in self.o]
+        return [along(call) for call in self.o]
+
+
+def _rows(calls: Sequence[Call]) -> Float[Tensor, "S p"]:
+    return torch.cat([call.inputs[0].flatten(0, -2) for call in calls])
+
+
+def _flat(delta: Outputs) -> Float[Tensor, "b S q"]:
+    return torch.cat([x.flatten(1, -2) for (x,) in delta], 1)
 
 
 Rule = Linear | Embedding | Scale | Local
 
 
 @torch.no_grad()
-def rule_for(o: Sequence[Call], moves: set[str]) -> Rule:
-    """The rule of a module from its calls on the observed side."""
+def rule_for(o: Sequence[Call], moves: set[str], P: Direction | None = None) -> Rule:
+    """The rule of a module from its calls on the observed side; P preconditions its moving parameters."""
     for rule, fits in ((Linear, _is_linear), (Embedding, _is_lookup), (Scale, _is_gain)):
         if moves <= {"weight", "bias"} and isinstance(o[0].output, Tensor) and fits(o[0]):
-            return rule(o, moves)
-    return Local(o, moves)
+            return rule(o, moves, P)
+    return Local(o, moves, P)
 
 
 class Unsupported(Exception):
@@ -182,6 +249,14 @@ def _is_linear(call: Call) -> bool:
         return False
     (output,) = _of(call)(own)
     return any(a.shape[-1] == X.shape[0] and _close(output, a @ X + own.get("bias", torch.zeros(()).to(a))) for X in (W.T, W))
+
+
+def _is_transposed(call: Call) -> bool:
+    """Whether a linear module computes a W rather than a Wᵀ."""
+    own, a = _random(call), call.inputs[0]
+    (output,) = _of(call)(own)
+    W = own["weight"]
+    return a.shape[-1] == W.shape[0] and _close(output, a @ W + own.get("bias", torch.zeros(()).to(a)))
 
 
 def _lookup(call: Call) -> tuple[Int[Tensor, " S"], float]:

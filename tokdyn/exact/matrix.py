@@ -1,0 +1,229 @@
+"""The full force matrix: the readout in closed form, the backbone by the cheaper of two exact ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..sequences import Batch
+from ..trace import Tracer
+from . import sweep, tangents
+from .motions import Direction, Progress, Side
+from .naive import tangent_matrix
+from .plan import Plan, Watched, ids_of, one_by_one, plan, watch
+from .readout import readout_matrix
+from .rules import Unsupported
+from .segments import Unrolled, common_cuts, segments
+
+FORWARD = 2.5  # a structured tangent against a cotangent: measured by benchmarks/exact_forces.py --engine
+MEMORY = 2 << 30
+CHUNK = 16  # cotangents pulled at a time: more fall out of the processor's cache, fewer cost calls
+
+
+def matrix(
+    tracer: Tracer,
+    o: Side,
+    u: Side,
+    uses: dict[str, str],
+    P: Direction | None,
+    out: Float[Tensor, "M L"],
+    progress: Progress | None = None,
+    memory: int = MEMORY,
+    engine: str | None = None,
+) -> dict[str, str]:
+    """F [M, L] into out; returns the rule that each parameter took part by.
+
+    Args:
+        tracer, o, u: the model and both sides.
+        uses: what moves (motions.select).
+        P: preconditioner by tensor, or None.
+        out: filled in blocks of columns or of tiles; what an interrupt leaves untouched stays as it was.
+        progress: called with (tokens done, tokens in all).
+        memory: bytes that cotangents and tangents may take.
+        engine: "sweep", "tangents", or None for the cheaper one.
+
+    Where a module is beyond the rules it is one pull and one push per token, and the rule says why.
+    """
+    try:
+        p = plan(tracer, uses, P, [*o.batches, *u.batches])
+        closed = readout_matrix(tracer, o, u, uses, P)
+        if p.moves:
+            labels = _backbone(tracer, p, o, u, closed, out, progress, memory, engine)
+        else:
+            labels = dict[str, str]()
+            out.copy_(closed)
+        return p.labels(tracer, uses, labels)
+    except Unsupported as reason:
+        tangent_matrix(tracer, o, u, uses, P, out, progress)
+        return dict.fromkeys(uses, f"one direction per token ({reason})")
+
+
+def _backbone(
+    tracer: Tracer,
+    p: Plan,
+    o: Side,
+    u: Side,
+    closed: Tensor,
+    out: Tensor,
+    progress: Progress | None,
+    memory: int,
+    engine: str | None,
+) -> dict[str, str]:
+    """The closed part and the backbone's into out, looped over the side with fewer tokens; returns each module's rule."""
+    if len(o) < len(u):
+        o, u, closed, out = u, o, closed.T, out.T
+    size = _Size.of(tracer, p, [*o.batches, *u.batches])
+    kept, streamed = size.blocks(one_by_one(o), size.kept, memory // 2), size.blocks(one_by_one(u), size.streamed, memory // 4)
+    pulled = len(streamed) * len(o) + len(kept) * len(u)
+    if engine is None:
+        engine = "sweep" if pulled <= (1 + FORWARD) * len(u) else "tangents"
+    if engine == "sweep":
+        return _sweep(tracer, p, (o, kept), (u, streamed), closed, out, progress, size.chunk(memory // 4))
+    return _tangents(tracer, p, o, u, closed, out, progress, memory)
+
+
+Block = list[tuple[int, slice]]  # which sequences of a side, and which tokens of each
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Bytes that one token of the longest sequence takes."""
+
+    cut: int  # its cotangent between segments
+    segment: int  # its cotangents at all outputs of the largest segment
+    held: int  # what is kept of them
+
+    @classmethod
+    def of(cls, tracer: Tracer, p: Plan, batches: Sequence[Batch]) -> _Size:
+        longest = max(batches, key=lambda batch: batch.ids.shape[1])
+        ids = longest.ids[:1]
+        last = torch.tensor([ids.shape[1] - 1])
+        graph = Unrolled.of(*tracer.unroll(Batch(ids, last, ids[0, -1:], last * 0, last), p.names))
+        parts = segments(graph, common_cuts([graph]))
+        item = graph.h.element_size()
+
+        def direction(name: str) -> int:
+            module = tracer.model.get_submodule(name)
+            return sum(module.get_parameter(own).numel() for own in p.moves[name])
+
+        sizes = [[(call.name, sum(x.numel() for x in outputs)) for call, outputs in part.inside] for part in parts]
+        segment = max(sum(size for _, size in part) for part in sizes)
+        held = max(sum(size if name == p.lookup else min(size, direction(name)) for name, size in part) for part in sizes)
+        cut = max(part.top.numel() for part in parts)
+        return cls(item * cut, item * segment, item * held)
+
+    @property
+    def kept(self) -> int:
+        return self.cut + self.held
+
+    @property
+    def streamed(self) -> int:
+        return self.cut
+
+    def chunk(self, memory: int) -> int:
+        """Tokens pulled at a time: several copies of a segment's cotangents are alive meanwhile."""
+        return int(max(1, min(CHUNK, memory // max(1, 4 * (self.cut + self.segment)))))
+
+    def blocks(self, side: Side, token: int, memory: int) -> list[Block]:
+        """A side's tokens in blocks that fit."""
+        most = max(1, memory // max(1, token))
+        blocks: list[Block] = [[]]
+        room = most
+        for b, batch in enumerate(side.batches):
+            start, N = 0, len(batch.targets)
+            while start < N:
+                if room == 0:
+                    blocks.append([])
+                    room = most
+                stop = min(N, start + room)
+                blocks[-1].append((b, slice(start, stop)))
+                room, start = room - (stop - start), stop
+        return blocks
+
+
+def _places(side: Side) -> list[int]:
+    """Where each batch begins on the axis of F."""
+    sizes = [len(batch.targets) for batch in side.batches]
+    return [sum(sizes[:b]) for b in range(len(sizes))]
+
+
+def _sweep(
+    tracer: Tracer,
+    p: Plan,
+    o: tuple[Side, list[Block]],
+    u: tuple[Side, list[Block]],
+    closed: Tensor,
+    out: Tensor,
+    progress: Progress | None,
+    chunk: int,
+) -> dict[str, str]:
+    """Tile by tile."""
+    sides = [one_by_one(side) for side, _ in (o, u)]
+    ids = [ids_of(side, tracer) for side in sides]
+    at = [_places(side) for side in sides]
+    labels: dict[str, str] = {}
+    clock = _Clock(progress, len(o[1]) * len(u[1]), out.shape[1])
+
+    def watched(which: int, block: Block) -> list[tuple[Watched, slice]]:
+        return [(watch(tracer, p, sides[which], b, at[which][b], ids[1 - which]), rows) for b, rows in block]
+
+    def place(which: int, block: Block) -> slice:
+        (first, a), (last, z) = block[0], block[-1]
+        return slice(at[which][first] + a.start, at[which][last] + z.stop)
+
+    for rows in o[1]:
+        kept = watched(0, rows)
+        rules = {id(w): p.rules(w.calls) for w, _ in kept}
+        labels |= {name: rule.label for of in rules.values() for name, rule in of.items()}
+        for columns in u[1]:
+            tile = sweep.tile(
+                p, sweep.strips(tracer, p, kept, chunk), sweep.strips(tracer, p, watched(1, columns), chunk), rules, clock.tick
+            )
+            where = place(0, rows), place(1, columns)
+            out[where] = closed[where] + tile.to(out)
+            clock.done()
+    return labels
+
+
+@dataclass
+class _Clock:
+    """Progress over tiles as a number of tokens."""
+
+    progress: Progress | None
+    tiles: int
+    total: int
+    finished: int = 0
+
+    def tick(self, part: float) -> None:
+        if self.progress:
+            self.progress(int(self.total * (self.finished + part) / self.tiles), self.total)
+
+    def done(self) -> None:
+        self.finished += 1
+        self.tick(0.0)
+
+
+def _tangents(
+    tracer: Tracer, p: Plan, o: Side, u: Side, closed: Tensor, out: Tensor, progress: Progress | None, memory: int
+) -> dict[str, str]:
+    """Column by column."""
+    looped = one_by_one(u)
+    ids = ids_of(o, tracer), ids_of(looped, tracer)
+    others = [watch(tracer, p, o, b, start, ids[1]) for b, start in enumerate(_places(o))]
+    pairs = [(w, p.rules(w.calls)) for w in others]
+    done = 0
+    for b, start in enumerate(_places(looped)):
+        source = watch(tracer, p, looped, b, start, ids[0])
+        chunk = min(32, memory // max(1, max(tangents.token_bytes(w, rules, source) for w, rules in pairs)))
+        for rows, blocks in tangents.columns(tracer, p, pairs, source, max(1, chunk)):
+            columns = slice(start + rows.start, start + rows.stop)
+            for (w, _), block in zip(pairs, blocks, strict=True):
+                out[w.columns, columns] = closed[w.columns, columns] + block.to(out)
+            done += rows.stop - rows.start
+            if progress:
+                progress(done, out.shape[1])
+    return {name: rule.label for _, rules in pairs for name, rule in rules.items()}

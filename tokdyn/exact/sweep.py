@@ -1,0 +1,277 @@
+"""The force matrix by pulling both sides back together, segment by segment: F[m,l] = Σ_modules <Ẇ_m, P Ẇ_l>.
+
+    Ẇ_m = Σ_t δ_{m,t} b_tᵀ,  Ẇ_l = Σ_s δ_{l,s} a_sᵀ   =>   <Ẇ_m, Ẇ_l> = Σ_t δ_{m,t}·E_l(t),   E_l(t) = Σ_s δ_{l,s} (a_s·b_t)
+
+One side is kept: of the segment at hand the cotangents δ of all its tokens (or the directions Ẇ, where they are smaller) stay
+in memory; the other streams past in chunks. Between segments (segments.py) only cotangents at the cut remain. No forward
+derivative, no gradient of model size, no vocabulary axis. What does not fit in memory is done in tiles of kept by streamed
+tokens, at the price of pulling a side back once for each tile of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..sequences import Batch
+from ..trace import Call, Tracer
+from .motions import Direction
+from .plan import Plan, Watched
+from .rules import Embedding, Outputs, Rule, Unsupported, scaled
+from .segments import Segment, Unrolled, common_cuts, segments
+
+Found = dict[str, tuple[list[Call], Outputs]]  # module -> its calls and the cotangents at their outputs
+GROUP = 64
+LENGTHS = 8  # a sequence is unrolled at so many lengths at most: a token needs nothing behind itself
+
+
+@dataclass
+class Strip:
+    """Consecutive tokens of a sequence, pulled back together: the sequence ends behind the last of them."""
+
+    w: Watched
+    rows: slice  # among the sequence's tokens
+    at: slice  # on the tile's axis
+    graph: Unrolled
+    cotangents: list[Tensor]  # of each chunk at the current cut, [b, *cut]
+    segments: list[Segment] = field(default_factory=list)
+
+    def pull(self, depth: int) -> Iterator[tuple[slice, Found]]:
+        """Take every chunk through a segment: where it lies on the tile's axis and what it found there."""
+        start, segment = self.at.start, self.segments[depth]
+        for i, cotangent in enumerate(self.cotangents):
+            deltas, self.cotangents[i] = segment.pull(cotangent)
+            found: Found = {}
+            for (call, _), delta in zip(segment.inside, deltas, strict=True):
+                calls, all_deltas = found.setdefault(call.name, ([], []))
+                calls.append(call)
+                all_deltas.append(delta)
+            yield slice(start, start + len(cotangent)), found
+            start += len(cotangent)
+
+
+def strips(tracer: Tracer, p: Plan, tokens: Sequence[tuple[Watched, slice]], chunk: int) -> list[Strip]:
+    """The tokens of one side of a tile, unrolled, with their cotangents at the input of the readout."""
+    found, start = [], 0
+    for w, rows in tokens:
+        n = rows.stop - rows.start
+        length = -(-n // max(1, min(LENGTHS, n // (2 * chunk))))
+        for a in range(rows.start, rows.stop, length):
+            part = slice(a, min(a + length, rows.stop))
+            graph = Unrolled.of(*tracer.unroll(cut(w.batch, part), p.names))
+            N = part.stop - part.start
+            diagonal = torch.diag_embed(w.u[part].T.to(graph.h.dtype)).permute(1, 2, 0)  # [N, N, d]: token n at row n
+            found.append(Strip(w, part, slice(start, start + N), graph, list(diagonal.split(chunk))))
+            start += N
+    return found
+
+
+def cut(batch: Batch, rows: slice) -> Batch:
+    """Some tokens of a sequence, which ends behind the last of them."""
+    at = batch.rows[rows]
+    ids = batch.ids[:, : int(at.max()) + 1]
+    return Batch(ids, at, batch.targets[rows], batch.sequence[rows], batch.position[rows])
+
+
+def tile(
+    p: Plan, kept: list[Strip], streamed: list[Strip], rules: dict[int, dict[str, Rule]], tick: Callable[[float], None]
+) -> Float[Tensor, "M L"]:
+    """The backbone's part of F for the tokens of two lists of strips.
+
+    `rules` by the kept sequence (its id); `tick` hears how much is done.
+    """
+    both = [*kept, *streamed]
+    keys = common_cuts([strip.graph for strip in both])
+    for strip in both:
+        strip.segments = segments(strip.graph, keys)
+    F = both[0].w.u.new_zeros(kept[-1].at.stop, streamed[-1].at.stop)
+    sequences = [[strip for strip in kept if id(strip.w) == w] for w in dict.fromkeys(id(strip.w) for strip in kept)]
+    room, desk = Room(F.device), Room(F.device)
+    for depth in range(len(both[0].segments)):
+        room.clear()
+        held = [_hold(strips, depth, rules[id(strips[0].w)], room) for strips in sequences]
+        for strip in streamed:
+            for columns, group in _groups(strip.pull(depth)):
+                for strips, of in zip(sequences, held, strict=True):
+                    desk.clear()
+                    _meet(p, F[:, columns], of, rules[id(strips[0].w)], group, desk)
+                    if p.lookup in of:
+                        _meet_tied(p.lookup, F[:, columns], strips, of, rules[id(strips[0].w)], strip, columns, group)
+                tick((depth + columns.stop / F.shape[1]) / len(both[0].segments))
+    return F
+
+
+class Room:
+    """Memory that is used again: what is larger than a few MiB costs more to ask for than to fill."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.parts, self.used = device, list[Tensor](), list[int]()
+
+    def clear(self) -> None:
+        """Everything taken so far may be overwritten; from now on in one piece."""
+        size = sum(self.used)
+        if len(self.parts) > 1:
+            self.parts = []
+            self.parts = [torch.empty(size, dtype=torch.uint8, device=self.device)]
+        self.used = [0] * len(self.parts)
+
+    def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """An array [rows, columns], not filled."""
+        size = -(-rows * columns * like.element_size() // 64) * 64
+        if not self.parts or self.used[-1] + size > self.parts[-1].numel():
+            self.parts.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+            self.used.append(0)
+        start = self.used[-1]
+        self.used[-1] += size
+        part = self.parts[-1][start : start + rows * columns * like.element_size()]
+        return part.view(like.dtype).view(rows, columns)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Values of the kept tokens from `first` on: their directions, or their cotangents at some positions of one output."""
+
+    first: int  # on the tile's axis
+    values: Float[Tensor, "n K"]
+    where: tuple[int, int, tuple[slice, ...]] | None = None  # call, output and which part of it; None for a direction
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is kept of one module for the tokens of one sequence."""
+
+    blocks: list[Block]
+    looked_up: list[tuple[slice, list[Call], Outputs]]  # a lookup's as they were: the tied readout meets them
+
+
+@torch.no_grad()
+def _hold(strips: list[Strip], depth: int, rules: dict[str, Rule], room: Room) -> dict[str, Held]:
+    """Pull the kept tokens of one sequence through a segment."""
+    last = strips[-1].at.stop
+    positions = strips[0].w.batch.ids.shape[1] // 2
+    shapes = [[[x.shape for x in outputs] for _, outputs in strip.segments[depth].inside] for strip in strips]
+    calls_of: dict[str, list[int]] = {}
+    for i, (call, _) in enumerate(strips[0].segments[depth].inside):
+        calls_of.setdefault(call.name, []).append(i)
+    held: dict[str, Held] = {}
+    like = strips[0].graph.h
+    for name, inside in calls_of.items():
+        blocks = []
+        if rules[name].is_short(positions):
+            blocks.append(Block(strips[0].at.start, room.take(last - strips[0].at.start, rules[name].size, like)))
+        else:
+            for c, i in enumerate(inside):
+                for k in range(len(shapes[0][i])):
+                    before = None
+                    for strip, shape in zip(strips, shapes, strict=True):
+                        for part in _between(before, shape[i][k]):
+                            size = prod(len(range(*x.indices(n))) for x, n in zip(part, shape[i][k], strict=True))
+                            blocks.append(Block(strip.at.start, room.take(last - strip.at.start, size, like), (c, k, part)))
+                        before = shape[i][k]
+        held[name] = Held(blocks, [])
+    for strip in strips:
+        for at, found in strip.pull(depth):
+            for name, (calls, delta) in found.items():
+                short = held[name].blocks[0].where is None
+                _write(held[name].blocks, at, rules[name].direction(calls, delta) if short else None, delta)
+                if isinstance(rules[name], Embedding):
+                    held[name].looked_up.append((at, calls, delta))
+    return held
+
+
+def _between(before: torch.Size | None, shape: torch.Size) -> list[tuple[slice, ...]]:
+    """The part of an output that a longer sequence has beyond a shorter one, or all of it."""
+    if before is None:
+        return [tuple(slice(0, n) for n in shape)]
+    longer = [i for i, (a, b) in enumerate(zip(before, shape, strict=True)) if a != b]
+    if len(longer) > 1:
+        raise Unsupported(f"an output of shape {list(before)} becomes {list(shape)} for a longer sequence")
+    return [tuple(slice(before[i] if i in longer else 0, n) for i, n in enumerate(shape))] if longer else []
+
+
+Group = list[tuple[slice, Found]]  # chunks of streamed tokens, each with its place in the group
+
+
+def _groups(chunks: Iterator[tuple[slice, Found]]) -> Iterator[tuple[slice, Group]]:
+    """Chunks in groups of GROUP tokens, enough columns for a matrix product to run at full speed."""
+    group: Group = []
+    start = stop = 0
+    for columns, found in chunks:
+        start = start if group else columns.start
+        group.append((slice(columns.start - start, columns.stop - start), found))
+        stop = columns.stop
+        if stop - start >= GROUP:
+            yield slice(start, stop), group
+            group = []
+    if group:
+        yield slice(start, stop), group
+
+
+def _write(blocks: list[Block], at: slice, direction: Direction | None, outputs: Outputs | None) -> None:
+    """Put the directions, or the parts of outputs [b, *output], of the tokens `at` where the blocks have them."""
+    for block in blocks:
+        if block.first <= at.start:
+            rows = block.values[at.start - block.first : at.stop - block.first]
+            if direction is not None:
+                torch.cat([direction[name].flatten(1) for name in sorted(direction)], 1, out=rows)
+            else:
+                call, output, part = block.where
+                rows.view(-1, *(x.stop - x.start for x in part)).copy_(outputs[call][output][(slice(None), *part)])
+
+
+@torch.no_grad()
+def _meet(p: Plan, F: Float[Tensor, "M b"], held: dict[str, Held], rules: dict[str, Rule], group: Group, desk: Room) -> None:
+    """Add what a segment's modules do, between the kept tokens of one sequence and a group of streamed ones."""
+    for name in held:
+        rule, blocks = rules[name], held[name].blocks
+        desk.clear()
+        across = [Block(0, desk.take(F.shape[1], block.values.shape[1], block.values), block.where) for block in blocks]
+        for at, found in group:
+            calls, delta = found[name]
+            if blocks[0].where is None:
+                _write(across, at, scaled(rule.direction(calls, delta), p.P.get(name)), None)
+            else:
+                _write(across, at, None, rule.tangent(calls, delta))
+        for block, other in zip(blocks, across, strict=True):
+            F[block.first : block.first + len(block.values)] += inner(block.values, other.values)
+
+
+@torch.no_grad()
+def _meet_tied(
+    lookup: str,
+    F: Float[Tensor, "M b"],
+    strips: list[Strip],
+    held: dict[str, Held],
+    rules: dict[str, Rule],
+    streamed: Strip,
+    columns: slice,
+    group: Group,
+) -> None:
+    """Add what one tensor does as lookup of one side and as readout of the other."""
+    rule, u = rules[lookup], streamed.w
+    assert isinstance(rule, Embedding)
+    for at, found in group:
+        ids, d = rule.rows(*found[lookup])
+        for strip in strips:
+            F[strip.at, at] += tied(strip.w.h[strip.rows], strip.w.residual_at(ids)[strip.rows], d).T
+    shift = streamed.rows.start - streamed.at.start
+    mine = slice(columns.start + shift, columns.stop + shift)
+    for at, calls, delta in held[lookup].looked_up:
+        ids, d = rule.rows(calls, delta)
+        F[at] += tied(u.h[mine], u.residual_at(ids)[mine], d)
+
+
+def tied(h: Float[Tensor, "n d"], residual: Float[Tensor, "n S"], rows: Float[Tensor, "k S d"]) -> Float[Tensor, "k n"]:
+    """The readout's direction of n tokens, residual hᵀ, times the lookup's of k tokens, `rows` at the ids of `residual`."""
+    return (torch.matmul(h, rows.to(h.dtype).mT) * residual).sum(2)
+
+
+def inner(left: Float[Tensor, "m K"], right: Float[Tensor, "b K"]) -> Float[Tensor, "m b"]:
+    """left rightᵀ, in float32 at least."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return left.to(wide) @ right.to(wide).T
