@@ -17,12 +17,19 @@ def cotangent_attention(
 
     q [B, Hk, G, T, D], k and v [B, Hk, S, D], do [n, B, Hk, G, T, D] -> like dq, dk, dv of tangent_attention.
     """
+    B, Hk, G, T, D = q.shape
     n = len(do)
-    dq, dk, dv = torch.zeros_like(do), k.new_zeros(n, *k.shape), v.new_zeros(n, *v.shape)
+    dq = q.new_zeros(B, Hk, n, G, T, k.shape[-1])  # n beside the heads that share k and v: products of many rows, no copies
+    dk, dv = k.new_zeros(B, Hk, n, *k.shape[2:]), v.new_zeros(B, Hk, n, *v.shape[2:])
     for rows, keys, P, slope in blocks(q, k, mask, scale, softcap, n):
-        near, values, g = k[:, :, None, keys], v[:, :, None, keys], do[..., rows, :]
-        dv[..., keys, :] += (P.mT @ g).sum(-3)
-        dS = slope * P * (g @ values.mT - (g * (P @ values)).sum(-1, keepdim=True))
-        dq[..., rows, :] = dS @ near
-        dk[..., keys, :] += (dS.mT @ q[..., rows, :]).sum(-3)
-    return dq, dk, dv
+        near, values = k[:, :, keys], v[:, :, keys]
+        P, slope = P.flatten(2, 3), slope.flatten(2, 3) if isinstance(slope, Tensor) else slope
+        x, g = q[..., rows, :].flatten(2, 3), do[..., rows, :].flatten(3, 4).movedim(0, 2)  # [B, Hk, n, G t, D]
+        dv[..., keys, :] += (P.mT @ g.transpose(2, 3).flatten(3)).unflatten(3, (n, -1)).transpose(2, 3)
+        mean = (g * (P @ values)[:, :, None]).sum(-1, keepdim=True)
+        ones = torch.ones_like(values[..., :1])  # g Vᵀ - mean in one product
+        dP = torch.cat([g, -mean], -1).flatten(2, 3) @ torch.cat([values, ones], -1).mT
+        dS = dP.unflatten(2, (n, -1)) * (slope * P)[:, :, None]
+        dq[..., rows, :] = (dS.flatten(2, 3) @ near).unflatten(2, (n, G, -1))
+        dk[..., keys, :] += dS.mT @ x[:, :, None]
+    return dq.movedim(2, 0), dk.movedim(2, 0), dv.movedim(2, 0)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-ELEMENTS = 1 << 23  # scores of all tangents held at a time; rows of queries are taken in blocks of that size
+ELEMENTS = 1 << 20  # scores of all tangents held at a time; rows of queries are taken in blocks of that size
 
 
 def blocks(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None, n: int = 1) -> Iterator[tuple]:
@@ -17,7 +17,7 @@ def blocks(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: flo
     """
     B, Hk, G, T, _ = q.shape
     S = k.shape[-2]
-    step = max(1, min(T, ELEMENTS // max(1, n * B * Hk * G * S)))
+    step = min(T, max(32, ELEMENTS // max(1, n * B * Hk * G * S)))
     for start in range(0, T, step):
         rows, keys = slice(start, min(T, start + step)), slice(0, S)
         seen = None
@@ -63,9 +63,15 @@ def tangent_attention(
 
     dq [n, B, Hk, G, T, D], dk and dv [n, B, Hk, S, D] -> [n, B, Hk, G, T, D]. Cost 8 T² D flops a head and tangent.
     """
-    out = []
-    for rows, keys, P, slope in blocks(q, k, mask, scale, softcap, len(dq)):
-        near, values = k[:, :, None, keys], v[:, :, None, keys]
-        W = P * (slope * (dq[..., rows, :] @ near.mT + q[..., rows, :] @ dk[:, :, :, None, keys].mT))
-        out.append(P @ dv[:, :, :, None, keys] + W @ values - W.sum(-1, keepdim=True) * (P @ values))
-    return torch.cat(out, -2)
+    B, Hk, G, T, _ = q.shape
+    n, out = len(dq), []
+    for rows, keys, P, slope in blocks(q, k, mask, scale, softcap, n):
+        near, values = k[:, :, keys], v[:, :, keys]
+        P, slope = P.flatten(2, 3), slope.flatten(2, 3) if isinstance(slope, Tensor) else slope
+        x, dx = q[..., rows, :].flatten(2, 3), dq[..., rows, :].flatten(3, 4).movedim(0, 2)  # [B, Hk, n, G t, D]
+        dS = (dx.flatten(2, 3) @ near.mT).unflatten(2, (n, -1)) + x[:, :, None] @ dk[..., keys, :].movedim(0, 2).mT
+        W = dS * (slope * P)[:, :, None]
+        moved = (P @ dv[..., keys, :].movedim(0, 3).flatten(3)).unflatten(3, (n, -1)).transpose(2, 3)
+        moved = moved + (W.flatten(2, 3) @ values).unflatten(2, (n, -1)) - W.sum(-1, keepdim=True) * (P @ values)[:, :, None]
+        out.append(moved.unflatten(3, (G, -1)))
+    return torch.cat(out, -2).movedim(2, 0)

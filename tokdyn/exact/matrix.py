@@ -181,7 +181,12 @@ def _sweep(
         labels |= {name: rule.label for of in rules.values() for name, rule in of.items()}
         for columns in u[1]:
             tile = sweep.tile(
-                p, sweep.strips(tracer, p, kept, chunk), sweep.strips(tracer, p, watched(1, columns), chunk), rules, clock.tick
+                p,
+                sweep.strips(tracer, p, kept, chunk),
+                sweep.strips(tracer, p, watched(1, columns), chunk),
+                rules,
+                chunk,
+                clock.tick,
             )
             where = place(0, rows), place(1, columns)
             out[where] = closed[where] + tile.to(out)

@@ -20,6 +20,7 @@ from ..trace import Call, floats
 from .motions import Direction, scaled
 
 Outputs = list[list[Tensor]]  # per call, per tensor it returns: [b, *shape]
+Factors = list[tuple[Tensor, Tensor]]  # a [N, p] and δ [N, q] of N tokens
 
 
 class Linear:
@@ -38,6 +39,16 @@ class Linear:
     def is_short(self, positions: int) -> bool:
         """Whether the direction itself is smaller than the cotangents it is made of."""
         return self.P is not None or "weight" not in self.moves or self.b[0].shape[1] < positions
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether `factors` exist: a preconditioner couples a and δ."""
+        return self.P is None
+
+    def factors(self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool) -> Factors:
+        """Of the tokens at these positions, each with its δ at its own: <Ẇ_m, Ẇ_l> = Σ over the list of (a_m·a_l) (δ_m·δ_l)."""
+        a, d = call.inputs[0].flatten(0, -2)[at], delta[at]
+        return [(x, d) for name, x in (("weight", a), ("bias", torch.ones_like(a[:, :1]))) if name in self.moves]
 
     def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
         """Σ_s δ_s a_sᵀ and Σ_s δ_s, in the layout of the parameters."""
@@ -90,6 +101,8 @@ class Embedding:
         """Never: a direction is the whole table."""
         return False
 
+    is_separable = False
+
     def rows(self, calls: Sequence[Call], delta: Outputs) -> tuple[Int[Tensor, " S"], Float[Tensor, "b S q"]]:
         """The rows that the calls look up and the step there: P ⊙ scale · δ, nothing in the padding row."""
         ids, d = torch.cat([_lookup(call)[0] for call in calls]), _flat(delta)
@@ -124,6 +137,18 @@ class Scale:
         """Always: a vector."""
         return True
 
+    @property
+    def is_separable(self) -> bool:
+        """Whether `factors` exist: for a vector that is as wide as the output."""
+        return len(self.shape) == 1
+
+    def factors(self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool) -> Factors:
+        """Of the tokens at these positions, each with its δ at its own: <Ẇ_m, P Ẇ_l> = Σ over the list of (a_m·a_l) (δ_m·δ_l)."""
+        one = torch.ones_like(delta[at, :1])
+        found = {"weight": delta[at] * _normalised(call).reshape(-1, *self.shape)[at], "bias": delta[at]}
+        found = {name: x for name, x in found.items() if name in self.moves}
+        return [(one, x) for x in scaled(found, self.P if preconditioned else None).values()]
+
     def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
         """Σ_s δ_s ⊙ â_s and Σ_s δ_s."""
         d = torch.cat([x.reshape(len(x), -1, *self.shape) for (x,) in delta], 1)
@@ -156,6 +181,7 @@ class Local:
     """
 
     label = "module-local"
+    is_separable = False
 
     def __init__(self, o: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
         self.o, self.P = o, P

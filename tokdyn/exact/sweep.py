@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from math import prod
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from .. import ops
 from ..sequences import Batch
 from ..trace import Call, Tracer
 from .motions import Direction
@@ -37,22 +38,48 @@ class Strip:
     w: Watched
     rows: slice  # among the sequence's tokens
     at: slice  # on the tile's axis
+    positions: Int[Tensor, " N"]
     graph: Unrolled
-    cotangents: list[Tensor]  # of each chunk at the current cut, [b, *cut]
+    together: Tensor | None  # the tokens' cotangents at the current cut in one, while each stays at its own position
     segments: list[Segment] = field(default_factory=list)
+    cotangents: list[Tensor] = field(default_factory=list)  # of each chunk of tokens, [b, *cut], from there on
+
+    def pull_together(self, depth: int) -> Found:
+        """Take all tokens through a segment that mixes no positions, as one cotangent."""
+        deltas, self.together = self.segments[depth].pull(self.together[None])
+        self.together = None if self.together is None else self.together[0]
+        return _found(self.segments[depth], deltas)
+
+    def spread(self, chunk: int) -> None:
+        """From one cotangent for all tokens to one for each of them, in chunks."""
+        whole = self.together
+        if whole is None:
+            return
+        where = (
+            torch.arange(len(whole), device=whole.device) if whole.dim() == 2 else self.positions
+        )  # at h there are only tokens
+        for part in torch.arange(len(where), device=whole.device).split(chunk):
+            alone = whole.new_zeros(len(part), *whole.shape)
+            alone.flatten(1, -2)[torch.arange(len(part)), where[part]] = whole.flatten(0, -2)[where[part]]
+            self.cotangents.append(alone)
+        self.together = None
 
     def pull(self, depth: int) -> Iterator[tuple[slice, Found]]:
         """Take every chunk through a segment: where it lies on the tile's axis and what it found there."""
-        start, segment = self.at.start, self.segments[depth]
+        start = self.at.start
         for i, cotangent in enumerate(self.cotangents):
-            deltas, self.cotangents[i] = segment.pull(cotangent)
-            found: Found = {}
-            for (call, _), delta in zip(segment.inside, deltas, strict=True):
-                calls, all_deltas = found.setdefault(call.name, ([], []))
-                calls.append(call)
-                all_deltas.append(delta)
-            yield slice(start, start + len(cotangent)), found
+            deltas, self.cotangents[i] = self.segments[depth].pull(cotangent)
+            yield slice(start, start + len(cotangent)), _found(self.segments[depth], deltas)
             start += len(cotangent)
+
+
+def _found(segment: Segment, deltas: list[list[Tensor]]) -> Found:
+    found: Found = {}
+    for (call, _), delta in zip(segment.inside, deltas, strict=True):
+        calls, all_deltas = found.setdefault(call.name, ([], []))
+        calls.append(call)
+        all_deltas.append(delta)
+    return found
 
 
 def strips(tracer: Tracer, p: Plan, tokens: Sequence[tuple[Watched, slice]], chunk: int) -> list[Strip]:
@@ -63,11 +90,11 @@ def strips(tracer: Tracer, p: Plan, tokens: Sequence[tuple[Watched, slice]], chu
         length = -(-n // max(1, min(LENGTHS, n // (2 * chunk))))
         for a in range(rows.start, rows.stop, length):
             part = slice(a, min(a + length, rows.stop))
-            graph = Unrolled.of(*tracer.unroll(cut(w.batch, part), p.names))
-            N = part.stop - part.start
-            diagonal = torch.diag_embed(w.u[part].T.to(graph.h.dtype)).permute(1, 2, 0)  # [N, N, d]: token n at row n
-            found.append(Strip(w, part, slice(start, start + N), graph, list(diagonal.split(chunk))))
-            start += N
+            batch = cut(w.batch, part)
+            graph = Unrolled.of(*tracer.unroll(batch, p.names))
+            at = slice(start, start + len(batch.rows))
+            found.append(Strip(w, part, at, batch.rows.to(w.u.device), graph, w.u[part].to(graph.h.dtype)))
+            start = at.stop
     return found
 
 
@@ -79,7 +106,12 @@ def cut(batch: Batch, rows: slice) -> Batch:
 
 
 def tile(
-    p: Plan, kept: list[Strip], streamed: list[Strip], rules: dict[int, dict[str, Rule]], tick: Callable[[float], None]
+    p: Plan,
+    kept: list[Strip],
+    streamed: list[Strip],
+    rules: dict[int, dict[str, Rule]],
+    chunk: int,
+    tick: Callable[[float], None],
 ) -> Float[Tensor, "M L"]:
     """The backbone's part of F for the tokens of two lists of strips.
 
@@ -92,7 +124,12 @@ def tile(
     F = both[0].w.u.new_zeros(kept[-1].at.stop, streamed[-1].at.stop)
     sequences = [[strip for strip in kept if id(strip.w) == w] for w in dict.fromkeys(id(strip.w) for strip in kept)]
     room, desk = Room(F.device), Room(F.device)
-    for depth in range(len(both[0].segments)):
+    alone = _unmixed(kept[-1], rules[id(kept[-1].w)])
+    for depth in range(alone):
+        _meet_alone(F, kept, streamed, rules[id(kept[-1].w)], depth)
+    for strip in both:
+        strip.spread(chunk)
+    for depth in range(alone, len(both[0].segments)):
         room.clear()
         held = [_hold(strips, depth, rules[id(strips[0].w)], room) for strips in sequences]
         for strip in streamed:
@@ -104,6 +141,42 @@ def tile(
                         _meet_tied(p.lookup, F[:, columns], strips, of, rules[id(strips[0].w)], strip, columns, group)
                 tick((depth + columns.stop / F.shape[1]) / len(both[0].segments))
     return F
+
+
+@torch.no_grad()
+def _unmixed(strip: Strip, rules: dict[str, Rule]) -> int:
+    """How many segments from the readout down leave every token's cotangent at its own position, seen on three of its tokens."""
+    h, positions = strip.graph.h, strip.positions
+    tokens = torch.tensor(sorted({0, len(h) // 2, len(h) - 1}), device=h.device)
+    cotangent = h.new_zeros(len(tokens), *h.shape)
+    cotangent[torch.arange(len(tokens)), tokens] = strip.together[tokens]
+    elsewhere = torch.ones(len(tokens), int(positions[-1]) + 1, dtype=torch.bool, device=h.device)
+    elsewhere[torch.arange(len(tokens)), positions[tokens]] = False
+    for depth, segment in enumerate(strip.segments):
+        names = [call.name for call, _ in segment.inside]
+        deltas, cotangent = segment.pull(cotangent)
+        seen = [x for delta in deltas for x in delta] + [cotangent]
+        if len(set(names)) < len(names) or not all(rules[name].is_separable for name in names) or cotangent is None:
+            return depth
+        if any(x.dim() != 4 or x.shape[1:3] != (1, elsewhere.shape[1]) or bool(x[:, 0][elsewhere].any()) for x in seen):
+            return depth
+    return len(strip.segments)
+
+
+@torch.no_grad()
+def _meet_alone(F: Float[Tensor, "M L"], kept: list[Strip], streamed: list[Strip], rules: dict[str, Rule], depth: int) -> None:
+    """Add what a segment's modules do where every token's cotangent is at its own position: (a_m·a_l) (δ_m·δ_l)."""
+    sides: list[dict[str, list]] = []
+    for strips_of, P in ((kept, False), (streamed, True)):
+        factors: dict[str, list] = {}
+        for strip in strips_of:
+            for name, (calls, delta) in strip.pull_together(depth).items():
+                factors.setdefault(name, []).append(rules[name].factors(calls[0], delta[0][0][0, 0], strip.positions, P))
+        sides.append(factors)
+    for name, left in sides[0].items():
+        for o, u in zip(zip(*left, strict=True), zip(*sides[1][name], strict=True), strict=True):
+            (a1, d1), (a2, d2) = ([torch.cat(x).to(F.dtype) for x in zip(*side, strict=True)] for side in (o, u))
+            ops.dual_gram(a1, a2, d1, d2, out=F)
 
 
 class Room:
