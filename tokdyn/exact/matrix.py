@@ -77,12 +77,12 @@ def _backbone(
     if len(o) < len(u):
         o, u, closed, out = u, o, closed.T, out.T
     size = _Size.of(tracer, p, [*o.batches, *u.batches])
-    kept, streamed = size.blocks(one_by_one(o), size.kept, memory // 2), size.blocks(one_by_one(u), size.streamed, memory // 4)
+    kept, streamed = (size.blocks(one_by_one(side), memory // 4) for side in (o, u))
     pulled = len(streamed) * len(o) + len(kept) * len(u)
     if engine is None:
         engine = "sweep" if pulled <= (1 + FORWARD) * len(u) else "tangents"
     if engine == "sweep":
-        return _sweep(tracer, p, (o, kept), (u, streamed), closed, out, progress, size.chunk(memory // 4))
+        return _sweep(tracer, p, (o, kept), (u, streamed), closed, out, progress, size.chunk(memory // 8), memory)
     return _tangents(tracer, p, o, u, closed, out, progress, memory)
 
 
@@ -95,7 +95,6 @@ class _Size:
 
     cut: int  # its cotangent between segments
     segment: int  # its cotangents at all outputs of the largest segment
-    held: int  # what is kept of them
 
     @classmethod
     def of(cls, tracer: Tracer, p: Plan, batches: Sequence[Batch]) -> _Size:
@@ -106,31 +105,16 @@ class _Size:
         parts = segments(graph, common_cuts([graph]))
         item = graph.h.element_size()
 
-        def direction(name: str) -> int:
-            module = tracer.model.get_submodule(name)
-            return sum(module.get_parameter(own).numel() for own in p.moves[name])
-
-        sizes = [[(call.name, sum(x.numel() for x in outputs)) for call, outputs in part.inside] for part in parts]
-        segment = max(sum(size for _, size in part) for part in sizes)
-        held = max(sum(size if name == p.lookup else min(size, direction(name)) for name, size in part) for part in sizes)
-        cut = max(part.top.numel() for part in parts)
-        return cls(item * cut, item * segment, item * held)
-
-    @property
-    def kept(self) -> int:
-        return self.cut + self.held
-
-    @property
-    def streamed(self) -> int:
-        return self.cut
+        segment = max(sum(x.numel() for _, outputs in part.inside for x in outputs) for part in parts)
+        return cls(item * max(part.top.numel() for part in parts), item * segment)
 
     def chunk(self, memory: int) -> int:
         """Tokens pulled at a time: several copies of a segment's cotangents are alive meanwhile."""
         return int(max(1, min(CHUNK, memory // max(1, 4 * (self.cut + self.segment)))))
 
-    def blocks(self, side: Side, token: int, memory: int) -> list[Block]:
-        """A side's tokens in blocks that fit."""
-        most = max(1, memory // max(1, token))
+    def blocks(self, side: Side, memory: int) -> list[Block]:
+        """A side's tokens in blocks whose cotangents between segments fit."""
+        most = max(1, memory // max(1, self.cut))
         blocks: list[Block] = [[]]
         room = most
         for b, batch in enumerate(side.batches):
@@ -160,6 +144,7 @@ def _sweep(
     out: Tensor,
     progress: Progress | None,
     chunk: int,
+    memory: int,
 ) -> dict[str, str]:
     """Tile by tile."""
     sides = [one_by_one(side) for side, _ in (o, u)]
@@ -180,14 +165,8 @@ def _sweep(
         rules = {id(w): p.rules(w.calls) for w, _ in kept}
         labels |= {name: rule.label for of in rules.values() for name, rule in of.items()}
         for columns in u[1]:
-            tile = sweep.tile(
-                p,
-                sweep.strips(tracer, p, kept, chunk),
-                sweep.strips(tracer, p, watched(1, columns), chunk),
-                rules,
-                chunk,
-                clock.tick,
-            )
+            mine, theirs = (sweep.strips(tracer, p, side, chunk) for side in (kept, watched(1, columns)))
+            tile = sweep.tile(p, mine, theirs, rules, chunk, memory // 4, clock.tick)
             where = place(0, rows), place(1, columns)
             out[where] = closed[where] + tile.to(out)
             clock.done()

@@ -20,6 +20,7 @@ from ..trace import Call, floats
 from .motions import Direction, scaled
 
 Outputs = list[list[Tensor]]  # per call, per tensor it returns: [b, *shape]
+Part = tuple[int, int, tuple[slice, ...], Tensor]  # a part of an output: which call, which of its tensors, where, its values
 Factors = list[tuple[Tensor, Tensor]]  # a [N, p] and δ [N, q] of N tokens
 
 
@@ -63,7 +64,7 @@ class Linear:
     def tangent(self, u: Sequence[Call], delta: Outputs) -> Outputs:
         """E for each observed call, from the updated calls and the cotangents δ at their outputs."""
         if self.P is not None:
-            W = {name: self.P[name] * x for name, x in self.direction(u, delta).items()}
+            W = scaled(self.direction(u, delta), self.P)
             weight, shift = W.get("weight"), W["bias"][:, None] if "bias" in W else 0
             maps = None if weight is None else weight if self.transposed else weight.mT
             E = [shift if maps is None else torch.matmul(x, maps) + shift for x in self.b]
@@ -77,10 +78,22 @@ class Linear:
         if "weight" not in self.moves:
             return delta.sum(1, keepdim=True)
         if S * N <= 3 * (S + N) * p:  # S costs (p + b q) S N; a written direction b p q (S + N)
-            gram = x @ a.T
-            return torch.matmul(gram + 1 if "bias" in self.moves else gram, delta)
+            return torch.matmul(self._gram(x, a), delta)
         moved = torch.matmul(x, torch.matmul(a.T, delta))
         return moved + delta.sum(1, keepdim=True) if "bias" in self.moves else moved
+
+    def _gram(self, x: Float[Tensor, "N p"], a: Float[Tensor, "S p"]) -> Float[Tensor, "N S"]:
+        gram = x @ a.T
+        return gram + 1 if "bias" in self.moves else gram
+
+    def fill(self, u: Sequence[Call], delta: Outputs, parts: Sequence[Part]) -> bool:
+        """Write parts of E where they are wanted, without making it whole; False where that is not possible."""
+        if self.P is not None or any(n != 1 for shape in self.shapes for n in shape[:-2]):
+            return False
+        a, d = _rows(u), _flat(delta)
+        for call, _, part, out in parts:
+            torch.matmul(self._gram(self.b[call][part[-2]], a), d, out=out.view(len(d), -1, d.shape[-1]))
+        return True
 
 
 class Embedding:

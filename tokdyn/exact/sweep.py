@@ -23,7 +23,7 @@ from ..sequences import Batch
 from ..trace import Call, Tracer
 from .motions import Direction
 from .plan import Plan, Watched
-from .rules import Embedding, Outputs, Rule, Unsupported, scaled
+from .rules import Embedding, Linear, Outputs, Rule, Unsupported, scaled
 from .segments import Segment, Unrolled, common_cuts, segments
 
 Found = dict[str, tuple[list[Call], Outputs]]  # module -> its calls and the cotangents at their outputs
@@ -31,7 +31,7 @@ GROUP = 64
 LENGTHS = 8  # a sequence is unrolled at so many lengths at most: a token needs nothing behind itself
 
 
-@dataclass
+@dataclass(eq=False)
 class Strip:
     """Consecutive tokens of a sequence, pulled back together: the sequence ends behind the last of them."""
 
@@ -64,11 +64,18 @@ class Strip:
             self.cotangents.append(alone)
         self.together = None
 
-    def pull(self, depth: int) -> Iterator[tuple[slice, Found]]:
-        """Take every chunk through a segment: where it lies on the tile's axis and what it found there."""
+    @property
+    def half(self) -> int:
+        """Half of the whole sequence: about how many positions a token's cotangents take."""
+        return self.w.batch.ids.shape[1] // 2
+
+    def pull(self, depth: int, last: bool = True) -> Iterator[tuple[slice, Found]]:
+        """Take every chunk through a segment, the last time for good: where it lies on the tile's axis and what it found."""
         start = self.at.start
         for i, cotangent in enumerate(self.cotangents):
-            deltas, self.cotangents[i] = self.segments[depth].pull(cotangent)
+            deltas, below = self.segments[depth].pull(cotangent)
+            if last:
+                self.cotangents[i] = below
             yield slice(start, start + len(cotangent)), _found(self.segments[depth], deltas)
             start += len(cotangent)
 
@@ -111,36 +118,66 @@ def tile(
     streamed: list[Strip],
     rules: dict[int, dict[str, Rule]],
     chunk: int,
+    memory: int,
     tick: Callable[[float], None],
 ) -> Float[Tensor, "M L"]:
     """The backbone's part of F for the tokens of two lists of strips.
 
-    `rules` by the kept sequence (its id); `tick` hears how much is done.
+    Args:
+        p: what moves.
+        kept, streamed: both sides; used up.
+        rules: by the kept sequence (its id).
+        chunk: cotangents pulled at a time.
+        memory: bytes for what is kept of a segment; where it is not enough, the streamed side is pulled through that segment
+            once for each part of the kept side that fits.
+        tick: hears how much is done.
     """
     both = [*kept, *streamed]
     keys = common_cuts([strip.graph for strip in both])
     for strip in both:
         strip.segments = segments(strip.graph, keys)
     F = both[0].w.u.new_zeros(kept[-1].at.stop, streamed[-1].at.stop)
-    sequences = [[strip for strip in kept if id(strip.w) == w] for w in dict.fromkeys(id(strip.w) for strip in kept)]
     room, desk = Room(F.device), Room(F.device)
     alone = _unmixed(kept[-1], rules[id(kept[-1].w)])
     for depth in range(alone):
         _meet_alone(F, kept, streamed, rules[id(kept[-1].w)], depth)
     for strip in both:
         strip.spread(chunk)
-    for depth in range(alone, len(both[0].segments)):
-        room.clear()
-        held = [_hold(strips, depth, rules[id(strips[0].w)], room) for strips in sequences]
-        for strip in streamed:
-            for columns, group in _groups(strip.pull(depth)):
-                for strips, of in zip(sequences, held, strict=True):
-                    desk.clear()
-                    _meet(p, F[:, columns], of, rules[id(strips[0].w)], group, desk)
-                    if p.lookup in of:
-                        _meet_tied(p.lookup, F[:, columns], strips, of, rules[id(strips[0].w)], strip, columns, group)
-                tick((depth + columns.stop / F.shape[1]) / len(both[0].segments))
+    depths = len(both[0].segments)
+    for depth in range(alone, depths):
+        parts = list(_fitting(kept, depth, rules, memory))
+        for part in parts:
+            room.clear()
+            held = [(strips, *_hold(strips, depth, rules[id(strips[0].w)], p.lookup, room)) for strips in part]
+            for columns, group in _groups(streamed, depth, last=part is parts[-1]):
+                for strips, of, looked_up in held:
+                    own = rules[id(strips[0].w)]
+                    _meet(p, F[:, columns], of, own, group, desk)
+                    if looked_up:
+                        _meet_tied(own[p.lookup], p.lookup, F[:, columns], looked_up, group)
+                tick((depth + columns.stop / F.shape[1]) / depths)
     return F
+
+
+def _fitting(kept: list[Strip], depth: int, rules: dict[int, dict[str, Rule]], memory: int) -> Iterator[list[list[Strip]]]:
+    """Kept strips in parts whose share of a segment fits in memory, by sequence."""
+    part: list[list[Strip]] = []
+    room = memory
+    for strip in kept:
+        own, item = rules[id(strip.w)], strip.graph.h.element_size()
+        size = 0
+        for call, outputs in strip.segments[depth].inside:
+            rule, values = own[call.name], sum(x.numel() for x in outputs)
+            size += len(strip.positions) * item * (rule.size if rule.is_short(strip.half) else values)
+        if part and size > room:
+            yield part
+            part, room = [], memory
+        room -= size
+        if part and part[-1][0].w is strip.w:
+            part[-1].append(strip)
+        else:
+            part.append([strip])
+    yield part
 
 
 @torch.no_grad()
@@ -214,47 +251,47 @@ class Block:
     where: tuple[int, int, tuple[slice, ...]] | None = None  # call, output and which part of it; None for a direction
 
 
-@dataclass(frozen=True)
-class Held:
-    """What is kept of one module for the tokens of one sequence."""
-
-    blocks: list[Block]
-    looked_up: list[tuple[slice, list[Call], Outputs]]  # a lookup's as they were: the tied readout meets them
-
-
 @torch.no_grad()
-def _hold(strips: list[Strip], depth: int, rules: dict[str, Rule], room: Room) -> dict[str, Held]:
-    """Pull the kept tokens of one sequence through a segment."""
-    last = strips[-1].at.stop
-    positions = strips[0].w.batch.ids.shape[1] // 2
+def _hold(
+    strips: list[Strip], depth: int, rules: dict[str, Rule], lookup: str | None, room: Room
+) -> tuple[dict[str, list[Block]], list[tuple[Strip, tuple[list[Call], Outputs]]]]:
+    """Pull kept tokens of one sequence through a segment: its modules' blocks, and what the tied lookup found as it was."""
+    first, last = strips[0].at.start, strips[-1].at.stop
     shapes = [[[x.shape for x in outputs] for _, outputs in strip.segments[depth].inside] for strip in strips]
     calls_of: dict[str, list[int]] = {}
     for i, (call, _) in enumerate(strips[0].segments[depth].inside):
         calls_of.setdefault(call.name, []).append(i)
-    held: dict[str, Held] = {}
+    held: dict[str, list[Block]] = {}
     like = strips[0].graph.h
     for name, inside in calls_of.items():
-        blocks = []
-        if rules[name].is_short(positions):
-            blocks.append(Block(strips[0].at.start, room.take(last - strips[0].at.start, rules[name].size, like)))
-        else:
-            for c, i in enumerate(inside):
-                for k in range(len(shapes[0][i])):
-                    before = None
-                    for strip, shape in zip(strips, shapes, strict=True):
-                        for part in _between(before, shape[i][k]):
-                            size = prod(len(range(*x.indices(n))) for x, n in zip(part, shape[i][k], strict=True))
-                            blocks.append(Block(strip.at.start, room.take(last - strip.at.start, size, like), (c, k, part)))
-                        before = shape[i][k]
-        held[name] = Held(blocks, [])
+        held[name] = []
+        if rules[name].is_short(strips[0].half):
+            held[name].append(Block(first, room.take(last - first, rules[name].size, like)))
+            continue
+        for c, i in enumerate(inside):
+            for k in range(len(shapes[0][i])):
+                before = None
+                for strip, shape in zip(strips, shapes, strict=True):
+                    for part in _between(before, shape[i][k]):
+                        size = prod(x.stop - x.start for x in part)
+                        held[name].append(Block(strip.at.start, room.take(last - strip.at.start, size, like), (c, k, part)))
+                    before = shape[i][k]
+    looked_up = []
     for strip in strips:
+        seen = []
         for at, found in strip.pull(depth):
             for name, (calls, delta) in found.items():
-                short = held[name].blocks[0].where is None
-                _write(held[name].blocks, at, rules[name].direction(calls, delta) if short else None, delta)
-                if isinstance(rules[name], Embedding):
-                    held[name].looked_up.append((at, calls, delta))
-    return held
+                short = held[name][0].where is None
+                _write(held[name], at, rules[name].direction(calls, delta) if short else None, delta)
+            seen += [found[lookup]] if lookup in found else []
+        looked_up += [(strip, _joined(seen))] if seen else []
+    return held, looked_up
+
+
+def _joined(parts: list[tuple[list[Call], Outputs]]) -> tuple[list[Call], Outputs]:
+    """Chunks of the same calls as one."""
+    calls, deltas = parts[0][0], [delta for _, delta in parts]
+    return calls, [[torch.cat(same) for same in zip(*call, strict=True)] for call in zip(*deltas, strict=True)]
 
 
 def _between(before: torch.Size | None, shape: torch.Size) -> list[tuple[slice, ...]]:
@@ -267,20 +304,23 @@ def _between(before: torch.Size | None, shape: torch.Size) -> list[tuple[slice, 
     return [tuple(slice(before[i] if i in longer else 0, n) for i, n in enumerate(shape))] if longer else []
 
 
-Group = list[tuple[slice, Found]]  # chunks of streamed tokens, each with its place in the group
+Group = list[tuple[slice, Strip, slice, Found]]  # chunks of streamed tokens: place in the group, strip, place in its sequence
 
 
-def _groups(chunks: Iterator[tuple[slice, Found]]) -> Iterator[tuple[slice, Group]]:
-    """Chunks in groups of GROUP tokens, enough columns for a matrix product to run at full speed."""
+def _groups(streamed: list[Strip], depth: int, last: bool) -> Iterator[tuple[slice, Group]]:
+    """Pull streamed tokens through a segment, in groups of GROUP: enough columns for a matrix product to run at full speed."""
     group: Group = []
     start = stop = 0
-    for columns, found in chunks:
-        start = start if group else columns.start
-        group.append((slice(columns.start - start, columns.stop - start), found))
-        stop = columns.stop
-        if stop - start >= GROUP:
-            yield slice(start, stop), group
-            group = []
+    for strip in streamed:
+        for columns, found in strip.pull(depth, last):
+            start = start if group else columns.start
+            shift = strip.rows.start - strip.at.start
+            rows = slice(columns.start + shift, columns.stop + shift)
+            group.append((slice(columns.start - start, columns.stop - start), strip, rows, found))
+            stop = columns.stop
+            if stop - start >= GROUP:
+                yield slice(start, stop), group
+                group = []
     if group:
         yield slice(start, stop), group
 
@@ -298,17 +338,19 @@ def _write(blocks: list[Block], at: slice, direction: Direction | None, outputs:
 
 
 @torch.no_grad()
-def _meet(p: Plan, F: Float[Tensor, "M b"], held: dict[str, Held], rules: dict[str, Rule], group: Group, desk: Room) -> None:
+def _meet(
+    p: Plan, F: Float[Tensor, "M b"], held: dict[str, list[Block]], rules: dict[str, Rule], group: Group, desk: Room
+) -> None:
     """Add what a segment's modules do, between the kept tokens of one sequence and a group of streamed ones."""
-    for name in held:
-        rule, blocks = rules[name], held[name].blocks
+    for name, blocks in held.items():
+        rule = rules[name]
         desk.clear()
         across = [Block(0, desk.take(F.shape[1], block.values.shape[1], block.values), block.where) for block in blocks]
-        for at, found in group:
+        for at, _, _, found in group:
             calls, delta = found[name]
             if blocks[0].where is None:
                 _write(across, at, scaled(rule.direction(calls, delta), p.P.get(name)), None)
-            else:
+            elif not (isinstance(rule, Linear) and rule.fill(calls, delta, [(*x.where, x.values[at]) for x in across])):
                 _write(across, at, None, rule.tangent(calls, delta))
         for block, other in zip(blocks, across, strict=True):
             F[block.first : block.first + len(block.values)] += inner(block.values, other.values)
@@ -316,27 +358,17 @@ def _meet(p: Plan, F: Float[Tensor, "M b"], held: dict[str, Held], rules: dict[s
 
 @torch.no_grad()
 def _meet_tied(
-    lookup: str,
-    F: Float[Tensor, "M b"],
-    strips: list[Strip],
-    held: dict[str, Held],
-    rules: dict[str, Rule],
-    streamed: Strip,
-    columns: slice,
-    group: Group,
+    rule: Embedding, lookup: str, F: Float[Tensor, "M b"], kept: list[tuple[Strip, tuple[list[Call], Outputs]]], group: Group
 ) -> None:
     """Add what one tensor does as lookup of one side and as readout of the other."""
-    rule, u = rules[lookup], streamed.w
-    assert isinstance(rule, Embedding)
-    for at, found in group:
+    for at, _, _, found in group:
         ids, d = rule.rows(*found[lookup])
-        for strip in strips:
-            F[strip.at, at] += tied(strip.w.h[strip.rows], strip.w.residual_at(ids)[strip.rows], d).T
-    shift = streamed.rows.start - streamed.at.start
-    mine = slice(columns.start + shift, columns.stop + shift)
-    for at, calls, delta in held[lookup].looked_up:
-        ids, d = rule.rows(calls, delta)
-        F[at] += tied(u.h[mine], u.residual_at(ids)[mine], d)
+        for o, _ in kept:
+            F[o.at, at] += tied(o.w.h[o.rows], o.w.residual_at(ids)[o.rows], d).T
+    h = torch.cat([strip.w.h[rows] for _, strip, rows, _ in group])
+    for o, found in kept:
+        ids, d = rule.rows(*found)
+        F[o.at] += tied(h, torch.cat([strip.w.residual_at(ids)[rows] for _, strip, rows, _ in group]), d)
 
 
 def tied(h: Float[Tensor, "n d"], residual: Float[Tensor, "n S"], rows: Float[Tensor, "k S d"]) -> Float[Tensor, "k n"]:
