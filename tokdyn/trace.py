@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -229,10 +229,13 @@ class Tracer:
             return self.hidden(batch), calls
 
     @torch.enable_grad()
-    def unroll(self, batch: Batch, names: Collection[str]) -> tuple[Tensor, list[Call], dict[tuple[Any, ...], Tensor]]:
+    def unroll(
+        self, batch: Batch, names: Collection[str], through: Mapping[str, Callable[[Call], Tensor | None]] | None = None
+    ) -> tuple[Tensor, list[Call], dict[tuple[Any, ...], Tensor]]:
         """Hidden states at the scored tokens in a graph that starts at the named modules' outputs, and their calls.
 
         Also what every module was given, by (module, how many calls before, which tensor): the places where it can be cut.
+        `through` gives modules whose output is to be taken with another graph than the one they made.
         """
         calls: list[Call] = []
         given: dict[tuple[Any, ...], Tensor] = {}
@@ -243,7 +246,9 @@ class Tracer:
 
         def keep(name: str) -> Hook:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-                calls.append(Call(name, module, args, kwargs, _map_floats(start, output)))
+                call = Call(name, module, args, kwargs, output)
+                other = through[name](call) if through and name in through else None
+                calls.append(replace(call, output=_map_floats(start, output if other is None else other)))
                 return calls[-1].output
 
             return hook
@@ -259,7 +264,7 @@ class Tracer:
             for name, module in self.model.named_modules():
                 hooks.callback(module.register_forward_pre_hook(enter(name), with_kwargs=True).remove)
             hooks.enter_context(self._hooked({name: keep(name) for name in names}))
-            return self.hidden(batch), calls, given
+            return self.hidden(batch, self.params), calls, given
 
     def steer(self, batch: Batch, names: Collection[str], additions: Sequence[Tensor]) -> Float[Tensor, "N d"]:
         """Hidden states at the scored tokens when the calls of the named modules have these tensors added to their outputs."""

@@ -101,7 +101,7 @@ class _Size:
         longest = max(batches, key=lambda batch: batch.ids.shape[1])
         ids = longest.ids[:1]
         last = torch.tensor([ids.shape[1] - 1])
-        graph = Unrolled.of(*tracer.unroll(Batch(ids, last, ids[0, -1:], last * 0, last), p.names))
+        graph = Unrolled.of(*p.unroll(tracer, Batch(ids, last, ids[0, -1:], last * 0, last)))
         parts = segments(graph, common_cuts([graph]))
         item = graph.h.element_size()
 

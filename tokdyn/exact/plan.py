@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +15,8 @@ from ..objectives import GTerm
 from ..sequences import Batch
 from ..trace import Call, Tracer
 from .motions import Direction, Side
-from .rules import Embedding, NotAlone, Rule, Unsupported, rule_for
+from .norms import Norm
+from .rules import Embedding, NotAlone, Rule, Scale, Unsupported, rule_for
 
 BLOCK = 1 << 26  # elements of logits held at a time
 
@@ -29,7 +31,7 @@ class Plan:
     head_bias: bool
     lookup: str | None  # the module whose lookup shares the readout's weight, when both move
     P: dict[str, Direction]  # module -> the preconditioner of its moving parameters, named from there; empty without one
-    P_lookup: Tensor | None
+    norms: dict[str, Norm]  # moving modules whose cotangent has a closed form
 
     @property
     def names(self) -> list[str]:
@@ -50,6 +52,10 @@ class Plan:
         if self.lookup is not None and not isinstance(rules.get(self.lookup), Embedding):
             raise Unsupported(f"the readout's weight is tied to {self.lookup}, which is no plain lookup")
         return rules
+
+    def unroll(self, tracer: Tracer, batch: Batch) -> tuple[Tensor, list[Call], dict[tuple[Any, ...], Tensor]]:
+        """Tracer.unroll at the moving modules."""
+        return tracer.unroll(batch, self.names, self.norms)
 
     def labels(self, tracer: Tracer, uses: dict[str, str], rules: dict[str, str]) -> dict[str, str]:
         """The rule of every moving parameter."""
@@ -78,8 +84,10 @@ def plan(tracer: Tracer, uses: dict[str, str], P: Direction | None, batches: Seq
     while True:
         found = _sorted(tracer, uses, P, seen, passed)
         try:
-            found.rules(tracer.record(batches[0], found.names)[1])
-            return found
+            calls = tracer.record(batches[0], found.names)[1]
+            rules = found.rules(calls)
+            norms = {call.name: Norm.of(call) for call in calls if isinstance(rules[call.name], Scale)}
+            return replace(found, norms={name: norm for name, norm in norms.items() if norm is not None})
         except NotAlone as error:
             if not error.name:
                 raise Unsupported("the model does not repeat its output") from error
@@ -113,9 +121,7 @@ def _sorted(
     tied = tracer.owner[head.weight_name]
     lookup = next((module_of[use] for use, tensor in before.items() if tensor == tied and use in module_of), None)
     moving = head.weight_name in uses
-    return Plan(
-        moves, module_of, moving, head.bias_name in uses, lookup if moving else None, scaled, None if P is None else P.get(tied)
-    )
+    return Plan(moves, module_of, moving, head.bias_name in uses, lookup if moving else None, scaled, {})
 
 
 def _within(name: str, module: str) -> bool:

@@ -98,7 +98,7 @@ def strips(tracer: Tracer, p: Plan, tokens: Sequence[tuple[Watched, slice]], chu
         for a in range(rows.start, rows.stop, length):
             part = slice(a, min(a + length, rows.stop))
             batch = cut(w.batch, part)
-            graph = Unrolled.of(*tracer.unroll(batch, p.names))
+            graph = Unrolled.of(*p.unroll(tracer, batch))
             at = slice(start, start + len(batch.rows))
             found.append(Strip(w, part, at, batch.rows.to(w.u.device), graph, w.u[part].to(graph.h.dtype)))
             start = at.stop

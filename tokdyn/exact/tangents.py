@@ -48,7 +48,7 @@ def _cotangents(tracer: Tracer, p: Plan, source: Watched, rows: slice) -> Deltas
 
     The sequence is cut behind the chunk's last token: nothing later takes part.
     """
-    h, calls, _ = tracer.unroll(cut(source.batch, rows), p.names)
+    h, calls, _ = p.unroll(tracer, cut(source.batch, rows))
     b, d = h.shape
     cotangent = torch.zeros(b, b, d, dtype=h.dtype, device=h.device)
     index = torch.arange(b, device=h.device)
