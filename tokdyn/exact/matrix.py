@@ -19,7 +19,7 @@ from .readout import readout_matrix
 from .rules import Unsupported
 from .segments import Unrolled, common_cuts, segments
 
-FORWARD = 2.5  # a structured tangent against a cotangent: measured by benchmarks/exact_forces.py --engine
+FORWARD = 1.5  # a structured tangent against a cotangent with its inner products, as benchmarks/exact_forces.py times them
 MEMORY = 2 << 30
 CHUNK = 16  # cotangents pulled at a time: more fall out of the processor's cache, fewer cost calls
 

@@ -18,21 +18,21 @@ from ..trace import Call
 
 
 class _Pulled(torch.autograd.Function):
-    """y as it is, with a given derivative by x."""
+    """y as it is, with a norm's derivative by x; what it needs is made again from x, which is kept anyway."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, direct: Tensor, along: Tensor, back: Tensor, centred: bool) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(direct, along, back)
+    def forward(ctx: Any, x: Tensor, y: Tensor, r: Tensor, gain: Tensor, centred: bool) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, r, gain)
         ctx.centred = centred
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        direct, along, back = ctx.saved_tensors
-        dx = torch.addcmul(g * direct, (g * along).sum(-1, keepdim=True), back, value=-1)
-        if ctx.centred:
-            dx = dx - dx.mean(-1, keepdim=True)
-        return dx, None, None, None, None, None
+        x, r, gain = ctx.saved_tensors
+        n = r * (x - x.mean(-1, keepdim=True) if ctx.centred else x)
+        along = (g * (gain * n / x.shape[-1])).sum(-1, keepdim=True)
+        dx = torch.addcmul(g * (r * gain), along, r * n, value=-1)
+        return (dx - dx.mean(-1, keepdim=True) if ctx.centred else dx), None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class Norm:
             if not bool((size > 0).all()):
                 return None
             r = ((y - own["bias"] if "bias" in own else y) * wide).sum(-1, keepdim=True) / size
-            n = r * away
-        return _Pulled.apply(x, y.detach(), r * gain, gain * n / x.shape[-1], r * n, self.centred)
+        return _Pulled.apply(x, y.detach(), r, gain, self.centred)
 
     @classmethod
     def of(cls, call: Call) -> Norm | None:

@@ -20,7 +20,6 @@ from ..trace import Call, floats
 from .motions import Direction, scaled
 
 Outputs = list[list[Tensor]]  # per call, per tensor it returns: [b, *shape]
-Part = tuple[int, int, tuple[slice, ...], Tensor]  # a part of an output: which call, which of its tensors, where, its values
 Factors = list[tuple[Tensor, Tensor]]  # a [N, p] and δ [N, q] of N tokens
 
 
@@ -30,8 +29,8 @@ class Linear:
     label = "outer product"
 
     def __init__(self, o: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
+        self.outputs = _shapes(o)
         self.b = [call.inputs[0].flatten(0, -2) for call in o]
-        self.shapes = [call.output.shape for call in o]
         self.moves, self.P = moves, P
         self.transposed = type(o[0].module) is not nn.Linear and P is not None and _is_transposed(o[0])
         self.size = sum(o[0].module.get_parameter(name).numel() for name in moves)
@@ -71,7 +70,7 @@ class Linear:
         else:
             a, d = _rows(u), _flat(delta)
             E = [self._moved(a, d, x) for x in self.b]
-        return [[e.expand(-1, len(x), -1).reshape(-1, *shape)] for e, x, shape in zip(E, self.b, self.shapes, strict=True)]
+        return [[e.expand(-1, len(x), -1).reshape(-1, *shape)] for e, x, (shape,) in zip(E, self.b, self.outputs, strict=True)]
 
     def _moved(self, a: Float[Tensor, "S p"], delta: Float[Tensor, "b S q"], x: Float[Tensor, "N p"]) -> Tensor:
         (S, p), N = a.shape, x.shape[0]
@@ -86,13 +85,13 @@ class Linear:
         gram = x @ a.T
         return gram + 1 if "bias" in self.moves else gram
 
-    def fill(self, u: Sequence[Call], delta: Outputs, parts: Sequence[Part]) -> bool:
-        """Write parts of E where they are wanted, without making it whole; False where that is not possible."""
-        if self.P is not None or any(n != 1 for shape in self.shapes for n in shape[:-2]):
+    def fill(self, u: Sequence[Call], delta: Outputs, outs: Sequence[Float[Tensor, "b *output"]]) -> bool:
+        """Write E of each observed call where it is wanted; False where it has to be made first."""
+        if self.P is not None or "weight" not in self.moves:
             return False
         a, d = _rows(u), _flat(delta)
-        for call, _, part, out in parts:
-            torch.matmul(self._gram(self.b[call][part[-2]], a), d, out=out.view(len(d), -1, d.shape[-1]))
+        for x, out in zip(self.b, outs, strict=True):
+            torch.matmul(self._gram(x, a), d, out=out.view(len(d), len(x), -1))
         return True
 
 
@@ -103,8 +102,8 @@ class Embedding:
 
     def __init__(self, o: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
         found = [_lookup(call) for call in o]
+        self.outputs = _shapes(o)
         self.o_ids, self.scale = [ids for ids, _ in found], found[0][1]
-        self.shapes = [call.output.shape for call in o]
         padding: Any = o[0].module.padding_idx
         self.padding = -1 if padding is None else int(padding)
         self.P = P
@@ -126,7 +125,7 @@ class Embedding:
         """E for each observed call."""
         ids, d = self.rows(u, delta)
         E = [torch.matmul((x[:, None] == ids).to(d.dtype) * self.scale, d) for x in self.o_ids]
-        return [[e.reshape(-1, *shape)] for e, shape in zip(E, self.shapes, strict=True)]
+        return [[e.reshape(-1, *shape)] for e, (shape,) in zip(E, self.outputs, strict=True)]
 
     def looked_up(self, residual: Float[Tensor, "b S"], h: Float[Tensor, "b d"], ids: Int[Tensor, " S"]) -> Tensor:
         """What a step residual hᵀ of a tied readout does to the lookups at `ids`, [b, S, d]."""
@@ -140,6 +139,7 @@ class Scale:
     label = "elementwise gain"
 
     def __init__(self, o: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
+        self.outputs = _shapes(o)
         self.moves, self.P = moves, P
         self.shape = _own(o[0])["weight"].shape
         self.o = o
@@ -197,6 +197,7 @@ class Local:
     is_separable = False
 
     def __init__(self, o: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
+        self.outputs = _shapes(o)
         self.o, self.P = o, P
         self.own = {name: o[0].module.get_parameter(name).detach() for name in sorted(moves)}
         self.size = self.written = sum(p.numel() for p in self.own.values())
@@ -225,6 +226,10 @@ class Local:
             return list(vmap(lambda d: jvp(_of(call), (self.own,), (d,))[1])(moved))
 
         return [along(call) for call in self.o]
+
+
+def _shapes(calls: Sequence[Call]) -> list[list[torch.Size]]:
+    return [[x.shape for x in call.outputs] for call in calls]
 
 
 def _rows(calls: Sequence[Call]) -> Float[Tensor, "S p"]:

@@ -28,6 +28,7 @@ from .segments import Segment, Unrolled, common_cuts, segments
 
 Found = dict[str, tuple[list[Call], Outputs]]  # module -> its calls and the cotangents at their outputs
 GROUP = 64
+SHORTEST = 32
 LENGTHS = 8  # a sequence is unrolled at so many lengths at most: a token needs nothing behind itself
 
 
@@ -94,7 +95,7 @@ def strips(tracer: Tracer, p: Plan, tokens: Sequence[tuple[Watched, slice]], chu
     found, start = [], 0
     for w, rows in tokens:
         n = rows.stop - rows.start
-        length = -(-n // max(1, min(LENGTHS, n // (2 * chunk))))
+        length = -(-n // max(1, min(LENGTHS, n // SHORTEST)))
         for a in range(rows.start, rows.stop, length):
             part = slice(a, min(a + length, rows.stop))
             batch = cut(w.batch, part)
@@ -345,15 +346,25 @@ def _meet(
     for name, blocks in held.items():
         rule = rules[name]
         desk.clear()
-        across = [Block(0, desk.take(F.shape[1], block.values.shape[1], block.values), block.where) for block in blocks]
+        if blocks[0].where is None:
+            right = desk.take(F.shape[1], rule.size, blocks[0].values)
+            for at, _, _, found in group:
+                _write([Block(0, right)], at, scaled(rule.direction(*found[name]), p.P.get(name)), None)
+            F[blocks[0].first : blocks[0].first + len(blocks[0].values)] += inner(blocks[0].values, right)
+            continue
+        E = [
+            [desk.take(F.shape[1], shape.numel(), blocks[0].values).view(-1, *shape) for shape in call] for call in rule.outputs
+        ]
         for at, _, _, found in group:
-            calls, delta = found[name]
-            if blocks[0].where is None:
-                _write(across, at, scaled(rule.direction(calls, delta), p.P.get(name)), None)
-            elif not (isinstance(rule, Linear) and rule.fill(calls, delta, [(*x.where, x.values[at]) for x in across])):
-                _write(across, at, None, rule.tangent(calls, delta))
-        for block, other in zip(blocks, across, strict=True):
-            F[block.first : block.first + len(block.values)] += inner(block.values, other.values)
+            if not (isinstance(rule, Linear) and rule.fill(*found[name], [e[at] for (e,) in E])):
+                for call, tangents in zip(E, rule.tangent(*found[name]), strict=True):
+                    for e, tangent in zip(call, tangents, strict=True):
+                        e[at] = tangent
+        for block in blocks:
+            call, output, part = block.where
+            F[block.first : block.first + len(block.values)] += inner(
+                block.values, E[call][output][(slice(None), *part)].flatten(1)
+            )
 
 
 @torch.no_grad()

@@ -1,0 +1,159 @@
+"""The two exact engines: memory, sides, rules and shared modules do not change the matrix; what they cannot cover they say."""
+
+import pytest
+import torch
+
+import tokdyn as td
+from tokdyn import exact
+from tokdyn.exact import plan, rules, segments, sweep
+from tokdyn.exact.matrix import matrix
+from tokdyn.exact.naive import naive_matrix
+from tokdyn.exact.norms import Norm
+from tokdyn.forces import prepare
+from tokdyn.objectives import SFT
+from tokdyn.testing import random_chis, relative_error, tiny
+from tokdyn.trace import Call, trace
+
+U, O = random_chis([(3, 5), (2, 6)], seed=1), random_chis([(3, 4), (1, 3), (5, 2)], seed=2)  # noqa: E741
+FP32 = 1e-5
+ENGINES = ["sweep", "tangents"]
+
+
+def matrices(model, scope="full", update=U, observe=O, P=None, **options):
+    """The naive matrix, the fast one, and its rules."""
+    with trace(model) as tracer:
+        sides = prepare(tracer, update, observe, SFT())
+        uses = exact.select(tracer, scope)
+        P = P(tracer) if P else None
+        naive, fast = (torch.full((len(sides.o), len(sides.u)), torch.nan) for _ in range(2))
+        naive_matrix(tracer, sides.o, sides.u, uses, P, naive)
+        by = matrix(tracer, sides.o, sides.u, uses, P, fast, **options)
+        assert set(by) == set(uses)  # every parameter took part
+        return naive, fast, by
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("memory", [1, 1 << 16, 1 << 30])
+def test_memory_sets_chunks_and_tiles_and_nothing_else(engine, memory):
+    naive, fast, _ = matrices(tiny("qwen2"), engine=engine, memory=memory)
+    assert relative_error(fast, naive) < FP32
+
+
+def test_strips_of_different_lengths_meet(monkeypatch):
+    """Sequences cut behind their tokens: cotangents of a short strip meet tangents made for the whole sequence."""
+    monkeypatch.setattr(sweep, "SHORTEST", 3)
+    monkeypatch.setattr(sweep, "GROUP", 5)
+    long = random_chis([(2, 21), (4, 9)], seed=3), random_chis([(3, 19)], seed=4)
+    naive, fast, _ = matrices(tiny("gemma2"), update=long[0], observe=long[1], engine="sweep")
+    assert relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "qwen2_moe", "opt"])
+def test_a_preconditioner_scales_every_direction(family, engine):
+    """F = J_o P J_uᵀ with any positive diagonal P; the tied embedding keeps both cross terms."""
+
+    def random_P(tracer):
+        generator = torch.Generator().manual_seed(5)
+        return {name: torch.rand(tracer.params[name].shape, generator=generator) + 0.1 for name in tracer.trainable}
+
+    naive, fast, _ = matrices(tiny(family), P=random_P, engine=engine)
+    assert relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize("scope", ["full", "backbone", "readout", r"layers\.0\.mlp"])
+def test_sides_may_be_exchanged(scope):
+    """The side that is looped over is chosen by cost: more updated than observed tokens is the transposed problem."""
+    model = tiny("gemma2")
+    there, back = td.forces(model, U, O, scope=scope).matrix, td.forces(model, O, U, scope=scope).matrix
+    assert relative_error(back.T, there) < FP32
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_the_local_rule_agrees_with_the_special_ones(family, engine, monkeypatch):
+    naive, _, by = matrices(tiny(family, tied=False), engine=engine)
+    assert {"outer product", "lookup", "elementwise gain"} <= set(by.values())
+    monkeypatch.setattr(plan, "rule_for", rules.Local)
+    _, local, by = matrices(tiny(family, tied=False), engine=engine)
+    assert "module-local" in by.values() and "outer product" not in by.values()
+    assert relative_error(local, naive) < FP32
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_written_directions_agree_with_inner_products(engine):
+    """Two sequences of more than six widths: the direction is written down instead of S (rules.Linear)."""
+    chis = random_chis([(212, 6)], seed=3)
+    model = tiny("llama", intermediate_size=16, max_position_embeddings=256)
+    naive, fast, _ = matrices(model, update=chis, observe=chis, engine=engine)
+    assert relative_error(fast, naive) < FP32
+
+
+def test_a_module_called_twice_moves_twice():
+    model = tiny("llama", tied=False)
+    model.model.layers[1] = model.model.layers[0]
+    naive = td.forces(model, U, O, SFT(), method="naive").matrix
+    result = td.forces(model, U, O, SFT())
+    assert relative_error(result.matrix, naive) < FP32
+    assert "outer product" in result.coverage.values()
+
+
+def test_a_tensor_in_two_modules_takes_the_slower_exact_way_and_says_so():
+    model = tiny("llama", tied=False)
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    naive = td.forces(model, U, O, SFT(), method="naive").matrix
+    result = td.forces(model, U, O, SFT())
+    assert relative_error(result.matrix, naive) < FP32
+    assert all("one direction per token" in rule and "one tensor in two modules" in rule for rule in result.coverage.values())
+
+
+def test_a_gain_is_recognised_by_what_it_does():
+    class Odd(torch.nn.Module):
+        """One 1-D weight, but not a gain."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(32))
+
+        def forward(self, x):
+            return x + self.weight.sigmoid() * x.roll(1, -1)
+
+    model = tiny("llama", tied=False)
+    model.model.norm = Odd()
+    naive, fast, by = matrices(model)
+    assert by["model.norm.weight"] == "module-local"
+    assert by["model.layers.0.input_layernorm.weight"] == "elementwise gain"
+    assert relative_error(fast, naive) < FP32
+
+
+def test_a_residual_stream_is_cut_before_every_block():
+    """Cuts are found, not assumed: two a layer where attention and MLP follow each other, one where they are parallel."""
+    for family, cuts in (("llama", 4), ("gpt_neox", 2)):  # two layers each
+        with trace(tiny(family)) as tracer:
+            side = prepare(tracer, U, O, SFT()).o
+            p = plan.plan(tracer, exact.select(tracer, "full"), None, side.batches)
+            graph = segments.Unrolled.of(*p.unroll(tracer, plan.one_by_one(side).batches[0]))
+            parts = segments.segments(graph, segments.common_cuts([graph]))
+        assert len([part for part in parts if any("layers" in call.name for call, _ in part.inside)]) == cuts
+        assert sum(len(part.inside) for part in parts) == len(graph.calls)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms_are_recognised_by_their_derivative(centred, offset):
+    class Plain(torch.nn.Module):
+        """(weight + offset) ⊙ the normalised input + bias."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = (torch.nn.Parameter(torch.randn(24, generator=generator)) for _ in range(2))
+
+        def forward(self, x):
+            x = x - x.mean(-1, keepdim=True) if centred else x
+            return (self.weight + offset) * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() + self.bias
+
+    generator = torch.Generator().manual_seed(0)
+    module, x = Plain(), torch.randn(1, 7, 24, generator=generator)
+    assert Norm.of(Call("", module, (x,), {}, module(x))) == Norm(offset, centred)
+    module.forward = lambda x: module.weight * x.tanh()
+    assert Norm.of(Call("", module, (x,), {}, module(x))) is None
