@@ -55,8 +55,12 @@ def hidden(tracer: Tracer, side: Side) -> Float[Tensor, "N d"]:
 
 
 def _joined(terms: list[GTerm], tracer: Tracer) -> GTerm:
-    parts = zip(*((t.targets, t.c, t.v, t.uniform) for t in terms), strict=True)
-    return GTerm(*(None if part[0] is None else torch.cat(part).to(tracer.device) for part in parts))
+    def joined(parts: list[Tensor | None]) -> Tensor | None:
+        some = [part for part in parts if part is not None]
+        return torch.cat(some).to(tracer.device) if some else None
+
+    targets, c = (torch.cat(part).to(tracer.device) for part in ([t.targets for t in terms], [t.c for t in terms]))
+    return GTerm(targets, c, joined([t.v for t in terms]), joined([t.uniform for t in terms]))
 
 
 def _residuals(tracer: Tracer, side: Side) -> Iterator[tuple[Tensor, Tensor]]:
@@ -77,7 +81,7 @@ def _dense(
         F += g_o @ (g_u if P is None else g_u * P[uses[head.bias_name]]).T
     if head.weight_name in uses and P is None:
         F += (h_o @ h_u.T) * (g_o @ g_u.T)
-    elif head.weight_name in uses:
+    elif head.weight_name in uses and P is not None:
         scale = P[uses[head.weight_name]]
         for column in range(len(h_u)):  # the direction of one token at a time, written down
             moved = torch.outer(g_u[column], h_u[column]) * scale

@@ -64,9 +64,11 @@ class Linear:
         """E for each observed call, from the updated calls and the cotangents δ at their outputs."""
         if self.P is not None:
             W = scaled(self.direction(u, delta), self.P)
-            weight, shift = W.get("weight"), W["bias"][:, None] if "bias" in W else 0
-            maps = None if weight is None else weight if self.transposed else weight.mT
-            E = [shift if maps is None else torch.matmul(x, maps) + shift for x in self.b]
+            E = [delta[0][0].new_zeros(()) for _ in self.b]
+            if "weight" in W:
+                E = [torch.matmul(x, W["weight"] if self.transposed else W["weight"].mT) for x in self.b]
+            if "bias" in W:
+                E = [e + W["bias"][:, None] for e in E]
         else:
             a, d = _rows(u), _flat(delta)
             E = [self._moved(a, d, x) for x in self.b]
@@ -85,7 +87,7 @@ class Linear:
         gram = x @ a.T
         return gram + 1 if "bias" in self.moves else gram
 
-    def fill(self, u: Sequence[Call], delta: Outputs, outs: Sequence[Float[Tensor, "b *output"]]) -> bool:
+    def fill(self, u: Sequence[Call], delta: Outputs, outs: Sequence[Tensor]) -> bool:
         """Write E of each observed call where it is wanted; False where it has to be made first."""
         if self.P is not None or "weight" not in self.moves:
             return False
@@ -114,6 +116,14 @@ class Embedding:
         return False
 
     is_separable = False
+
+    def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
+        """Not made: see is_short."""
+        raise AssertionError("a lookup's direction is never written down")
+
+    def factors(self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool) -> Factors:
+        """Not made: see is_separable."""
+        raise AssertionError("a lookup meets in rows")
 
     def rows(self, calls: Sequence[Call], delta: Outputs) -> tuple[Int[Tensor, " S"], Float[Tensor, "b S q"]]:
         """The rows that the calls look up and the step there: P ⊙ scale · δ, nothing in the padding row."""
@@ -156,7 +166,7 @@ class Scale:
         return len(self.shape) == 1
 
     def factors(self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool) -> Factors:
-        """Of the tokens at these positions, each with its δ at its own: <Ẇ_m, P Ẇ_l> = Σ over the list of (a_m·a_l) (δ_m·δ_l)."""
+        """Of tokens at these positions, each with its δ at its own: <Ẇ_m, P Ẇ_l> = Σ over the list of (a_m·a_l) (δ_m·δ_l)."""
         one = torch.ones_like(delta[at, :1])
         found = {"weight": delta[at] * _normalised(call).reshape(-1, *self.shape)[at], "bias": delta[at]}
         found = {name: x for name, x in found.items() if name in self.moves}
@@ -209,6 +219,10 @@ class Local:
     def is_short(self, positions: int) -> bool:
         """Whether the module's parameters are few beside what it returns."""
         return self.written <= 2 * sum(x.numel() for call in self.o for x in call.outputs)
+
+    def factors(self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool) -> Factors:
+        """Not made: see is_separable."""
+        raise AssertionError("a module-local direction has no factors")
 
     def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
         """The module's vjp."""

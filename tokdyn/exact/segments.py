@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,14 @@ from torch.func import vmap
 
 from ..trace import Call
 
-Key = Hashable  # which tensor of which call: the same for every sequence
+Key = tuple[Any, ...]  # which tensor of which call: the same for every sequence
 
 
 def depths(h: Tensor, leaves: Sequence[Tensor]) -> tuple[dict[Any, int], set[int]]:
-    """The nodes between h and the leaves with their depth in an order in which a node comes before all it was made from, and
-    the depths of those through which all deeper nodes are reached: the node comes up when no other is waiting.
+    """The nodes between h and the leaves with their depth, and the depths of those through which all deeper ones are reached.
+
+    Nodes come up in an order in which each is before all that it was made from; one that comes up when no other is waiting
+    is a cut.
     """
     wanted = {id(x) for x in leaves}
 
@@ -96,8 +98,8 @@ class Segment:
     inside: list[tuple[Call, list[Tensor]]]
     bottom: Tensor | None
 
-    def pull(self, cotangent: Tensor) -> tuple[list[list[Tensor]], Tensor | None]:
-        """Cotangents [b, *top] -> those at the outputs of the modules inside, [b, *output] each, and at the lower cut."""
+    def pull(self, cotangent: Tensor) -> tuple[list[list[Tensor]], Tensor]:
+        """Cotangents [b, *top] -> those at the modules' outputs, [b, *output], and at the lower cut (empty without one)."""
         outputs = [x for _, tensors in self.inside for x in tensors]
         ends = outputs if self.bottom is None else [*outputs, self.bottom]
 
@@ -107,7 +109,7 @@ class Segment:
 
         found = iter(vmap(back)(cotangent))
         deltas = [[next(found) for _ in tensors] for _, tensors in self.inside]
-        return deltas, None if self.bottom is None else next(found)
+        return deltas, cotangent.new_empty(0) if self.bottom is None else next(found)
 
 
 def segments(graph: Unrolled, keys: Sequence[Key]) -> list[Segment]:

@@ -21,9 +21,9 @@ from torch import Tensor
 from .. import ops
 from ..sequences import Batch
 from ..trace import Call, Tracer
-from .motions import Direction
+from .motions import Direction, scaled
 from .plan import Plan, Watched
-from .rules import Embedding, Linear, Outputs, Rule, Unsupported, scaled
+from .rules import Embedding, Linear, Outputs, Rule, Unsupported
 from .segments import Segment, Unrolled, common_cuts, segments
 
 Found = dict[str, tuple[list[Call], Outputs]]  # module -> its calls and the cotangents at their outputs
@@ -41,29 +41,26 @@ class Strip:
     at: slice  # on the tile's axis
     positions: Int[Tensor, " N"]
     graph: Unrolled
-    together: Tensor | None  # the tokens' cotangents at the current cut in one, while each stays at its own position
+    together: Tensor  # the tokens' cotangents at the current cut in one, while each stays at its own position
     segments: list[Segment] = field(default_factory=list)
     cotangents: list[Tensor] = field(default_factory=list)  # of each chunk of tokens, [b, *cut], from there on
 
     def pull_together(self, depth: int) -> Found:
         """Take all tokens through a segment that mixes no positions, as one cotangent."""
-        deltas, self.together = self.segments[depth].pull(self.together[None])
-        self.together = None if self.together is None else self.together[0]
+        deltas, below = self.segments[depth].pull(self.together[None])
+        self.together = below[0]
         return _found(self.segments[depth], deltas)
 
     def spread(self, chunk: int) -> None:
         """From one cotangent for all tokens to one for each of them, in chunks."""
         whole = self.together
-        if whole is None:
-            return
-        where = (
-            torch.arange(len(whole), device=whole.device) if whole.dim() == 2 else self.positions
-        )  # at h there are only tokens
-        for part in torch.arange(len(where), device=whole.device).split(chunk):
+        every = torch.arange(len(self.positions), device=whole.device)
+        where = every if whole.dim() == 2 else self.positions  # before the first segment there are only the tokens
+        for part in every.split(chunk):
             alone = whole.new_zeros(len(part), *whole.shape)
-            alone.flatten(1, -2)[torch.arange(len(part)), where[part]] = whole.flatten(0, -2)[where[part]]
+            alone.flatten(1, -2)[every[: len(part)], where[part]] = whole.flatten(0, -2)[where[part]]
             self.cotangents.append(alone)
-        self.together = None
+        self.together = whole.new_empty(0)
 
     @property
     def half(self) -> int:
@@ -149,12 +146,12 @@ def tile(
         parts = list(_fitting(kept, depth, rules, memory))
         for part in parts:
             room.clear()
-            held = [(strips, *_hold(strips, depth, rules[id(strips[0].w)], p.lookup, room)) for strips in part]
+            held = [(strips, _hold(strips, depth, rules[id(strips[0].w)], p.lookup, room)) for strips in part]
             for columns, group in _groups(streamed, depth, last=part is parts[-1]):
-                for strips, of, looked_up in held:
+                for strips, (of, looked_up) in held:
                     own = rules[id(strips[0].w)]
                     _meet(p, F[:, columns], of, own, group, desk)
-                    if looked_up:
+                    if p.lookup is not None and looked_up:
                         _meet_tied(own[p.lookup], p.lookup, F[:, columns], looked_up, group)
                 tick((depth + columns.stop / F.shape[1]) / depths)
     return F
@@ -183,7 +180,7 @@ def _fitting(kept: list[Strip], depth: int, rules: dict[int, dict[str, Rule]], m
 
 @torch.no_grad()
 def _unmixed(strip: Strip, rules: dict[str, Rule]) -> int:
-    """How many segments from the readout down leave every token's cotangent at its own position, seen on three of its tokens."""
+    """How many segments from the readout down leave a token's cotangent at its own position, seen on three tokens."""
     h, positions = strip.graph.h, strip.positions
     tokens = torch.tensor(sorted({0, len(h) // 2, len(h) - 1}), device=h.device)
     cotangent = h.new_zeros(len(tokens), *h.shape)
@@ -194,7 +191,7 @@ def _unmixed(strip: Strip, rules: dict[str, Rule]) -> int:
         names = [call.name for call, _ in segment.inside]
         deltas, cotangent = segment.pull(cotangent)
         seen = [x for delta in deltas for x in delta] + [cotangent]
-        if len(set(names)) < len(names) or not all(rules[name].is_separable for name in names) or cotangent is None:
+        if len(set(names)) < len(names) or not all(rules[name].is_separable for name in names) or not cotangent.numel():
             return depth
         if any(x.dim() != 4 or x.shape[1:3] != (1, elsewhere.shape[1]) or bool(x[:, 0][elsewhere].any()) for x in seen):
             return depth
@@ -244,49 +241,77 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Values of the kept tokens from `first` on: their directions, or their cotangents at some positions of one output."""
+class Directions:
+    """A module's directions of the kept tokens from `first` on."""
 
     first: int  # on the tile's axis
     values: Float[Tensor, "n K"]
-    where: tuple[int, int, tuple[slice, ...]] | None = None  # call, output and which part of it; None for a direction
+
+
+@dataclass(frozen=True)
+class Block:
+    """Cotangents of the kept tokens from `first` on at some positions of one of a module's outputs."""
+
+    first: int
+    values: Float[Tensor, "n K"]
+    call: int
+    output: int
+    part: tuple[slice, ...]  # of the output
+
+
+Held = dict[str, Directions | list[Block]]
+LookedUp = list[tuple[Strip, tuple[list[Call], Outputs]]]
 
 
 @torch.no_grad()
-def _hold(
-    strips: list[Strip], depth: int, rules: dict[str, Rule], lookup: str | None, room: Room
-) -> tuple[dict[str, list[Block]], list[tuple[Strip, tuple[list[Call], Outputs]]]]:
+def _hold(strips: list[Strip], depth: int, rules: dict[str, Rule], lookup: str | None, room: Room) -> tuple[Held, LookedUp]:
     """Pull kept tokens of one sequence through a segment: its modules' blocks, and what the tied lookup found as it was."""
     first, last = strips[0].at.start, strips[-1].at.stop
     shapes = [[[x.shape for x in outputs] for _, outputs in strip.segments[depth].inside] for strip in strips]
     calls_of: dict[str, list[int]] = {}
     for i, (call, _) in enumerate(strips[0].segments[depth].inside):
         calls_of.setdefault(call.name, []).append(i)
-    held: dict[str, list[Block]] = {}
+    held: Held = {}
     like = strips[0].graph.h
     for name, inside in calls_of.items():
-        held[name] = []
         if rules[name].is_short(strips[0].half):
-            held[name].append(Block(first, room.take(last - first, rules[name].size, like)))
+            held[name] = Directions(first, room.take(last - first, rules[name].size, like))
             continue
+        blocks = []
         for c, i in enumerate(inside):
             for k in range(len(shapes[0][i])):
                 before = None
                 for strip, shape in zip(strips, shapes, strict=True):
                     for part in _between(before, shape[i][k]):
                         size = prod(x.stop - x.start for x in part)
-                        held[name].append(Block(strip.at.start, room.take(last - strip.at.start, size, like), (c, k, part)))
+                        blocks.append(Block(strip.at.start, room.take(last - strip.at.start, size, like), c, k, part))
                     before = shape[i][k]
-    looked_up = []
+        held[name] = blocks
+    looked_up: LookedUp = []
     for strip in strips:
         seen = []
         for at, found in strip.pull(depth):
             for name, (calls, delta) in found.items():
-                short = held[name][0].where is None
-                _write(held[name], at, rules[name].direction(calls, delta) if short else None, delta)
-            seen += [found[lookup]] if lookup in found else []
+                _keep(held[name], rules[name], calls, delta, at)
+            seen += [found[lookup]] if lookup is not None and lookup in found else []
         looked_up += [(strip, _joined(seen))] if seen else []
     return held, looked_up
+
+
+def _keep(held: Directions | list[Block], rule: Rule, calls: list[Call], delta: Outputs, at: slice) -> None:
+    """Put a chunk's directions, or its cotangents, where they are kept."""
+    if isinstance(held, Directions):
+        _join(rule.direction(calls, delta), held.values[at.start - held.first : at.stop - held.first])
+        return
+    for block in held:
+        if block.first <= at.start:
+            rows = block.values[at.start - block.first : at.stop - block.first]
+            part = delta[block.call][block.output][(slice(None), *block.part)]
+            rows.view(part.shape).copy_(part)
+
+
+def _join(direction: Direction, out: Float[Tensor, "n K"]) -> None:
+    torch.cat([direction[name].flatten(1) for name in sorted(direction)], 1, out=out)
 
 
 def _joined(parts: list[tuple[list[Call], Outputs]]) -> tuple[list[Call], Outputs]:
@@ -326,59 +351,42 @@ def _groups(streamed: list[Strip], depth: int, last: bool) -> Iterator[tuple[sli
         yield slice(start, stop), group
 
 
-def _write(blocks: list[Block], at: slice, direction: Direction | None, outputs: Outputs | None) -> None:
-    """Put the directions, or the parts of outputs [b, *output], of the tokens `at` where the blocks have them."""
-    for block in blocks:
-        if block.first <= at.start:
-            rows = block.values[at.start - block.first : at.stop - block.first]
-            if direction is not None:
-                torch.cat([direction[name].flatten(1) for name in sorted(direction)], 1, out=rows)
-            else:
-                call, output, part = block.where
-                rows.view(-1, *(x.stop - x.start for x in part)).copy_(outputs[call][output][(slice(None), *part)])
-
-
 @torch.no_grad()
-def _meet(
-    p: Plan, F: Float[Tensor, "M b"], held: dict[str, list[Block]], rules: dict[str, Rule], group: Group, desk: Room
-) -> None:
+def _meet(p: Plan, F: Float[Tensor, "M b"], held: Held, rules: dict[str, Rule], group: Group, desk: Room) -> None:
     """Add what a segment's modules do, between the kept tokens of one sequence and a group of streamed ones."""
-    for name, blocks in held.items():
+    columns = F.shape[1]
+    for name, kept in held.items():
         rule = rules[name]
         desk.clear()
-        if blocks[0].where is None:
-            right = desk.take(F.shape[1], rule.size, blocks[0].values)
+        if isinstance(kept, Directions):
+            right = desk.take(columns, rule.size, kept.values)
             for at, _, _, found in group:
-                _write([Block(0, right)], at, scaled(rule.direction(*found[name]), p.P.get(name)), None)
-            F[blocks[0].first : blocks[0].first + len(blocks[0].values)] += inner(blocks[0].values, right)
+                _join(scaled(rule.direction(*found[name]), p.P.get(name)), right[at])
+            F[kept.first : kept.first + len(kept.values)] += inner(kept.values, right)
             continue
-        E = [
-            [desk.take(F.shape[1], shape.numel(), blocks[0].values).view(-1, *shape) for shape in call] for call in rule.outputs
-        ]
+        like = kept[0].values
+        E = [[desk.take(columns, shape.numel(), like).view(-1, *shape) for shape in call] for call in rule.outputs]
         for at, _, _, found in group:
             if not (isinstance(rule, Linear) and rule.fill(*found[name], [e[at] for (e,) in E])):
                 for call, tangents in zip(E, rule.tangent(*found[name]), strict=True):
                     for e, tangent in zip(call, tangents, strict=True):
                         e[at] = tangent
-        for block in blocks:
-            call, output, part = block.where
-            F[block.first : block.first + len(block.values)] += inner(
-                block.values, E[call][output][(slice(None), *part)].flatten(1)
-            )
+        for block in kept:
+            near = E[block.call][block.output][(slice(None), *block.part)]
+            F[block.first : block.first + len(block.values)] += inner(block.values, near.flatten(1))
 
 
 @torch.no_grad()
-def _meet_tied(
-    rule: Embedding, lookup: str, F: Float[Tensor, "M b"], kept: list[tuple[Strip, tuple[list[Call], Outputs]]], group: Group
-) -> None:
+def _meet_tied(rule: Rule, lookup: str, F: Float[Tensor, "M b"], kept: LookedUp, group: Group) -> None:
     """Add what one tensor does as lookup of one side and as readout of the other."""
+    assert isinstance(rule, Embedding)
     for at, _, _, found in group:
         ids, d = rule.rows(*found[lookup])
         for o, _ in kept:
             F[o.at, at] += tied(o.w.h[o.rows], o.w.residual_at(ids)[o.rows], d).T
     h = torch.cat([strip.w.h[rows] for _, strip, rows, _ in group])
-    for o, found in kept:
-        ids, d = rule.rows(*found)
+    for o, theirs in kept:
+        ids, d = rule.rows(*theirs)
         F[o.at] += tied(h, torch.cat([strip.w.residual_at(ids)[rows] for _, strip, rows, _ in group]), d)
 
 

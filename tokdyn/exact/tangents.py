@@ -28,7 +28,7 @@ Deltas = dict[str, tuple[list[Call], Outputs]]
 def columns(
     tracer: Tracer, p: Plan, others: list[tuple[Watched, dict[str, Rule]]], source: Watched, chunk: int
 ) -> Iterator[tuple[slice, list[Float[Tensor, "M b"]]]]:
-    """The backbone's part of F for one sequence of the looped side, chunk by chunk: which tokens, and a block for each other."""
+    """The backbone's part of F for one sequence of the looped side, by chunks: which tokens, and a block for each other."""
     for n in range(0, len(source.h), chunk):
         rows = slice(n, min(n + chunk, len(source.h)))
         deltas = _cotangents(tracer, p, source, rows)
