@@ -9,7 +9,7 @@ from tokdyn.exact import plan, rules, segments, sweep
 from tokdyn.exact.matrix import matrix
 from tokdyn.exact.naive import naive_matrix
 from tokdyn.exact.norms import Norm
-from tokdyn.forces import prepare
+from tokdyn.sides import prepare
 from tokdyn.objectives import SFT
 from tokdyn.testing import random_chis, relative_error, tiny
 from tokdyn.trace import Call, trace

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 from . import exact, ops
 from .exact import Progress, Side
+from .exact.matrix import grouped_matrix, size_in_bytes
 from .exact.matrix import matrix as exact_matrix
 from .exact.naive import naive_matrix
+from .exact.plan import one_by_one
 from .exact.readout import readout_matrix
-from .objectives import SFT, GTerm, Objective, Scores
+from .groups import group_labels, group_table
+from .objectives import SFT, Objective
 from .precondition import preconditioner
-from .sequences import Batch, Chi
+from .sequences import Chi
+from .shards import Shards
+from .sides import Sides, prepare, with_sides
 from .store import FORMAT, read_folder, write_folder
 from .trace import Tracer, trace
 
@@ -32,158 +37,22 @@ class Vocabulary(NamedTuple):
     fall: Float[Tensor, "*m k"]
 
 
-@dataclass(frozen=True)
-class Sides:
-    """Both sides of a decomposition, ready for the engine, with what the update's objective made of it."""
-
-    update: Sequence[Chi]
-    observe: Sequence[Chi]
-    u: Side
-    o: Side
-    gterm: GTerm
-    updated: Any  # pyarrow.Table
-    observed: Any  # pyarrow.Table
-    y: Int[Tensor, " M"]
-
-
-def prepare(
-    tracer: Tracer,
-    update: Sequence[Chi],
-    observe: Sequence[Chi],
-    objective: Objective,
-    *,
-    reference: nn.Module | None = None,
-    weights: Tensor | None = None,
-    tokens: int = 2048,
-) -> Sides:
-    """Score both sides once, ask the objective for c, and lay out the row tables.
-
-    Raises:
-        ValueError: an empty side, ids outside the vocabulary, NaN logits, sequences that do not fit the objective.
-    """
-    for name, chis in (("update", update), ("observe", observe)):
-        if not chis or not sum(len(chi) for chi in chis):
-            raise ValueError(f"{name} holds no scored token: give at least one sequence with a response")
-        if not all(len(chi) for chi in chis):
-            raise ValueError(f"sequence {[len(chi) for chi in chis].index(0)} of {name} holds no scored token: leave it out")
-    if reference is not None:
-        update = with_reference(update, reference)
-    scored = tracer.score(update, tokens)
-    log_probs, scores = _scores(scored, objective)
-    gterm = objective.g_terms(log_probs, update, scores)
-    broken = ~gterm.c.reshape(len(log_probs), -1).isfinite().all(1)
-    if bool(broken.any()):
-        s = int(torch.cat([batch.sequence for batch, _ in scored])[broken.cpu()][0])
-        raise ValueError(
-            f"{type(objective).__name__} gives sequence {s} a weight c that is not finite: its constants, its advantage, or "
-            "its reference or old log-probs are far out of range"
-        )
-    sizes = [len(batch.targets) for batch, _ in scored]
-    terms = [
-        GTerm(*parts)
-        for parts in zip(
-            gterm.targets.split(sizes),
-            gterm.c.split(sizes),
-            gterm.v.split(sizes) if gterm.v is not None else [None] * len(sizes),
-            gterm.uniform.split(sizes) if gterm.uniform is not None else [None] * len(sizes),
-            strict=True,
-        )
-    ]
-    seen = tracer.score(observe, tokens)
-    y = torch.cat([batch.targets for batch, _ in seen]).to(tracer.device)
-    w = (
-        torch.ones(len(y), dtype=tracer.precision, device=tracer.device)
-        if weights is None
-        else weights.to(tracer.device, tracer.precision)
-    )
-    if w.shape != y.shape:
-        raise ValueError(f"weights must have shape [M]=({len(y)},), one per observed token, got {list(w.shape)}")
-    o_sizes = [len(batch.targets) for batch, _ in seen]
-    o_terms = [GTerm(a, b) for a, b in zip(y.split(o_sizes), w.split(o_sizes), strict=True)]
-    return Sides(
-        update, observe,
-        Side([batch for batch, _ in scored], terms), Side([batch for batch, _ in seen], o_terms),
-        gterm, row_table(scored, update, gterm.c), row_table(seen, observe), y,
-    )  # fmt: skip
-
-
-def with_reference(chis: Sequence[Chi], reference: nn.Module) -> list[Chi]:
-    """The sequences with log pi_ref of a reference model filled in, where they do not bring their own."""
-    wanting = [i for i, chi in enumerate(chis) if chi.reference_log_probs is None]
-    filled = list(chis)
-    if wanting:
-        with trace(reference) as tracer:
-            scored = tracer.score([chis[i] for i in wanting])
-        log_probs = torch.cat([ops.token_stats(z, batch.targets.to(z.device)).log_prob for batch, z in scored])
-        for i, part in zip(wanting, log_probs.split([len(chis[i]) for i in wanting]), strict=True):
-            filled[i] = chis[i].with_(reference_log_probs=part)
-    return filled
-
-
-def _scores(scored: list[tuple[Batch, Tensor]], objective: Objective) -> tuple[Tensor, Scores]:
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("log_prob", *objective.needs)}
-    for batch, z in scored:
-        stats = ops.token_stats(z, batch.targets.to(z.device))
-        parts["log_prob"].append(stats.log_prob)
-        if "entropy" in parts:
-            parts["entropy"].append(stats.entropy)
-        if "mean_log_prob" in parts:
-            parts["mean_log_prob"].append(z.mean(1) - stats.logsumexp)
-        if "candidates" in parts:
-            values, ids = ops.topk_log_probs(z, objective.n_candidates)
-            parts["candidates"].append(ids)
-            parts["candidate_log_probs"].append(values)
-    joined = {name: torch.cat(part) for name, part in parts.items()}
-    return joined.pop("log_prob"), Scores(**joined)
-
-
-def row_table(scored: list[tuple[Batch, Tensor]], chis: Sequence[Chi], c: Tensor | None = None) -> Any:
-    """One row per scored token: where it stands, what it is, and its statistics under the model."""
-    import pyarrow as pa
-
-    columns: dict[str, list[Any]] = {}
-    for batch, z in scored:
-        stats = ops.token_stats(z, batch.targets.to(z.device))
-        rows = zip(batch.sequence.tolist(), batch.position.tolist(), batch.targets.tolist(), strict=True)
-        for s, t, token_id in rows:
-            chi = chis[s]
-            values = dict(sequence=s, group=chi.group, role=chi.role, position=t, token_id=token_id,
-                          token=chi.tokens[t] if chi.tokens else f"<{token_id}>")  # fmt: skip
-            for key, value in values.items():
-                columns.setdefault(key, []).append(value)
-        for key, column in stats._asdict().items():
-            columns.setdefault(key, []).extend(column.tolist())
-    if c is not None:
-        columns["c"] = (c[:, 0] if c.dim() == 2 else c).tolist()
-    return pa.table(columns)
-
-
-def with_sides(updated: Any, observed: Any) -> Any:
-    """Both row tables as one: `side` says which, `row` is the index on the matrix axis of that side."""
-    import pyarrow as pa
-
-    tables = []
-    for side, table in (("updated", updated), ("observed", observed)):
-        n = table.num_rows
-        table = table.add_column(0, "row", pa.array(range(n), pa.int64()))
-        tables.append(table.add_column(0, "side", pa.array([side] * n, pa.string())))
-    return pa.concat_tables(tables, promote_options="default")
-
-
 @dataclass(frozen=True, eq=False)
 class Forces:
     """Forces of the tokens of an update on observed tokens; nats per unit learning rate, positive lifts.
 
     Attributes:
-        matrix: F [M, L], or None when a reduction was asked for.
+        matrix: F [M, L] ([M, G] of groups), or None when a reduction was asked for or it was written to a folder.
         vector: Σ_l F [M] (reduce="update"), Σ_m w_m F [L] (reduce="observe"), or None.
         c: weight of each update token, -dL/dlog pi (its first target's where it has several), [L].
         observed, updated: row tables (pyarrow) with sequence, position, token_id, token, log_prob and the token statistics.
         coverage: parameter name -> the rule it took part by, or why it took no part.
         scope, method, reduce: as asked.
+        groups: the column of each update token, -1 for none, or None where each has its own.
+        shards: the matrix on disk, where it was written to a folder.
     """
 
-    matrix: Float[Tensor, "M L"] | None
+    matrix: Float[Tensor, "M G"] | None
     vector: Tensor | None
     c: Float[Tensor, " L"]
     observed: Any
@@ -192,6 +61,8 @@ class Forces:
     scope: str
     method: str
     reduce: str | None
+    groups: Int[Tensor, " L"] | None = None
+    shards: Shards | None = None
     _live: _Live | None = field(default=None, repr=False)
 
     def predict(self, eta: float) -> Float[Tensor, " M"]:
@@ -202,6 +73,8 @@ class Forces:
         """
         if self.reduce == "observe":
             raise ValueError('predict needs forces on each observed token: use reduce=None or reduce="update"')
+        if self.shards is not None:
+            return eta * torch.cat([self.shards[a:z].sum(1) for a, z, _ in self.shards.blocks])
         total = self.vector if self.matrix is None else self.matrix.sum(1)
         assert total is not None
         return eta * total
@@ -211,7 +84,7 @@ class Forces:
 
         Args:
             m: row of the observed token; None for all of them, results [M, k].
-            l: column of one update token; None for the whole step.
+            l: column of one update token, or of one group; None for the whole step.
             k: how many.
 
         Raises:
@@ -265,7 +138,8 @@ class Forces:
         about = dict(
             format=FORMAT, kind="forces", scope=self.scope, method=self.method, reduce=self.reduce, coverage=self.coverage
         )
-        tensors = {"c": self.c, "matrix": self.matrix, "vector": self.vector}
+        matrix = self.matrix if self.shards is None else self.shards.tensor()
+        tensors = {"c": self.c, "matrix": matrix, "vector": self.vector, "groups": self.groups}
         write_folder(Path(path), about, self.tokens(), {k: v for k, v in tensors.items() if v is not None})
 
     @classmethod
@@ -282,9 +156,10 @@ class Forces:
         sides = []
         for side in ("updated", "observed"):
             rows = table.filter([value == side for value in table["side"].to_pylist()]).drop_columns(["side", "row"])
-            sides.append(rows if side == "updated" else rows.drop_columns(["c"]))
+            extra = [name for name in ("c", "size") if name in rows.column_names] if side == "observed" else []
+            sides.append(rows.drop_columns(extra))
         return cls(tensors.get("matrix"), tensors.get("vector"), tensors["c"], sides[1], sides[0], about["coverage"],
-                   about["scope"], about["method"], about["reduce"])  # fmt: skip
+                   about["scope"], about["method"], about["reduce"], tensors.get("groups"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -295,6 +170,7 @@ class _Live:
     sides: Sides
     scope: str
     P: exact.Direction | None
+    labels: Tensor | None
     fingerprint: Tensor
 
     def vocabulary(self, m: int | None, l: int | None, k: int) -> Vocabulary:  # noqa: E741
@@ -304,6 +180,8 @@ class _Live:
             uses = exact.select(tracer, self.scope)
             if l is None:
                 direction = exact.pull(tracer, self.sides.u, uses)
+            elif self.labels is not None:
+                direction = exact.pull(tracer, self.sides.u.part((self.labels == l).to(self.sides.gterm.c)), uses)
             else:
                 direction = next(exact.pull_each(tracer, self.sides.u, uses, l, l + 1))
             batches = self.sides.o.batches
@@ -350,8 +228,9 @@ def forces(
     optimizer: torch.optim.Optimizer | None = None,
     reference: nn.Module | None = None,
     weights: Tensor | None = None,
-    memory: int = 4 << 30,
-    out: Tensor | None = None,
+    groups: str | Sequence[int] | Tensor | None = None,
+    memory: int | str = "4GiB",
+    out: Tensor | str | Path | None = None,
     progress: Progress | None = None,
 ) -> Forces:
     """Force of every update token on every observed token, F[m,l] = -[A_m K_{m,l} G_l]_{y_m} = <∇ log pi(y_m), -∇L_l>.
@@ -372,16 +251,19 @@ def forces(
         optimizer: an Adam, AdamW or RMSprop with state; the kernel becomes J_o P J_uᵀ at its frozen diagonal P.
         reference: model of log pi_ref for the sequences that do not bring it; the policy itself when absent.
         weights: weight of each observed token in reduce="observe", [M].
-        memory: bytes that method="naive" may keep of per-token gradients, "tangent" of a chunk's tangents.
-        out: an [M, L] tensor to fill as the matrix is computed (what is there when interrupted is right).
+        groups: one column for each group of update tokens instead of each token: "sequence", "response", "sentence" or labels
+            [L] (groups.group_labels); `matrix` is then [M, G] and `updated` has a row for each group.
+        memory: bytes ("2GiB") that method="tangent" may take for cotangents and tangents, "naive" for gradients.
+        out: an [M, L] (or [M, G]) tensor to fill as the matrix is computed (what is there when interrupted is right), or a
+            new folder to which it goes in blocks of rows as they are done; `shards` reads it, `matrix` is then None.
         progress: called with (done, total).
 
     Raises:
         ValueError: an unknown option, sequences that do not fit the objective or the model, a model that is not finite.
 
-    Cost: a reduction is one backward and one tangent pass over each side. A matrix by "tangent" is about one
-    of each per token of one side without its weight gradients, by "naive" one backward pass per token of both sides and
-    2·M·L·P flops.
+    Cost: a reduction is one backward and one tangent pass over each side, a group one of each. A matrix by "tangent" is about
+    one backward pass without weight gradients per token of both sides (docs/exact.md), by "naive" one full backward pass per
+    token of both sides and 2·M·L·P flops.
     """
     if reduce not in (None, "update", "observe"):
         raise ValueError(f'reduce must be None, "update" or "observe", got {reduce!r}')
@@ -391,33 +273,99 @@ def forces(
         raise ValueError('method="fd" measures reductions: add reduce="update" or reduce="observe"')
     if weights is not None and reduce != "observe":
         raise ValueError('weights belong to reduce="observe"')
+    if reduce is not None and (groups is not None or out is not None):
+        raise ValueError(f"{'groups' if groups is not None else 'out'} belongs to the matrix: leave reduce={reduce!r} out")
+    memory = size_in_bytes(memory)
     with trace(model) as tracer:
         sides = prepare(tracer, update, observe, objective, reference=reference, weights=weights)
+        labels = None if groups is None else group_labels(groups, sides.update)
         uses = exact.select(tracer, scope)
         P = preconditioner(optimizer, tracer) if optimizer is not None else None
-        matrix, vector, rules = None, None, dict[str, str]()
-        closed_form = scope == "readout" and method == "tangent" and P is None and tracer.readout.weight_name in uses
-        if closed_form and tracer.readout_residual(sides.o.batches[0]) < tracer.readout_bound:
-            closed, rules = readout_matrix(tracer, sides.o, sides.u, uses, None, reduce), dict.fromkeys(uses, "readout in closed form")
-            matrix, vector = (closed, None) if reduce is None else (None, closed)
-        elif reduce is None or method == "naive":
-            shape = (len(sides.o), len(sides.u))
-            if out is not None and out.shape != shape:
-                raise ValueError(f"out must have shape [M, L]={shape}, got {list(out.shape)}")
-            matrix = torch.full(shape, torch.nan, dtype=tracer.precision, device=tracer.device) if out is None else out
-            if method == "naive":
-                naive_matrix(tracer, sides.o, sides.u, uses, P, matrix, progress, memory)
-            else:
-                rules = exact_matrix(tracer, sides.o, sides.u, uses, P, matrix, progress, memory)
-            if reduce is not None:
-                vector, matrix = matrix.sum(1 if reduce == "update" else 0), None
+        shape = (len(sides.o), len(sides.u) if labels is None else int(labels.max()) + 1)
+        matrix, vector, shards, rules = None, None, None, dict[str, str]()
+
+        def fill(o: Side, block: Tensor) -> None:
+            rules.update(_fill(tracer, method, scope, o, sides.u, uses, P, labels, block, progress, memory))
+
+        if reduce is None and isinstance(out, (str, Path)):
+            shards = Shards.create(out, shape)
+            for o in _row_blocks(sides.o, max(1, memory // 4 // (shape[1] * 4))):
+                block = torch.full((len(o), shape[1]), torch.nan, dtype=tracer.precision, device=tracer.device)
+                fill(o, block)
+                shards.append(block)
+        elif reduce is None:
+            if isinstance(out, Tensor) and out.shape != shape:
+                raise ValueError(f"out must have shape [M, {'L' if labels is None else 'G'}]={shape}, got {list(out.shape)}")
+            empty = torch.full(shape, torch.nan, dtype=tracer.precision, device=tracer.device)
+            matrix = out if isinstance(out, Tensor) else empty
+            fill(sides.o, matrix)
+        elif method == "naive":
+            F = torch.full(shape, torch.nan, dtype=tracer.precision, device=tracer.device)
+            fill(sides.o, F)
+            vector = F.sum(1 if reduce == "update" else 0)
+        elif _closed(tracer, method, scope, sides.o, uses, P):
+            vector = readout_matrix(tracer, sides.o, sides.u, uses, None, reduce)
+            rules = dict.fromkeys(uses, "readout in closed form")
         else:
             source, sink = (sides.u, sides.o) if reduce == "update" else (sides.o, sides.u)
             direction = exact.scaled(exact.pull(tracer, source, uses), P)
             move = exact.push_all if method == "tangent" else exact.finite_difference
             vector = move(tracer, sink, direction, uses)
+        updated = sides.updated if labels is None else group_table(sides.updated, labels)
         c = sides.gterm.c
         return Forces(
-            matrix, vector, c[:, 0] if c.dim() == 2 else c, sides.observed, sides.updated, coverage(tracer, uses, scope, rules),
-            scope, method, reduce, _Live(model, sides, scope, P, fingerprint(tracer)),
+            matrix, vector, c[:, 0] if c.dim() == 2 else c, sides.observed, updated, coverage(tracer, uses, scope, rules),
+            scope, method, reduce, labels, shards, _Live(model, sides, scope, P, labels, fingerprint(tracer)),
         )  # fmt: skip
+
+
+def _closed(tracer: Tracer, method: str, scope: str, o: Side, uses: dict[str, str], P: exact.Direction | None) -> bool:
+    """Whether the readout alone moves and is what its formula says."""
+    alone = scope == "readout" and method == "tangent" and P is None and tracer.readout.weight_name in uses
+    return alone and tracer.readout_residual(o.batches[0]) < tracer.readout_bound
+
+
+def _fill(
+    tracer: Tracer,
+    method: str,
+    scope: str,
+    o: Side,
+    u: Side,
+    uses: dict[str, str],
+    P: exact.Direction | None,
+    labels: Tensor | None,
+    out: Tensor,
+    progress: Progress | None,
+    memory: int,
+) -> dict[str, str]:
+    """The matrix, or its columns added up by group, into out; the rule of each parameter."""
+    if method == "tangent" and scope != "readout":
+        if labels is None:
+            return exact_matrix(tracer, o, u, uses, P, out, progress, memory)
+        return grouped_matrix(tracer, o, u, uses, P, labels, out, progress, memory)
+    F = out if labels is None else torch.zeros(len(o), len(u), dtype=out.dtype, device=out.device)
+    rules: dict[str, str] = {}
+    if _closed(tracer, method, scope, o, uses, P):
+        F.copy_(readout_matrix(tracer, o, u, uses, None))
+        rules = dict.fromkeys(uses, "readout in closed form")
+    elif method == "tangent":
+        rules = exact_matrix(tracer, o, u, uses, P, F, progress, memory)
+    else:
+        naive_matrix(tracer, o, u, uses, P, F, progress, memory)
+    if labels is not None:
+        member = (labels >= 0).to(out.device)
+        out.zero_().index_add_(1, labels.to(out.device)[member], F[:, member])
+    return rules
+
+
+def _row_blocks(o: Side, rows: int) -> Iterator[Side]:
+    """Whole sequences, as many as have at most so many tokens (one at least)."""
+    singles = one_by_one(o)
+    start = 0
+    while start < len(singles.batches):
+        stop, n = start, 0
+        while stop < len(singles.batches) and (stop == start or n + len(singles.batches[stop].targets) <= rows):
+            n += len(singles.batches[stop].targets)
+            stop += 1
+        yield Side(singles.batches[start:stop], singles.terms[start:stop])
+        start = stop

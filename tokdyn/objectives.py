@@ -42,7 +42,14 @@ class GTerm:
 
     def rows(self, index: Tensor | slice) -> GTerm:
         """Some of the tokens."""
-        return GTerm(*(None if x is None else x[index] for x in (self.targets, self.c, self.v, self.uniform)))
+        v, uniform = (None if x is None else x[index] for x in (self.v, self.uniform))
+        return GTerm(self.targets[index], self.c[index], v, uniform)
+
+    def times(self, weights: Float[Tensor, "L"]) -> GTerm:
+        """The gradient of each token times a weight."""
+        w = weights.to(self.c)
+        v, uniform = (None if x is None else x * w for x in (self.v, self.uniform))
+        return GTerm(self.targets, self.c * (w if self.c.dim() == 1 else w[:, None]), v, uniform)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ._version import __version__
 from .exact.matrix import matrix as exact_matrix
 from .exact.naive import naive_matrix
 from .findings import ROW_SUMS, findings
-from .forces import Sides, prepare, with_sides
+from .sides import Sides, prepare, with_sides
 from .forces import coverage as coverage_of
 from .objectives import DPO, Objective
 from .sequences import Chi, token_texts

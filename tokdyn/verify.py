@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import exact
-from .forces import Sides, prepare
+from .sides import Sides, prepare
 from .objectives import SFT, Objective
 from .precondition import preconditioner
 from .sequences import Chi

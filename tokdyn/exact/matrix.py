@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..sequences import Batch
 from ..trace import Tracer
 from . import sweep, tangents
-from .motions import Direction, Progress, Side
+from .motions import Direction, Progress, Side, pull, push_all, scaled
 from .naive import tangent_matrix
 from .plan import Plan, Watched, ids_of, one_by_one, plan, watch
 from .readout import readout_matrix
@@ -60,6 +61,50 @@ def matrix(
     except Unsupported as reason:
         tangent_matrix(tracer, o, u, uses, P, out, progress)
         return dict.fromkeys(uses, f"one direction per token ({reason})")
+
+
+def grouped_matrix(
+    tracer: Tracer,
+    o: Side,
+    u: Side,
+    uses: dict[str, str],
+    P: Direction | None,
+    labels: Int[Tensor, " L"],
+    out: Float[Tensor, "M G"],
+    progress: Progress | None = None,
+    memory: int = MEMORY,
+) -> dict[str, str]:
+    """Columns of F summed over groups of update tokens (-1 takes no part), into out; returns each parameter's rule.
+
+    A group is one direction, pulled and pushed at once. Where there are about as many groups as tokens the token matrix is
+    the cheaper way, and its columns are added up.
+    """
+    G = out.shape[1]
+    if 2 * G > (len(o) + len(u)) / (1 + FORWARD):
+        F = torch.zeros(len(o), len(u), dtype=out.dtype, device=out.device)
+        rules = matrix(tracer, o, u, uses, P, F, progress, memory)
+        member = labels >= 0
+        out.zero_().index_add_(1, labels[member].to(out.device), F[:, member.to(out.device)])
+        return rules
+    for g in range(G):
+        direction = scaled(pull(tracer, u.part((labels == g).to(out)), uses), P)
+        out[:, g] = push_all(tracer, o, direction, uses)
+        if progress:
+            progress(g + 1, G)
+    return dict.fromkeys(uses, "one direction per group")
+
+
+def size_in_bytes(memory: int | str) -> int:
+    """Bytes of 4294967296, "4GiB", "512 MiB" or "2GB".
+
+    Raises:
+        ValueError: no such size, or not positive.
+    """
+    units = {"": 1, "b": 1, **{x + y: b ** (i + 1) for y, b in (("b", 1000), ("ib", 1024)) for i, x in enumerate("kmgt")}}
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", str(memory))
+    if found is None or found[2].lower() not in units or found[1].count(".") > 1 or float(found[1]) <= 0:
+        raise ValueError(f'memory must be a number of bytes or a size such as "2GiB" or "500MB", got {memory!r}')
+    return int(float(found[1]) * units[found[2].lower()])
 
 
 def _backbone(

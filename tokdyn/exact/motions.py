@@ -35,6 +35,16 @@ class Side:
     def __len__(self) -> int:
         return sum(len(batch.targets) for batch in self.batches)
 
+    def part(self, weights: Float[Tensor, " N"]) -> Side:
+        """The tokens with their forces times a weight each; batches of which all weights are 0 are left out."""
+        batches, terms = [], []
+        sizes = [len(batch.targets) for batch in self.batches]
+        for batch, term, w in zip(self.batches, self.terms, weights.split(sizes), strict=True):
+            if bool(w.any()):
+                batches.append(batch)
+                terms.append(term.times(w))
+        return Side(batches, terms)
+
     def force(self, b: int, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """Γ of the tokens of batch b, in float32 at least."""
         term = self.terms[b]

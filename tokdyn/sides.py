@@ -1,0 +1,155 @@
+"""Both sides of a decomposition: sequences scored once, c from the objective, and their row tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from . import ops
+from .exact import Side
+from .objectives import GTerm, Objective, Scores
+from .sequences import Batch, Chi
+from .trace import Tracer, trace
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Both sides of a decomposition, ready for the engine, with what the update's objective made of it."""
+
+    update: Sequence[Chi]
+    observe: Sequence[Chi]
+    u: Side
+    o: Side
+    gterm: GTerm
+    updated: Any  # pyarrow.Table
+    observed: Any  # pyarrow.Table
+    y: Int[Tensor, " M"]
+
+
+def prepare(
+    tracer: Tracer,
+    update: Sequence[Chi],
+    observe: Sequence[Chi],
+    objective: Objective,
+    *,
+    reference: nn.Module | None = None,
+    weights: Tensor | None = None,
+    tokens: int = 2048,
+) -> Sides:
+    """Score both sides once, ask the objective for c, and lay out the row tables.
+
+    Raises:
+        ValueError: an empty side, ids outside the vocabulary, NaN logits, sequences that do not fit the objective.
+    """
+    for name, chis in (("update", update), ("observe", observe)):
+        if not chis or not sum(len(chi) for chi in chis):
+            raise ValueError(f"{name} holds no scored token: give at least one sequence with a response")
+        if not all(len(chi) for chi in chis):
+            raise ValueError(f"sequence {[len(chi) for chi in chis].index(0)} of {name} holds no scored token: leave it out")
+    if reference is not None:
+        update = with_reference(update, reference)
+    scored = tracer.score(update, tokens)
+    log_probs, scores = _scores(scored, objective)
+    gterm = objective.g_terms(log_probs, update, scores)
+    broken = ~gterm.c.reshape(len(log_probs), -1).isfinite().all(1)
+    if bool(broken.any()):
+        s = int(torch.cat([batch.sequence for batch, _ in scored])[broken.cpu()][0])
+        raise ValueError(
+            f"{type(objective).__name__} gives sequence {s} a weight c that is not finite: its constants, its advantage, or "
+            "its reference or old log-probs are far out of range"
+        )
+    sizes = [len(batch.targets) for batch, _ in scored]
+    terms = [
+        GTerm(*parts)
+        for parts in zip(
+            gterm.targets.split(sizes),
+            gterm.c.split(sizes),
+            gterm.v.split(sizes) if gterm.v is not None else [None] * len(sizes),
+            gterm.uniform.split(sizes) if gterm.uniform is not None else [None] * len(sizes),
+            strict=True,
+        )
+    ]
+    seen = tracer.score(observe, tokens)
+    y = torch.cat([batch.targets for batch, _ in seen]).to(tracer.device)
+    w = (
+        torch.ones(len(y), dtype=tracer.precision, device=tracer.device)
+        if weights is None
+        else weights.to(tracer.device, tracer.precision)
+    )
+    if w.shape != y.shape:
+        raise ValueError(f"weights must have shape [M]=({len(y)},), one per observed token, got {list(w.shape)}")
+    o_sizes = [len(batch.targets) for batch, _ in seen]
+    o_terms = [GTerm(a, b) for a, b in zip(y.split(o_sizes), w.split(o_sizes), strict=True)]
+    return Sides(
+        update, observe,
+        Side([batch for batch, _ in scored], terms), Side([batch for batch, _ in seen], o_terms),
+        gterm, row_table(scored, update, gterm.c), row_table(seen, observe), y,
+    )  # fmt: skip
+
+
+def with_reference(chis: Sequence[Chi], reference: nn.Module) -> list[Chi]:
+    """The sequences with log pi_ref of a reference model filled in, where they do not bring their own."""
+    wanting = [i for i, chi in enumerate(chis) if chi.reference_log_probs is None]
+    filled = list(chis)
+    if wanting:
+        with trace(reference) as tracer:
+            scored = tracer.score([chis[i] for i in wanting])
+        log_probs = torch.cat([ops.token_stats(z, batch.targets.to(z.device)).log_prob for batch, z in scored])
+        for i, part in zip(wanting, log_probs.split([len(chis[i]) for i in wanting]), strict=True):
+            filled[i] = chis[i].with_(reference_log_probs=part)
+    return filled
+
+
+def _scores(scored: list[tuple[Batch, Tensor]], objective: Objective) -> tuple[Tensor, Scores]:
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("log_prob", *objective.needs)}
+    for batch, z in scored:
+        stats = ops.token_stats(z, batch.targets.to(z.device))
+        parts["log_prob"].append(stats.log_prob)
+        if "entropy" in parts:
+            parts["entropy"].append(stats.entropy)
+        if "mean_log_prob" in parts:
+            parts["mean_log_prob"].append(z.mean(1) - stats.logsumexp)
+        if "candidates" in parts:
+            values, ids = ops.topk_log_probs(z, objective.n_candidates)
+            parts["candidates"].append(ids)
+            parts["candidate_log_probs"].append(values)
+    joined = {name: torch.cat(part) for name, part in parts.items()}
+    return joined.pop("log_prob"), Scores(**joined)
+
+
+def row_table(scored: list[tuple[Batch, Tensor]], chis: Sequence[Chi], c: Tensor | None = None) -> Any:
+    """One row per scored token: where it stands, what it is, and its statistics under the model."""
+    import pyarrow as pa
+
+    columns: dict[str, list[Any]] = {}
+    for batch, z in scored:
+        stats = ops.token_stats(z, batch.targets.to(z.device))
+        rows = zip(batch.sequence.tolist(), batch.position.tolist(), batch.targets.tolist(), strict=True)
+        for s, t, token_id in rows:
+            chi = chis[s]
+            values = dict(sequence=s, group=chi.group, role=chi.role, position=t, token_id=token_id,
+                          token=chi.tokens[t] if chi.tokens else f"<{token_id}>")  # fmt: skip
+            for key, value in values.items():
+                columns.setdefault(key, []).append(value)
+        for key, column in stats._asdict().items():
+            columns.setdefault(key, []).extend(column.tolist())
+    if c is not None:
+        columns["c"] = (c[:, 0] if c.dim() == 2 else c).tolist()
+    return pa.table(columns)
+
+
+def with_sides(updated: Any, observed: Any) -> Any:
+    """Both row tables as one: `side` says which, `row` is the index on the matrix axis of that side."""
+    import pyarrow as pa
+
+    tables = []
+    for side, table in (("updated", updated), ("observed", observed)):
+        n = table.num_rows
+        table = table.add_column(0, "row", pa.array(range(n), pa.int64()))
+        tables.append(table.add_column(0, "side", pa.array([side] * n, pa.string())))
+    return pa.concat_tables(tables, promote_options="default")
