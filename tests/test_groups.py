@@ -79,7 +79,7 @@ def test_a_folder_holds_what_memory_would(tmp_path, options):
     model = tiny("qwen2")
     whole = td.forces(model, U, O, **options)
     found = td.forces(model, U, O, out=tmp_path / "F", memory=200, **options)
-    assert found.matrix is None and len(found.shards.blocks) == 3  # one for each observed sequence
+    assert found.matrix is None and len(found.shards.blocks) > 1
     again = Shards(tmp_path / "F")
     assert again.complete and relative_error(again.tensor(), whole.matrix) < FP32
     assert torch.equal(again[3:8], again.tensor()[3:8])
