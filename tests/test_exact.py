@@ -11,7 +11,7 @@ from tokdyn.exact.naive import naive_matrix
 from tokdyn.exact.norms import Norm
 from tokdyn.sides import prepare
 from tokdyn.objectives import SFT
-from tokdyn.testing import random_chis, relative_error, tiny
+from tokdyn.testing import FAMILIES, random_chis, relative_error, tiny
 from tokdyn.trace import Call, trace
 
 U, O = random_chis([(3, 5), (2, 6)], seed=1), random_chis([(3, 4), (1, 3), (5, 2)], seed=2)  # noqa: E741
@@ -157,3 +157,10 @@ def test_norms_are_recognised_by_their_derivative(centred, offset):
     assert Norm.of(Call("", module, (x,), {}, module(x))) == Norm(offset, centred)
     module.forward = lambda x: module.weight * x.tanh()
     assert Norm.of(Call("", module, (x,), {}, module(x))) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tangents_agree_on_every_architecture(family):
+    """Forces() takes the sweep where both sides are of a size (tests/test_architectures.py); this is the other way."""
+    naive, fast, _ = matrices(tiny(family, tied=None), engine="tangents")
+    assert relative_error(fast, naive) < FP32

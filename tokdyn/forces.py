@@ -246,7 +246,7 @@ def forces(
             before it; or a regular expression over parameter names.
         reduce: None -> matrix [M, L]; "update" -> vector [M], the whole step on each observed token; "observe" -> vector [L],
             each update token on the summed (or weighted) observed log-probability.
-        method: "tangent" (exact: structured tangents, see structured.py), "naive" (exact: one gradient per token per side; the
+        method: "tangent" (exact: docs/exact.md), "naive" (exact: one gradient per token per side; the
             oracle), "fd" (real parameter steps, extrapolated; reductions only).
         optimizer: an Adam, AdamW or RMSprop with state; the kernel becomes J_o P J_uᵀ at its frozen diagonal P.
         reference: model of log pi_ref for the sequences that do not bring it; the policy itself when absent.
