@@ -9,8 +9,8 @@ from tokdyn.exact import plan, rules, segments, sweep
 from tokdyn.exact.matrix import matrix
 from tokdyn.exact.naive import naive_matrix
 from tokdyn.exact.norms import Norm
-from tokdyn.sides import prepare
 from tokdyn.objectives import SFT
+from tokdyn.sides import prepare
 from tokdyn.testing import FAMILIES, random_chis, relative_error, tiny
 from tokdyn.trace import Call, trace
 
