@@ -89,16 +89,16 @@ def test_blocks_and_sums_are_those_of_the_matrix(run):
 
 def test_interrupt_keeps_what_is_done(tmp_path):
     def stop(what, done, total):
-        if what == "force matrix" and done == 5:
+        if what == "force matrix" and done >= 5:
             raise KeyboardInterrupt
 
-    run = td.profile(tiny("llama"), pair(), pair(), method="tangent", out=tmp_path / "p", stage=stop)
+    run = td.profile(tiny("llama"), pair(), pair(), method="tangent", memory=1, out=tmp_path / "p", stage=stop)
     again = td.load(tmp_path / "p")
     assert again.about["status"] == "partial" and again.about["verify"]["order"] == run.about["verify"]["order"]
     whole = td.forces(tiny("llama"), pair(), pair(), td.objectives.DPO()).matrix
     done = ~again.matrix.isnan()
-    assert bool(done[:, :5].all()) and not bool(done[:, 5:].any())  # the chosen answer's columns, whole ones
-    assert relative_error(again.matrix[:, :5], whole[:, :5]) < 1e-6
+    assert 0 < int(done.sum()) < done.numel()  # whole tiles
+    assert relative_error(again.matrix[done], whole[done]) < 1e-5
 
 
 def test_error_writes_nothing(tmp_path):

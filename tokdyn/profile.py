@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from . import exact, ops, squeeze, store
 from ._version import __version__
 from .exact.matrix import matrix as exact_matrix
+from .exact.matrix import size_in_bytes
 from .exact.naive import naive_matrix
 from .findings import ROW_SUMS, findings
-from .sides import Sides, prepare, with_sides
 from .forces import coverage as coverage_of
 from .objectives import DPO, Objective
 from .sequences import Chi, token_texts
+from .sides import Sides, prepare, with_sides
 from .trace import Tracer, trace
 from .verify import against_steps, check_eta
 
@@ -89,6 +90,7 @@ def profile(
     eta: float | None = None,
     scope: str = "full",
     method: str = "tangent",
+    memory: int | str = "4GiB",
     reference: nn.Module | None = None,
     k: int = 8,
     about: dict[str, Any] | None = None,
@@ -103,6 +105,7 @@ def profile(
         tokenizer: for the texts of vocabulary entries; ids are shown without it.
         eta: size of the checking step; by default the one whose largest predicted change is 0.2 nats.
         method: how the matrix is computed, "tangent" or "naive" (the oracle); "none" leaves it out.
+        memory: what the matrix may take, as in `forces`. It is made in tiles that fit, and an interrupt keeps whole tiles.
         k: how many rising and falling vocabulary entries to keep per observed token.
         about: further entries of run.json (model, data).
         out: folder to write; nothing is written when absent.
@@ -119,6 +122,7 @@ def profile(
     if method not in ("naive", "tangent", "none"):
         raise ValueError(f'method must be "naive", "tangent" or "none", got {method!r}')
     check_eta(eta)
+    memory = size_in_bytes(memory)
     clock = _Clock(stage)
     status, matrix, rules = "complete", None, dict[str, str]()
     with trace(model) as tracer:
@@ -138,9 +142,9 @@ def profile(
             matrix = torch.full((len(sides.o), len(sides.u)), torch.nan, dtype=tracer.precision, device=tracer.device)
             try:
                 if method == "naive":
-                    naive_matrix(tracer, sides.o, sides.u, uses, None, matrix, clock.progress)
+                    naive_matrix(tracer, sides.o, sides.u, uses, None, matrix, clock.progress, memory)
                 else:
-                    rules = exact_matrix(tracer, sides.o, sides.u, uses, None, matrix, clock.progress)
+                    rules = exact_matrix(tracer, sides.o, sides.u, uses, None, matrix, clock.progress, memory)
                 error = (matrix.sum(1) - vector).norm() / vector.norm()
                 checks[ROW_SUMS] = float(error)
             except KeyboardInterrupt:

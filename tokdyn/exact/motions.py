@@ -8,7 +8,7 @@ forward to a velocity of the logits (one tangent pass). A reduction is one pull 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -127,6 +127,20 @@ def pull_each(tracer: Tracer, side: Side, uses: dict[str, str], start: int = 0, 
                 grads = torch.autograd.grad(z[row], list(leaves.values()), force[row], retain_graph=True, allow_unused=True)
                 yield _gather(grads, uses, Direction(), tracer.params)
         n += N
+
+
+@torch.enable_grad()
+def pull_probes(
+    tracer: Tracer, batches: Iterable[Batch], probes: Callable[[], Iterable[Tensor]], uses: dict[str, str]
+) -> Iterator[Direction]:
+    """J_nᵀ ε for every token n and, inside that, every cotangent ε [V] of `probes`: one backward pass each."""
+    leaves = _leaves(tracer, uses)
+    for batch in batches:
+        z = tracer.logits(batch, leaves)
+        for row in z:
+            for probe in probes():
+                grads = torch.autograd.grad(row, list(leaves.values()), probe.to(row), retain_graph=True, allow_unused=True)
+                yield _gather(grads, uses, Direction(), tracer.params)
 
 
 @torch.no_grad()

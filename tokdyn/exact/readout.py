@@ -18,7 +18,7 @@ from .plan import BLOCK, residual_of
 @torch.no_grad()
 def readout_matrix(
     tracer: Tracer, o: Side, u: Side, uses: dict[str, str], P: Direction | None, reduce: str | None = None
-) -> Float[Tensor, "M L"]:
+) -> Tensor:
     """F_readout[m,l] = (h_m·h_l [+ 1]) <Γ_m, Γ_l>, Γ pulled back through softcap and scale; zero where the readout is still.
 
     With a preconditioner Σ_{v,d} Γ_m[v] h_m[d] P[v,d] Γ_l[v] h_l[d], at 2 M L V d flops.
