@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import exact, ops
 from .exact import Progress, Side
+from .exact.ch2 import ch2_matrix
 from .exact.matrix import grouped_matrix, size_in_bytes
 from .exact.matrix import matrix as exact_matrix
 from .exact.naive import naive_matrix
@@ -26,6 +27,8 @@ from .shards import Shards
 from .sides import Sides, prepare, with_sides
 from .store import FORMAT, read_folder, write_folder
 from .trace import Tracer, trace
+
+CH2 = "ch2"
 
 
 class Vocabulary(NamedTuple):
@@ -92,6 +95,8 @@ class Forces:
 
         Cost: one backward pass and one tangent pass; with m given, over its own sequence only.
         """
+        if self.scope == CH2:
+            raise ValueError('scope="ch2" estimates forces on the observed tokens alone: vocabulary() needs an exact scope')
         if self._live is None:
             raise ValueError("vocabulary() needs the model: call it on the result of forces(), not on one read from disk")
         for name, index, size in (("m", m, self.observed.num_rows), ("l", l, self.updated.num_rows)):
@@ -243,7 +248,8 @@ def forces(
         observe: the sequences watched.
         objective: the loss of the update.
         scope: "full" all trainable parameters; "readout" the output embedding as readout, in closed form; "backbone" all
-            before it; or a regular expression over parameter names.
+            before it; "ch2" an estimate of the backbone's (exact/ch2.py), good for ranking at best: report it with its
+            correlation to the exact one; or a regular expression over parameter names.
         reduce: None -> matrix [M, L]; "update" -> vector [M], the whole step on each observed token; "observe" -> vector [L],
             each update token on the summed (or weighted) observed log-probability.
         method: "tangent" (exact: docs/exact.md), "naive" (exact: one gradient per token per side; the
@@ -275,11 +281,13 @@ def forces(
         raise ValueError('weights belong to reduce="observe"')
     if reduce is not None and (groups is not None or out is not None):
         raise ValueError(f"{'groups' if groups is not None else 'out'} belongs to the matrix: leave reduce={reduce!r} out")
+    if scope == CH2 and (method != "tangent" or optimizer is not None):
+        raise ValueError(f'scope="ch2" is an estimate in closed form: leave method={method!r} and optimizer out')
     memory = size_in_bytes(memory)
     with trace(model) as tracer:
         sides = prepare(tracer, update, observe, objective, reference=reference, weights=weights)
         labels = None if groups is None else group_labels(groups, sides.update)
-        uses = exact.select(tracer, scope)
+        uses = {} if scope == CH2 else exact.select(tracer, scope)
         P = preconditioner(optimizer, tracer) if optimizer is not None else None
         shape = (len(sides.o), len(sides.u) if labels is None else int(labels.max()) + 1)
         matrix, vector, shards, rules = None, None, None, dict[str, str]()
@@ -299,7 +307,7 @@ def forces(
             empty = torch.full(shape, torch.nan, dtype=tracer.precision, device=tracer.device)
             matrix = out if isinstance(out, Tensor) else empty
             fill(sides.o, matrix)
-        elif method == "naive":
+        elif method == "naive" or scope == CH2:
             F = torch.full(shape, torch.nan, dtype=tracer.precision, device=tracer.device)
             fill(sides.o, F)
             vector = F.sum(1 if reduce == "update" else 0)
@@ -339,13 +347,15 @@ def _fill(
     memory: int,
 ) -> dict[str, str]:
     """The matrix, or its columns added up by group, into out; the rule of each parameter."""
-    if method == "tangent" and scope != "readout":
+    if method == "tangent" and scope not in ("readout", CH2):
         if labels is None:
             return exact_matrix(tracer, o, u, uses, P, out, progress, memory)
         return grouped_matrix(tracer, o, u, uses, P, labels, out, progress, memory)
     F = out if labels is None else torch.zeros(len(o), len(u), dtype=out.dtype, device=out.device)
     rules: dict[str, str] = {}
-    if _closed(tracer, method, scope, o, uses, P):
+    if scope == CH2:
+        F.copy_(ch2_matrix(tracer, o, u))
+    elif _closed(tracer, method, scope, o, uses, P):
         F.copy_(readout_matrix(tracer, o, u, uses, None))
         rules = dict.fromkeys(uses, "readout in closed form")
     elif method == "tangent":
