@@ -1,6 +1,7 @@
 # make demo   install, then profile the embedded model: runs/demo/report.html
 # make test   install, then lint, type-check and test
 # make lint   ruff and mypy alone        make wheel   build a wheel and look inside        make clean
+# make test-matrix   the training tests against TRL 1.12 and PEFT 0.20, in an environment of their own
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(shell $(p) -c \
 	'import sys; (3, 11) <= sys.version_info < (3, 13) and print("$(p)")' 2>/dev/null)))
@@ -11,10 +12,10 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint wheel clean
+.PHONY: help install demo test test-matrix lint wheel clean
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "tokdyn needs Python 3.11 or 3.12; none found (set PYTHON=...)" >&2; exit 1; }
@@ -44,6 +45,21 @@ lint: install
 
 test: lint
 	$(BIN)/pytest -q --durations=10
+
+MATRIX := .venv-matrix
+OLD := trl==1.12.0 peft==0.20.0 requests # TRL 1.12 imports requests without asking for it
+
+$(MATRIX)/.installed: constraints.txt pyproject.toml setup.py tokdyn/_version.py
+	@test -n "$(PYTHON)" || { echo "tokdyn needs Python 3.11 or 3.12; none found (set PYTHON=...)" >&2; exit 1; }
+	$(PYTHON) -m venv $(MATRIX)
+	@grep -vE '^(trl|peft)==' constraints.txt > $(MATRIX)/constraints.txt
+	@echo "installing tokdyn with $(OLD) into $(MATRIX)"
+	@$(MATRIX)/bin/python -m pip install --disable-pip-version-check -q -c $(MATRIX)/constraints.txt torch
+	@$(MATRIX)/bin/python -m pip install --disable-pip-version-check -q -c $(MATRIX)/constraints.txt -e '.[dev]' $(OLD)
+	@touch $@
+
+test-matrix: $(MATRIX)/.installed
+	$(MATRIX)/bin/pytest -q --durations=10 tests/test_capture.py tests/test_monitor.py tests/test_integrations_*.py
 
 WHEEL_HOLDS := tokdyn/demo/model/model.safetensors tokdyn/demo/model/tokenizer.json tokdyn/demo/pairs.jsonl \
 	tokdyn/report/page.html.jinja tokdyn/report/static/page.css tokdyn/py.typed tokdyn/kernels/token_stats/reference.py \

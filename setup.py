@@ -131,7 +131,7 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         gencode = [f"-gencode={architecture}" for architecture in CUDA_ARCHITECTURES]
         host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        command = [str(nvcc), "-O3", "-std=c++17", "-Icsrc", *host, *gencode, "-c", source, "-o", str(target)]
+        command = [str(nvcc), "-O3", "-std=c++17", "--threads=0", *host, *gencode, "-c", source, "-o", str(target)]
         print(" ".join(command), file=sys.stderr)
         subprocess.run(command, check=True)
         return str(target)
@@ -139,7 +139,7 @@ class BuildNative(build_ext):
 
 extension = Extension(
     "tokdyn._C",
-    sources=relative("csrc/bindings.cpp", "csrc/cpu/*.cpp"),
+    sources=relative("csrc/bindings.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp"),
     depends=relative("csrc/**/*.h", "csrc/**/*.cu"),
     language="c++",
     extra_compile_args=CXX_FLAGS,

@@ -3,13 +3,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "cpu/dual_gram.h"
+#include "cpu/linear_token_stats.h"
+#include "cpu/readout_forces.h"
 #include "cpu/token_stats.h"
+#include "cpu/topk.h"
 
 #ifdef __clang__
 #define TOKDYN_COMPILER "clang " __clang_version__
@@ -23,17 +29,27 @@ namespace {
 
 struct Level {
     std::string name;
-    const tokdyn::RestFns* token_stats;
+    const tokdyn::FoldFns* fold;
+    const tokdyn::LogitFns* logits;
+    const tokdyn::ScanFns* scan;
+    const tokdyn::ResidualFns* residual;
+    const tokdyn::VectorFns* vectors;
+
+    tokdyn::ForceFns forces() const { return {*fold, *logits, *residual}; }
 };
+
+#define TOKDYN_LEVEL(level) \
+    {#level, &tokdyn::level::fold_fns, &tokdyn::level::logit_fns, &tokdyn::level::scan_fns, &tokdyn::level::residual_fns, \
+     &tokdyn::level::vector_fns}
 
 // The instruction sets that are both compiled in and supported by this processor, the fastest last.
 std::vector<Level> levels() {
-    std::vector<Level> found{{"portable", &tokdyn::portable::rest_fns}};
+    std::vector<Level> found{TOKDYN_LEVEL(portable)};
 #ifdef TOKDYN_HAS_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", &tokdyn::avx2::rest_fns});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(TOKDYN_LEVEL(avx2));
 #endif
 #ifdef TOKDYN_HAS_AVX512
-    if (__builtin_cpu_supports("avx512f")) found.push_back({"avx512", &tokdyn::avx512::rest_fns});
+    if (__builtin_cpu_supports("avx512f")) found.push_back(TOKDYN_LEVEL(avx512));
 #endif
     return found;
 }
@@ -60,38 +76,170 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+tokdyn::Dtype dtype_of(const std::string& name) {
+    if (name == "float32") return tokdyn::Dtype::float32;
+    if (name == "bfloat16") return tokdyn::Dtype::bfloat16;
+    throw py::value_error("dtype must be float32 or bfloat16, got " + name);
+}
+
+void require_addresses(std::initializer_list<uintptr_t> addresses) {
+    for (uintptr_t address : addresses)
+        if (address == 0) throw py::value_error("null address");
+}
+
+using Outputs = std::array<uintptr_t, 8>;
+tokdyn::TokenStatsOut outputs_at(const Outputs& out) {
+    for (uintptr_t address : out) require_addresses({address});
+    return {at<float>(out[0]), at<float>(out[1]),   at<float>(out[2]),   at<float>(out[3]),
+            at<float>(out[4]), at<int64_t>(out[5]), at<int64_t>(out[6]), at<float>(out[7])};
+}
+
+// (z, rows, row stride, first column, number of columns) and (bias or 0, scale, softcap or 0, temperature)
+using ChunkOf = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;
+using ReadoutOf = std::tuple<uintptr_t, float, float, float>;
+tokdyn::Chunk chunk_at(const ChunkOf& chunk, const ReadoutOf& readout) {
+    const auto& [z, rows, row_stride, first, n] = chunk;
+    const auto& [bias, scale, softcap, temperature] = readout;
+    if (rows < 0 || n < 0 || first < 0 || row_stride < n) throw py::value_error("a chunk has a negative size or stride");
+    if (rows * n > 0) require_addresses({z});
+    return {at<float>(z), rows, row_stride, first, n, {at<const float>(bias), scale, softcap, temperature}};
+}
+
 void token_stats(uintptr_t logits, const std::string& dtype, int64_t T, int64_t V, int64_t row_stride, uintptr_t targets,
-                 const std::array<uintptr_t, 8>& out, int threads, const std::string& simd) {
-    if (dtype != "float32" && dtype != "bfloat16") throw py::value_error("dtype must be float32 or bfloat16, got " + dtype);
+                 const Outputs& out, int threads, const std::string& simd) {
+    tokdyn::TokenStatsArgs args{};
+    args.dtype = dtype_of(dtype);
     if (T < 0 || threads < 1) throw py::value_error("T must be at least 0 and threads at least 1");
     const Level level = choose(simd);
     if (T == 0) return;
     if (V < 1) throw py::value_error("logits must have at least one column");
-    if (logits == 0 || targets == 0) throw py::value_error("null address");
-    for (uintptr_t address : out)
-        if (address == 0) throw py::value_error("null address");
+    require_addresses({logits, targets});
 
     const int64_t* y = at<const int64_t>(targets);
     for (int64_t t = 0; t < T; ++t)
         if (y[t] < 0 || y[t] >= V)
             throw py::value_error("targets must lie in [0, " + std::to_string(V) + "), got " + std::to_string(y[t]) +
                                   " at position " + std::to_string(t));
-
-    tokdyn::TokenStatsArgs args{};
     args.logits = at<const void>(logits);
-    args.dtype = dtype == "float32" ? tokdyn::Dtype::float32 : tokdyn::Dtype::bfloat16;
     args.T = T, args.V = V, args.row_stride = row_stride;
     args.targets = y;
-    args.logsumexp = at<float>(out[0]);
-    args.log_prob = at<float>(out[1]);
-    args.entropy = at<float>(out[2]);
-    args.collision = at<float>(out[3]);
-    args.g_norm = at<float>(out[4]);
-    args.rank = at<int64_t>(out[5]);
-    args.argmax = at<int64_t>(out[6]);
-    args.argmax_log_prob = at<float>(out[7]);
+    args.out = outputs_at(out);
     py::gil_scoped_release without_gil;
-    tokdyn::token_stats(args, *level.token_stats, threads);
+    tokdyn::token_stats(args, *level.fold, threads);
+}
+
+void clear_rows(uintptr_t rest, int64_t rows) {
+    std::fill_n(at<tokdyn::Rest>(rest), rows, tokdyn::NO_COLUMNS);
+}
+
+void apply_readout(const ChunkOf& chunk, const ReadoutOf& readout, const std::string& simd) {
+    const tokdyn::Chunk c = chunk_at(chunk, readout);
+    const Level level = choose(simd);
+    py::gil_scoped_release without_gil;
+    for (int64_t r = 0; r < c.rows; ++r) tokdyn::finish_logits(c, r, *level.logits);
+}
+
+void fold_chunk(const ChunkOf& chunk, const ReadoutOf& readout, uintptr_t targets, uintptr_t target_logits, uintptr_t rest,
+                int threads, const std::string& simd) {
+    const tokdyn::Chunk c = chunk_at(chunk, readout);
+    const Level level = choose(simd);
+    py::gil_scoped_release without_gil;
+    tokdyn::fold_chunk(c, at<const int64_t>(targets), at<const float>(target_logits), at<tokdyn::Rest>(rest), *level.fold,
+                       *level.logits, threads);
+}
+
+void finish_token_stats(int64_t rows, uintptr_t targets, uintptr_t target_logits, uintptr_t rest, const Outputs& out) {
+    tokdyn::finish_token_stats(outputs_at(out), rows, at<const int64_t>(targets), at<const float>(target_logits),
+                               at<const tokdyn::Rest>(rest));
+}
+
+void topk_log_probs(uintptr_t logits, const std::string& dtype, int64_t T, int64_t V, int64_t row_stride, int64_t k,
+                    uintptr_t values, uintptr_t ids, int threads, const std::string& simd) {
+    const tokdyn::Dtype type = dtype_of(dtype);
+    const Level level = choose(simd);
+    if (k < 1 || k > V) throw py::value_error("k must lie in [1, " + std::to_string(V) + "], got " + std::to_string(k));
+    if (T == 0) return;
+    require_addresses({logits, values, ids});
+    py::gil_scoped_release without_gil;
+    const tokdyn::TopkOut out = {k, at<float>(values), at<int64_t>(ids)};
+    tokdyn::topk_log_probs(at<const void>(logits), type, T, V, row_stride, out, *level.fold, *level.scan, threads);
+}
+
+void clear_topk(uintptr_t state, int64_t rows) {
+    std::fill_n(at<tokdyn::TopkRow>(state), rows, tokdyn::TopkRow{tokdyn::NO_COLUMNS, 0.0f, 0});
+}
+
+void topk_chunk(const ChunkOf& chunk, const ReadoutOf& readout, int64_t k, uintptr_t state, uintptr_t candidates, int threads,
+                const std::string& simd) {
+    const tokdyn::Chunk c = chunk_at(chunk, readout);
+    const Level level = choose(simd);
+    py::gil_scoped_release without_gil;
+    tokdyn::topk_chunk(c, k, at<tokdyn::TopkRow>(state), at<tokdyn::Candidate>(candidates), *level.fold, *level.logits,
+                       *level.scan, threads);
+}
+
+void finish_topk(int64_t rows, int64_t k, uintptr_t state, uintptr_t candidates, uintptr_t values, uintptr_t ids, int threads) {
+    py::gil_scoped_release without_gil;
+    tokdyn::finish_topk(rows, at<tokdyn::TopkRow>(state), at<tokdyn::Candidate>(candidates),
+                        {k, at<float>(values), at<int64_t>(ids)}, threads);
+}
+
+bool exponentials(const ChunkOf& chunk, const ReadoutOf& readout, uintptr_t rest, uintptr_t factor, uintptr_t dropped,
+                  int64_t n_dropped, int threads, const std::string& simd) {
+    const tokdyn::Chunk c = chunk_at(chunk, readout);
+    const Level level = choose(simd);
+    py::gil_scoped_release without_gil;
+    return tokdyn::exponentials(c, at<tokdyn::Rest>(rest), at<float>(factor), at<const int64_t>(dropped), n_dropped,
+                                level.forces(), threads);
+}
+
+// (targets, their columns, K of them a row, c, v or 0, u or 0, the uniform target)
+using TermsOf = std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, double>;
+void forces(const ChunkOf& chunk, const ReadoutOf& readout, const TermsOf& terms, uintptr_t rest, int threads,
+            const std::string& simd) {
+    const tokdyn::Chunk c = chunk_at(chunk, readout);
+    const Level level = choose(simd);
+    const auto& [targets, columns, K, weights, v, u, uniform] = terms;
+    const tokdyn::Terms t = {at<const int64_t>(targets), at<const int64_t>(columns), K, at<const float>(weights),
+                             at<const float>(v), at<const float>(u), uniform};
+    py::gil_scoped_release without_gil;
+    tokdyn::forces(c, t, at<const tokdyn::Rest>(rest), level.forces(), threads);
+}
+
+void normalisers(uintptr_t rest, int64_t rows, uintptr_t out) {
+    tokdyn::normalisers(rows, at<const tokdyn::Rest>(rest), at<float>(out));
+}
+
+void rescale(uintptr_t matrix, int64_t M, int64_t L, int64_t row_stride, uintptr_t by_row, uintptr_t by_column, int threads,
+             const std::string& simd) {
+    const Level level = choose(simd);
+    py::gil_scoped_release without_gil;
+    tokdyn::rescale(at<float>(matrix), M, L, row_stride, at<const float>(by_row), at<const float>(by_column), *level.vectors,
+                    threads);
+}
+
+void add_row_dots(uintptr_t a, uintptr_t b, int64_t rows, int64_t n, uintptr_t out, int threads, const std::string& simd) {
+    const Level level = choose(simd);
+    py::gil_scoped_release without_gil;
+    tokdyn::add_row_dots(at<const float>(a), at<const float>(b), rows, n, n, n, at<double>(out), *level.vectors, threads);
+}
+
+void multiply(uintptr_t a, uintptr_t b, int64_t rows, int64_t n, uintptr_t out, int64_t out_stride, bool add, int threads,
+              const std::string& simd) {
+    const Level level = choose(simd);
+    py::gil_scoped_release without_gil;
+    const tokdyn::GramTiles tiles = {at<const float>(a), at<const float>(b), rows, n};
+    tokdyn::multiply(tiles, at<float>(out), out_stride, add, *level.vectors, threads);
+}
+
+void segment_dots(uintptr_t a, uintptr_t b, int64_t rows, int64_t n, uintptr_t segment, uintptr_t out, int64_t S, int threads,
+                  const std::string& simd) {
+    const Level level = choose(simd);
+    const int64_t* s = at<const int64_t>(segment);
+    if (std::any_of(s, s + n, [S](int64_t i) { return i < 0 || i >= S; }))
+        throw py::value_error("segments must lie in [0, " + std::to_string(S) + ")");
+    py::gil_scoped_release without_gil;
+    tokdyn::segment_dots({at<const float>(a), at<const float>(b), rows, n}, s, at<double>(out), S, *level.vectors, threads);
 }
 
 py::dict build() {
@@ -112,4 +260,49 @@ PYBIND11_MODULE(_C, m) {
           py::arg("targets"), py::arg("out"), py::kw_only(), py::arg("threads"), py::arg("simd") = "",
           "Row statistics of logits [T, V] at targets [T], written to eight arrays of length T in the order logsumexp, log_prob, "
           "entropy, collision, g_norm, rank, argmax, argmax_log_prob.");
+    m.def("topk_log_probs", &topk_log_probs, py::arg("logits"), py::arg("dtype"), py::arg("T"), py::arg("V"),
+          py::arg("row_stride"), py::arg("k"), py::arg("values"), py::arg("ids"), py::kw_only(), py::arg("threads"),
+          py::arg("simd") = "", "The k most likely columns of logits [T, V]: log-probabilities and ids, [T, k].");
+
+    // Kernels over chunks. A chunk is (z, rows, row stride, first column, columns) of products W h in float32, a readout
+    // (bias or 0, scale, softcap or 0, temperature); what a row carries from chunk to chunk lies in ROW_BYTES bytes.
+    m.attr("ROW_BYTES") = sizeof(tokdyn::Rest);
+    m.attr("TOPK_ROW_BYTES") = sizeof(tokdyn::TopkRow);
+    m.attr("CANDIDATE_BYTES") = sizeof(tokdyn::Candidate);
+    m.def("topk_capacity", &tokdyn::topk_capacity, py::arg("k"), "Candidates that a row of topk_chunk needs room for.");
+    m.def("clear_rows", &clear_rows, py::arg("rows"), py::arg("n"), "Rows that have seen no column yet.");
+    m.def("clear_topk", &clear_topk, py::arg("rows"), py::arg("n"), "Rows of topk_chunk that have seen no column yet.");
+    m.def("apply_readout", &apply_readout, py::arg("chunk"), py::arg("readout"), py::kw_only(), py::arg("simd") = "",
+          "Products to logits, in place.");
+    m.def("fold_chunk", &fold_chunk, py::arg("chunk"), py::arg("readout"), py::arg("targets"), py::arg("target_logits"),
+          py::arg("rows"), py::kw_only(), py::arg("threads"), py::arg("simd") = "",
+          "A chunk into the statistics of its rows; targets and their logits [rows], or 0 for rows without a target.");
+    m.def("finish_token_stats", &finish_token_stats, py::arg("n"), py::arg("targets"), py::arg("target_logits"), py::arg("rows"),
+          py::arg("out"), "The statistics of token_stats once every column was folded.");
+    m.def("topk_chunk", &topk_chunk, py::arg("chunk"), py::arg("readout"), py::arg("k"), py::arg("rows"), py::arg("candidates"),
+          py::kw_only(), py::arg("threads"), py::arg("simd") = "", "A chunk into the candidates of its rows.");
+    m.def("finish_topk", &finish_topk, py::arg("n"), py::arg("k"), py::arg("rows"), py::arg("candidates"), py::arg("values"),
+          py::arg("ids"), py::kw_only(), py::arg("threads"), "The result of topk_log_probs once every column went by.");
+    m.def("exponentials", &exponentials, py::arg("chunk"), py::arg("readout"), py::arg("rows"), py::arg("factor"),
+          py::arg("dropped"), py::arg("n_dropped"), py::kw_only(), py::arg("threads"), py::arg("simd") = "",
+          "A chunk to e^(z - max), max the largest logit so far; the factor for what came before; True if one is not 1.");
+    m.def("forces", &forces, py::arg("chunk"), py::arg("readout"), py::arg("terms"), py::arg("rows"),
+          py::kw_only(), py::arg("threads"), py::arg("simd") = "", "A chunk to the forces of its rows, once each was folded.");
+    m.def("normalisers", &normalisers, py::arg("rows"), py::arg("n"), py::arg("out"), "1 / sum of e^(z - max) of each row.");
+    m.def("rescale", &rescale, py::arg("matrix"), py::arg("M"), py::arg("L"), py::arg("row_stride"), py::arg("by_row"),
+          py::arg("by_column"), py::kw_only(), py::arg("threads"), py::arg("simd") = "",
+          "matrix[m, l] *= by_row[m] by_column[l]");
+    m.def("add_row_dots", &add_row_dots, py::arg("a"), py::arg("b"), py::arg("rows"), py::arg("n"), py::arg("out"),
+          py::kw_only(), py::arg("threads"), py::arg("simd") = "", "out[r] += a[r]·b[r] in double");
+
+    // Tiles [rows, n] of two Gram matrices.
+    m.def("multiply", &multiply, py::arg("a"), py::arg("b"), py::arg("rows"), py::arg("n"), py::arg("out"),
+          py::arg("out_stride"), py::arg("add"), py::kw_only(), py::arg("threads"), py::arg("simd") = "",
+          "out = or += a b, elementwise");
+    m.def("segment_dots", &segment_dots, py::arg("a"), py::arg("b"), py::arg("rows"), py::arg("n"), py::arg("segment"),
+          py::arg("out"), py::arg("S"), py::kw_only(), py::arg("threads"), py::arg("simd") = "",
+          "out[r, segment[j]] += a[r, j] b[r, j], out [rows, S] in double");
+
+    void bind_cuda(py::module_&);
+    bind_cuda(m);  // cuda/bindings.cpp
 }

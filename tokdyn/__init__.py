@@ -3,12 +3,31 @@
 Δ log pi(y_m) ≈ eta Σ_l F[m,l],    F[m,l] = -[A_m K_{m,l} G_l]_{y_m}
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import dynamics, objectives, ops, squeeze
 from ._version import __version__
 from .forces import Forces, forces
+from .kernel import Kernel, KernelDrift, kernel, kernel_drift, kernel_lower_bound, rank_correlation, sign_delta
 from .profile import Run, load, profile
 from .sequences import Batch, Chi, encode, from_batch, preference, rollouts
 from .verify import Verification, verify
 
-__all__ = ["Batch", "Chi", "Forces", "Run", "Verification", "__version__", "dynamics", "encode", "forces", "from_batch", "load",
-           "objectives", "ops", "preference", "profile", "rollouts", "squeeze", "verify"]  # fmt: skip
+if TYPE_CHECKING:
+    from .capture import tap
+    from .integrations.trainer import attach
+    from .monitor import Monitor
+
+__all__ = ["Batch", "Chi", "Forces", "Kernel", "KernelDrift", "Monitor", "Run", "Verification", "__version__", "attach",
+           "dynamics", "encode", "forces", "from_batch", "kernel", "kernel_drift", "kernel_lower_bound", "load", "objectives",
+           "ops", "preference", "profile", "rank_correlation", "rollouts", "sign_delta", "squeeze", "tap",
+           "verify"]  # fmt: skip
+
+_TRAINING = {"Monitor": ".monitor", "attach": ".integrations.trainer", "tap": ".capture"}  # loaded on use
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_TRAINING[name], __name__), name)

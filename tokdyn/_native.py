@@ -25,5 +25,5 @@ def parts() -> dict[str, str]:
     return {
         "extension": built["compiler"],
         "cpu kernels": f"{extension.simd_levels()[-1]} (built: {built['simd']})",
-        "cuda": built["cuda"],
+        "cuda": f"{built['cuda']}; {extension.cuda_here()}" if hasattr(extension, "cuda_here") else built["cuda"],
     }

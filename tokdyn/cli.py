@@ -1,4 +1,4 @@
-"""The command line: `tokdyn profile`, `tokdyn report`, `tokdyn doctor`."""
+"""The command line: `tokdyn profile`, `tokdyn report`, `tokdyn bench`, `tokdyn doctor`."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def profile(
     eta: Annotated[float | None, typer.Option(help="size of the checking step; by default 0.2 nats at the largest")] = None,
     scope: Annotated[str, typer.Option(help="full, readout, backbone, or a regular expression over parameter names")] = "full",
     method: Annotated[str, typer.Option(help="how the matrix is computed: tangent, naive, or none")] = "tangent",
+    memory: Annotated[str, typer.Option(help="what the matrix may take, e.g. 2GiB")] = "4GiB",
     reference: Annotated[str | None, typer.Option(help="reference model; the policy itself when absent")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="longest sequence in tokens")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
@@ -94,8 +95,8 @@ def profile(
             update = sequences(tokenizer, table[:rows], loss, max_length=max_length)
             observe = watched(tokenizer, table, max_length=max_length)
             run = td.profile(
-                lm, update, observe, loss, tokenizer=tokenizer, eta=eta, scope=scope, method=method, reference=other, out=out,
-                overwrite=overwrite, stage=stage,
+                lm, update, observe, loss, tokenizer=tokenizer, eta=eta, scope=scope, method=method, memory=memory,
+                reference=other, out=out, overwrite=overwrite, stage=stage,
                 about={"model": {"name": model}, "data": {"path": data, "rows": total, "used": len(table)}},
             )  # fmt: skip
         out_console.print(summary(run))
@@ -115,6 +116,47 @@ def report(run: Annotated[Path, typer.Argument(help="folder of a run")]) -> None
         found.to_html(run / "report.html")
         out_console.print(summary(found))
         out_console.print(f"Page in {run / 'report.html'}")
+
+
+@app.command()
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(help="operators, e.g. token_stats; all by default")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one")] = "auto",
+    side: Annotated[list[str] | None, typer.Option(help="only these sides, e.g. --side cpp --side eager")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="small sizes, to see that everything runs")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="times that every side takes its turn")] = 7,
+    seconds: Annotated[float, typer.Option(min=0, help="for each case, after three rounds")] = 60.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="threads of a CPU; torch's own choice by default")] = None,
+    memory: Annotated[bool, typer.Option(help="measure peak memory too")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all figures here")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="write the table here")] = None,
+) -> None:
+    """Time every operator beside plain torch, torch.compile and other projects' kernels, and against the machine's floor."""
+    with plain_errors():
+        import json
+
+        import torch
+
+        from tokdyn.bench import bench as run
+        from tokdyn.bench import report as pages
+
+        if threads:
+            torch.set_num_threads(threads)
+        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        with progress() as stage:
+            found = run(
+                device=place, ops=ops or [], sides=side or [], quick=quick, rounds=rounds, seconds=seconds, memory=memory,
+                stage=stage,
+            )  # fmt: skip
+        for line in pages.heading(found):
+            out_console.print(line, markup=False, soft_wrap=True)
+        for table in pages.tables(found):
+            out_console.print()
+            out_console.print(table)
+        if json_file:
+            json_file.write_text(json.dumps(found, indent=1) + "\n")
+        if markdown_file:
+            markdown_file.write_text(pages.markdown(found))
 
 
 @app.command()

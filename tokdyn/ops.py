@@ -1,7 +1,8 @@
 """The operators, one dispatcher each: shapes are the contract, `impl` says who computes.
 
-impl=None takes the fastest form that is built for the tensors' device; "reference" the plain torch specification in
-kernels/<op>/reference.py. A name given explicitly never falls back: it raises where it cannot run.
+impl=None takes the form of the tensors' device, "cpp" on the CPU and "triton" on a GPU, where it is installed, knows the dtype
+and no gradient is wanted; else "reference", the plain torch specification in kernels/<op>/reference.py. A name given explicitly
+never falls back: it raises where it cannot run.
 """
 
 from __future__ import annotations
@@ -14,13 +15,21 @@ from torch import Tensor
 
 from . import _native
 from .kernels.apply_A import reference as _apply_A
+from .kernels.dual_gram import cpp as _dual_gram_cpp
 from .kernels.dual_gram import reference as _dual_gram
+from .kernels.linear_token_stats import cpp as _linear_token_stats_cpp
 from .kernels.linear_token_stats import reference as _linear_token_stats
+from .kernels.readout_forces import cpp as _readout_forces_cpp
 from .kernels.readout_forces import reference as _readout_forces
 from .kernels.softmax_jvp import reference as _softmax_jvp
 from .kernels.token_stats import cpp as _token_stats_cpp
+from .kernels.token_stats import cuda as _token_stats_cuda
 from .kernels.token_stats import reference as _token_stats
+from .kernels.topk_log_probs import cpp as _topk_log_probs_cpp
+from .kernels.topk_log_probs import cuda as _topk_log_probs_cuda
 from .kernels.topk_log_probs import reference as _topk_log_probs
+
+TRITON_MOST_K = 128  # of topk_log_probs; for more, impl=None takes the reference
 
 
 class TokenStats(NamedTuple):
@@ -38,7 +47,7 @@ class TokenStats(NamedTuple):
 
 def _require_reference(op: str, impl: str | None) -> None:
     if impl not in (None, "reference"):
-        raise ValueError(f'{op}: impl={impl!r} is not built; this version has "reference"')
+        raise ValueError(f"{op}: impl={impl!r} is not built for this operator")
 
 
 def token_stats(logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"], *, impl: str | None = None) -> TokenStats:
@@ -47,13 +56,23 @@ def token_stats(logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"], *, imp
     Args:
         logits: [T, V], fp32, bf16 or fp64.
         targets: [T], in [0, V).
-        impl: None, "reference" or "cpp" (CPU, fp32 and bf16, no gradient). None takes cpp where it is built and applies.
+        impl: None, "reference", "cpp" (CPU, fp32 and bf16, no gradient), "triton" (GPU, also fp16, no gradient) or "cuda"
+            (GPU, fp32 and bf16, no gradient). None takes cpp or triton, by the tensors' device, where it is there and applies.
 
     Raises:
-        ValueError: a target outside the vocabulary, or an impl that is not built.
+        ValueError: an impl that is not built, or a target outside the vocabulary; Triton, which does not wait for the GPU to
+            look at targets, gives NaN, rank 0 and argmax -1 for such a row, and so does cuda.
+        RuntimeError: impl="triton" without the package triton, impl="cuda" where the CUDA part was not built.
     """
+    if impl == "cuda":
+        return TokenStats(*_token_stats_cuda.token_stats(logits, targets))
+    if impl == "triton" or (impl is None and _takes_triton(logits) and _adjacent(logits)):
+        _require_triton("token_stats")
+        from .kernels.token_stats import triton
+
+        return TokenStats(*triton.token_stats(logits, targets))
     _check_targets(targets, logits.shape[-1])
-    if impl == "cpp" or (impl is None and _takes_cpp(logits)):
+    if impl == "cpp" or (impl is None and _takes_cpp(logits) and _adjacent(logits)):
         return TokenStats(*_token_stats_cpp.token_stats(logits, targets))
     _require_reference("token_stats", impl)
     return TokenStats(*_token_stats.token_stats(logits, targets))
@@ -71,7 +90,22 @@ def linear_token_stats(
     impl: str | None = None,
 ) -> TokenStats:
     """token_stats of softcap(scale (W h + b)) / temperature; the [T, V] logits never exist as a whole."""
+    if impl == "triton" or (impl is None and _takes_triton(hidden, weight, bias) and hidden.dtype == weight.dtype):
+        _require_triton("linear_token_stats")
+        from .kernels.linear_token_stats import triton
+
+        return TokenStats(
+            *triton.linear_token_stats(
+                hidden, weight, targets, bias=bias, scale=scale, softcap=softcap, temperature=temperature
+            )
+        )
     _check_targets(targets, weight.shape[0])
+    if impl == "cpp" or (impl is None and _takes_cpp(hidden, weight, bias)):
+        return TokenStats(
+            *_linear_token_stats_cpp.linear_token_stats(
+                hidden, weight, targets, bias=bias, scale=scale, softcap=softcap, temperature=temperature
+            )
+        )
     _require_reference("linear_token_stats", impl)
     return TokenStats(
         *_linear_token_stats.linear_token_stats(
@@ -83,6 +117,15 @@ def linear_token_stats(
 def topk_log_probs(logits: Float[Tensor, "T V"], k: int, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
     """The k most likely tokens of every row: log-probabilities [T, k], falling, and ids [T, k]."""
     _check_k(k, logits.shape[-1])
+    if impl == "cuda":
+        return _topk_log_probs_cuda.topk_log_probs(logits, k)
+    if impl == "triton" or (impl is None and _takes_triton(logits) and _adjacent(logits) and k <= TRITON_MOST_K):
+        _require_triton("topk_log_probs")
+        from .kernels.topk_log_probs import triton
+
+        return triton.topk_log_probs(logits, k)
+    if impl == "cpp" or (impl is None and _takes_cpp(logits) and _adjacent(logits)):
+        return _topk_log_probs_cpp.topk_log_probs(logits, k)
     _require_reference("topk_log_probs", impl)
     return _topk_log_probs.topk_log_probs(logits, k)
 
@@ -99,12 +142,25 @@ def linear_topk_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """topk_log_probs of softcap(scale (W h + b)), from the hidden states."""
     _check_k(k, weight.shape[0])
+    fits = k <= TRITON_MOST_K and hidden.dtype == weight.dtype
+    if impl == "triton" or (impl is None and _takes_triton(hidden, weight, bias) and fits):
+        _require_triton("linear_topk_log_probs")
+        from .kernels.topk_log_probs import triton
+
+        return triton.linear_topk_log_probs(hidden, weight, k, bias=bias, scale=scale, softcap=softcap)
+    if impl == "cpp" or (impl is None and _takes_cpp(hidden, weight, bias)):
+        return _topk_log_probs_cpp.linear_topk_log_probs(hidden, weight, k, bias=bias, scale=scale, softcap=softcap)
     _require_reference("linear_topk_log_probs", impl)
     return _topk_log_probs.linear_topk_log_probs(hidden, weight, k, bias=bias, scale=scale, softcap=softcap)
 
 
 def apply_A(logits: Float[Tensor, "T V"], x: Float[Tensor, "T V *k"], *, impl: str | None = None) -> Float[Tensor, "T V *k"]:
     """A x = x - (pi·x) 1: how log pi moves when the logits move by x, for one column or k."""
+    if impl == "triton" or (impl is None and _takes_triton(logits, x) and _adjacent(logits)):
+        _require_triton("apply_A")
+        from .kernels.apply_A import triton
+
+        return triton.apply_A(logits, x)
     _require_reference("apply_A", impl)
     return _apply_A.apply_A(logits, x)
 
@@ -113,6 +169,11 @@ def softmax_jvp(
     logits: Float[Tensor, "T V"], x: Float[Tensor, "T V *k"], *, impl: str | None = None
 ) -> Float[Tensor, "T V *k"]:
     """pi ⊙ (x - pi·x): how pi moves when the logits move by x, for one column or k."""
+    if impl == "triton" or (impl is None and _takes_triton(logits, x) and _adjacent(logits)):
+        _require_triton("softmax_jvp")
+        from .kernels.softmax_jvp import triton
+
+        return triton.softmax_jvp(logits, x)
     _require_reference("softmax_jvp", impl)
     return _softmax_jvp.softmax_jvp(logits, x)
 
@@ -142,17 +203,22 @@ def readout_forces(
         weight, bias, scale, softcap: z = softcap(scale (W h + b)).
         train_bias: the bias moves as well (adds 1 to h_m·h_l).
         reduce: None, "update" (sum over l) or "observe" (sum over m).
-        impl: None or "reference".
+        impl: None, "reference" or "cpp" (CPU, fp32 and bf16, no gradient). None takes cpp where it is built and applies.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown reduce or impl.
 
-    Cost: O((M + L) V d + M L (V + d)) flops; the reference holds [M, V] and [L, V].
+    Cost: O((M + L) V d + M L (V + d)) flops; the reference holds [M, V] and [L, V], cpp streams over V.
     """
     if c.shape != targets_u.shape:
         raise ValueError(f"c must have the shape of targets_u={list(targets_u.shape)}, got {list(c.shape)}")
     if reduce not in (None, "update", "observe"):
         raise ValueError(f'reduce must be None, "update" or "observe", got {reduce!r}')
+    if impl == "cpp" or (impl is None and _takes_cpp(h_o, h_u, weight, bias, c, v, uniform)):
+        return _readout_forces_cpp.readout_forces(
+            h_o, y_o, h_u, targets_u, c, weight,
+            bias=bias, scale=scale, softcap=softcap, v=v, uniform=uniform, train_bias=train_bias, reduce=reduce,
+        )  # fmt: skip
     _require_reference("readout_forces", impl)
     return _readout_forces.readout_forces(
         h_o, y_o, h_u, targets_u, c, weight,
@@ -171,14 +237,48 @@ def dual_gram(
     impl: str | None = None,
 ) -> Tensor:
     """out += (a1 a2ᵀ) ⊙ (d1 d2ᵀ), [M, L], or summed over pairs of segments, [S_o, S_u]."""
+    if impl == "cpp" or (impl is None and _takes_cpp(a1, a2, d1, d2, out) and _adjacent(out)):
+        return _dual_gram_cpp.dual_gram(a1, a2, d1, d2, out=out, segments=segments)
     _require_reference("dual_gram", impl)
     return _dual_gram.dual_gram(a1, a2, d1, d2, out=out, segments=segments)
 
 
-def _takes_cpp(x: Tensor) -> bool:
-    plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.stride(-1) == 1
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return plain and not x.requires_grad and not wrapped and _native.load()[0] is not None
+def _takes_cpp(*tensors: Tensor | None) -> bool:
+    """Float32 or bfloat16 on the CPU, outside functorch, where no gradient is wanted; None is an argument that is not there."""
+    given = [x for x in tensors if x is not None]
+    plain = all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in given)
+    wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given)
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return plain and not wrapped and not wanted and _native.load()[0] is not None
+
+
+def _takes_triton(*tensors: Tensor | None) -> bool:
+    """On a GPU in a type of 32 or 16 bits, outside functorch, where no gradient is wanted and Triton is installed."""
+    given = [x for x in tensors if x is not None]
+    if not all(x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in given):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return False
+    # torch.compile cannot follow the question about functorch
+    wrapped = not torch.compiler.is_compiling() and any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given)
+    return not wrapped and _has_triton()
+
+
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def _require_triton(op: str) -> None:
+    if not _has_triton():
+        raise RuntimeError(f'{op}: impl="triton" needs the package triton, which is not installed: pip install triton')
+
+
+def _adjacent(x: Tensor | None) -> bool:
+    return x is None or x.stride(-1) == 1
 
 
 def _check_targets(targets: Tensor, V: int) -> None:

@@ -36,34 +36,35 @@ float logit(const TokenStatsArgs& args, int64_t t, int64_t j) {
     return z;
 }
 
-// A row without a softmax: a NaN somewhere (rank 0, argmax -1), a logit of +inf, or -inf throughout.
-void finish_undefined(const TokenStatsArgs& out, int64_t t) {
+// The second look at a row without a softmax.
+void look_again(const TokenStatsArgs& args, int64_t t) {
+    const int64_t y = args.targets[t];
+    const float z_y = logit(args, t, y);
+    int64_t rank = 0, argmax = 0;
+    for (int64_t j = 0; j < args.V; ++j) {
+        const float z = logit(args, t, j);
+        if (std::isnan(z)) return finish_undefined(args.out, t, 0, -1);
+        rank += z > z_y || (z == z_y && j < y);
+        if (z > logit(args, t, argmax)) argmax = j;
+    }
+    finish_undefined(args.out, t, rank, argmax);
+}
+
+}  // namespace
+
+void finish_undefined(const TokenStatsOut& out, int64_t t, int64_t rank, int64_t argmax) {
     out.logsumexp[t] = out.log_prob[t] = out.entropy[t] = out.collision[t] = out.g_norm[t] = NOT_A_NUMBER;
     out.argmax_log_prob[t] = NOT_A_NUMBER;
-    const int64_t y = out.targets[t];
-    const float z_y = logit(out, t, y);
-    int64_t rank = 0, argmax = 0;
-    for (int64_t j = 0; j < out.V; ++j) {
-        const float z = logit(out, t, j);
-        if (std::isnan(z)) {
-            rank = 0, argmax = -1;
-            break;
-        }
-        rank += z > z_y || (z == z_y && j < y);
-        if (z > logit(out, t, argmax)) argmax = j;
-    }
     out.rank[t] = rank;
     out.argmax[t] = argmax;
 }
 
-// The row from its target logit z_y and everything else. `top` is the argmax; `tail` = Σ e^{z_j - top} over all other columns,
-// so S = 1 + tail, and no number below is a difference of two that nearly agree.
-void finish_row(const TokenStatsArgs& out, int64_t t, Rest rest) {
-    const int64_t y = out.targets[t];
-    const float z_y = logit(out, t, y);
+// `top` is the argmax; `tail` = Σ e^{z_j - top} over all other columns, so S = 1 + tail, and no number below is a difference of
+// two that nearly agree.
+bool finish_row(const TokenStatsOut& out, int64_t t, int64_t y, float z_y, Rest rest) {
     const bool y_is_top = rest.argmax < 0 || z_y > rest.max || (z_y == rest.max && y < rest.argmax);
     const double top = y_is_top ? z_y : rest.max;
-    if (std::isnan(z_y + rest.sum + rest.xsum + rest.sqsum) || !std::isfinite(top)) return finish_undefined(out, t);
+    if (std::isnan(z_y + rest.sum + rest.xsum + rest.sqsum) || !std::isfinite(top)) return false;
     out.rank[t] = rest.above;
     out.argmax[t] = y_is_top ? y : rest.argmax;
 
@@ -88,18 +89,23 @@ void finish_row(const TokenStatsArgs& out, int64_t t, Rest rest) {
     out.collision[t] = static_cast<float>(sqsum / (S * S));
     out.g_norm[t] = static_cast<float>(std::sqrt(rest.sqsum + others * others) / S);
     out.argmax_log_prob[t] = static_cast<float>(-log_S);
+    return true;
 }
 
-}  // namespace
-
-void token_stats(const TokenStatsArgs& args, const RestFns& fns, int threads) {
+void token_stats(const TokenStatsArgs& args, const FoldFns& fns, int threads) {
     const bool fp32 = args.dtype == Dtype::float32;
-    const RestFn rest_of = fp32 ? fns.float32 : fns.bfloat16;
-    const int64_t row_bytes = args.row_stride * (fp32 ? 4 : 2);
-    const int64_t chunks = (args.V + CHUNK - 1) / CHUNK;
+    const FoldFn fold = fp32 ? fns.float32 : fns.bfloat16;
+    const int64_t element = fp32 ? 4 : 2, chunks = (args.V + CHUNK - 1) / CHUNK;
     const auto chunk = [&](int64_t t, int64_t k) {
-        const char* row = static_cast<const char*>(args.logits) + t * row_bytes;
-        return rest_of(row, k * CHUNK, std::min(args.V, (k + 1) * CHUNK), args.targets[t]);
+        const char* columns = static_cast<const char*>(args.logits) + (t * args.row_stride + k * CHUNK) * element;
+        Rest rest = NO_COLUMNS;
+        const int64_t y = args.targets[t];
+        fold(rest, columns, k * CHUNK, std::min(CHUNK, args.V - k * CHUNK), y, logit(args, t, y));
+        return rest;
+    };
+    const auto finish = [&](int64_t t, const Rest& rest) {
+        const int64_t y = args.targets[t];
+        if (!finish_row(args.out, t, y, logit(args, t, y), rest)) look_again(args, t);
     };
 
     threads = static_cast<int>(std::min<int64_t>(threads, 1 + args.T * args.V / PER_THREAD));
@@ -107,7 +113,7 @@ void token_stats(const TokenStatsArgs& args, const RestFns& fns, int threads) {
         parallel_for(args.T, threads, [&](int64_t t) {
             Rest rest = chunk(t, 0);
             for (int64_t k = 1; k < chunks; ++k) rest = merge(rest, chunk(t, k));
-            finish_row(args, t, rest);
+            finish(t, rest);
         });
         return;
     }
@@ -116,7 +122,7 @@ void token_stats(const TokenStatsArgs& args, const RestFns& fns, int threads) {
     for (int64_t t = 0; t < args.T; ++t) {
         Rest rest = parts[t * chunks];
         for (int64_t k = 1; k < chunks; ++k) rest = merge(rest, parts[t * chunks + k]);
-        finish_row(args, t, rest);
+        finish(t, rest);
     }
 }
 

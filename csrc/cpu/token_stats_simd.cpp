@@ -11,7 +11,10 @@ constexpr int FLUSH = 32;         // groups whose sums stay in fp32 lanes before
 template <class T>
 class Accumulator {
   public:
-    Accumulator(float z_y, int64_t y) : z_y_(z_y), y_(y) { clear_lanes(); }
+    Accumulator(const tokdyn::Rest& rest, float z_y, int64_t y) : z_y_(z_y), y_(y), rest_(rest) {
+        reference_ = splat(empty() ? 0.0f : rest_.max);
+        clear_lanes();
+    }
 
     bool empty() const { return rest_.argmax < 0; }  // nothing above -inf so far
 
@@ -25,7 +28,7 @@ class Accumulator {
         return true;
     }
 
-    // Any n <= GROUP columns from column j on: the target, a new maximum and the ragged end are all legal here.
+    // Any n <= GROUP columns, the first of them column j: the target, a new maximum and the ragged end are all legal here.
     void take_slowly(const T* p, int64_t j, int n) {
         float x[GROUP];
         float top = -INFINITY;
@@ -87,32 +90,32 @@ class Accumulator {
 
     const float z_y_;
     const int64_t y_;
-    tokdyn::Rest rest_{-INFINITY, -1, 0, 0, 0, 0};
-    Vec reference_ = splat(0.0f), sum_, xsum_, sqsum_;
+    tokdyn::Rest rest_;
+    Vec reference_, sum_, xsum_, sqsum_;
     Count above_;
     int groups_;
 };
 
 template <class T>
-tokdyn::Rest rest(const void* data, int64_t begin, int64_t end, int64_t y) {
+void fold(tokdyn::Rest& rest, const void* data, int64_t first, int64_t n, int64_t y, float z_y) {
     const FlushDenormals flush_denormals;
-    const T* row = static_cast<const T*>(data);
-    const float z_y = to_float(row[y]);
-    Accumulator<T> accumulator(z_y, y);
+    const T* columns = static_cast<const T*>(data);
+    Accumulator<T> accumulator(rest, z_y, y);
     // before y a tie ranks above the target, after it only a larger logit does: the least float above z_y is the threshold
-    const Vec before = splat(z_y), after = splat(nextafterf(z_y, INFINITY));
-    for (int64_t j = begin; j < end; j += GROUP) {
-        const bool plain = j + GROUP <= end && (y < j || y >= j + GROUP) && !accumulator.empty();
-        if (!plain || !accumulator.take(row + j, j < y ? before : after))
-            accumulator.take_slowly(row + j, j, static_cast<int>(end - j < GROUP ? end - j : GROUP));
+    const Vec before = splat(z_y), after = splat(z_y < INFINITY ? nextafterf(z_y, INFINITY) : NAN);
+    for (int64_t i = 0; i < n; i += GROUP) {
+        const int64_t j = first + i;
+        const bool plain = i + GROUP <= n && (y < j || y >= j + GROUP) && !accumulator.empty();
+        if (!plain || !accumulator.take(columns + i, j < y ? before : after))
+            accumulator.take_slowly(columns + i, j, static_cast<int>(n - i < GROUP ? n - i : GROUP));
     }
-    return accumulator.finish();
+    rest = accumulator.finish();
 }
 
 }  // namespace
 
 namespace tokdyn {
 namespace TOKDYN_SIMD {
-const RestFns rest_fns = {rest<float>, rest<bf16>};
+const FoldFns fold_fns = {fold<float>, fold<bf16>};
 }
 }  // namespace tokdyn

@@ -1,0 +1,29 @@
+// Where the next logit above a threshold stands.
+#include "simd.h"
+#include "topk.h"
+
+namespace {
+
+constexpr int GROUP = 4 * WIDTH;
+
+template <class T>
+int64_t scan(const void* data, int64_t begin, int64_t n, float threshold) {
+    const T* z = static_cast<const T*>(data);
+    const Vec bound = splat(threshold);
+    int64_t j = begin;
+    for (; j + GROUP <= n; j += GROUP) {
+        const Vec low = max(load(z + j), load(z + j + WIDTH)), high = max(load(z + j + 2 * WIDTH), load(z + j + 3 * WIDTH));
+        if (any_above(max(low, high), bound)) return j;
+    }
+    for (; j < n; ++j)
+        if (to_float(z[j]) > threshold) return j;
+    return n;
+}
+
+}  // namespace
+
+namespace tokdyn {
+namespace TOKDYN_SIMD {
+const ScanFns scan_fns = {scan<float>, scan<bf16>, GROUP};
+}
+}  // namespace tokdyn

@@ -1,0 +1,477 @@
+"""Monitor: figures are what they say, predictions are those of td.forces under the real optimizer step, training is unmoved."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+import tokdyn as td
+from tokdyn import steps as records
+from tokdyn.sequences import Chi
+from tokdyn.squeeze import step as readout_step
+from tokdyn.testing import random_chis, tiny, tiny_lora
+
+V, PROMPT = 61, 4
+EPS = torch.finfo(torch.float32).eps
+
+
+def data(B=4, T=9, seed=0):
+    return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def labelled(ids):
+    labels = ids.clone()
+    labels[:, :PROMPT] = -100
+    return labels
+
+
+def sft(model, ids):
+    return model(input_ids=ids, labels=labelled(ids)).loss
+
+
+def answers(model, ids):
+    """log pi and H of the response tokens, [B, n]."""
+    log_pi = model(input_ids=ids).logits.log_softmax(-1)[:, PROMPT - 1 : -1]
+    H = -(log_pi.exp() * log_pi).sum(-1)
+    return log_pi.gather(-1, ids[:, PROMPT:, None]).squeeze(-1), H
+
+
+def dpo(model, ids):
+    plus, minus = answers(model, ids)[0].sum(1).chunk(2)
+    return -logsigmoid(0.1 * (plus - minus)).mean()
+
+
+def grpo(model, ids):
+    lp, H = answers(model, ids)
+    td.tap(lp, ids[:, PROMPT:], entropy=H)
+    A = torch.tensor([1.0, -1.0, 0.5, -0.5])[:, None]
+    ratio = (lp - lp.detach()).exp()
+    return -(torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A) + 0.01 * H).mean()
+
+
+PROBE = {"near": random_chis([(3, 5), (2, 4)], seed=5), "far": random_chis([(3, 3)], seed=6)}
+
+
+def train(loss_of, *, family="llama", lora=False, monitor=True, steps=3, accumulate=1, optimizer=None, max_norm=1.0, **options):
+    """Loss and gradient norm of every step, the parameters at the end, and the monitor."""
+    model = (tiny_lora if lora else tiny)(family).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    opt = optimizer(parameters) if optimizer else torch.optim.AdamW(parameters, lr=1e-3)
+    torch.manual_seed(7)
+    watch = td.Monitor(model, opt, on_error="raise", **({"probe": PROBE} | options)) if monitor else None
+    figures = []
+    if watch is not None:
+        watch.start()
+        watch.step_begin()
+    for n in range(steps):
+        for k in range(accumulate):
+            loss = loss_of(model, data(seed=10 * n + k)) / accumulate
+            loss.backward()
+            if watch is not None and k + 1 < accumulate:
+                assert watch.step_end() is None
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        opt.step()
+        figures.append((loss.item(), norm.item()))
+        if watch is not None:
+            watch.step_end(clip=min(1.0, max_norm / (norm.item() + 1e-6)))
+        opt.zero_grad()
+    if watch is not None:
+        watch.close()
+    return figures, parameters, watch
+
+
+# ---------------------------------------------------------------- training is untouched
+
+
+@pytest.mark.parametrize(
+    "loss_of, options",
+    [(sft, {}), (dpo, dict(lora=True)), (grpo, dict(accumulate=2)), (sft, dict(family="gpt2"))],
+    ids=["sft", "dpo with LoRA", "grpo with entropy bonus and accumulation", "sft with dropout"],
+)
+def test_losses_norms_and_weights_are_bit_identical(loss_of, options):
+    with_it, without = train(loss_of, **options), train(loss_of, monitor=False, **options)
+    assert with_it[0] == without[0]
+    assert all(torch.equal(a, b) for a, b in zip(with_it[1], without[1], strict=True))
+    assert len(with_it[2].steps) == 3 and all(step.actual is not None for step in with_it[2].steps)
+
+
+def test_whatever_fails_is_a_warning_that_names_it_and_training_goes_on():
+    """A probe that cannot run, and a capture that breaks: same losses, one warning each, hooks gone."""
+    plain = train(sft, monitor=False)[0]
+    model = tiny("llama").train()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    monitor = td.Monitor(model, opt, probe=[random_chis([(3, 4)], vocabulary=V + 900, seed=2)[0]])
+    torch.manual_seed(7)
+    losses = []
+    with monitor, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n in range(3):
+            if n == 1:
+                monitor._capture.readout = None  # the capture itself breaks
+            loss = sft(model, data(seed=10 * n))
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+            monitor.step_end()
+            opt.zero_grad()
+            losses.append((loss.item(), norm.item()))
+    assert losses == plain
+    told = [str(w.message) for w in caught if "tokdyn" in str(w.message)]
+    assert "the probe could not be read after the step" in told[0] and "vocabulary" in told[0] and "capture failed" in told[1]
+    assert len(told) == 2 and len(monitor.problems) > 2
+    assert len(monitor.steps) == 1 and "capture failed" in monitor.problems[-1][1]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not opt._optimizer_step_pre_hooks and not opt._optimizer_step_post_hooks
+
+
+def test_nothing_captured_is_an_error_never_an_empty_plot():
+    model, other = tiny("llama"), tiny("llama")
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    with td.Monitor(model, opt, on_error="raise") as monitor:
+        sft(other, data()).backward()
+        opt.step()
+        with pytest.raises(ValueError, match="step 1: nothing was captured: no forward pass of LlamaForCausalLM was seen"):
+            monitor.step_end()
+    assert monitor.steps == []
+
+
+def test_an_exception_in_the_loop_takes_everything_off(tmp_path):
+    model = tiny("llama")
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(KeyError), td.Monitor(model, opt, probe=PROBE, out=tmp_path / "run"):
+        sft(model, data()).backward()
+        raise KeyError
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not opt._optimizer_step_pre_hooks
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "interrupted"
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def first_step(lr, *, family="llama", probe=PROBE, loss_of=sft, dtype=torch.float32):
+    """One plain SGD step: the record, the model before it, and the update as sequences."""
+    model = tiny(family).to(dtype)
+    opt = torch.optim.SGD(model.parameters(), lr=lr)
+    ids = data()
+    with td.Monitor(model, opt, probe=probe, on_error="raise") as monitor:
+        loss_of(model, ids).backward()
+        opt.step()
+        step = monitor.step_end()
+    scored = torch.arange(9) >= PROMPT
+    return step, tiny(family).to(dtype), [Chi(row, scored, group=i) for i, row in enumerate(ids)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe"])
+def test_a_plain_step_is_what_td_forces_says(family):
+    """predicted = eta Σ_l F[m,l]/N and forces = eta Σ_m F[m,l]/N over the blamed group, by td.forces on the model before."""
+    lr, N = 1.0, 20  # a step far above the weights' last digit, which Δθ = θ' - θ is rounded to
+    step, model, update = first_step(lr, family=family)
+    observe = [chi for chis in PROBE.values() for chi in chis]
+    F = td.forces(model, update, observe, reduce="update").vector.double() * lr / N
+    blamed = td.forces(model, update, PROBE["near"], reduce="observe").vector.double() * lr / N
+    exact = tiny(family).double()
+    with td.testing.float64():
+        F64 = td.forces(exact, update, observe, reduce="update").vector * lr / N
+        blamed64 = td.forces(exact, update, PROBE["near"], reduce="observe").vector * lr / N
+    for found, same, truth in ((step.predicted, F, F64), (step.forces.double(), blamed, blamed64)):
+        band = 100 * EPS * float(truth.norm())  # Δθ of 1e-2 beside weights of 0.5
+        assert float((found - truth).norm()) <= 2 * float((same - truth).norm()) + band
+
+
+def test_predicted_and_actual_differ_by_second_order():
+    """Halving eta quarters the difference."""
+    gaps = []
+    for lr in (0.08, 0.04, 0.02):
+        step = first_step(lr)[0]
+        gaps.append(float((step.actual - step.predicted).norm()))
+        assert step.linearity == pytest.approx(float(step.predicted @ step.actual / (step.predicted @ step.predicted)))
+    assert 3 < gaps[0] / gaps[1] < 5 and 3 < gaps[1] / gaps[2] < 5
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.02),
+    "sgd with nesterov momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+    "adam with amsgrad": lambda p: torch.optim.Adam(p, lr=1e-3, weight_decay=0.01, amsgrad=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5, centered=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_step_is_the_tokens_forces_and_what_was_carried_over(name):
+    """Σ_l F_l + carried = Σ_m predicted_m of the blamed group: a tangent pass over the update, one over the probe, and Δθ.
+
+    And Σ_l F_l is what the optimizer's own gradient does, clipping included: every token of the loss was captured.
+    """
+    _, _, monitor = train(sft, optimizer=OPTIMIZERS[name], max_norm=0.5, accumulate=2)
+    blamed = sum(len(chi) for chi in PROBE["near"])
+    for step in monitor.steps:
+        total = float(step.predicted[:blamed].sum())
+        size = float(step.predicted[:blamed].abs().sum()) + abs(step.carried) + float(step.forces.abs().sum())
+        # eps·Σ|terms| per inner product over 1e4 parameters, whose rounding grows with its root
+        assert abs(float(step.forces.double().sum()) + step.carried - total) < 100 * EPS * size
+        assert abs(step.accounted - 1) * abs(total - step.carried) < 100 * EPS * size
+        assert step.notes == []
+    if name == "sgd":
+        assert abs(monitor.steps[-1].carried) < 1e-3 * float(monitor.steps[-1].predicted.abs().sum())
+
+
+def test_an_unclipped_report_is_noticed():
+    """Clipping that nobody told of: the tokens' forces are too large by its factor, and the record says so."""
+    model = tiny("llama")
+    opt = torch.optim.SGD(model.parameters(), lr=0.02)
+    with td.Monitor(model, opt, probe=PROBE, on_error="raise") as monitor:
+        sft(model, data()).backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+        opt.step()
+        step = monitor.step_end()
+    assert step.accounted == pytest.approx(norm / 0.5, rel=1e-3) and "was clipped" in step.notes[0]
+
+
+def test_forces_need_a_known_optimizer():
+    model = tiny("llama")
+    opt = torch.optim.Adagrad(model.parameters(), lr=1e-3)
+    with td.Monitor(model, opt, probe=PROBE, on_error="raise") as monitor:
+        sft(model, data()).backward()
+        opt.step()
+        step = monitor.step_end()
+    assert step.forces is None and "optimizer must be Adam" in step.notes[0]
+    assert 0.9 < step.linearity < 1.1  # Δθ needs no formula
+
+
+def test_the_readouts_share_of_a_step():
+    """With only the readout trainable it is all of it."""
+    model = tiny("gemma2", tied=False)
+    for name, p in model.named_parameters():
+        p.requires_grad = "lm_head" in name
+    opt = torch.optim.AdamW(model.lm_head.parameters(), lr=1e-3)
+    with td.Monitor(model, opt, probe=PROBE, on_error="raise") as monitor:
+        sft(model, data()).backward()
+        opt.step()
+        step = monitor.step_end()
+    readout = torch.tensor(step.observed["predicted_readout"].to_pylist(), dtype=torch.float64)
+    assert float((readout - step.predicted).norm()) < 100 * EPS * float(step.predicted.norm())
+
+
+# ---------------------------------------------------------------- figures
+
+
+def one_record(model, loss_of, ids, **about):
+    opt = torch.optim.SGD(model.parameters(), lr=0.0)
+    with td.Monitor(model, opt, on_error="raise") as monitor:
+        with monitor.micro_batch(**about):
+            loss_of(model, ids).backward()
+        opt.step()
+        return monitor.step_end()
+
+
+def test_c_of_dpo_is_its_closed_form_and_shared_prefixes_cancel():
+    """c± = ±β(1 - σ(βh))/B; where the answers begin alike, all of the pair's force there cancels."""
+    ids = data()
+    ids[2, :7], ids[3, :PROMPT] = ids[0, :7], ids[1, :PROMPT]  # pair (0, 2) shares three tokens of the answer, (1, 3) none
+    ids[2, 7], ids[3, PROMPT] = (ids[0, 7] + 1) % V, (ids[1, PROMPT] + 1) % V
+    model = tiny("llama")
+    step = one_record(model, dpo, ids, roles=["chosen"] * 2 + ["rejected"] * 2, groups=[0, 1, 0, 1])
+    with torch.no_grad():
+        lp = answers(model, ids)[0].sum(1)
+    c = 0.1 * (1 - torch.sigmoid(0.1 * (lp[:2] - lp[2:]))) / 2
+    expected = torch.cat([c, -c])[:, None].expand(4, 5).flatten()
+    torch.testing.assert_close(step.c, expected, rtol=100 * EPS, atol=0)
+    force = torch.tensor(step.tokens["force"].to_pylist()).reshape(4, 5)
+    assert step.metrics["shared_prefix"] == pytest.approx(float((force[0, :3] + force[2, :3]).sum() / force.sum()), rel=1e-5)
+    assert step.tokens["role"].to_pylist() == ["chosen"] * 10 + ["rejected"] * 10
+    assert step.metrics["c_up"] == pytest.approx(float(5 * c.sum()), rel=1e-5)
+    assert step.metrics["c_down"] == pytest.approx(step.metrics["c_up"], rel=1e-5)
+    rows = step.sequences()
+    assert rows["c_sum"].to_pylist() == pytest.approx([*(5 * c).tolist(), *(-5 * c).tolist()], rel=1e-5)
+
+
+def test_clipped_tokens_have_no_force():
+    """The share comes from the ratios, c from autograd: c = 0 exactly where the ratio is clipped."""
+    ids, model = data(), tiny("llama")
+    A = torch.tensor([1.0, -1.0, 2.0, -0.5])
+    with torch.no_grad():
+        old = answers(model, ids)[0] + torch.linspace(-0.6, 0.6, 20).reshape(5, 4).T
+
+    def loss(m, ids):
+        ratio = (answers(m, ids)[0] - old).exp()
+        value = torch.minimum(ratio * A[:, None], ratio.clamp(0.8, 1.28) * A[:, None])
+        td_weight = torch.ones_like(value)
+        return -(value * td_weight).mean()
+
+    def tapped(m, ids):
+        lp = answers(m, ids)[0]
+        td.tap(lp, ids[:, PROMPT:])
+        ratio = (lp - old).exp()
+        return -torch.minimum(ratio * A[:, None], ratio.clamp(0.8, 1.28) * A[:, None]).mean()
+
+    step = one_record(model, tapped, ids, advantages=A, old_log_probs=old, clip=(0.2, 0.28))
+    clipped = torch.tensor(step.tokens["clipped"].to_pylist()).bool()
+    assert 3 < int(clipped.sum()) < 17 and torch.equal(clipped, step.c == 0)
+    assert step.metrics["clipped"] == pytest.approx(float(clipped.float().mean()))
+    assert step.tokens["advantage"].to_pylist() == A[:, None].expand(4, 5).flatten().tolist()
+    ratio = (answers(model, ids)[0].detach() - old).exp().flatten()  # what is not clipped has c = A γ / N
+    torch.testing.assert_close(
+        step.c[~clipped], (A[:, None] * ratio.reshape(4, 5) / 20).flatten()[~clipped], rtol=1e3 * EPS, atol=0
+    )
+    # on the logits route a clipped token gets no gradient, and without labels that is all there is to tell it by
+    assert len(one_record(model, loss, ids).c) == int((~clipped).sum())
+
+
+def test_squeezing_is_the_rate_at_which_first_choices_gain():
+    """The column against a tiny real readout step (td.squeeze) on every token that is pushed down."""
+    ids, model = data(), tiny("llama")
+    step = one_record(model, lambda m, ids: -sft(m, ids), ids)
+    with torch.no_grad():
+        z = model(ids).logits[:, PROMPT - 1 : -1].flatten(0, 1).double()
+    y, h = ids[:, PROMPT:].flatten(), 1e-6
+    top = z.argmax(1, keepdim=True)
+    p = [readout_step(z, y, -torch.ones(20).double(), s).softmax(1).gather(1, top).squeeze(1) for s in (-h, h)]
+    rate = ((p[1] - p[0]) / (2 * h)) * (top.squeeze(1) != y)
+    found = torch.tensor(step.tokens["squeezing"].to_pylist(), dtype=torch.float64)
+    torch.testing.assert_close(found, rate, rtol=1e-4, atol=20 * EPS)
+    assert step.metrics["squeezing"] == pytest.approx(float(rate.mean()), rel=1e-4)  # c is the same everywhere
+    assert step.metrics["force_up_share"] == 0
+
+
+def test_figures_of_many_steps_are_those_of_all_their_tokens():
+    _, _, monitor = train(grpo, steps=3, probe_every=2)
+    merged = monitor.metrics(reset=False)
+    tables = [step.tokens for step in monitor.steps]
+    entropy = torch.tensor([x for t in tables for x in t["entropy"].to_pylist()])
+    assert merged["entropy"] == pytest.approx(float(entropy.mean()), rel=1e-5)
+    assert merged["tokens"] == 20 and merged["residual"] < 1e-5
+    assert [step.actual is not None for step in monitor.steps] == [True, True, False]
+    near = [step.actual[:9].mean() for step in monitor.steps[:2]]
+    assert merged["near/actual"] == pytest.approx(float(sum(near)) / 2, rel=1e-5)
+    assert monitor.metrics() == merged and monitor.metrics() == {}
+
+
+def test_metadata_reaches_passes_by_forward_or_by_backward():
+    """`micro_batch` around the backward pass alone, as in a loop that makes its loss elsewhere, tells as much."""
+    model, ids = tiny("llama"), data()
+    opt = torch.optim.SGD(model.parameters(), lr=0.0)
+    with td.Monitor(model, opt, on_error="raise") as monitor:
+        for scale in (1.0, 2.0):
+            loss = sft(model, ids)
+            with monitor.micro_batch(advantages=scale * torch.ones(4)):
+                loss.backward()
+        opt.step()
+        step = monitor.step_end()
+    assert step.tokens["advantage"].to_pylist() == [1.0] * 20 + [2.0] * 20
+    assert step.tokens["micro_batch"].to_pylist() == [0] * 20 + [1] * 20
+    assert step.tokens["sequence"].to_pylist() == [i // 5 for i in range(40)]
+    with pytest.raises(ValueError, match="one row per sequence of the batch"):
+        one_record(model, sft, ids, advantages=torch.ones(3))
+
+
+def test_a_wrong_temperature_is_named():
+    def loss(m, ids):
+        out = m(ids).logits / 0.5
+        return -out.log_softmax(-1)[:, PROMPT - 1 : -1].gather(-1, ids[:, PROMPT:, None]).mean()
+
+    with pytest.raises(ValueError, match="not one of log-probs, entropies and mean log-probs at temperature=1"):
+        one_record(tiny("llama"), loss, data())
+
+    def tapped(m, ids):
+        lp = (m(ids).logits / 0.5).log_softmax(-1)[:, PROMPT - 1 : -1].gather(-1, ids[:, PROMPT:, None]).squeeze(-1)
+        return -td.tap(lp, ids[:, PROMPT:]).mean()
+
+    with pytest.raises(ValueError, match="differ by .* nats .*temperature=1: is that what the loss divides by"):
+        one_record(tiny("llama"), tapped, data())
+
+    def masked(m, ids):
+        lp = answers(m, ids)[0]
+        return -td.tap(lp, ids[:, PROMPT:], torch.arange(5).expand(4, 5) > 2).mean()
+
+    with pytest.raises(ValueError, match="falls on tokens taken for unscored"):
+        one_record(tiny("llama"), masked, data())
+
+
+# ---------------------------------------------------------------- records on disk, options
+
+
+def test_the_folder_holds_what_the_records_hold(tmp_path):
+    _, _, monitor = train(sft, out=tmp_path / "run", every=2, steps=5)
+    about, tables = records.read(tmp_path / "run")
+    assert [step.step for step in monitor.steps] == [1, 2, 4]
+    assert about["status"] == "complete" and about["kind"] == "training" and about["problems"] == []
+    assert about["probe"] == {"near": 2, "far": 1} and about["settings"]["every"] == 2
+    assert tables["tokens"]["step"].to_pylist() == [1] * 20 + [2] * 20 + [4] * 20
+    assert tables["steps"]["entropy"].to_pylist() == [step.metrics["entropy"] for step in monitor.steps]
+    assert tables["probe"].num_rows == 3 * 12 and set(tables["probe"]["probe"].to_pylist()) == {"near", "far"}
+    assert tables["probe"]["actual"].to_pylist()[:12] == monitor.steps[0].actual.tolist()
+    last = monitor.steps[-1]  # its table was written and is read back
+    assert last.tokens["c"].to_pylist() == last.c.tolist() and last.sequences().num_rows == 4
+    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+    with pytest.raises(FileExistsError, match="exists already"):
+        train(sft, out=tmp_path / "run", steps=1)
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        records.read(tmp_path)
+    (tmp_path / "run/run.json").write_text(json.dumps({"format": 1, "kind": "profile"}))
+    with pytest.raises(ValueError, match="holds profile"):
+        records.read(tmp_path / "run")
+
+
+def test_token_texts():
+    from tokdyn.loading import load_model
+
+    model, tokenizer = load_model("demo")
+    chi = td.encode(tokenizer, "Human: Hello\n\nAssistant:", " Good morning")
+    opt = torch.optim.SGD(model.parameters(), lr=0.0)
+    with td.Monitor(model, opt, tokenizer=tokenizer, on_error="raise") as monitor:
+        model(chi.ids[None], labels=torch.where(chi.scored, chi.ids, -100)[None]).loss.backward()
+        opt.step()
+        step = monitor.step_end()
+    assert "".join(step.tokens["token"].to_pylist()) == "".join(t for t, s in zip(chi.tokens, chi.scored, strict=True) if s)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(every=0), "every must be at least 1"),
+        (dict(every=2, probe_every=3), "a multiple of it"),
+        (dict(on_error="ignore"), "on_error must be"),
+        (dict(probe={}), "the probe is empty"),
+        (dict(probe=PROBE, blame="nobody"), "blame must name a group of the probe, near, far"),
+        (dict(probe=[Chi(torch.arange(3), torch.zeros(3, dtype=torch.bool))]), "no scored token"),
+    ],
+)
+def test_options_that_do_not_fit(options, message):
+    model = tiny("llama")
+    with pytest.raises(ValueError, match=message):
+        td.Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+
+
+def test_a_probe_needs_the_optimizer_and_a_whole_model():
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="a probe needs the optimizer"):
+        td.Monitor(model, probe=PROBE)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    next(model.parameters()).ds_id = 0  # as DeepSpeed marks what it keeps elsewhere
+    with td.Monitor(model, opt, probe=PROBE, on_error="raise"):
+        sft(model, data()).backward()
+        with pytest.raises(ValueError, match="ZeRO-3"):
+            opt.step()
+
+
+def test_without_an_optimizer_every_step_end_ends_a_step():
+    model = tiny("llama")
+    with td.Monitor(model, on_error="raise") as monitor:
+        for _ in range(2):
+            sft(model, data()).backward()
+            assert monitor.step_end() is not None
+    assert len(monitor.steps) == 2
+
+
+def test_importing_tokdyn_loads_none_of_this():
+    code = "import sys, tokdyn; print([n for n in ('trl', 'datasets', 'accelerate', 'tokdyn.monitor') if n in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert callable(td.attach) and callable(td.tap) and td.Monitor.__name__ == "Monitor"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        td.nothing  # noqa: B018

@@ -1,0 +1,173 @@
+"""Every operator beside plain torch, torch.compile and other projects' kernels, in one run on one machine: `tokdyn bench`."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .cases import Bar, Case, cases_on
+from .measure import MIB, Call, Floors, floors, interleaved, machine, once, peak_memory, spread, steady_memory, versions
+
+Stage = Callable[[str, int, int], None]
+
+
+def bench(
+    *,
+    device: str = "cpu",
+    ops: Sequence[str] = (),
+    sides: Sequence[str] = (),
+    quick: bool = False,
+    rounds: int = 7,
+    seconds: float = 60.0,
+    memory: bool = True,
+    stage: Stage = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Times, rates, peak memory and shares of the machine's floor for every operator and every side that runs.
+
+    Args:
+        device: "cpu" or "cuda".
+        ops: the operators, all when empty.
+        sides: who takes part ("cpp", "triton", "cuda", "eager", "compile", "liger", ...: how a side's name begins); all when
+            empty. A side that does not run is reported with the reason.
+        quick: small sizes, to see that everything runs.
+        rounds, seconds: the sides of a case take turns for so many rounds; after three, a case ends when so long has passed.
+        memory: also measure peak memory, on a CPU in a process of its own for every case.
+        stage: told what is being done.
+
+    Returns:
+        machine, versions, date, settings, floors (GB/s and TFLOP/s), rows (one for a side of a case) and bars (the numbers
+        that a side is held to, each met, missed or not measured). It is JSON.
+
+    Raises:
+        ValueError: no such device, operator or side.
+    """
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here: take device cpu")
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device}")
+    every = cases_on(place, quick)
+    _known("operator", ops, {case.op for case in every})
+    _known("side", sides, {side.split(",")[0] for case in every for side in case.sides})
+    chosen = [case for case in every if not ops or case.op in ops]
+    about = dict(device=device, quick=quick, rounds=rounds, seconds=seconds, ops=list(ops), sides=list(sides))
+    found: dict[str, Any] = dict(
+        machine=machine(place), versions=versions(), date=datetime.date.today().isoformat(), settings=about, rows=[], bars=[]
+    )
+    stage("measuring the machine", 0, 0)
+    limits = floors(place, tuple({case.dtype for case in chosen}), quick)
+    found["floors"] = dict(
+        gb_per_s=round(limits.bandwidth / 1e9, 2),
+        tflop_per_s={str(dtype).removeprefix("torch."): round(rate / 1e12, 3) for dtype, rate in limits.flops.items()},
+    )
+    for done, case in enumerate(chosen):
+        stage(f"{case.name} {str(case.dtype).removeprefix('torch.')}", done, len(chosen))
+        mine = [name for name in case.sides if not sides or any(name.startswith(side) for side in sides)]
+        rows = measured(case, mine, place, limits, rounds, seconds, memory, quick)
+        found["rows"] += rows.values()
+        if not quick:
+            found["bars"] += [held(bar, case, rows) for bar in case.bars]
+    return found
+
+
+def _known(what: str, given: Sequence[str], known: set[str]) -> None:
+    for name in given:
+        if not any(k.startswith(name) for k in known):
+            raise ValueError(f"no {what} {name!r} on this device: there are {', '.join(sorted(known))}")
+
+
+def measured(
+    case: Case, names: list[str], device: torch.device, limits: Floors, rounds: int, seconds: float, memory: bool, quick: bool
+) -> dict[str, dict[str, Any]]:
+    """One row for each side of a case."""
+    inputs = case.make(device)
+    kind = str(case.dtype).removeprefix("torch.")
+    rows = {name: dict(case=case.name, op=case.op, dtype=kind, sizes=case.sizes, side=name, ran=True) for name in names}
+    calls: dict[str, Call] = {}
+    repeats, results = {}, {}
+    for name in names if case.timed else []:
+        call = calls[name] = functools.partial(case.sides[name], *inputs)
+        try:
+            with torch.no_grad():
+                results[name] = case.main(call())
+                alone = once(call, device)
+                repeats[name] = min(100, math.ceil(5e-3 / max(alone, 1e-6))) if device.type == "cuda" else 1
+                if memory and device.type == "cuda":
+                    rows[name]["peak_mib"] = round(peak_memory(call, device) / MIB, 1)
+        except Exception as error:  # a side that cannot run here is part of the result
+            rows[name] |= dict(ran=False, why=_said(error))
+            del calls[name]
+    with torch.no_grad():
+        times = interleaved(calls, device, rounds=rounds, seconds=seconds, repeats=repeats)
+    base = next((name for name in ("reference", "eager") if name in results), None)
+    for name, taken in times.items():
+        median, low, high = spread(taken)
+        floor = limits.seconds(case.moved, case.flops, case.dtype)
+        rows[name] |= dict(
+            seconds=taken, median_ms=1e3 * median, low_ms=1e3 * low, high_ms=1e3 * high, floor_share=floor / median,
+            gb_per_s=case.moved / median / 1e9 or None, tflop_per_s=case.flops / median / 1e12 or None,
+            differs=_difference(results[name], results[base]) if base else None,
+        )  # fmt: skip
+    if memory and device.type == "cpu":
+        del inputs, results, calls
+        _add_memory(rows, case, quick)
+    return rows
+
+
+def _add_memory(rows: dict[str, dict[str, Any]], case: Case, quick: bool) -> None:
+    """Peak memory of every side that ran, from a process of its own for the case."""
+    names = [name for name, row in rows.items() if row["ran"]]
+    request = dict(case=case.name, dtype=str(case.dtype), sides=names, quick=quick, threads=torch.get_num_threads())
+    done = subprocess.run(
+        [sys.executable, "-m", "tokdyn.bench.memory", json.dumps(request)], capture_output=True, text=True,
+        env=os.environ | steady_memory(),
+    )  # fmt: skip
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for answer in answers:
+        rows[answer.pop("side")] |= answer
+    for name in names[len(answers) :]:
+        rows[name]["memory_why"] = f"the process that measures memory ended with {done.returncode}: {done.stderr[-300:]}"
+
+
+def _difference(result: torch.Tensor, base: torch.Tensor) -> float | None:
+    """‖result - base‖ / ‖base‖; None for results of another shape."""
+    if result.shape != base.shape:
+        return None
+    total = float(base.double().norm())
+    return float((result.double() - base.double()).norm()) / total if total else 0.0
+
+
+def _said(error: Exception) -> str:
+    """An error as one line."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+
+
+def held(bar: Bar, case: Case, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A bar with what was found: its value, and whether it is met; None where a side did not run."""
+    mine, other = rows.get(bar.side, {}), rows.get(bar.other, {})
+
+    def ratio(field: str, over: dict[str, Any], under: dict[str, Any]) -> float | None:
+        return over[field] / max(under[field], 1e-9) if field in over and field in under else None
+
+    value, text, least = {
+        "speedup": (ratio("median_ms", other, mine), f"at least {bar.limit:g}x faster than {bar.other}", True),
+        "times": (ratio("median_ms", mine, other), f"at most {bar.limit:g}x the time of {bar.other}", False),
+        "memory": (ratio("peak_mib", mine, other), f"at most {bar.limit:g}x the memory of {bar.other}", False),
+        "floor": (mine.get("floor_share"), f"at least {bar.limit:.0%} of the floor", True),
+        "ms": (mine.get("median_ms"), f"at most {bar.limit:g} ms", False),
+        "mib": (mine.get("peak_mib"), f"at most {bar.limit:g} MiB", False),
+    }[bar.measure]
+    met = None if value is None else (value >= bar.limit if least else value <= bar.limit)
+    kind = str(case.dtype).removeprefix("torch.")
+    return dict(case=case.name, dtype=kind, side=bar.side, bar=text, value=value, met=met)

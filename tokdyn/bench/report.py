@@ -1,0 +1,102 @@
+"""A run of bench() as a page of Markdown and as tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+COLUMNS = ("case", "side", "median ms", "least-most ms", "GB/s", "TFLOP/s", "% of floor", "peak MiB", "differs by")
+
+
+def lines(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The table of rows as text, in the order of COLUMNS."""
+    for row in found["rows"]:
+        sizes = " ".join(f"{name}={size}" for name, size in row["sizes"].items())
+        start = (f"{row['case']} {row['dtype']} {sizes}", row["side"])
+        if not row["ran"]:
+            yield *start, "did not run: " + row["why"], *[""] * (len(COLUMNS) - 3)
+            continue
+        peak = f"{row['peak_mib']:.1f}" if "peak_mib" in row else row.get("memory_why", "")
+        if "low_ms" not in row:  # a case for memory alone: one run
+            yield *start, number(row.get("median_ms")), "once", "", "", "", peak, ""
+            continue
+        differs = "" if row["differs"] is None else f"{row['differs']:.1e}"
+        yield (
+            *start, number(row["median_ms"]), f"{number(row['low_ms'])}-{number(row['high_ms'])}", number(row["gb_per_s"]),
+            number(row["tflop_per_s"]), f"{100 * row['floor_share']:.0f}", peak, differs,
+        )  # fmt: skip
+
+
+def number(x: float | None) -> str:
+    """Three digits."""
+    return "" if x is None else f"{x:.3g}" if x < 100 else f"{x:.0f}"
+
+
+def verdicts(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The bars as text: what, the bar, the value, met or missed."""
+    for bar in found["bars"]:
+        met = {True: "met", False: "missed", None: "not measured"}[bar["met"]]
+        yield f"{bar['case']} {bar['dtype']}", bar["side"], bar["bar"], number(bar["value"]), met
+
+
+def heading(found: dict[str, Any]) -> list[str]:
+    """What the numbers were measured on."""
+    about, limits = found["machine"], found["floors"]
+    rates = ", ".join(f"{rate:.3g} TFLOP/s in {dtype}" for dtype, rate in limits["tflop_per_s"].items())
+    place = about["gpu"] or f"{about['processor']}, {about['threads']} threads"
+    load = f", load {about['load']} at the start" if "load" in about else ""
+    packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    read = "copied" if about["gpu"] else "read"
+    return [
+        f"{place}; {about['system']}{load}; {found['date']}.",
+        f"Floor, measured in this run: {limits['gb_per_s']:.3g} GB/s {read}, {rates}.",
+        f"{packages}.",
+    ]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The run as a page."""
+    settings = found["settings"]
+    quick = " Small sizes: nothing here says how fast it is." if settings["quick"] else ""
+    page = [f"# tokdyn bench on {settings['device']}", "", *heading(found), ""]
+    page += [f"Median of up to {settings['rounds']} rounds in which the sides take turns.{quick}", ""]
+    page += _table(COLUMNS, lines(found))
+    if found["bars"]:
+        page += ["", "## Held against", "", *_table(("case", "side", "bar", "value", ""), verdicts(found))]
+    return "\n".join(page) + "\n"
+
+
+def _table(columns: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> list[str]:
+    table = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return table + ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+
+
+def tables(found: dict[str, Any]) -> Iterator[Any]:
+    """The run for a terminal of 80 columns: a table for each case, then the bars."""
+    from rich.table import Table
+
+    def table(title: str, columns: tuple[str, ...]) -> Table:
+        made = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+        for i, column in enumerate(columns):
+            made.add_column(column, justify="right" if 0 < i < len(columns) - 1 else "left", overflow="fold")
+        return made
+
+    case, current = "", table("", ())
+    for cells in lines(found):
+        if cells[0] != case:
+            if case:
+                yield current
+            case, current = cells[0], table(cells[0], ("side", "ms", "least-most", "rate", "% floor", "peak MiB", "differs by"))
+        _, side, ms, between, bandwidth, rate, share, peak, differs = cells
+        if ms.startswith("did not run"):
+            current.add_row(side, "-", "", "", "", "", ms.replace("[", "\\["))
+        else:
+            speed = f"{rate} TFLOP/s" if rate else f"{bandwidth} GB/s" if bandwidth else ""
+            current.add_row(side, ms, between, speed, share, peak, differs)
+    if case:
+        yield current
+    if found["bars"]:
+        bars = table("held against", ("case", "side", "bar", "value", ""))
+        for row in verdicts(found):
+            bars.add_row(*row)
+        yield bars

@@ -1,0 +1,554 @@
+"""Capture: the training-time counterpart of trace.py. Hooks on a causal LM in, (h, y, c, v) of every scored token out.
+
+c = -∂L/∂log pi(y) and v = ∂L/∂H come from the backward pass that the trainer runs anyway, by what the model's output offers,
+never by a version:
+
+    log_probs       the output carries log_probs (a fused head): tensor hooks on them and on their entropy
+    logits          the output carries logits: one tensor hook, reduced to ‖G‖ and G_y on the spot
+    tap             the loss is made of log-probs built elsewhere, marked with `tap(logp, labels, mask)`
+    least squares   none of these (a fully fused loss): c from (h, ∂L/∂h, W, y)
+
+Every capture checks itself against the ∂L/∂h that autograd sent (`Forward.residual`). Logits are looked at where they exist and
+never kept. Weights are read inside the forward pass, the one place where FSDP2 and ZeRO-3 have them whole. Hooks return None,
+do nothing unless `recording`, and an exception inside one is kept for later: it never reaches the user's training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .captured import IGNORED, Forward, Layout, basis, fit, moments, right_aligned, runs, shifted, stats_of_logits
+from .kernels.readout_forces.reference import logit_force
+from .ops import TokenStats
+from .trace import Readout
+
+SAMPLE = 32  # tokens of a forward pass on which a capture checks itself
+SAMPLED_LOGITS = 1 << 22  # at most so many of their logits, where the check is made at the logits
+
+_active: list[Capture] = []
+
+
+class Capture:
+    """Hooks on a causal LM that turn a step's forward and backward passes into `Forward` records.
+
+    Args:
+        model: the module the loss is computed with: a causal LM, or PEFT's, DDP's or torch.compile's wrapper around one.
+        temperature: what the trainer divides the logits by.
+
+    Attributes:
+        recording: whether hooks do anything.
+        forwards: the passes of this step that carry gradients.
+        seen, excluded: how many passes ran, and how many of them without gradients (generation, reference, evaluation).
+        aux: whether a loss of the router is among the outputs, which goes past the logits.
+        failure: the first exception inside a hook.
+        grouped: passes belong to one micro-batch until told otherwise; each is one of its own if not.
+        three: fit c, v and u by least squares (set when c alone does not explain the gradient, as with label smoothing).
+        unread: the loss is made inside the model and does not read its output, so that c is fitted.
+
+    Raises:
+        ValueError: there is no causal LM with output embeddings inside.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float = 1.0) -> None:
+        self.lm, self.outer, self.compiled = unwrap(model)
+        self.head: Any = self.lm.get_output_embeddings()  # type: ignore[operator]
+        self.temperature, self.recording, self.three, self.unread = temperature, False, False, False
+        self._handles: list[Any] = []
+        self.start()
+
+    def start(self, keep_hidden: bool = False) -> None:
+        """Forget the last step. keep_hidden: keep h of the scored tokens of the coming one."""
+        self.forwards: list[Forward] = []
+        self._taken: list[Forward] | None = None
+        self.seen, self.excluded, self.captured = 0, 0, 0
+        self.micro_batch, self.grouped = 0, False
+        self.failure: Exception | None = None
+        self.blind, self.aux = "", False
+        self.keep_hidden = keep_hidden
+        self._h: Tensor | None = None
+        self._z: Tensor | None = None
+        self._unscaled: Tensor | None = None
+        self._eps = 0.0
+        self._head_called = self._inner_done = False
+        self._last: tuple[Tensor, Layout] | None = None
+
+    def take(self) -> list[Forward]:
+        """The passes of this step whose backward pass has come, each with the tokens that its loss scores."""
+        if self._taken is None:
+            self._taken = [f for f in self.forwards if f.c is not None and not f.superseded]
+            for forward in self._taken:
+                if forward.touched is not None:
+                    forward.keep(forward.touched.nonzero().squeeze(1))
+            self.captured, self.forwards, self._last = len(self.forwards), [], None
+        return self._taken
+
+    def why_nothing(self) -> str:
+        """The likely cause when `take` is empty."""
+        if not self.seen:
+            if getattr(self.lm, "_compiled_call_impl", None) is not None:
+                return (
+                    "the model was compiled in place (model.compile()), which hides its hooks: use torch.compile(model) instead"
+                )
+            return (
+                f"no forward pass of {type(self.lm).__name__} was seen: the loss is computed with another copy or a wrapper "
+                "compiled earlier (hooks added later do not fire inside); give tokdyn the module that the loop calls"
+            )
+        if self.seen == self.excluded:
+            return f"all {self.seen} forward passes ran without gradients (generation, reference or evaluation)"
+        if not self.captured and self.compiled is None:
+            return self.blind
+        if self.compiled is not None:
+            return (
+                "the loss is computed inside the compiled model, where no hook sees it: compute it outside (Trainer's "
+                "compute_loss_func, or logits without labels), or compile the layers only"
+            )
+        return (
+            f"{self.captured} forward passes were captured but no gradient came back to them: backward() was not called "
+            "before the step ended, or the loss does not read this output (log-probs of your own go through td.tap)"
+        )
+
+    # ---------------------------------------------------------------- hooks
+
+    def install(self) -> None:
+        """Set the hooks; `remove` takes them off."""
+        add = self._handles.append
+        if self.compiled is not None:  # hooks inside are ignored, or break the graph
+            add(self.compiled.register_forward_hook(self._on_output, with_kwargs=True))
+        else:
+            if (backbone := _backbone(self.lm)) is not None:
+                add(backbone.register_forward_hook(self._on_backbone, prepend=True))
+            add(self.head.register_forward_pre_hook(self._on_head))
+            add(self.head.register_forward_hook(self._on_head_output, prepend=True))
+            add(self.lm.register_forward_hook(self._on_output, with_kwargs=True, prepend=True))
+            for module in self.outer:
+                add(module.register_forward_hook(self._on_outer, with_kwargs=True))
+        _active.append(self)
+
+    def remove(self) -> None:
+        """Take all hooks off and let go of every tensor."""
+        while self._handles:
+            self._handles.pop().remove()
+        if self in _active:
+            _active.remove(self)
+        self.recording = False
+        self.start()
+
+    def _on_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._inner_done = self._head_called = False
+        if self.recording and torch.is_grad_enabled():
+            self._eps = _autocast_roundoff(self.head.weight)
+            h = getattr(output, "last_hidden_state", output[0] if isinstance(output, tuple) else output)
+            self._h = h if isinstance(h, Tensor) else None
+
+    def _on_head(self, module: nn.Module, args: Any) -> None:
+        if self.recording and torch.is_grad_enabled() and args:
+            self._h, self._head_called, self._eps = args[0], True, _autocast_roundoff(self.head.weight)
+
+    def _on_head_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.recording and torch.is_grad_enabled() and isinstance(output, Tensor):
+            self._z = output
+
+    def _on_outer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not self._inner_done:  # PEFT up to 0.20 calls model.forward, which fires none of the causal LM's own hooks
+            self._on_output(module, args, kwargs, output)
+
+    def _on_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._inner_done = True
+        if not self.recording:
+            return
+        self.seen += 1
+        if not torch.is_grad_enabled():
+            self.excluded += 1
+            return
+        (h, self._h), (self._unscaled, self._z) = (self._h, None), (self._z, None)
+        with self.guarded():
+            dtypes = [self.head.weight.dtype] + ([h.dtype] if h is not None else [])
+            self._eps = max(self._eps, *(torch.finfo(dtype).eps for dtype in dtypes))
+            self._read(args, kwargs, output, h)
+        self._eps, self._unscaled = 0.0, None
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """For arithmetic of our own: no graph, no autocast; an exception is kept, not raised."""
+        try:
+            with torch.no_grad(), torch.autocast(self.head.weight.device.type, enabled=False):
+                yield
+        except Exception as error:
+            self.failure = self.failure or error
+
+    # ---------------------------------------------------------------- what a pass offers
+
+    def _read(self, args: Any, kwargs: Any, output: Any, h: Tensor | None) -> None:
+        ids, labels, given = (
+            kwargs.get("input_ids", args[0] if args else None),
+            kwargs.get("labels"),
+            kwargs.get("shift_labels"),
+        )
+        like = next((x for x in (ids, labels, given, kwargs.get("inputs_embeds")) if isinstance(x, Tensor)), None)
+        if like is None:
+            raise ValueError("the model was called without input_ids, labels or inputs_embeds: what it scores is unknown")
+        layout = Layout.of((like.shape[0], like.shape[1]), ids, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        self._last = (h, layout) if h is not None else None
+        aux = getattr(output, "aux_loss", None)
+        self.aux = self.aux or isinstance(aux, Tensor) and aux.requires_grad
+        log_probs, logits = getattr(output, "log_probs", None), _logits(output)
+        y = given if given is not None else None if labels is None else shifted(labels)
+        if log_probs is not None and log_probs.requires_grad:
+            if y is None:
+                raise ValueError(
+                    "the output carries log_probs but the model was given no labels: which tokens they are of is unknown"
+                )
+            y = right_aligned(y if given is not None else y[:, :-1], log_probs.shape[1])
+            mask = getattr(output, "label_mask", None)
+            entropy = getattr(output, "entropy", None)
+            if h is None:
+                h = self._replay(ids, kwargs)
+            self._weigh(
+                "log_probs", h, layout, log_probs, tuple(log_probs.shape), y, y != IGNORED if mask is None else mask, entropy
+            )
+        elif logits is not None and logits.requires_grad:
+            self._read_logits(h, layout, logits, layout.following() if y is None else y, guessed=y is None)
+        elif h is not None and h.requires_grad and y is not None:
+            y = right_aligned(y, h.shape[1])
+            rows = (y.reshape(-1) != IGNORED).nonzero().squeeze(1)
+            self.forwards.append(self._forward("least squares", h, layout, rows, y.reshape(-1)[rows], h.shape[1]))
+        else:
+            self.blind = (
+                "the model's output has neither log_probs nor logits that carry gradients"
+                + (", and it was given no labels to fit the loss to" if y is None else ", and its hidden states carry none")
+                + ": log-probs of your own go through td.tap(logp, labels, mask)"
+            )
+
+    def _replay(self, ids: Tensor | None, kwargs: Any) -> Tensor:
+        """Hidden states of a compiled model, from one pass through its uncompiled backbone."""
+        backbone = _backbone(self.lm)
+        if backbone is None or ids is None:
+            raise ValueError("the hidden states of this compiled model are out of sight: leave it uncompiled, or use td.tap")
+        devices = [ids.device.index] if ids.device.type == "cuda" else []
+        more = {name: kwargs[name] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None}
+        with torch.random.fork_rng(devices):
+            return backbone(input_ids=ids, use_cache=False, **more).last_hidden_state
+
+    def _weigh(
+        self, route: str, h: Tensor, layout: Layout, log_probs: Tensor, grid: tuple[int, ...], y: Tensor, mask: Tensor,
+        entropy: Tensor | None, temperature: float | None = None,
+    ) -> None:  # fmt: skip
+        """c and v from hooks on log-probs in a grid [B, T']: of all hidden states, or of the last T' before the end."""
+        picked = mask.reshape(-1).nonzero().squeeze(1)
+        T, Th = grid[1], h.shape[1]
+        first = 0 if T == Th else Th - 1 - T
+        rows = picked // T * Th + picked % T + first
+        uncertain = entropy is not None and entropy.requires_grad
+        forward = self._forward(route, h, layout, rows, y.reshape(-1)[picked], Th, temperature=temperature, entropy=uncertain)
+        states = h.detach().reshape(-1, h.shape[-1])[rows] if uncertain else h[:0]
+        given, own = log_probs.detach().reshape(-1)[picked].float(), forward.stats.log_prob.float()
+        forward.log_prob_error = float((own - given).abs().max()) if len(picked) else 0.0
+        if not h.requires_grad:  # compiled, or a frozen backbone: the log-probs themselves are the check
+            forward.misfit, forward.scored = float((own - given).square().sum()), float(given.square().sum())
+            forward.sampled = forward.scored
+
+        def arrival(name: str, sign: int) -> Callable[[Tensor], None]:
+            def hook(grad: Tensor | None) -> None:
+                if grad is None:  # a compiled graph passes on what was never asked for
+                    return
+                with self.guarded():
+                    g, old = sign * grad.reshape(-1)[picked].float(), getattr(forward, name)
+                    setattr(forward, name, g if old is None else old + g)
+                    if name == "v" and forward.moments is None and bool(g.any()):
+                        forward.moments = moments(self.readout(), states, forward.temperature)
+
+            return hook
+
+        log_probs.register_hook(arrival("c", -1))
+        if entropy is not None and uncertain:
+            entropy.register_hook(arrival("v", 1))
+        self.forwards.append(forward)
+
+    def _read_logits(self, h: Tensor | None, layout: Layout, logits: Tensor, y: Tensor, guessed: bool) -> None:
+        """c from the gradient at the logits: for G = -c (e_y - pi)/T, |c| = T ‖G‖/‖pi - e_y‖ and its sign is that of -G_y.
+
+        The hook is on the head's own output where nothing but a scale lies between: a loss inside the model reads that, and the
+        output is a copy of it under autocast. guessed: no labels were given, so every next token is a candidate, and those
+        that get no gradient are not scored.
+        """
+        Th, T = logits.shape[1], self.temperature
+        y = right_aligned(y, Th)
+        rows = (y.reshape(-1) != IGNORED).nonzero().squeeze(1)
+        targets = y.reshape(-1)[rows]
+        if (self.three or self.unread) and h is not None:
+            self.forwards.append(self._forward("least squares", h, layout, rows, targets, Th, guessed=guessed))
+            return
+        flat = logits.detach().reshape(-1, logits.shape[-1])
+        forward = self._forward("logits", h, layout, rows, targets, Th, stats=stats_of_logits(flat, rows, targets, T))
+        at_logits = h is None or not h.requires_grad
+        sample = _sample(len(rows), rows.device, min(SAMPLE, max(1, SAMPLED_LOGITS // flat.shape[1])))
+        z = flat[rows[sample]].float() if at_logits else None
+        scale, softcap = scale_and_cap(self.lm)
+        own_output = self._unscaled is not None and self._unscaled.shape == logits.shape and softcap is None
+        seen, scale = (self._unscaled, scale) if own_output and self._unscaled is not None else (logits, 1.0)
+
+        def hook(G: Tensor | None) -> None:
+            if G is None or forward.superseded:
+                return
+            with self.guarded():
+                wide = torch.promote_types(G.dtype, torch.float32)
+                G = G.reshape(-1, G.shape[-1])
+                norms = torch.cat([_norms(G[int(run[0]) : int(run[0]) + len(run)], wide) for run in runs(rows)])
+                g = forward.stats.g_norm.to(wide)
+                c = -T / scale * G[rows, targets].sign() * torch.where(g > 0, norms / g, torch.zeros_like(g))
+                forward.c = c if forward.c is None else forward.c + c
+                if guessed:
+                    forward.touch(norms > 0)
+                if z is not None:
+                    own = G[rows[sample]].to(wide)
+                    misfit = own + logit_force(z / T, targets[sample], c[sample]) * scale / T
+                    forward.misfit, forward.sampled = float(misfit.square().sum()), float(own.square().sum())
+                    forward.scored = float(norms.square().sum())
+                    forward.astray = float(_norms(G, wide).index_fill(0, rows, 0.0).square().sum())
+
+        seen.register_hook(hook)
+        self.forwards.append(forward)
+
+    def _forward(
+        self, route: str, h: Tensor | None, layout: Layout, rows: Tensor, targets: Tensor, Th: int, *,
+        temperature: float | None = None, stats: TokenStats | None = None, guessed: bool = False, entropy: bool = False,
+    ) -> Forward:  # fmt: skip
+        """A record with the statistics of its scored tokens and the basis of its check, made while the weights are at hand."""
+        T = self.temperature if temperature is None else temperature
+        hidden = None if h is None else h.detach().reshape(-1, h.shape[-1])[rows]
+        column = rows % Th + 1 + layout.real.shape[1] - Th
+        readout = self.readout()
+        if stats is None:
+            assert hidden is not None
+            wide = torch.promote_types(hidden.dtype, readout.weight.dtype)
+            x, W = hidden.to(wide), readout.weight.to(wide)
+            stats = ops.linear_token_stats(x, W, targets, temperature=T, **readout.options)
+        V = readout.weight.shape[0]
+        forward = Forward(
+            route, layout, rows, targets, rows // Th, column, stats, V, T, micro_batch=self.micro_batch, eps=self._eps
+        )
+        self.micro_batch += not self.grouped
+        if hidden is not None:
+            forward.square = hidden.float().square().sum(1)
+            forward.hidden = hidden if self.keep_hidden else None
+        if h is not None and h.requires_grad and hidden is not None:
+            every = route == "least squares"
+            if every and self.three:
+                forward.moments = moments(readout, hidden, T)
+            sample = _sample(len(rows), rows.device, len(rows) if every else SAMPLE)
+            K = 3 if every and self.three else 2 if entropy else 1
+            self._watch(forward, h, sample, basis(readout, hidden[sample], targets[sample], T, K), guessed)
+        return forward
+
+    def _watch(self, forward: Forward, h: Tensor, sample: Tensor, b: Tensor, guessed: bool) -> None:
+        """Compare ∂L/∂h, when it comes, with what c and v say it is; least squares fits them to it first."""
+        so_far: list[Tensor] = []
+        states = h.detach()  # a hook that held h itself would keep the whole graph alive
+
+        def hook(dh: Tensor | None) -> None:
+            if dh is None or forward.superseded:
+                return
+            with self.guarded():
+                g = dh.reshape(-1, dh.shape[-1])
+                squares = _norms(g, torch.promote_types(g.dtype, torch.float32)).square()
+                own: Tensor = sum(so_far, g[forward.rows[sample]].to(b.dtype))
+                so_far[:] = [own]  # a second backward pass through the same graph adds to the first
+                at, x = b, -fit(b, own) if forward.route == "least squares" else forward.gterm_on(sample, b.shape[1])
+                K = (
+                    1
+                    if x is None
+                    else 3
+                    if forward.route == "logits" and _misfit(at, x, own) > forward.eps * _square(own)
+                    else 0
+                )
+                if K:  # the loss is made inside the model, of something else than its output; or it is not of log-probs alone
+                    self.unread, self.three = self.unread or K == 1, self.three or K == 3
+                    hidden, readout = states.reshape(-1, states.shape[-1])[forward.rows], self.readout()
+                    at = basis(readout, hidden, forward.targets, forward.temperature, K)
+                    own = g[forward.rows].to(at.dtype)
+                    forward.route, x = "least squares", -fit(at, own)
+                    forward.moments = moments(readout, hidden, forward.temperature) if K == 3 else None
+                assert x is not None
+                if forward.route == "least squares":
+                    forward.c, (forward.v, forward.u) = x[:, 0], (x[:, 1], x[:, 2]) if x.shape[1] == 3 else (None, None)
+                    if guessed:
+                        forward.touch(squares[forward.rows] > 0)
+                forward.misfit, forward.sampled = _misfit(at, x, own), _square(own)
+                forward.scored = float(squares[forward.rows].sum())
+                forward.astray = float(squares.index_fill(0, forward.rows, 0.0).sum())
+
+        h.register_hook(hook)
+
+    # ---------------------------------------------------------------- the readout, and log-probs built elsewhere
+
+    def readout(self) -> Readout:
+        """The readout as this pass uses it: gathered where it is sharded, with its adapter where it has one.
+
+        Raises:
+            ValueError: its weight is empty (ZeRO-3 keeps it elsewhere between the calls of its module).
+        """
+        head = self.head
+        base = head.base_layer if hasattr(head, "base_layer") else head
+        weight, bias = whole(base.weight), getattr(base, "bias", None)
+        if self._head_called and hasattr(head, "lora_A") and not head.merged and not head.disable_adapters:
+            for name in head.active_adapters:
+                weight = weight + whole(head.get_delta_weight(name)) if name in head.lora_A else weight
+        if weight.numel() == 0:
+            raise ValueError("the output embedding is empty here (DeepSpeed ZeRO-3 keeps it elsewhere): use ZeRO-2 or FSDP2")
+        return Readout(weight, None if bias is None else whole(bias), *scale_and_cap(self.lm), "", None, ())
+
+    def tapped(
+        self, logp: Tensor, labels: Tensor | None, mask: Tensor | None, temperature: float, entropy: Tensor | None
+    ) -> None:
+        """See `tap`."""
+        if self._last is None:
+            raise ValueError(
+                "td.tap found no hidden states of the model: call it after the model's own forward pass with gradients, on "
+                "log-probs of its output (torch.compile of the whole model hides them)"
+            )
+        h, layout = self._last
+        B, T = h.shape[:2]
+        flat = logp.dim() == 1 and len(logp) == B * T
+        if not flat and not (logp.dim() == 2 and logp.shape[0] == B and logp.shape[1] <= T):
+            raise ValueError(
+                f"td.tap: log-probs of shape {list(logp.shape)} do not fit hidden states [B, T]={[B, T]}; give [B, T] or [B·T] "
+                "with shifted labels, or [B, k] for the last k < T tokens"
+            )
+        for name, x in (("labels", labels), ("mask", mask), ("entropy", entropy)):
+            if x is not None and x.shape != logp.shape:
+                raise ValueError(f"td.tap: {name} must have the log-probs' shape {list(logp.shape)}, got {list(x.shape)}")
+        grid = (B, T) if flat else (B, logp.shape[1])
+        if labels is None:
+            following = right_aligned(layout.following(), T)
+            labels = following if grid[1] == T else following[:, T - 1 - grid[1] : T - 1]
+        y = labels.reshape(grid)
+        keep = y != IGNORED if mask is None else (y != IGNORED) & mask.reshape(grid).bool()
+        for forward in self.forwards:
+            forward.superseded = forward.superseded or forward.layout is layout
+        self._weigh("tap", h, layout, logp, grid, y, keep, entropy, temperature)
+
+
+def tap(
+    logp: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    entropy: Tensor | None = None,
+) -> Tensor:
+    """Tell tokdyn that the loss is made of these log-probs; they are returned as they are.
+
+    For stacks that build log-probs themselves (verl, OpenRLHF, your own loop). c = -∂L/∂logp is captured in the backward pass.
+    Without a `Monitor` at work, or without gradients, nothing happens.
+
+    Args:
+        logp: log pi of the labels: [B, T] with labels already shifted (or all B·T in a row), or [B, k] of the last k tokens.
+        labels: the tokens, of the same shape; those that follow in the model's input when absent.
+        mask: which count in the loss, of the same shape; all that have a label when absent.
+        temperature: what the logits were divided by.
+        entropy: the entropies of the loss's bonus, of the same shape.
+
+    Raises:
+        Nothing: a wrong shape is reported by the monitor at the end of the step.
+    """
+    for capture in _active:
+        if capture.recording and torch.is_grad_enabled() and logp.requires_grad:
+            with capture.guarded():
+                capture.tapped(logp, labels, mask, temperature, entropy)
+    return logp
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, list[nn.Module], nn.Module | None]:
+    """The causal LM inside, PEFT's wrappers around it, and torch.compile's wrapper if there is one.
+
+    Raises:
+        ValueError: none of the wrapped modules has output embeddings.
+    """
+    outer: list[nn.Module] = []
+    compiled, inner = None, model
+    while True:
+        if isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            compiled = compiled or inner
+            inner = inner._orig_mod  # type: ignore[assignment]
+        elif hasattr(inner, "get_base_model"):
+            outer.append(inner)
+            inner = inner.get_base_model()  # type: ignore[operator]
+        elif not hasattr(inner, "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module  # type: ignore[assignment]
+        else:
+            break
+    if getattr(inner, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(
+            f"{type(inner).__name__} has no output embeddings: tokdyn needs a causal language model with a readout"
+        )
+    return inner, outer, compiled
+
+
+def scale_and_cap(lm: nn.Module) -> tuple[float, float | None]:
+    """Scale and softcap of the logits, as the configuration names them."""
+    config: Any = getattr(lm, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = 1.0
+    for name, divide in (
+        ("logit_scale", False),
+        ("logits_scaling", True),
+        ("output_multiplier", False),
+        ("lm_head_multiplier", False),
+    ):
+        value = getattr(config, name, None)
+        if value:
+            scale *= 1 / value if divide else value
+    return scale, getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None) or None
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight on this rank alone, gathered where it is sharded; then every rank must ask."""
+    return weight.detach().full_tensor() if is_sharded(weight) else weight.detach()  # type: ignore[attr-defined]
+
+
+def is_sharded(p: Tensor) -> bool:
+    """Whether a parameter is a DTensor; where nobody has loaded that module (40 MB), none is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(p, module.DTensor)
+
+
+def _backbone(lm: nn.Module) -> nn.Module | None:
+    inner = getattr(lm, "base_model", None)
+    return inner if isinstance(inner, nn.Module) and inner is not lm else None
+
+
+def _autocast_roundoff(weight: Tensor) -> float:
+    kind = weight.device.type
+    return torch.finfo(torch.get_autocast_dtype(kind)).eps if torch.is_autocast_enabled(kind) else 0.0
+
+
+def _norms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1, dtype=dtype)
+
+
+def _square(x: Tensor) -> float:
+    return float(x.square().sum())
+
+
+def _misfit(basis: Tensor, x: Tensor, target: Tensor) -> float:
+    """‖target + Σ_k x_k basis_k‖²."""
+    return _square(target + (x.to(basis.dtype)[:, :, None] * basis).sum(1))
+
+
+def _sample(N: int, device: torch.device, most: int) -> Tensor:
+    n = min(N, most)
+    return torch.arange(n, device=device) * N // max(n, 1)
+
+
+def _logits(output: Any) -> Tensor | None:
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, tuple):
+        found = next((x for x in output if isinstance(x, Tensor) and x.dim() == 3), None)
+    return found

@@ -1,0 +1,147 @@
+"""td.attach: one line for transformers.Trainer and everything built on it (TRL's trainers)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..monitor import Monitor
+from ..sequences import Chi
+from .trl import about_batch
+
+
+def attach(
+    trainer: Any,
+    *,
+    probe: Sequence[Chi] | Mapping[str, Sequence[Chi]] | None = None,
+    every: int = 1,
+    probe_every: int | None = None,
+    blame: str | None = None,
+    out: str | Path | None = None,
+    on_error: str = "warn",
+) -> Monitor:
+    """Record the forces of the coming `trainer.train()`; figures go to the trainer's own reporter as tokdyn/….
+
+    A callback is put before all others (reporters come later and see its figures), and `train`, `compute_loss` and the clipping
+    of gradients are wrapped on this one object; all of it is taken back when `train` returns or raises. Loss and gradients stay
+    as they are, bit for bit.
+
+    Args:
+        trainer: a transformers.Trainer or one of TRL's.
+        probe, every, probe_every, blame, out, on_error: as in `Monitor`; out defaults to writing nothing.
+
+    Returns:
+        The monitor; its `steps` fill while `train` runs.
+
+    Raises:
+        ValueError: this is no Trainer, or it is attached already.
+
+    Example:
+        >>> monitor = td.attach(trainer, probe=chis, every=10)
+        >>> trainer.train()
+        >>> monitor.steps[-1].metrics
+    """
+    for name in ("train", "compute_loss", "callback_handler", "accelerator"):
+        if not hasattr(trainer, name):
+            raise ValueError(
+                f"td.attach needs a transformers.Trainer, got {type(trainer).__name__} without {name}: use td.Monitor"
+            )
+    if any(type(callback).__name__ == "TokdynCallback" for callback in trainer.callback_handler.callbacks):
+        raise ValueError("this trainer is attached already; the monitor returned then is at work until train() ends")
+    temperature = float(getattr(trainer, "temperature", None) or 1.0)
+    tokenizer = getattr(trainer, "processing_class", None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
+    monitor = Monitor(
+        None, probe=probe, every=every, probe_every=probe_every, blame=blame, temperature=temperature, out=out,
+        on_error=on_error, tokenizer=tokenizer if hasattr(tokenizer, "convert_ids_to_tokens") else None,
+    )  # fmt: skip
+    callback = _callback(trainer, monitor)
+
+    def train(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        status = "interrupted"
+        try:
+            result = original(*args, **kwargs)
+            status = "complete"
+            return result
+        finally:
+            monitor.close(status)
+            trainer.callback_handler.callbacks[:] = [c for c in trainer.callback_handler.callbacks if c is not callback]
+            for undo in undos:
+                undo()
+
+    def compute_loss(original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with monitor.micro_batch(**about_batch(trainer, inputs)):
+            return original(model, inputs, *args, **kwargs)
+
+    def clip(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        norm = original(*args, **kwargs)
+        if monitor.due and trainer.args.max_grad_norm:
+            found = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            monitor.clip = min(1.0, trainer.args.max_grad_norm / (float(found) + 1e-6))
+        return norm
+
+    undos = [_wrap(trainer, "train", train), _wrap(trainer, "compute_loss", compute_loss)]
+    if hasattr(trainer, "_clip_grad_norm"):
+        undos.append(_wrap(trainer, "_clip_grad_norm", clip))
+    trainer.callback_handler.callbacks.insert(0, callback)
+    return monitor
+
+
+def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+    """Put a function around a method of one object; returns what takes it off again."""
+    own, original = vars(owner).get(name), getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    def undo() -> None:
+        if own is not None:
+            setattr(owner, name, own)
+        elif vars(owner).get(name) is wrapped:
+            delattr(owner, name)
+
+    setattr(owner, name, wrapped)
+    return undo
+
+
+def _callback(trainer: Any, monitor: Monitor) -> Any:
+    from transformers import TrainerCallback
+
+    class TokdynCallback(TrainerCallback):
+        """Tells the monitor when steps begin and end, and adds its figures to what is logged."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            monitor.scaler = getattr(trainer.accelerator, "scaler", None)
+            monitor.averaged_over(trainer.accelerator.num_processes // _parallel(trainer))
+            with monitor.guarded("tokdyn is not attached"):
+                monitor.start(trainer.model_wrapped, trainer.optimizer)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            monitor.step_begin(state.global_step + 1)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            monitor.step_end(force=True)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+            if logs is None or "loss" not in logs:
+                return
+            with monitor.guarded("figures could not be logged"):
+                found = {f"tokdyn/{name}": value for name, value in monitor.metrics().items()}
+                logs.update(found)
+                if state.log_history and state.log_history[-1].get("step") == state.global_step:
+                    state.log_history[-1].update(found)
+
+    return TokdynCallback()
+
+
+def _parallel(trainer: Any) -> int:
+    """How many processes share one replica's gradients without averaging (tensor and context parallel)."""
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    sizes = [getattr(config, name, 1) or 1 for name in ("tp_size", "cp_size", "sp_size")] if config is not None else [1]
+    n = 1
+    for size in sizes:
+        n *= size
+    return n

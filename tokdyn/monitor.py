@@ -1,0 +1,404 @@
+"""Monitor: the forces of a training while it runs, recorded at every k-th optimizer step and checked on the spot.
+
+    with td.Monitor(model, optimizer, probe=chis, every=10) as monitor:
+        for batch in loader:
+            loss = loss_of(model, batch)
+            loss.backward()
+            optimizer.step()
+            monitor.step_end()
+            optimizer.zero_grad()
+    monitor.steps[-1].metrics
+
+Training is left as it is: the hooks only look, probes run on copies or are undone bit by bit, and whatever goes wrong is a
+warning (`on_error="warn"`) that names the likely cause. Nothing is launched and no process group is made; captures are local to
+a rank, figures merge with one reduction when they are asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import steps as records
+from ._version import __version__
+from .capture import Capture, is_sharded
+from .captured import Forward
+from .prediction import Probe
+from .sequences import Chi
+from .steps import Folder, Step
+
+
+class Problem(ValueError):
+    """What went wrong in a step, where `on_error="raise"` asks to hear of it at once."""
+
+
+class Monitor:
+    """Record c, ‖G‖ and the statistics of every scored token of a step, and what the step does to a probe.
+
+    Args:
+        model: the module that the loop calls: a causal LM (FSDP2 as is), or PEFT's, DDP's or torch.compile's wrapper of one.
+        optimizer: its optimizer (accelerate's wrapper too). Needed for probes, and to know when accumulation ends.
+        probe: sequences watched through training, or several named groups of them.
+        every: steps from one record to the next; the first step is always recorded.
+        probe_every: the same for the probe; as `every` when absent. A multiple of it.
+        temperature: what the loss divides the logits by.
+        ranks: over how many data-parallel ranks gradients are averaged; found from DDP or the device mesh when absent.
+        scaler: the GradScaler of fp16 training.
+        blame: the group of the probe that update tokens are asked about (Step.forces); the first when absent.
+        tokenizer: for token texts in the tables.
+        out: a new folder to write to (see steps.py).
+        on_error: "warn", or "raise" at the end of the step.
+
+    Attributes:
+        steps: the records.
+        problems: what went wrong, as (step, text).
+        due: whether the present step is recorded. clip: the factor by which its gradients were clipped.
+
+    Raises:
+        ValueError: an option that does not exist, or a model without readout (when it starts).
+
+    Cost: per recorded step one pass over the logits of the scored tokens (one matrix product [N, d] x [d, V] where a fused head
+    hides them), and 32 tokens' worth of checks. A probe step adds two forward passes, a backward and a tangent pass over the
+    probe, and a tangent pass over the update.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        optimizer: Any = None,
+        *,
+        probe: Sequence[Chi] | Mapping[str, Sequence[Chi]] | None = None,
+        every: int = 1,
+        probe_every: int | None = None,
+        temperature: float = 1.0,
+        ranks: int | None = None,
+        scaler: Any = None,
+        blame: str | None = None,
+        tokenizer: Any = None,
+        out: str | Path | None = None,
+        on_error: str = "warn",
+    ) -> None:
+        if every < 1 or (probe_every or every) % every:
+            raise ValueError(f"every must be at least 1 and probe_every a multiple of it, got {every} and {probe_every}")
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f'on_error must be "warn" or "raise", got {on_error!r}')
+        if probe is not None and optimizer is None and model is not None:
+            raise ValueError("a probe needs the optimizer: td.Monitor(model, optimizer, probe=...)")
+        self.model, self.optimizer, self.every, self.probe_every = model, _inner(optimizer), every, probe_every or every
+        self.temperature, self.scaler, self.tokenizer, self.on_error = temperature, scaler, tokenizer, on_error
+        self.probe = None if probe is None else Probe(probe, blame, tokenizer)
+        self.steps: list[Step] = []
+        self.problems: list[tuple[int, str]] = []
+        self._warned: set[str] = set()
+        self.number, self.clip = 0, 1.0
+        self._ranks, self._out = ranks, out
+        self._capture: Capture | None = None
+        self._folder: Folder | None = None
+        self._handles: list[Any] = []
+        self._texts: dict[int, str] = {}
+        self.due = self._stepped = False
+        self._sums: dict[str, float] = {}
+
+    # ---------------------------------------------------------------- life
+
+    def __enter__(self) -> Monitor:
+        self.start()
+        self.step_begin()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.close("complete" if kind is None else "interrupted")
+
+    def start(self, model: nn.Module | None = None, optimizer: Any = None) -> None:
+        """Set the hooks on a model and its optimizer; those given at construction when absent."""
+        self.close()
+        self.model = model if model is not None else self.model
+        self.optimizer = _inner(optimizer) if optimizer is not None else self.optimizer
+        if self.model is None:
+            raise ValueError("td.Monitor needs the model: td.Monitor(model, optimizer)")
+        self._capture = Capture(self.model, self.temperature)
+        self.ranks = self._ranks if self._ranks is not None else _ranks(self.model)
+        if self._out is not None:
+            self._folder = Folder(Path(self._out), _rank(), self._about())
+        self._capture.install()
+        if hasattr(self.optimizer, "register_step_pre_hook"):
+            self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
+
+    def averaged_over(self, ranks: int) -> None:
+        """Gradients are averaged over so many ranks, from the next `start` on."""
+        self._ranks = ranks
+
+    def close(self, status: str = "complete") -> None:
+        """Take every hook off and write what is left. Safe to call twice."""
+        while self._handles:
+            self._handles.pop().remove()
+        if self._capture is not None:
+            self._capture.remove()
+            self._capture = None
+        if self.probe is not None:
+            self.probe.forget()
+        if self._folder is not None:
+            with self.guarded("the records could not be written"):
+                self._folder.close(status, steps=self.number, problems=[f"step {n}: {text}" for n, text in self.problems])
+            self._folder = None
+
+    # ---------------------------------------------------------------- a step
+
+    def step_begin(self, number: int | None = None) -> None:
+        """A new optimizer step begins. Plain loops need not call it: `step_end` begins the next."""
+        self.number = self.number + 1 if number is None else number
+        self.due = self.number % self.every == 0 or self.number == 1
+        self._stepped, self.clip = False, 1.0
+        if self._capture is not None:
+            self._capture.start(keep_hidden=self.due and self._probing)
+            self._capture.recording = self.due
+
+    @contextlib.contextmanager
+    def micro_batch(
+        self,
+        *,
+        advantages: Any = None,
+        old_log_probs: Tensor | None = None,
+        clip: tuple[float, float] | None = None,
+        roles: Sequence[str] | None = None,
+        groups: Sequence[int] | None = None,
+    ) -> Iterator[None]:
+        """What the loop knows about the passes whose forward or backward runs inside.
+
+        Args:
+            advantages: A of every sequence of the batch [B], or of its last k tokens [B, k].
+            old_log_probs: log pi_old of the last k tokens [B, k]; the policy itself when absent.
+            clip: (low, high) of the objective's clip, for the share of clipped tokens.
+            roles: "chosen", "rejected" or "response" for every sequence.
+            groups: which sequences belong together (a pair, a prompt's rollouts).
+        """
+        given = dict(advantages=advantages, old_log_probs=old_log_probs, clip=clip, roles=roles, groups=groups)
+        given = {name: value for name, value in given.items() if value is not None}
+        capture = self._capture
+        known = [] if capture is None else [f for f in capture.forwards if f.c is not None]
+        before = 0 if capture is None else len(capture.forwards)
+        if capture is not None:
+            capture.grouped = True
+        try:
+            yield
+        finally:
+            if capture is not None:
+                for i, forward in enumerate(capture.forwards):
+                    if i >= before or (forward.c is not None and not any(forward is f for f in known)):
+                        forward.metadata |= given
+                capture.micro_batch += 1
+                capture.grouped = False
+
+    def step_end(self, *, clip: float = 1.0, force: bool = False) -> Step | None:
+        """The optimizer step is done: record it if it is due, and begin the next.
+
+        Args:
+            clip: the factor by which gradients were clipped, min(1, max_norm / norm), for Step.forces.
+            force: end the step although the optimizer was not seen to step.
+
+        Returns:
+            The record, or None: not due, nothing captured (see `problems`), or gradients are still being accumulated.
+        """
+        if self._capture is None:
+            return None
+        if hasattr(self.optimizer, "register_step_pre_hook") and not self._stepped and not force:
+            return None
+        self.clip *= clip
+        step = None
+        if self.due:
+            self._capture.recording = False
+            try:
+                step = self._record()
+            except Problem:
+                raise
+            except Exception as error:
+                self._problem(str(error) or repr(error), error)
+        if not force:
+            self.step_begin()
+        return step
+
+    def metrics(self, reset: bool = True) -> dict[str, float]:
+        """Figures of the steps recorded since the last call, over all ranks: one reduction, so every rank must call it.
+
+        Names are those of `steps.metrics`, those of the probe begin with its group's name: chosen/log_prob, chosen/actual, …
+        """
+        names = [*records.SUMS, *(self.probe.names if self.probe is not None else [])]
+        values = torch.tensor([self._sums.get(name, 0.0) for name in names], dtype=torch.float64)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            values = values.to("cpu" if dist.get_backend() == "gloo" else torch.device("cuda"))
+            dist.all_reduce(values)
+        merged = dict(zip(names, values.tolist(), strict=True))
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        merged["steps"] /= world
+        found = records.metrics(merged)
+        found |= self.probe.metrics(merged) if self.probe is not None else {}
+        if reset:
+            self._sums = {}
+        return found
+
+    # ---------------------------------------------------------------- inside
+
+    @property
+    def _probing(self) -> bool:
+        return self.probe is not None and (self.number % self.probe_every == 0 or self.number == 1)
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """θ is about to move: gradients are final, weights still those of the update."""
+        if self._capture is None:
+            return
+        recording, self._capture.recording = self._capture.recording, False
+        if self.due and self._probing and not self._stepped and self.probe is not None and self.model is not None:
+            with self.guarded("the probe could not be read before the step"):
+                self.probe.before(self.model, self._capture)
+        self._capture.recording = recording
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._stepped = True
+        if self._capture is None:
+            return
+        self._capture.recording = False
+        if self.due and self._probing and self.probe is not None and self.model is not None:
+            with self.guarded("the probe could not be read after the step"):
+                self.probe.after(self.model, self._capture, optimizer, self._capture.take(), 1 / self.ranks / self._scale())
+
+    def _scale(self) -> float:
+        return float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
+
+    def _record(self) -> Step:
+        capture = self._capture
+        assert capture is not None
+        forwards, scale = capture.take(), 1 / self.ranks / self._scale()
+        if capture.failure is not None:
+            raise ValueError(f"the capture failed: {capture.failure}") from capture.failure
+        if not forwards:
+            raise ValueError(f"nothing was captured: {capture.why_nothing()}")
+        of = records.columns(forwards, scale)
+        if self.tokenizer is not None:
+            of["token"] = self._spelled(of["token_id"])
+        own = records.sums(of, forwards)
+        notes = self._notes(forwards, capture)
+        step = Step(
+            self.number, records.metrics(own).get("residual", float("nan")), of["c"].float(),
+            of | dict(step=torch.full_like(of["position"], self.number), rank=torch.full_like(of["position"], _rank())),
+            records.metrics(own), tuple(dict.fromkeys(f.route for f in forwards)), len(forwards), capture.excluded, notes,
+            sums=own,
+        )  # fmt: skip
+        if self._probing and self.probe is not None:
+            own |= self.probe.into(step, self.clip)
+        for name, value in own.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self.steps.append(step)
+        if self._folder is not None:
+            self._folder.add(step)
+        return step
+
+    def _notes(self, forwards: Sequence[Forward], capture: Capture) -> list[str]:
+        """What the records lack, and a self-check that does not hold."""
+        notes = []
+        if capture.aux:
+            notes.append("a loss of the router goes past the logits: the forces are incomplete by that term")
+        if any(f.v is not None for f in forwards if f.route == "least squares"):
+            notes.append(
+                "c alone does not explain the gradient; entropy and label smoothing terms (v, u) were fitted to it. If the "
+                "loss has none, the temperature is not the loss's"
+            )
+        bad = [f for f in forwards if f.residual > max(f.eps**0.5, 1e-6)]
+        if bad:
+            worst = max(bad, key=lambda f: f.residual)
+            if worst.outside > 0.5 * worst.residual:
+                cause = (
+                    "it falls on tokens taken for unscored: labels or mask are not the loss's, or the loss reads hidden states"
+                )
+            elif worst.log_prob_error > 10 * worst.eps**0.5:
+                cause = (
+                    f"the output's log-probs differ by {worst.log_prob_error:.2g} nats from those of its hidden states at "
+                    f"temperature={worst.temperature:g}: is that what the loss divides by?"
+                )
+            elif worst.route == "least squares":
+                cause = (
+                    f"the loss is not one of log-probs, entropies and mean log-probs at temperature={worst.temperature:g}: is "
+                    "that what it divides the logits by?"
+                )
+            else:
+                cause = "a further term of the loss reaches the hidden states, or the temperature is not the loss's"
+            bound = worst.eps**0.5
+            text = f"c explains the gradient at the hidden states only to {worst.residual:.2g} (bound {bound:.2g}): {cause}"
+            notes.append(text)
+            self._problem(text, kind=cause)
+        return notes
+
+    def _spelled(self, ids: Tensor) -> list[str]:
+        from .sequences import token_texts
+
+        unknown = [i for i in ids.unique().tolist() if i not in self._texts]
+        self._texts |= dict(zip(unknown, token_texts(self.tokenizer, unknown), strict=True))
+        return [self._texts[i] for i in ids.tolist()]
+
+    @contextlib.contextmanager
+    def guarded(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong inside is a problem of that name, not of the training's."""
+        try:
+            yield
+        except Problem:
+            raise
+        except Exception as error:
+            self._problem(f"{what}: {error}", error)
+
+    def _problem(self, text: str, error: Exception | None = None, kind: str = "") -> None:
+        """Raise, or warn once of each kind."""
+        if self.on_error == "raise":
+            raise Problem(f"step {self.number}: {text}") from error
+        new = (kind or text) not in self._warned
+        self._warned.add(kind or text)
+        if new:
+            warnings.warn(f"tokdyn, step {self.number}: {text}", stacklevel=3)
+        self.problems.append((self.number, text))
+
+    def _about(self) -> dict[str, Any]:
+        assert self._capture is not None
+        lm = self._capture.lm
+        return dict(
+            model=dict(name=type(lm).__name__, parameters=sum(p.numel() for p in lm.parameters())),
+            settings=dict(every=self.every, probe_every=self.probe_every, temperature=self.temperature, ranks=self.ranks),
+            probe={} if self.probe is None else {name: len(chis) for name, chis in self.probe.groups.items()},
+            versions={
+                "tokdyn": __version__, "torch": torch.__version__, "transformers": version("transformers"),
+                "python": platform.python_version(),
+            },
+        )  # fmt: skip
+
+
+def _inner(optimizer: Any) -> Any:
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _ranks(model: nn.Module) -> int:
+    """Over how many ranks the gradients of a model are averaged."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    for p in model.parameters():
+        if is_sharded(p):
+            mesh: Any = p.device_mesh  # type: ignore[attr-defined]
+            names = mesh.mesh_dim_names or ("",) * mesh.ndim
+            sizes = [mesh.size(i) for i, name in enumerate(names) if name not in ("tp", "tensor", "cp", "pp", "ep")]
+            n = 1
+            for size in sizes:
+                n *= size
+            return n
+    group = getattr(model, "process_group", None)
+    return dist.get_world_size(group) if group is not None else 1

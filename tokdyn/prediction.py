@@ -1,0 +1,399 @@
+"""What one real optimizer step does to a probe: predicted token by token, then measured, and which update token did it.
+
+With Δθ the step the optimizer took, momentum, clipping, preconditioner and weight decay included,
+
+    predicted_m = <∇ log pi(y_m), Δθ>        actual_m = log pi(y_m; θ + Δθ) - log pi(y_m; θ)
+
+and the share of Δθ that this step's own gradient made, -eta a P ⊙ g with the optimizer's diagonal P and gain a, splits over the
+update's tokens: F_l = eta a clip <Σ_m w_m ∇ log pi(y_m), P J_lᵀ Γ_l>. The rest of Δθ is carried over: momentum, weight decay.
+
+On a model that is whole on every rank all of it comes from one tangent pass each, at θ, which is kept as a copy. On a sharded
+model (FSDP2, tensor parallel) no tangent pass is possible: log pi at θ ± Δθ and θ ± Δθ/2 gives the derivative by extrapolated
+central differences, error O(Δθ⁵), and the weights are put back bit by bit; of the forces there is the readout's part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from . import exact
+from .capture import Capture, is_sharded, whole
+from .captured import ROWS, Forward
+from .kernels.readout_forces.reference import logit_force
+from .objectives import GTerm
+from .precondition import preconditioner
+from .sequences import Batch, Chi, collate, token_texts
+from .sides import row_table
+from .steps import Step
+from .trace import Readout, Tracer, trace
+
+TOKENS = 4096  # padded positions of the probe looked at together
+
+
+@dataclass(frozen=True)
+class Tempered(exact.Side):
+    """Tokens whose loss reads softmax(z / temperature)."""
+
+    temperature: float = 1.0
+
+    def force(self, b: int, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """-∂L/∂z."""
+        term = self.terms[b]
+        return logit_force(logits / self.temperature, term.targets, term.c, term.v, term.uniform) / self.temperature
+
+
+@dataclass
+class Seen:
+    """What was found at one step: log-probs before and after, first-order changes, each [M] in float64; forces [L]."""
+
+    table: Any
+    before: Tensor
+    after: Tensor
+    predicted: Tensor
+    readout: Tensor | None
+    forces: Tensor | None = None
+    carried: float | None = None
+    own: float | None = None
+    total: float = 0.0
+    problem: str = ""
+
+
+class Probe:
+    """Sequences watched through training.
+
+    Args:
+        probe: sequences, or several named groups of them.
+        blame: the group that update tokens are asked about; the first when absent.
+        tokenizer: for the token texts of sequences that lack them.
+
+    Raises:
+        ValueError: nothing to watch, or no group of that name.
+    """
+
+    def __init__(self, probe: Sequence[Chi] | Mapping[str, Sequence[Chi]], blame: str | None = None, tokenizer: Any = None):
+        named = probe if isinstance(probe, Mapping) else {"probe": probe}
+        self.groups = {name: [_spelled(chi, tokenizer) for chi in chis] for name, chis in named.items()}
+        if not self.groups or not all(self.groups.values()):
+            raise ValueError("the probe is empty: give at least one sequence for each of its groups")
+        if any(not len(chi) for chis in self.groups.values() for chi in chis):
+            raise ValueError("a sequence of the probe has no scored token: leave it out")
+        self.blame = next(iter(self.groups)) if blame is None else blame
+        if self.blame not in self.groups:
+            raise ValueError(f"blame must name a group of the probe, {', '.join(self.groups)}; got {self.blame!r}")
+        self.chis = [chi for chis in self.groups.values() for chi in chis]
+        self.group = [name for name, chis in self.groups.items() for chi in chis for _ in range(len(chi))]
+        self.names = [f"{name}/{what}" for name in self.groups for what in ("n", "log_prob", "actual", "predicted")]
+        self.names += ["probe/square", "probe/product"]
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of every tensor of the model."""
+        self._saved: dict[str, Tensor] = {}
+        self._start: tuple[Tensor, Tensor, Tensor] | None = None
+        self._seen: Seen | None = None
+
+    # ---------------------------------------------------------------- around the step
+
+    def before(self, model: nn.Module, capture: Capture) -> None:
+        """θ is about to move."""
+        self.forget()
+        named = dict(capture.lm.named_parameters())
+        if any(hasattr(p, "ds_id") for p in named.values()):
+            raise ValueError("a probe cannot run while DeepSpeed ZeRO-3 keeps the weights elsewhere: use ZeRO-2 or FSDP2")
+        self._saved = {name: p.detach().clone() for name, p in named.items() if p.requires_grad}
+        if _sharded(capture.lm):
+            self._start = self._run(model, capture)
+
+    def after(
+        self, model: nn.Module, capture: Capture, optimizer: torch.optim.Optimizer, forwards: Sequence[Forward], scale: float
+    ) -> None:
+        """θ has moved. `scale` brings c to the units of the optimizer step."""
+        if not self._saved:
+            return
+        try:
+            self._seen = (
+                self._mirrored(model, capture, optimizer, forwards, scale)
+                if _sharded(capture.lm)
+                else self._tangent(capture.lm, optimizer, forwards, scale)
+            )
+        finally:
+            self._saved, self._start = {}, None
+            total = torch.tensor(0.0 if self._seen is None else self._seen.total, dtype=torch.float64)
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                total = total.to("cpu" if dist.get_backend() == "gloo" else "cuda")
+                dist.all_reduce(total)
+            if self._seen is not None:
+                self._seen.total = float(total)
+
+    def into(self, step: Step, clip: float) -> dict[str, float]:
+        """Write what was found into the record, and give the sums of its figures."""
+        import pyarrow as pa
+
+        seen, self._seen = self._seen, None
+        if seen is None:
+            return {}
+        actual = seen.after - seen.before
+        table = seen.table
+        for name, values in (
+            ("before", seen.before), ("after", seen.after), ("actual", actual), ("predicted", seen.predicted),
+            ("predicted_readout", seen.readout),
+        ):  # fmt: skip
+            table = table.append_column(
+                name, pa.array([None] * len(actual) if values is None else values.tolist(), pa.float64())
+            )
+        table = table.add_column(0, "probe", pa.array(self.group))
+        step.observed = table.add_column(0, "step", pa.array([step.step] * len(actual)))
+        step.predicted, step.actual = seen.predicted, actual
+        square, product = float(seen.predicted @ seen.predicted), float(seen.predicted @ actual)
+        step.linearity = product / square if square else float("nan")
+        step.carried = seen.carried
+        if seen.forces is not None:
+            step.forces = clip * seen.forces
+            if seen.own:
+                step.accounted = clip * seen.total / seen.own
+                if abs(step.accounted - 1) > 0.05:
+                    step.notes.append(
+                        f"the forces of all tokens make {step.accounted:.2f} of what the step's gradient does: it was clipped "
+                        "(give step_end the factor), or dropout was on, or part of the loss goes past the logits"
+                    )
+        if seen.problem:
+            step.notes.append(seen.problem)
+        found = {"probe/square": square, "probe/product": product}
+        for name in self.groups:
+            own = torch.tensor([g == name for g in self.group])
+            found[f"{name}/n"] = float(own.sum())
+            for what, of in (("log_prob", seen.after), ("actual", actual), ("predicted", seen.predicted)):
+                found[f"{name}/{what}"] = float(of[own].sum())
+        return found
+
+    def metrics(self, of: Mapping[str, float]) -> dict[str, float]:
+        """Per group the mean log-prob, and its mean change in a step, real and predicted; the linearity of them all."""
+        found: dict[str, float] = {}
+        for name in self.groups:
+            if n := of[f"{name}/n"]:
+                found |= {f"{name}/{what}": of[f"{name}/{what}"] / n for what in ("log_prob", "actual", "predicted")}
+        if of["probe/square"]:
+            found["probe/linearity"] = of["probe/product"] / of["probe/square"]
+        return found
+
+    # ---------------------------------------------------------------- a model that is whole
+
+    def _tangent(self, lm: nn.Module, optimizer: torch.optim.Optimizer, forwards: Sequence[Forward], scale: float) -> Seen:
+        with _without_autocast(lm), _NoRequiresGrad(), trace(lm) as tracer:
+            batches = tracer.batches(self.chis, TOKENS)
+            after = torch.cat([_log_probs(tracer.logits(batch), batch) for batch in batches])
+            direction = {name: tracer.params[name] - old for name, old in self._saved.items()}
+            for use, tensor in tracer.owner.items():
+                tracer.params[use] = self._saved.get(tensor, tracer.params[use])  # from here on the model is θ
+            uses, before, predicted, readout, scored = exact.select(tracer, "full"), [], [], [], []
+            head = tracer.readout
+            moved = direction.get(tracer.owner[head.weight_name])
+            old = replace(head, weight=tracer.params[head.weight_name])
+            for batch in batches:
+                z, velocity = exact.push(tracer, batch, direction, uses)
+                y = batch.targets.to(z.device)
+                force = logit_force(z, y, torch.ones(len(y), dtype=z.dtype, device=z.device))
+                before.append(_log_probs(z, batch))
+                predicted.append((force * velocity.to(force.dtype)).double().sum(1))
+                scored.append((batch, z))
+                if moved is not None:
+                    with torch.no_grad():
+                        h = tracer.hidden(batch, {use: tracer.params[use] for use in uses})
+                    shift = None if head.bias_name is None else direction.get(tracer.owner[head.bias_name])
+                    readout.append(_through_readout(old, h, z, force, moved, shift))
+            seen = Seen(
+                row_table(scored, self.chis), torch.cat(before), after, torch.cat(predicted).cpu(),
+                torch.cat(readout) if readout else None,
+            )  # fmt: skip
+            try:
+                self._blame(tracer, optimizer, forwards, scale, uses, direction, seen)
+            except ValueError as error:
+                seen.problem = f"no forces of single update tokens: {error}"
+        return seen
+
+    def _blame(
+        self, tracer: Tracer, optimizer: torch.optim.Optimizer, forwards: Sequence[Forward], scale: float,
+        uses: dict[str, str], direction: exact.Direction, seen: Seen,
+    ) -> None:  # fmt: skip
+        """Σ over the blamed group, pulled back once, pushed over the update: one backward and one tangent pass."""
+        P = steps_of(optimizer, tracer)
+        batches = tracer.batches(self.groups[self.blame], TOKENS)
+        ones = [torch.ones(len(b.targets), dtype=tracer.precision, device=tracer.device) for b in batches]
+        terms = [GTerm(b.targets.to(tracer.device), one) for b, one in zip(batches, ones, strict=True)]
+        pulled = exact.pull(tracer, exact.Side(batches, terms), uses)
+        grads = {name: p.grad for name, p in tracer.model.named_parameters() if p.grad is not None}
+        own = sum(float(-(P[name] * grads[name] * x).double().sum()) for name, x in pulled.items() if name in grads)
+        whole_step = sum(float((direction[name] * x).double().sum()) for name, x in pulled.items())
+        D = {name: P[name] * x for name, x in pulled.items()}
+        parts = []
+        for f in forwards:
+            chis = [chi for chi in f.chis() if len(chi)]
+            batches = tracer.batches(chis, TOKENS)
+            sizes, term = [len(b.targets) for b in batches], f.gterm(scale)
+            start, terms = 0, []
+            for size in sizes:
+                terms.append(term.rows(slice(start, start + size)))
+                start += size
+            parts.append(exact.push_all(tracer, Tempered(batches, terms, f.temperature), D, uses))
+        seen.forces = torch.cat(parts).cpu() if parts else torch.zeros(0)
+        seen.own, seen.carried, seen.total = own, whole_step - own, float(seen.forces.double().sum())
+
+    # ---------------------------------------------------------------- a sharded model
+
+    def _run(self, model: nn.Module, capture: Capture) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs [M], inputs of the readout [M, d] and logits [M, V] from plain forward passes; every rank runs them."""
+        kept: list[Tensor] = []
+        handle = capture.head.register_forward_pre_hook(lambda module, args: kept.append(args[0].detach()))
+        modes = {module: module.training for module in model.modules()}
+        parts = []
+        try:
+            model.eval()
+            for start in range(0, len(self.chis), 8):
+                batch = collate(self.chis[start : start + 8])
+                ids = batch.ids.to(capture.head.weight.device)
+                with torch.no_grad():
+                    z = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[batch.rows.to(ids.device)].float()
+                parts.append((_log_probs(z, batch), kept.pop().flatten(0, 1)[batch.rows.to(ids.device)], z))
+        finally:
+            handle.remove()
+            for module, mode in modes.items():
+                module.training = mode
+            reshard(model)
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def _mirrored(
+        self, model: nn.Module, capture: Capture, optimizer: torch.optim.Optimizer, forwards: Sequence[Forward], scale: float
+    ) -> Seen:
+        assert self._start is not None
+        named = {name: p for name, p in capture.lm.named_parameters() if name in self._saved}
+        new = {name: p.detach().clone() for name, p in named.items()}
+        at = {1.0: self._run(model, capture)[0]}
+        try:
+            for share in (-1.0, 0.5, -0.5):
+                for name, p in named.items():
+                    p.copy_(self._saved[name] + share * (new[name] - self._saved[name]))
+                at[share] = self._run(model, capture)[0]
+        finally:
+            for name, p in named.items():
+                p.copy_(new[name])
+        far, near = (at[1.0] - at[-1.0]) / 2, at[0.5] - at[-0.5]
+        before, h, z = self._start
+        batch = collate(self.chis)
+        y = batch.targets.to(z.device)
+        force = logit_force(z, y, torch.ones(len(y), device=z.device))
+        seen = Seen(row_table([(batch, z.cpu())], self.chis), before, at[1.0], (4 * near - far) / 3, None)
+        name = next((n for n, p in named.items() if p is capture.head.weight), "")
+        if name:
+            head = capture.readout()
+            old = replace(head, weight=whole(self._saved[name]))
+            seen.readout = _through_readout(old, h, z, force, whole(new[name]) - old.weight, None)
+            seen.problem = "the model is sharded: forces of single update tokens are the readout's part alone"
+            try:
+                P = whole(steps_of(optimizer, SimpleNamespace(model=capture.lm, trainable=frozenset(named)))[name])
+                blamed = torch.tensor([group == self.blame for group in self.group], device=z.device)
+                D = P * (old.pull_back(z, force)[blamed].T @ h[blamed].to(z.dtype))
+                seen.forces = torch.cat([_readout_forces(f, old, D, scale) for f in forwards]).cpu()
+            except ValueError as error:
+                seen.problem = f"no forces of single update tokens: {error}"
+        return seen
+
+
+def steps_of(optimizer: torch.optim.Optimizer, tracer: Any) -> dict[str, Tensor]:
+    """eta a P by parameter name: what a gradient of this step becomes in it, for Adam, AdamW, RMSprop and SGD.
+
+    a = (1 - β₁)/(1 - β₁^t) for Adam, 1 - dampening for SGD with momentum (1 + μ times that with Nesterov's), else 1.
+
+    Raises:
+        ValueError: see `preconditioner`.
+    """
+    P = preconditioner(optimizer, tracer)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, p in tracer.model.named_parameters():
+        if name in P:
+            group = group_of[id(p)]
+            if "betas" in group:
+                beta = group["betas"][0]
+                gain = (1 - beta) / (1 - beta ** float(optimizer.state[p]["step"]))
+            else:
+                gain = 1 - group.get("dampening", 0) if group.get("momentum") else 1.0
+                gain = 1 + group["momentum"] * gain if group.get("nesterov") else gain
+            P[name] = float(group["lr"]) * gain * (-1 if group.get("maximize") else 1) * P[name]
+    return P
+
+
+def _readout_forces(f: Forward, readout: Readout, D: Float[Tensor, "V d"], scale: float) -> Float[Tensor, " L"]:
+    """Γ_lᵀ D h_l: what each update token does along D, where only the readout moves."""
+    assert f.hidden is not None
+    term, parts, start = f.gterm(scale), [], 0
+    for h in f.hidden.split(ROWS):
+        rows = term.rows(slice(start, start + len(h)))
+        z = readout.logits(h)
+        force = logit_force(z / f.temperature, rows.targets, rows.c, rows.v, rows.uniform) / f.temperature
+        parts.append((readout.pull_back(z, force) * (h.to(D.dtype) @ D.T)).sum(1))
+        start += len(h)
+    return torch.cat(parts)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back the whole weights that a forward pass outside training left on FSDP2's modules.
+
+    Without it the root stays unsharded between backward and optimizer step, and the next forward trains on stale weights.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()  # type: ignore[operator]
+
+
+def _through_readout(
+    readout: Readout, h: Tensor, z: Tensor, force: Tensor, weight: Tensor, bias: Tensor | None
+) -> Float[Tensor, " N"]:
+    """<force, ż> where only W and b move: ż is slope ⊙ (Ẇ h + ḃ)."""
+    pulled = readout.pull_back(z.to(force.dtype), force)
+    moved = h.to(force.dtype) @ weight.to(force.dtype).T + (0 if bias is None else bias)
+    return (pulled * moved).double().sum(1).cpu()
+
+
+def _log_probs(z: Tensor, batch: Batch) -> Float[Tensor, " N"]:
+    return z.detach().double().log_softmax(1).gather(1, batch.targets.to(z.device)[:, None]).squeeze(1).cpu()
+
+
+def _sharded(lm: nn.Module) -> bool:
+    return any(is_sharded(p) for p in lm.parameters())
+
+
+def _spelled(chi: Chi, tokenizer: Any) -> Chi:
+    return chi if chi.tokens or tokenizer is None else chi.with_(tokens=token_texts(tokenizer, chi.ids.tolist()))
+
+
+class _NoRequiresGrad(TorchFunctionMode):
+    """Gradient checkpointing of adapters hooks requires_grad_() onto the embedding's output, which a tangent pass refuses."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.requires_grad_ and torch._C._functorch.peek_interpreter_stack() is not None:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _without_autocast(lm: nn.Module) -> Iterator[None]:
+    """accelerate wraps `forward` in autocast; a change of 1e-3 nats does not survive bfloat16."""
+    wrapped, plain = vars(lm).get("forward"), vars(lm).get("_original_forward")
+    if wrapped is None or plain is None:
+        yield
+        return
+    try:
+        lm.forward = plain
+        yield
+    finally:
+        lm.forward = wrapped
