@@ -17,6 +17,7 @@ class Variant(NamedTuple):
     elements: input elements that a thread block handles in one turn of its main loop; 0 where no budget per element applies.
     budget: SASS instructions that a thread may spend on one of its elements in that loop; 0 for no budget. Instructions are
         counted per thread: length of the loop · 32 num_warps / elements.
+    architectures: for which it is launched so.
     """
 
     name: str
@@ -27,3 +28,4 @@ class Variant(NamedTuple):
     num_stages: int
     elements: int = 0
     budget: float = 0.0
+    architectures: tuple[int, ...] = (80, 90)

@@ -235,7 +235,7 @@ def judge(source: Path, architectures: tuple[int, ...], part: int, parts: int) -
             return [dict(source=str(source), name=source.parent.name, faults=["has no variants()"])]
         if part == 0:
             rows += [dict(source=str(source), name=name, faults=["listed by no variant"]) for name in unlisted(module)]
-        tasks = [(variant, architecture) for variant in module.variants() for architecture in architectures]
+        tasks = [(variant, a) for variant in module.variants() for a in architectures if a in variant.architectures]
     for variant, architecture in tasks[part::parts]:
         about = dict(source=str(source), name=variant.name if variant else source.name, architecture=architecture)
         try:

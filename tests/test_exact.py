@@ -5,6 +5,7 @@ import torch
 
 import tokdyn as td
 from tokdyn import exact
+from tokdyn.exact import matrix as matrices_of
 from tokdyn.exact import plan, rules, segments, sweep
 from tokdyn.exact.matrix import matrix
 from tokdyn.exact.naive import naive_matrix
@@ -42,7 +43,8 @@ def test_memory_sets_chunks_and_tiles_and_nothing_else(engine, memory):
 def test_strips_of_different_lengths_meet(monkeypatch):
     """Sequences cut behind their tokens: cotangents of a short strip meet tangents made for the whole sequence."""
     monkeypatch.setattr(sweep, "SHORTEST", 3)
-    monkeypatch.setattr(sweep, "GROUP", 5)
+    monkeypatch.setattr(matrices_of, "GROUP", 5)
+    monkeypatch.setattr(matrices_of, "CHUNK", 2)
     long = random_chis([(2, 21), (4, 9)], seed=3), random_chis([(3, 19)], seed=4)
     naive, fast, _ = matrices(tiny("gemma2"), update=long[0], observe=long[1], engine="sweep")
     assert relative_error(fast, naive) < FP32

@@ -1,7 +1,8 @@
 """The tracing attention: softmax attention whose jvp, vjp and vmap take many tangents or cotangents at once.
 
 Fused attention has no forward mode, and eager attention keeps T² numbers per head and tangent. This one recomputes the
-softmax in blocks of queries, once for all tangents. It is registered with transformers under the name ATTENTION, with boolean
+softmax, once for many tangents: on a GPU tile by tile in Triton, elsewhere in blocks of queries (ops.tangent_attention,
+ops.cotangent_attention). It is registered with transformers under the name ATTENTION, with boolean
 masks, so that causal, sliding-window, padded and packed inputs arrive as the model makes them; grouped heads and soft-capped
 scores are its own. Attention sinks are not: models that have them are traced with eager attention.
 """
@@ -13,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kernels.cotangent_attention.reference import cotangent_attention
-from .kernels.tangent_attention.reference import attention, tangent_attention
+from .ops import attention, cotangent_attention, tangent_attention
 
 ATTENTION = "tokdyn"
 
@@ -39,7 +39,8 @@ class _Tangent(torch.autograd.Function):
         if any(dim is not None for dim in in_dims[:3]):
             return _one_by_one(_Tangent, info, in_dims, (q, k, v, dq, dk, dv, mask, scale, softcap))
         tangents = _spread(info, in_dims[3:6], (dq, dk, dv))
-        return tangent_attention(q, k, v, *tangents, mask, scale, softcap), 0
+        with torch.no_grad():  # as in forward, so that the operator may take a form that has no gradient
+            return tangent_attention(q, k, v, *tangents, mask, scale, softcap), 0
 
 
 class _Cotangent(torch.autograd.Function):
@@ -62,7 +63,8 @@ class _Cotangent(torch.autograd.Function):
         if any(dim is not None for dim in in_dims[:3]):
             return _one_by_one(_Cotangent, info, in_dims, (q, k, v, do, mask, scale, softcap))
         (do,) = _spread(info, in_dims[3:4], (do,))
-        return cotangent_attention(q, k, v, do, mask, scale, softcap), (0, 0, 0)
+        with torch.no_grad():
+            return cotangent_attention(q, k, v, do, mask, scale, softcap), (0, 0, 0)
 
 
 class _Attention(torch.autograd.Function):
@@ -130,7 +132,7 @@ def tracing_attention(
     elif mask.dtype != torch.bool:
         mask = mask == 0
     q = query.reshape(B, Hk, H // Hk, T, D)
-    out = _Attention.apply(q, key, value, mask[..., :S], D**-0.5 if scaling is None else scaling, softcap)
+    out = _Attention.apply(q, key, value, mask[..., :S], D**-0.5 if scaling is None else float(scaling), softcap)
     return out.reshape(B, H, T, -1).transpose(1, 2), None
 
 

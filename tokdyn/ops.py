@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import _native
 from .kernels.apply_A import reference as _apply_A
+from .kernels.cotangent_attention import reference as _cotangent_attention
 from .kernels.dual_gram import cpp as _dual_gram_cpp
 from .kernels.dual_gram import reference as _dual_gram
 from .kernels.linear_token_stats import cpp as _linear_token_stats_cpp
@@ -22,6 +23,7 @@ from .kernels.linear_token_stats import reference as _linear_token_stats
 from .kernels.readout_forces import cpp as _readout_forces_cpp
 from .kernels.readout_forces import reference as _readout_forces
 from .kernels.softmax_jvp import reference as _softmax_jvp
+from .kernels.tangent_attention import reference as _tangent_attention
 from .kernels.token_stats import cpp as _token_stats_cpp
 from .kernels.token_stats import cuda as _token_stats_cuda
 from .kernels.token_stats import reference as _token_stats
@@ -30,6 +32,7 @@ from .kernels.topk_log_probs import cuda as _topk_log_probs_cuda
 from .kernels.topk_log_probs import reference as _topk_log_probs
 
 TRITON_MOST_K = 128  # of topk_log_probs; for more, impl=None takes the reference
+TRITON_WIDEST_HEAD = 256  # of attention and its derivatives; likewise
 
 
 class TokenStats(NamedTuple):
@@ -203,17 +206,28 @@ def readout_forces(
         weight, bias, scale, softcap: z = softcap(scale (W h + b)).
         train_bias: the bias moves as well (adds 1 to h_m·h_l).
         reduce: None, "update" (sum over l) or "observe" (sum over m).
-        impl: None, "reference" or "cpp" (CPU, fp32 and bf16, no gradient). None takes cpp where it is built and applies.
+        impl: None, "reference", "cpp" (CPU, fp32 and bf16, no gradient) or "triton" (GPU, also fp16, no gradient). None takes
+            the form of the tensors' device where it is installed and applies.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown reduce or impl.
+        RuntimeError: impl="triton" without the package triton.
 
-    Cost: O((M + L) V d + M L (V + d)) flops; the reference holds [M, V] and [L, V], cpp streams over V.
+    Cost: O((M + L) V d + M L (V + d)) flops; the reference holds [M, V] and [L, V], the others stream over V.
     """
     if c.shape != targets_u.shape:
         raise ValueError(f"c must have the shape of targets_u={list(targets_u.shape)}, got {list(c.shape)}")
     if reduce not in (None, "update", "observe"):
         raise ValueError(f'reduce must be None, "update" or "observe", got {reduce!r}')
+    one_dtype = h_o.dtype == h_u.dtype == weight.dtype
+    if impl == "triton" or (impl is None and one_dtype and _takes_triton(h_o, h_u, weight, bias, c, v, uniform)):
+        _require_triton("readout_forces")
+        from .kernels.readout_forces import triton
+
+        return triton.readout_forces(
+            h_o, y_o, h_u, targets_u, c, weight,
+            bias=bias, scale=scale, softcap=softcap, v=v, uniform=uniform, train_bias=train_bias, reduce=reduce,
+        )  # fmt: skip
     if impl == "cpp" or (impl is None and _takes_cpp(h_o, h_u, weight, bias, c, v, uniform)):
         return _readout_forces_cpp.readout_forces(
             h_o, y_o, h_u, targets_u, c, weight,
@@ -236,11 +250,119 @@ def dual_gram(
     segments: tuple[Tensor, Tensor] | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """out += (a1 a2ᵀ) ⊙ (d1 d2ᵀ), [M, L], or summed over pairs of segments, [S_o, S_u]."""
+    """out += (a1 a2ᵀ) ⊙ (d1 d2ᵀ), [M, L], or summed over pairs of segments, [S_o, S_u].
+
+    Args:
+        a1, a2, d1, d2: what enters a linear layer at the observed and updated positions, and what its output is to move by.
+        out: added to instead of a new tensor; float32 where impl is not "reference".
+        segments: ids of the observed [M] and updated [L] positions.
+        impl: None, "reference", "cpp" (CPU) or "triton" (GPU); the last two sum in float32 and have no gradient. None takes the
+            form of the tensors' device where it is installed and applies.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an unknown impl.
+        RuntimeError: impl="triton" without the package triton.
+    """
+    factors = (a1, a2, d1, d2)
+    one_dtype = len({x.dtype for x in factors}) == 1 and (out is None or out.dtype == torch.float32)
+    if impl == "triton" or (impl is None and one_dtype and _takes_triton(*factors, out)):
+        _require_triton("dual_gram")
+        from .kernels.dual_gram import triton
+
+        return triton.dual_gram(a1, a2, d1, d2, out=out, segments=segments)
     if impl == "cpp" or (impl is None and _takes_cpp(a1, a2, d1, d2, out) and _adjacent(out)):
         return _dual_gram_cpp.dual_gram(a1, a2, d1, d2, out=out, segments=segments)
     _require_reference("dual_gram", impl)
     return _dual_gram.dual_gram(a1, a2, d1, d2, out=out, segments=segments)
+
+
+def attention(
+    q: Float[Tensor, "B Hk G T D"],
+    k: Float[Tensor, "B Hk S D"],
+    v: Float[Tensor, "B Hk S E"],
+    mask: Bool[Tensor, "#B 1 T S"] | None,
+    scale: float,
+    softcap: float | None = None,
+    *,
+    impl: str | None = None,
+) -> Float[Tensor, "B Hk G T E"]:
+    """softmax(cap(scale q kᵀ) where mask) v, G heads of queries to every head of keys; a row that sees nothing gives 0.
+
+    Args:
+        q, k, v: queries, keys and values.
+        mask: True where a key is seen, for every sequence or once for all; None sees everything.
+        scale, softcap: scores are cap(x) = softcap tanh(x / softcap) of x = scale q·k, x itself without softcap.
+        impl: None, "reference" or "triton" (GPU, heads up to 256 wide, no gradient). None takes triton where it is installed
+            and applies.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an unknown impl.
+        RuntimeError: impl="triton" without the package triton.
+    """
+    if impl == "triton" or (impl is None and _takes_attention(q, k, v)):
+        _require_triton("attention")
+        from .kernels.tangent_attention import triton
+
+        return triton.attention(q, k, v, mask, scale, softcap)
+    _require_reference("attention", impl)
+    return _tangent_attention.attention(q, k, v, mask, scale, softcap)
+
+
+def tangent_attention(
+    q: Float[Tensor, "B Hk G T D"],
+    k: Float[Tensor, "B Hk S D"],
+    v: Float[Tensor, "B Hk S E"],
+    dq: Float[Tensor, "n B Hk G T D"],
+    dk: Float[Tensor, "n B Hk S D"],
+    dv: Float[Tensor, "n B Hk S E"],
+    mask: Bool[Tensor, "#B 1 T S"] | None,
+    scale: float,
+    softcap: float | None = None,
+    *,
+    impl: str | None = None,
+) -> Float[Tensor, "n B Hk G T E"]:
+    """How `attention` moves along n tangents (dq, dk, dv), nothing of size T x T kept for any of them.
+
+    Arguments and errors as in `attention`. Cost: 8 T S D flops a head and tangent, and the softmax recomputed.
+    """
+    if impl == "triton" or (impl is None and _takes_attention(q, k, v, dq, dk, dv)):
+        _require_triton("tangent_attention")
+        from .kernels.tangent_attention import triton
+
+        return triton.tangent_attention(q, k, v, dq, dk, dv, mask, scale, softcap)
+    _require_reference("tangent_attention", impl)
+    return _tangent_attention.tangent_attention(q, k, v, dq, dk, dv, mask, scale, softcap)
+
+
+def cotangent_attention(
+    q: Float[Tensor, "B Hk G T D"],
+    k: Float[Tensor, "B Hk S D"],
+    v: Float[Tensor, "B Hk S E"],
+    do: Float[Tensor, "n B Hk G T E"],
+    mask: Bool[Tensor, "#B 1 T S"] | None,
+    scale: float,
+    softcap: float | None = None,
+    *,
+    impl: str | None = None,
+) -> tuple[Float[Tensor, "n B Hk G T D"], Float[Tensor, "n B Hk S D"], Float[Tensor, "n B Hk S E"]]:
+    """n cotangents `do` of `attention` pulled back to q, k and v.
+
+    Arguments and errors as in `attention`. Cost: 8 T S D flops a head and cotangent, and the softmax recomputed.
+    """
+    if impl == "triton" or (impl is None and _takes_attention(q, k, v, do)):
+        _require_triton("cotangent_attention")
+        from .kernels.cotangent_attention import triton
+
+        return triton.cotangent_attention(q, k, v, do, mask, scale, softcap)
+    _require_reference("cotangent_attention", impl)
+    return _cotangent_attention.cotangent_attention(q, k, v, do, mask, scale, softcap)
+
+
+def _takes_attention(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:
+    """What Triton takes, of one dtype and with heads that fit."""
+    given = (q, k, v, *others)
+    fits = max(q.shape[-1], v.shape[-1]) <= TRITON_WIDEST_HEAD and len({x.dtype for x in given}) == 1
+    return fits and _takes_triton(*given)
 
 
 def _takes_cpp(*tensors: Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""Many cotangents of softmax attention on a GPU: dQ by blocks of queries, dK and dV by blocks of keys, nothing added atomically.
+"""Many cotangents of softmax attention on a GPU: dQ by blocks of queries, dK and dV by blocks of keys, no atomic additions.
 
 Tiles, masks and errors are those of tangent_attention (its README.md derives both).
 """
@@ -18,6 +18,7 @@ from ..tangent_attention.triton import (
     _seen,
     _span,
     _tile,
+    attention_variants,
     launch_shape,
     require_attention,
     run_attention,
@@ -28,7 +29,7 @@ from ..variant import Variant
 
 @triton.jit(do_not_specialize=["n", "T", "S", "B", "H", "G"])
 def _query_kernel(
-    Q, K, V, DO, MASK, SPANS, O, TOP, SUM, DELTA, DQ, n, T, S, B, H, G, scale, cap,
+    Q, K, V, DO, MASK, SPANS, PV, TOP, SUM, DELTA, DQ, n, T, S, B, H, G, scale, cap,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, do_n, do_b, do_h, do_t, m_b, m_t, m_s, s_b,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PAIR: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
@@ -54,7 +55,7 @@ def _query_kernel(
     size = tl.cast(B, tl.int64) * H * T
     top = tl.load(TOP + at, mask=row, other=float("inf"))
     q = _factor(Q, q_at, row, d, D, True, CHUNK, WIDE)
-    o = _tile(O, at * E, row, c, E, True, WIDE)
+    o = _tile(PV, at * E, row, c, E, True, WIDE)
     do1 = _factor(DO + one * do_n, do_at, row, c, E, True, CHUNK, WIDE)
     delta1 = tl.sum(_tile(DO + one * do_n, do_at, row, c, E, True, WIDE).to(tl.float32) * o, 1)
     tl.store(DELTA + one * size + at, delta1, mask=row)
@@ -211,11 +212,11 @@ def _cotangent_attention(q, k, v, do, mask, scale, softcap) -> tuple[Tensor, Ten
         delta = q.new_empty(n, B, Hk * G, T, dtype=torch.float32)
         sizes = (n, T, S, B, Hk * G, G, scale, softcap)
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:4])
-        shape = launch_shape("query", q, v, n)
+        shape = launch_shape("query", q, v, softcap, n)
         seen, steps = spans(mask, shape["BM"], shape["BN"])
         programs = triton.cdiv(T, shape["BM"]) * B * Hk * G * triton.cdiv(n, 2 if shape["PAIR"] else 1)
         _query_kernel[(programs,)](q, k, v, do, *seen, o, top, sum, delta, dq, *sizes, *strides, *steps, **shape)
-        shape = launch_shape("key", q, v, n)
+        shape = launch_shape("key", q, v, softcap, n)
         seen, steps = spans(mask, shape["BN"], shape["BM"], by_key=True)
         programs = triton.cdiv(S, shape["BN"]) * B * Hk * triton.cdiv(n, 2 if shape["PAIR"] else 1)
         _key_kernel[(programs,)](q, k, v, do, *seen, top, sum, delta, dk, dv, *sizes, *strides, *steps, **shape)
@@ -226,3 +227,8 @@ def _cotangent_attention(q, k, v, do, mask, scale, softcap) -> tuple[Tensor, Ten
 def _empty_cotangents(q, k, v, do, mask, scale, softcap) -> tuple[Tensor, Tensor, Tensor]:
     n = do.shape[0]
     return q.new_empty(n, *q.shape), k.new_empty(n, *k.shape), v.new_empty(n, *v.shape)
+
+
+def variants() -> list[Variant]:
+    """Both passes, for heads 64, 128 and 256 wide, as launched on either GPU."""
+    return attention_variants(query=_query_kernel, key=_key_kernel)

@@ -1,4 +1,4 @@
-"""dual_gram on a GPU: both products in registers where the rank is low or segments are summed, else cuBLAS; README.md says why."""
+"""dual_gram on a GPU: both products in registers where the rank is low or segments are summed, else by cuBLAS (README.md)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ NOWHERE = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _gram(A1, A2, m, l, m_inside, l_inside, P, a_m, a_l, BK: tl.constexpr, WIDE: tl.constexpr):
-    """The tile A1[m] A2[l]ᵀ, [BM, BL], in float32. WIDE multiplies in float32 for the interpreter, whose half product is wrong."""
+def _gram(A1, A2, ms, ls, m_inside, l_inside, P, a_m, a_l, BK: tl.constexpr, WIDE: tl.constexpr):
+    """The tile A1[ms] A2[ls]ᵀ, [BM, BL]. WIDE multiplies in float32, for the interpreter, whose product of halves is wrong."""
     k = tl.arange(0, BK)
-    one = A1 + m.to(tl.int64)[:, None] * a_m + k[None, :]  # [BM, BK]
-    two = A2 + l.to(tl.int64)[:, None] * a_l + k[None, :]  # [BL, BK]
-    gram = tl.zeros([m.shape[0], l.shape[0]], tl.float32)
+    one = A1 + ms.to(tl.int64)[:, None] * a_m + k[None, :]  # [BM, BK]
+    two = A2 + ls.to(tl.int64)[:, None] * a_l + k[None, :]  # [BL, BK]
+    gram = tl.zeros([ms.shape[0], ls.shape[0]], tl.float32)
     for first in range(0, P, BK):
         inside = (k < P - first)[None, :]
         x = tl.load(one + first, mask=m_inside[:, None] & inside, other=0.0)
@@ -42,13 +42,13 @@ def _product_kernel(
 ):  # fmt: skip
     """A tile of OUT = or, with ADD, += (A1 A2ᵀ) ⊙ (D1 D2ᵀ)."""
     down = tl.cdiv(M, BM)
-    m = tl.program_id(0) % down * BM + tl.arange(0, BM)
-    l = tl.program_id(0) // down * BL + tl.arange(0, BL)
-    gram = _gram(A1, A2, m, l, m < M, l < L, P, a_m, a_l, BK, WIDE)
-    gram *= _gram(D1, D2, m, l, m < M, l < L, Q, d_m, d_l, BK, WIDE)
+    ms = tl.program_id(0) % down * BM + tl.arange(0, BM)
+    ls = tl.program_id(0) // down * BL + tl.arange(0, BL)
+    gram = _gram(A1, A2, ms, ls, ms < M, ls < L, P, a_m, a_l, BK, WIDE)
+    gram *= _gram(D1, D2, ms, ls, ms < M, ls < L, Q, d_m, d_l, BK, WIDE)
     corner = (tl.program_id(0) % down).to(tl.int64) * BM * o_m + (tl.program_id(0) // down).to(tl.int64) * BL * o_l
     at = OUT + corner + (tl.arange(0, BM)[:, None] * o_m + tl.arange(0, BL)[None, :] * o_l)
-    inside = (m < M)[:, None] & (l < L)[None, :]
+    inside = (ms < M)[:, None] & (ls < L)[None, :]
     if ADD:
         gram += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     tl.store(at, gram, mask=inside)
@@ -68,12 +68,12 @@ def _segments_kernel(
 ):  # fmt: skip
     """A tile of (A1 A2ᵀ) ⊙ (D1 D2ᵀ) summed over every pair of segments it touches, and each sum added to OUT at once."""
     down = tl.cdiv(M, BM)
-    m = tl.program_id(0) % down * BM + tl.arange(0, BM)
-    l = tl.program_id(0) // down * BL + tl.arange(0, BL)
-    gram = _gram(A1, A2, m, l, m < M, l < L, P, a_m, a_l, BK, WIDE)
-    gram *= _gram(D1, D2, m, l, m < M, l < L, Q, d_m, d_l, BK, WIDE)
-    rows = _known(ROWS, m, M, S_o)
-    columns = _known(COLUMNS, l, L, S_u)
+    ms = tl.program_id(0) % down * BM + tl.arange(0, BM)
+    ls = tl.program_id(0) // down * BL + tl.arange(0, BL)
+    gram = _gram(A1, A2, ms, ls, ms < M, ls < L, P, a_m, a_l, BK, WIDE)
+    gram *= _gram(D1, D2, ms, ls, ms < M, ls < L, Q, d_m, d_l, BK, WIDE)
+    rows = _known(ROWS, ms, M, S_o)
+    columns = _known(COLUMNS, ls, L, S_u)
     row = tl.min(rows, 0)
     while row < NOWHERE:
         by_column = tl.sum(tl.where((rows == row)[:, None], gram, 0.0), 0)  # [BL]
@@ -92,11 +92,11 @@ def _outer_kernel(
     """OUT [S, P, Q] += Σ of a_m d_mᵀ over the rows of each segment, BM of them and a tile of P x Q at a time."""
     down, across = tl.cdiv(P, BP), tl.cdiv(Q, BQ)
     tile = tl.program_id(0) % (down * across)
-    m = tl.program_id(0) // (down * across) * BM + tl.arange(0, BM)
+    ms = tl.program_id(0) // (down * across) * BM + tl.arange(0, BM)
     p, q = tile % down * BP + tl.arange(0, BP), tile // down * BQ + tl.arange(0, BQ)
-    A += m.to(tl.int64)[:, None] * a_m + p[None, :]  # [BM, BP]
-    D += m.to(tl.int64)[:, None] * d_m + q[None, :]  # [BM, BQ]
-    rows = _known(ROWS, m, M, S)
+    A += ms.to(tl.int64)[:, None] * a_m + p[None, :]  # [BM, BP]
+    D += ms.to(tl.int64)[:, None] * d_m + q[None, :]  # [BM, BQ]
+    rows = _known(ROWS, ms, M, S)
     row = tl.min(rows, 0)
     while row < NOWHERE:
         # nothing of another segment is read: 0 times inf would be NaN

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import DTYPES, adjacent, factors, on_device_of, product, products, require_readout
+from ..launch import adjacent, factors, on_device_of, product, products, require_readout
 from ..token_stats.triton import FLOOR, _exp, _finite_or_zero, _logit
 from ..variant import Variant
 
@@ -27,7 +27,7 @@ TILE = dict(BM=16, BL=128, num_warps=8, num_stages=1)
 def _slope(z, cap):
     """Derivative of cap tanh(x / cap) where it has the value z, 1 without a cap."""
     if cap is None:
-        slope = z * 0.0 + 1.0
+        slope = 1.0
     else:
         t = z / cap
         slope = (1.0 - t) * (1.0 + t)
@@ -38,7 +38,7 @@ def _slope(z, cap):
 def _absorb_kernel(
     Z, Y, E, TOP, SUM, MIX, OWN, F, BIAS, n, v0, K, scale, cap, BLOCK: tl.constexpr, STORE: tl.constexpr
 ):  # fmt: skip
-    """A chunk of products Z [T, n], columns v0 to v0 + n, joins the sums of its rows, which leave out the row's targets Y [T, K].
+    """A chunk of products Z [T, n], columns v0 to v0 + n, joins the sums of its rows, all but the columns of targets Y [T, K].
 
     With z its logits: TOP the largest, SUM = Σ e^{z - TOP}, MIX = Σ e^{z - TOP} (z - TOP), F the factor that older sums took;
     OWN [T, K] the targets' logits; with STORE, E [T, n] = e^{z - TOP} dz/dx without the targets' columns.
@@ -83,11 +83,11 @@ def _absorb_kernel(
 def _add_kernel(X, P, F_O, F_U, M, L, BM: tl.constexpr, BL: tl.constexpr):
     """X [M, L] = F_O X F_U + P, the sums of earlier chunks brought to the rows' and columns' new maxima."""
     down = tl.cdiv(M, BM)
-    m = tl.program_id(0) % down * BM + tl.arange(0, BM)
-    l = tl.program_id(0) // down * BL + tl.arange(0, BL)
-    inside = (m < M)[:, None] & (l < L)[None, :]
-    at = (tl.program_id(0) % down).to(tl.int64) * BM * L + (tl.arange(0, BM)[:, None] * L + l[None, :])
-    f = tl.load(F_O + m, mask=m < M, other=0.0)[:, None] * tl.load(F_U + l, mask=l < L, other=0.0)[None, :]
+    ms = tl.program_id(0) % down * BM + tl.arange(0, BM)
+    ls = tl.program_id(0) // down * BL + tl.arange(0, BL)
+    inside = (ms < M)[:, None] & (ls < L)[None, :]
+    at = (tl.program_id(0) % down).to(tl.int64) * BM * L + (tl.arange(0, BM)[:, None] * L + ls[None, :])
+    f = tl.load(F_O + ms, mask=ms < M, other=0.0)[:, None] * tl.load(F_U + ls, mask=ls < L, other=0.0)[None, :]
     x = tl.load(X + at, mask=inside, other=0.0)
     # the older sum is 0 where a maximum was -inf, and its factor too
     tl.store(X + at, f * x + tl.load(P + at, mask=inside, other=0.0), mask=inside)
@@ -103,31 +103,31 @@ def _finish_kernel(
     H [M, L] = h_m·h_l; Z_U [M, L] the products of h_l with the weights of y_m; Z_O [M, K L] of h_m with those of l's targets.
     """
     down = tl.cdiv(M, BM)
-    m = tl.program_id(0) % down * BM + tl.arange(0, BM)
-    l = tl.program_id(0) // down * BL + tl.arange(0, BL)
-    m_in = m < M
-    l_in = l < L
+    ms = tl.program_id(0) % down * BM + tl.arange(0, BM)
+    ls = tl.program_id(0) // down * BL + tl.arange(0, BL)
+    m_in = ms < M
+    l_in = ls < L
     inside = m_in[:, None] & l_in[None, :]
     first = (tl.program_id(0) % down).to(tl.int64) * BM
     i = tl.arange(0, BM)[:, None]
-    at = first * L + (i * L + l[None, :])
-    y = tl.load(Y_O + m, mask=m_in, other=-1)[:, None]
-    total = tl.load(C + l, mask=l_in, other=0.0)[None, :]
-    base_o = tl.load(BASE_O + m, mask=m_in, other=0.0)[:, None]
-    base_u = tl.load(BASE_U + l, mask=l_in, other=0.0)[None, :]
-    inverse_o = tl.load(INVERSE_O + m, mask=m_in, other=0.0)[:, None]
-    inverse_u = tl.load(INVERSE_U + l, mask=l_in, other=0.0)[None, :]
+    at = first * L + (i * L + ls[None, :])
+    y = tl.load(Y_O + ms, mask=m_in, other=-1)[:, None]
+    total = tl.load(C + ls, mask=l_in, other=0.0)[None, :]
+    base_o = tl.load(BASE_O + ms, mask=m_in, other=0.0)[:, None]
+    base_u = tl.load(BASE_U + ls, mask=l_in, other=0.0)[None, :]
+    inverse_o = tl.load(INVERSE_O + ms, mask=m_in, other=0.0)[:, None]
+    inverse_u = tl.load(INVERSE_U + ls, mask=l_in, other=0.0)[None, :]
     x = tl.load(X + at, mask=inside, other=0.0) * inverse_o * (inverse_u * total)
     z = _logit(tl.load(Z_U + at, mask=inside, other=0.0), BIAS, y, m_in[:, None] & (y >= 0), scale, cap)
     at_y = -total * inverse_u * _exp(z - base_u) * _slope(z, cap)  # Γ_l at y_m
     for k in range(0, K):
-        target = tl.load(Y_U + l.to(tl.int64) * K + k, mask=l_in, other=-1)[None, :]
-        own = tl.load(OWN_U + l.to(tl.int64) * K + k, mask=l_in, other=0.0)[None, :]  # Γ_l at that target
-        z = tl.load(Z_O + (first * K + k) * L + (i * K * L + l[None, :]), mask=inside, other=0.0)
+        target = tl.load(Y_U + ls.to(tl.int64) * K + k, mask=l_in, other=-1)[None, :]
+        own = tl.load(OWN_U + ls.to(tl.int64) * K + k, mask=l_in, other=0.0)[None, :]  # Γ_l at that target
+        z = tl.load(Z_O + (first * K + k) * L + (i * K * L + ls[None, :]), mask=inside, other=0.0)
         z = _logit(z, BIAS, target, l_in[None, :] & (target >= 0), scale, cap)
         x -= tl.where((target == y) | (target < 0), 0.0, inverse_o * _exp(z - base_o) * _slope(z, cap) * own)
         at_y = tl.where(target == y, own, at_y)
-    x += tl.load(OWN_O + m, mask=m_in, other=0.0)[:, None] * at_y
+    x += tl.load(OWN_O + ms, mask=m_in, other=0.0)[:, None] * at_y
     tl.store(X + at, x * factor * (tl.load(H + at, mask=inside, other=0.0) + shift), mask=inside)
 
 
@@ -239,7 +239,9 @@ def _readout_forces(
         same = h_o.data_ptr() == h_u.data_ptr() and h_o.shape == h_u.shape and h_o.stride() == h_u.stride()
         factor, cap = factors(scale, softcap)
         readout = Readout(adjacent(weight), bias, scale, factor, cap, train_bias)
-        observed = Side(adjacent(h_o), y_o[:, None].contiguous(), torch.ones_like(y_o, dtype=torch.float32)[:, None], None, None)
+        observed = Side(
+            adjacent(h_o), y_o[:, None].contiguous(), torch.ones_like(y_o, dtype=torch.float32)[:, None], None, None
+        )
         wide = [None if x is None else x.float().contiguous() for x in (v, uniform)]
         updated = Side(adjacent(h_u), targets_u.reshape(L, -1).contiguous(), c.float().reshape(L, -1).contiguous(), *wide)
         if reduce is not None and M * L > (M + L) * h_o.shape[1]:
@@ -316,7 +318,7 @@ def _absorb(z: Tensor, v0: int, side: Side, sums: Sums, readout: Readout, stored
 
 
 def _softmax(side: Side, sums: Sums, readout: Readout, *, sloped: bool) -> Softmax:
-    """The row's softmax from its sums without the targets; 1 - pi at a target is summed over the others, so it keeps its digits."""
+    """The softmax of every row from its sums without the targets; 1 - pi of a target, a sum over the others, keeps its digits."""
     y, K = side.targets, side.targets.shape[1]
     equal = y[:, :, None] == y[:, None, :]  # [T, K, K]
     distinct = ~equal.tril(-1).any(2)

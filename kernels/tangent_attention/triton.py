@@ -19,6 +19,30 @@ from ..variant import Variant
 LOG2E = tl.constexpr(1.4426950408889634)
 WIDEST = 256  # of a head
 
+# Queries and keys of a tile, columns at a time (0: all at once), whether two tangents go together, warps and stages, for heads
+# up to 64, 128 and 256 wide: the largest tried that spill no register, with any mask and cap. Not measured on a GPU.
+SHAPES = {
+    "sm_90": {
+        "attention": ((64, 64, 0, 0, 4, 3), (64, 32, 0, 0, 4, 3), (64, 16, 0, 0, 4, 2)),
+        "tangent": ((64, 32, 0, 1, 4, 3), (128, 32, 0, 0, 8, 2), (64, 16, 64, 0, 8, 2)),
+        "query": ((64, 32, 0, 1, 4, 3), (128, 32, 0, 1, 8, 2), (32, 16, 64, 0, 8, 2)),
+        "key": ((32, 64, 0, 1, 4, 2), (16, 64, 0, 0, 4, 2), (16, 16, 64, 0, 4, 2)),
+    },
+    "sm_80": {
+        "attention": ((64, 32, 0, 0, 4, 3), (32, 32, 0, 0, 4, 2), (32, 32, 64, 0, 4, 2)),
+        "tangent": ((64, 32, 0, 0, 4, 2), (32, 16, 0, 0, 4, 2), (16, 32, 64, 0, 4, 2)),
+        "query": ((64, 32, 0, 1, 4, 2), (32, 32, 64, 0, 4, 2), (16, 32, 64, 0, 4, 2)),
+        "key": ((32, 64, 0, 0, 4, 2), (32, 32, 64, 0, 4, 2), (16, 16, 64, 0, 4, 2)),
+    },
+    "float32": {
+        "attention": ((32, 16, 16, 0, 4, 1), (32, 16, 16, 0, 8, 1), (16, 16, 16, 0, 8, 1)),
+        "tangent": ((64, 16, 16, 0, 8, 1), (32, 16, 16, 0, 8, 1), (16, 16, 16, 0, 8, 1)),
+        "query": ((64, 16, 16, 0, 4, 1), (64, 16, 16, 0, 8, 1), (32, 16, 16, 0, 8, 1)),
+        "key": ((16, 64, 16, 0, 4, 1), (16, 64, 16, 0, 8, 1), (16, 16, 16, 0, 8, 1)),
+    },
+    "interpreted": dict.fromkeys(("attention", "tangent", "query", "key"), 3 * ((16, 16, 0, 1, 4, 1),)),
+}
+
 
 @triton.jit
 def _tile(X, rows, inside, d, D: tl.constexpr, GUARD: tl.constexpr, WIDE: tl.constexpr):
@@ -136,11 +160,11 @@ def _spans_kernel(KINDS, SPANS, blocks, N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "S", "H", "G"])
 def _attention_kernel(
-    Q, K, V, MASK, SPANS, O, TOP, SUM, T, S, H, G, scale, cap, q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, m_b, m_t, m_s, s_b,
+    Q, K, V, MASK, SPANS, PV, TOP, SUM, T, S, H, G, scale, cap, q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, m_b, m_t, m_s, s_b,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """O [B, H, T, E], and of every row its largest exponent to the base 2, inf where nothing is seen, and its sum, [B, H, T]."""
+    """PV [B, H, T, E], and of every row its largest exponent to the base 2, or inf where nothing is seen, and its sum [B, H, T]."""
     blocks = tl.cdiv(T, BM)
     block = blocks - 1 - tl.program_id(0) % blocks  # of a causal mask the longest rows first
     head = (tl.program_id(0) // blocks).to(tl.int64)
@@ -182,7 +206,7 @@ def _attention_kernel(
     at = head * T + first + i
     tl.store(TOP + at, tl.where(empty, float("inf"), top), mask=row)
     tl.store(SUM + at, sum, mask=row)
-    tl.store(O + at[None, :] * E + c[:, None], o / sum[None, :], mask=row[None, :] & (c < E)[:, None])
+    tl.store(PV + at[None, :] * E + c[:, None], o / sum[None, :], mask=row[None, :] & (c < E)[:, None])
 
 
 @triton.jit
@@ -201,12 +225,15 @@ def _move(
 
 @triton.jit(do_not_specialize=["n", "T", "S", "B", "H", "G"])
 def _tangent_kernel(
-    Q, K, V, Q_DOT, K_DOT, V_DOT, MASK, SPANS, O, TOP, SUM, OUT, n, T, S, B, H, G, scale, cap,
+    Q, K, V, Q_DOT, K_DOT, V_DOT, MASK, SPANS, PV, TOP, SUM, OUT, n, T, S, B, H, G, scale, cap,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, dq_n, dq_b, dq_h, dk_n, dk_b, dk_h, dv_n, dv_b, dv_h, m_b, m_t, m_s, s_b,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PAIR: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """OUT [n, B, H, T, E] of one tangent or, with PAIR, of two that share the recomputed softmax; rows as far apart as in q, k, v."""
+    """OUT [n, B, H, T, E] of one tangent or, with PAIR, of two that share the recomputed softmax.
+
+    Rows of a tangent are as far apart as those of its primal.
+    """
     blocks = tl.cdiv(T, BM)
     block = blocks - 1 - tl.program_id(0) % blocks
     head = (tl.program_id(0) // blocks).to(tl.int64) % (B * H)
@@ -261,7 +288,7 @@ def _tangent_kernel(
                 )  # fmt: skip
 
     inside = row[None, :] & (c < E)[:, None]
-    o = tl.load(O + at[None, :] * E + c[:, None], mask=inside, other=0.0)
+    o = tl.load(PV + at[None, :] * E + c[:, None], mask=inside, other=0.0)
     sum = tl.load(SUM + at, mask=row, other=1.0)[None, :]
     size = tl.cast(B, tl.int64) * H * T * E
     OUT += at[None, :] * E + c[:, None]
@@ -295,8 +322,8 @@ def tangent_attention(
 ) -> Tensor:
     """Ȯ for n tangents as reference.tangent_attention defines it: one attention, then one pass for every two of them.
 
-    dq [n, B, Hk, G, T, D], dk [n, B, Hk, S, D], dv [n, B, Hk, S, E] in the dtype of q, k, v, which are as in `attention`, as are
-    mask and errors -> [n, B, Hk, G, T, E]. torch.compile keeps it as one node, torch.ops.tokdyn.tangent_attention_triton.
+    dq [n, B, Hk, G, T, D], dk [n, B, Hk, S, D], dv [n, B, Hk, S, E] in the dtype of q, k, v -> [n, B, Hk, G, T, E]; those, the
+    mask and the errors are as in `attention`. torch.compile keeps it as one node, torch.ops.tokdyn.tangent_attention_triton.
 
     Cost: 9 T S D flops a head and tangent, 8 of them the tangent's own, and 4 for the attention; memory for its values and two
     numbers a row.
@@ -326,7 +353,8 @@ def _empty_attention(q, k, v, mask, scale, softcap) -> Tensor:
 @torch.library.custom_op(
     "tokdyn::tangent_attention_triton",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor dq, Tensor dk, Tensor dv, Tensor? mask, float scale, float? softcap) -> Tensor",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor dq, Tensor dk, Tensor dv, Tensor? mask, float scale, float? softcap) "
+    "-> Tensor",
 )
 def _tangent_attention(q, k, v, dq, dk, dv, mask, scale, softcap) -> Tensor:
     op = "tangent_attention"
@@ -339,15 +367,15 @@ def _tangent_attention(q, k, v, dq, dk, dv, mask, scale, softcap) -> Tensor:
     if not out.numel():
         return out
     with on_device_of(op, q, k, v, dq, dk, dv, mask):
-        n, (B, Hk, G, T, D), (S, E) = len(dq), q.shape, v.shape[2:]
+        n, (B, Hk, G, T, _), (S, E) = len(dq), q.shape, v.shape[2:]
         (q, dq), (k, dk), (v, dv) = alike(q.flatten(1, 2), dq.flatten(2, 3)), alike(k, dk), alike(v, dv)
         o, top, sum = run_attention(q, k, v, mask, scale, softcap, q.new_empty(B, Hk * G, T, E, dtype=torch.float32))
-        shape = launch_shape("tangent", q, v, n)
+        shape = launch_shape("tangent", q, v, softcap, n)
         seen, steps = spans(mask, shape["BM"], shape["BN"])
         programs = triton.cdiv(T, shape["BM"]) * B * Hk * G * triton.cdiv(n, 2 if shape["PAIR"] else 1)
         _tangent_kernel[(programs,)](
             q, k, v, dq, dk, dv, *seen, o, top, sum, out, n, T, S, B, Hk * G, G, scale, softcap,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *steps, **shape,
+            *(step for x in (q, k, v, dq, dk, dv) for step in x.stride()[:3]), *steps, **shape,
         )  # fmt: skip
     return out
 
@@ -363,7 +391,7 @@ def run_attention(
     """The attention of q [B, H, T, D] into `out`, and of every row its largest exponent and its sum, [B, H, T]."""
     B, H, T, _ = q.shape
     top, sum = (q.new_empty(B, H, T, dtype=torch.float32) for _ in range(2))
-    shape = launch_shape("attention", q, v)
+    shape = launch_shape("attention", q, v, softcap)
     seen, steps = spans(mask, shape["BM"], shape["BN"])
     _attention_kernel[(triton.cdiv(T, shape["BM"]) * B * H,)](
         q, k, v, *seen, out, top, sum, T, k.shape[2], H, H // k.shape[1], scale, softcap,
@@ -392,13 +420,22 @@ def spans(mask: Tensor | None, rows: int, columns: int, *, by_key: bool = False)
     return (mask, met), (b * each, *mask.stride()[2:], 4 * many * each)
 
 
-def launch_shape(kernel: str, q: Tensor, v: Tensor, n: int = 0) -> dict[str, Any]:
-    """Constants of a launch on q [B, H, T, D] and v [B, Hk, S, E]; with n tangents or cotangents PAIR too."""
-    D, E = q.shape[-1], v.shape[-1]
-    BM, BN, CHUNK, PAIR, warps, stages = 16, 16, 16 if q.dtype == torch.float32 else 0, True, 4, 1
-    found = dict(D=D, E=E, BD=max(16, triton.next_power_of_2(D)), BE=max(16, triton.next_power_of_2(E)))
-    found |= dict(BM=BM, BN=BN, CHUNK=CHUNK, WIDE=not q.is_cuda, num_warps=warps, num_stages=stages)
-    return found | dict(PAIR=PAIR and n > 1) if n else found
+def launch_shape(kernel: str, q: Tensor, v: Tensor, softcap: float | None, n: int = 0) -> dict[str, Any]:
+    """Constants of a launch on q [B, H, T, D] and v [B, Hk, S, E]; of n tangents or cotangents whether two go together."""
+    family = "float32" if q.dtype == torch.float32 else "interpreted"
+    if q.is_cuda and family != "float32":
+        family = "sm_90" if torch.cuda.get_device_capability(q.device) >= (9, 0) else "sm_80"
+    return shape_of(kernel, family, q.shape[-1], v.shape[-1], softcap is not None, n) | dict(WIDE=not q.is_cuda)
+
+
+def shape_of(kernel: str, family: str, D: int, E: int, capped: bool, n: int) -> dict[str, Any]:
+    """The row of SHAPES for heads of that width; a capped score leaves the passes of the cotangents no registers for a pair."""
+    widths = [max(16, triton.next_power_of_2(x)) for x in (D, E)]
+    row = 0 if max(widths) <= 64 else 1 if max(widths) <= 128 else 2
+    BM, BN, chunk, pair, warps, stages = SHAPES[family][kernel][row]
+    found = dict(D=D, E=E, BD=widths[0], BE=widths[1], BM=BM, BN=BN, CHUNK=chunk, num_warps=warps, num_stages=stages)
+    pair = bool(pair) and n > 1 and not (capped and kernel in ("query", "key"))
+    return found if kernel == "attention" else found | dict(PAIR=pair)
 
 
 def alike(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
@@ -427,3 +464,41 @@ def require_attention(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
         raise ValueError(f"{op}: mask must have one entry or B={len(q)}, got {len(mask)}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: softcap must be above 0, got {softcap}")
+
+
+def variants() -> list[Variant]:
+    """The attention and its tangents for heads 64, 128 and 256 wide, as launched on either GPU, and what reads the mask."""
+    signature = dict(MASK="*u8:16", KINDS="*u8:16", R="i32", C="i32", blocks="i32", m_b="i32:16", m_r="i32:16", m_c="i32")
+    by_block = Variant("blocks of a mask", _blocks_kernel, signature, dict(BR=64, BC=64), 4, 3)
+    signature = dict(KINDS="*u8:16", SPANS="*i32:16", blocks="i32")
+    spans = Variant("spans of a mask", _spans_kernel, signature, dict(N=1024), 4, 3)
+    return [by_block, spans, *attention_variants(attention=_attention_kernel, tangent=_tangent_kernel)]
+
+
+def attention_variants(**kernels: Any) -> list[Variant]:
+    """Each kernel for every family and row of SHAPES, with a mask, and a softcap from the second row on."""
+    found = []
+    for kernel, function in kernels.items():
+        for family, name, architectures in (("sm_80", "bf16", (80,)), ("sm_90", "bf16", (90,)), ("float32", "fp32", (80, 90))):
+            for width in (64, 128, 256):
+                capped = width > 64
+                constants = shape_of(kernel, family, width, width, capped, 16) | dict(WIDE=False)
+                constants |= {} if capped else dict(cap=None)
+                warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+                signature = {key: _type(key, name) for key in function.arg_names if key not in constants}
+                title = f"{kernel} {name} {family} {width}"
+                found.append(Variant(title, function, signature, constants, warps, stages, architectures=architectures))
+    return found
+
+
+def _type(argument: str, name: str) -> str:
+    """Triton's notation for an argument of the attention kernels."""
+    own = {key: "*fp32:16" for key in ("PV", "TOP", "SUM", "DELTA")}
+    own |= dict(MASK="*u8:16", SPANS="*i32:16", m_s="i32", s_b="i32")
+    if argument in own:
+        return own[argument]
+    if argument in ("scale", "cap"):
+        return "fp32"
+    if argument in ("n", "T", "S", "B", "H", "G"):
+        return "i32"
+    return f"*{name}:16" if argument.isupper() else "i32:16"

@@ -22,7 +22,8 @@ from .segments import Unrolled, common_cuts, segments
 
 FORWARD = 1.5  # a structured tangent against a cotangent with its inner products, as benchmarks/exact_forces.py times them
 MEMORY = 2 << 30
-CHUNK = 16  # cotangents pulled at a time: more fall out of the processor's cache, fewer cost calls
+CHUNK, GROUP = 32, 128
+PIECE = 32 << 20  # a tensor larger than this is asked from the system anew each time, which costs more than filling it
 
 
 def matrix(
@@ -127,7 +128,7 @@ def _backbone(
     if engine is None:
         engine = "sweep" if pulled <= (1 + FORWARD) * len(u) else "tangents"
     if engine == "sweep":
-        return _sweep(tracer, p, (o, kept), (u, streamed), closed, out, progress, size.chunk(memory // 8), memory)
+        return _sweep(tracer, p, (o, kept), (u, streamed), closed, out, progress, size.budget(memory))
     return _tangents(tracer, p, o, u, closed, out, progress, memory)
 
 
@@ -140,6 +141,7 @@ class _Size:
 
     cut: int  # its cotangent between segments
     segment: int  # its cotangents at all outputs of the largest segment
+    widest: int  # the largest of all of them
 
     @classmethod
     def of(cls, tracer: Tracer, p: Plan, batches: Sequence[Batch]) -> _Size:
@@ -150,12 +152,19 @@ class _Size:
         parts = segments(graph, common_cuts([graph]))
         item = graph.h.element_size()
 
-        segment = max(sum(x.numel() for _, outputs in part.inside for x in outputs) for part in parts)
-        return cls(item * max(part.top.numel() for part in parts), item * segment)
+        outputs = [[x.numel() for _, tensors in part.inside for x in tensors] for part in parts]
+        cut, segment, widest = (
+            max(part.top.numel() for part in parts),
+            max(map(sum, outputs)),
+            max(x for of in outputs for x in of),
+        )
+        return cls(item * cut, item * segment, item * widest)
 
-    def chunk(self, memory: int) -> int:
-        """Tokens pulled at a time: several copies of a segment's cotangents are alive meanwhile."""
-        return int(max(1, min(CHUNK, memory // max(1, 4 * (self.cut + self.segment)))))
+    def budget(self, memory: int) -> sweep.Budget:
+        """How much is done at a time. Several copies of a segment's cotangents are alive while it is pulled through."""
+        chunk = min(CHUNK, PIECE // self.widest, memory // 8 // (4 * (self.cut + self.segment)))
+        group = min(GROUP, memory // 8 // (2 * self.segment))
+        return sweep.Budget(max(1, chunk), max(1, group), memory // 4)
 
     def blocks(self, side: Side, memory: int) -> list[Block]:
         """A side's tokens in blocks whose cotangents between segments fit."""
@@ -188,8 +197,7 @@ def _sweep(
     closed: Tensor,
     out: Tensor,
     progress: Progress | None,
-    chunk: int,
-    memory: int,
+    budget: sweep.Budget,
 ) -> dict[str, str]:
     """Tile by tile."""
     sides = [one_by_one(side) for side, _ in (o, u)]
@@ -210,8 +218,8 @@ def _sweep(
         rules = {id(w): p.rules(w.calls) for w, _ in kept}
         labels |= {name: rule.label for of in rules.values() for name, rule in of.items()}
         for columns in u[1]:
-            mine, theirs = (sweep.strips(tracer, p, side, chunk) for side in (kept, watched(1, columns)))
-            tile = sweep.tile(p, mine, theirs, rules, chunk, memory // 4, clock.tick)
+            mine, theirs = (sweep.strips(tracer, p, side) for side in (kept, watched(1, columns)))
+            tile = sweep.tile(p, mine, theirs, rules, budget, clock.tick)
             where = place(0, rows), place(1, columns)
             out[where] = closed[where] + tile.to(out)
             clock.done()

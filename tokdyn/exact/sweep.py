@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -27,9 +28,16 @@ from .rules import Embedding, Linear, Outputs, Rule, Unsupported
 from .segments import Segment, Unrolled, common_cuts, segments
 
 Found = dict[str, tuple[list[Call], Outputs]]  # module -> its calls and the cotangents at their outputs
-GROUP = 64
 SHORTEST = 32
 LENGTHS = 8  # a sequence is unrolled at so many lengths at most: a token needs nothing behind itself
+
+
+class Budget(NamedTuple):
+    """How much is done at a time."""
+
+    chunk: int  # cotangents pulled together
+    group: int  # streamed tokens that meet the kept ones together
+    kept: int  # bytes of what is kept of a segment; what does not fit is done in parts, the streamed side pulled for each
 
 
 @dataclass(eq=False)
@@ -87,7 +95,7 @@ def _found(segment: Segment, deltas: list[list[Tensor]]) -> Found:
     return found
 
 
-def strips(tracer: Tracer, p: Plan, tokens: Sequence[tuple[Watched, slice]], chunk: int) -> list[Strip]:
+def strips(tracer: Tracer, p: Plan, tokens: Sequence[tuple[Watched, slice]]) -> list[Strip]:
     """The tokens of one side of a tile, unrolled, with their cotangents at the input of the readout."""
     found, start = [], 0
     for w, rows in tokens:
@@ -115,8 +123,7 @@ def tile(
     kept: list[Strip],
     streamed: list[Strip],
     rules: dict[int, dict[str, Rule]],
-    chunk: int,
-    memory: int,
+    budget: Budget,
     tick: Callable[[float], None],
 ) -> Float[Tensor, "M L"]:
     """The backbone's part of F for the tokens of two lists of strips.
@@ -125,9 +132,7 @@ def tile(
         p: what moves.
         kept, streamed: both sides; used up.
         rules: by the kept sequence (its id).
-        chunk: cotangents pulled at a time.
-        memory: bytes for what is kept of a segment; where it is not enough, the streamed side is pulled through that segment
-            once for each part of the kept side that fits.
+        budget: how much at a time.
         tick: hears how much is done.
     """
     both = [*kept, *streamed]
@@ -140,14 +145,14 @@ def tile(
     for depth in range(alone):
         _meet_alone(F, kept, streamed, rules[id(kept[-1].w)], depth)
     for strip in both:
-        strip.spread(chunk)
+        strip.spread(budget.chunk)
     depths = len(both[0].segments)
     for depth in range(alone, depths):
-        parts = list(_fitting(kept, depth, rules, memory))
+        parts = list(_fitting(kept, depth, rules, budget.kept))
         for part in parts:
             room.clear()
             held = [(strips, _hold(strips, depth, rules[id(strips[0].w)], p.lookup, room)) for strips in part]
-            for columns, group in _groups(streamed, depth, last=part is parts[-1]):
+            for columns, group in _groups(streamed, depth, budget.group, last=part is parts[-1]):
                 for strips, (of, looked_up) in held:
                     own = rules[id(strips[0].w)]
                     _meet(p, F[:, columns], of, own, group, desk)
@@ -333,8 +338,8 @@ def _between(before: torch.Size | None, shape: torch.Size) -> list[tuple[slice, 
 Group = list[tuple[slice, Strip, slice, Found]]  # chunks of streamed tokens: place in the group, strip, place in its sequence
 
 
-def _groups(streamed: list[Strip], depth: int, last: bool) -> Iterator[tuple[slice, Group]]:
-    """Pull streamed tokens through a segment, in groups of GROUP: enough columns for a matrix product to run at full speed."""
+def _groups(streamed: list[Strip], depth: int, size: int, last: bool) -> Iterator[tuple[slice, Group]]:
+    """Pull streamed tokens through a segment, in groups: a matrix product of few columns does not run at full speed."""
     group: Group = []
     start = stop = 0
     for strip in streamed:
@@ -344,7 +349,7 @@ def _groups(streamed: list[Strip], depth: int, last: bool) -> Iterator[tuple[sli
             rows = slice(columns.start + shift, columns.stop + shift)
             group.append((slice(columns.start - start, columns.stop - start), strip, rows, found))
             stop = columns.stop
-            if stop - start >= GROUP:
+            if stop - start >= size:
                 yield slice(start, stop), group
                 group = []
     if group:
