@@ -37,7 +37,7 @@ from .sides import row_table
 from .steps import Step
 from .trace import Readout, Tracer, trace
 
-TOKENS = 4096  # padded positions of the probe looked at together
+TOKENS = 512  # padded positions looked at together: several [TOKENS, V] at a time
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import exact
-from .sides import Sides, prepare
 from .objectives import SFT, Objective
 from .precondition import preconditioner
 from .sequences import Chi
+from .sides import Sides, prepare
 from .trace import Tracer, trace
 
 HALVINGS = 3
