@@ -186,11 +186,8 @@ class Capture:
     # ---------------------------------------------------------------- what a pass offers
 
     def _read(self, args: Any, kwargs: Any, output: Any, h: Tensor | None) -> None:
-        ids, labels, given = (
-            kwargs.get("input_ids", args[0] if args else None),
-            kwargs.get("labels"),
-            kwargs.get("shift_labels"),
-        )
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        labels, given = kwargs.get("labels"), kwargs.get("shift_labels")
         like = next((x for x in (ids, labels, given, kwargs.get("inputs_embeds")) if isinstance(x, Tensor)), None)
         if like is None:
             raise ValueError("the model was called without input_ids, labels or inputs_embeds: what it scores is unknown")
@@ -201,18 +198,17 @@ class Capture:
         log_probs, logits = getattr(output, "log_probs", None), _logits(output)
         y = given if given is not None else None if labels is None else shifted(labels)
         if log_probs is not None and log_probs.requires_grad:
-            if y is None:
-                raise ValueError(
-                    "the output carries log_probs but the model was given no labels: which tokens they are of is unknown"
-                )
-            y = right_aligned(y if given is not None else y[:, :-1], log_probs.shape[1])
+            guessed = y is None  # verl's fused head: log-probs of whatever follows in its input
+            y = layout.following() if y is None else y
+            row = given is not None or guessed and log_probs.shape[1] == layout.real.shape[1]
+            y = right_aligned(y if row else y[:, :-1], log_probs.shape[1])
             mask = getattr(output, "label_mask", None)
-            entropy = getattr(output, "entropy", None)
             if h is None:
                 h = self._replay(ids, kwargs)
             self._weigh(
-                "log_probs", h, layout, log_probs, tuple(log_probs.shape), y, y != IGNORED if mask is None else mask, entropy
-            )
+                "log_probs", h, layout, log_probs, tuple(log_probs.shape), y, y != IGNORED if mask is None else mask,
+                getattr(output, "entropy", None), float(kwargs.get("temperature") or self.temperature), guessed,
+            )  # fmt: skip
         elif logits is not None and logits.requires_grad:
             self._read_logits(h, layout, logits, layout.following() if y is None else y, guessed=y is None)
         elif h is not None and h.requires_grad and y is not None:
@@ -238,9 +234,12 @@ class Capture:
 
     def _weigh(
         self, route: str, h: Tensor, layout: Layout, log_probs: Tensor, grid: tuple[int, ...], y: Tensor, mask: Tensor,
-        entropy: Tensor | None, temperature: float | None = None,
+        entropy: Tensor | None, temperature: float, guessed: bool,
     ) -> None:  # fmt: skip
-        """c and v from hooks on log-probs in a grid [B, T']: of all hidden states, or of the last T' before the end."""
+        """c and v from hooks on log-probs in a grid [B, T']: of all hidden states, or of the last T' before the end.
+
+        guessed: nobody said which tokens count, so those are dropped that get no gradient.
+        """
         picked = mask.reshape(-1).nonzero().squeeze(1)
         T, Th = grid[1], h.shape[1]
         first = 0 if T == Th else Th - 1 - T
@@ -261,6 +260,8 @@ class Capture:
                 with self.guarded():
                     g, old = sign * grad.reshape(-1)[picked].float(), getattr(forward, name)
                     setattr(forward, name, g if old is None else old + g)
+                    if guessed:
+                        forward.touch(g != 0)
                     if name == "v" and forward.moments is None and bool(g.any()):
                         forward.moments = moments(self.readout(), states, forward.temperature)
 
@@ -401,7 +402,9 @@ class Capture:
             for name in head.active_adapters:
                 weight = weight + whole(head.get_delta_weight(name)) if name in head.lora_A else weight
         if weight.numel() == 0:
-            raise ValueError("the output embedding is empty here (DeepSpeed ZeRO-3 keeps it elsewhere): use ZeRO-2 or FSDP2")
+            raise ValueError(
+                "the output embedding is empty here (DeepSpeed ZeRO-3 and FSDP1 keep it elsewhere): use ZeRO-2 or FSDP2"
+            )
         return Readout(weight, None if bias is None else whole(bias), *scale_and_cap(self.lm), "", None, ())
 
     def tapped(
@@ -432,7 +435,7 @@ class Capture:
         keep = y != IGNORED if mask is None else (y != IGNORED) & mask.reshape(grid).bool()
         for forward in self.forwards:
             forward.superseded = forward.superseded or forward.layout is layout
-        self._weigh("tap", h, layout, logp, grid, y, keep, entropy, temperature)
+        self._weigh("tap", h, layout, logp, grid, y, keep, entropy, temperature, guessed=mask is None)
 
 
 def tap(
@@ -451,7 +454,7 @@ def tap(
     Args:
         logp: log pi of the labels: [B, T] with labels already shifted (or all B·T in a row), or [B, k] of the last k tokens.
         labels: the tokens, of the same shape; those that follow in the model's input when absent.
-        mask: which count in the loss, of the same shape; all that have a label when absent.
+        mask: which count in the loss, of the same shape; those that get a gradient when absent.
         temperature: what the logits were divided by.
         entropy: the entropies of the loss's bonus, of the same shape.
 
@@ -480,8 +483,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, list[nn.Module], nn.Module | No
         elif hasattr(inner, "get_base_model"):
             outer.append(inner)
             inner = inner.get_base_model()  # type: ignore[operator]
-        elif not hasattr(inner, "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
-            inner = inner.module  # type: ignore[assignment]
+        elif not hasattr(type(inner), "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module  # type: ignore[assignment]  # DDP; FSDP1 and DeepSpeed forward attributes too
         else:
             break
     if getattr(inner, "get_output_embeddings", lambda: None)() is None:

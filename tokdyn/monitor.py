@@ -128,7 +128,7 @@ class Monitor:
         self._capture = Capture(self.model, self.temperature)
         self.ranks = self._ranks if self._ranks is not None else _ranks(self.model)
         if self._out is not None:
-            self._folder = Folder(Path(self._out), _rank(), self._about())
+            self._folder = Folder(Path(self._out), _rank(), self._facts())
         self._capture.install()
         if hasattr(self.optimizer, "register_step_pre_hook"):
             self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
@@ -162,6 +162,13 @@ class Monitor:
         if self._capture is not None:
             self._capture.start(keep_hidden=self.due and self._probing)
             self._capture.recording = self.due
+
+    def pause(self) -> None:
+        """Take back a step that has begun; look at nothing until the next `step_begin`."""
+        if self._capture is not None:
+            self._capture.start()
+            self._capture.recording = False
+        self.number -= 1
 
     @contextlib.contextmanager
     def micro_batch(
@@ -198,6 +205,11 @@ class Monitor:
                         forward.metadata |= given
                 capture.micro_batch += 1
                 capture.grouped = False
+
+    def about(self, **metadata: Any) -> None:
+        """Say of the latest pass what `micro_batch` would; for code that sees a loss being made but not the loop around it."""
+        if self._capture is not None and self._capture.forwards:
+            self._capture.forwards[-1].metadata |= {name: value for name, value in metadata.items() if value is not None}
 
     def step_end(self, *, clip: float = 1.0, force: bool = False) -> Step | None:
         """The optimizer step is done: record it if it is due, and begin the next.
@@ -364,7 +376,7 @@ class Monitor:
             warnings.warn(f"tokdyn, step {self.number}: {text}", stacklevel=3)
         self.problems.append((self.number, text))
 
-    def _about(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:
         assert self._capture is not None
         lm = self._capture.lm
         return dict(

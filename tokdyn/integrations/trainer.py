@@ -82,14 +82,14 @@ def attach(
             monitor.clip = min(1.0, trainer.args.max_grad_norm / (float(found) + 1e-6))
         return norm
 
-    undos = [_wrap(trainer, "train", train), _wrap(trainer, "compute_loss", compute_loss)]
+    undos = [wrap(trainer, "train", train), wrap(trainer, "compute_loss", compute_loss)]
     if hasattr(trainer, "_clip_grad_norm"):
-        undos.append(_wrap(trainer, "_clip_grad_norm", clip))
+        undos.append(wrap(trainer, "_clip_grad_norm", clip))
     trainer.callback_handler.callbacks.insert(0, callback)
     return monitor
 
 
-def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
     """Put a function around a method of one object; returns what takes it off again."""
     own, original = vars(owner).get(name), getattr(owner, name)
 
