@@ -16,6 +16,7 @@ from tokdyn import ops
 
 FOLDER = Path(__file__).parent / "interpreted"
 Z, Y, W = torch.zeros(2, 5), torch.tensor([0, 1]), torch.zeros(7, 5)
+HEADS = Z[None, None, None], Z[None, None], Z[None, None]
 CALLS = {
     "token_stats": lambda: ops.token_stats(Z, Y, impl="triton"),
     "linear_token_stats": lambda: ops.linear_token_stats(Z, W, Y, impl="triton"),
@@ -23,6 +24,11 @@ CALLS = {
     "linear_topk_log_probs": lambda: ops.linear_topk_log_probs(Z, W, 2, impl="triton"),
     "apply_A": lambda: ops.apply_A(Z, Z, impl="triton"),
     "softmax_jvp": lambda: ops.softmax_jvp(Z, Z, impl="triton"),
+    "readout_forces": lambda: ops.readout_forces(Z, Y, Z, Y, torch.ones(2), W, impl="triton"),
+    "dual_gram": lambda: ops.dual_gram(Z, Z, Z, Z, impl="triton"),
+    "attention": lambda: ops.attention(*HEADS, None, 1.0, impl="triton"),
+    "tangent_attention": lambda: ops.tangent_attention(*HEADS, *(x[None] for x in HEADS), None, 1.0, impl="triton"),
+    "cotangent_attention": lambda: ops.cotangent_attention(*HEADS, HEADS[0][None], None, 1.0, impl="triton"),
 }
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 

@@ -11,7 +11,7 @@ loss where that loss is all there is (no entropy bonus, padded batches), with cl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
@@ -32,8 +32,12 @@ def install(**options: Any) -> None:
     instrument(dp_actor, **options)
 
 
-def instrument(dp_actor: Any, **options: Any) -> Callable[[], None]:
-    """Wrap DataParallelPPOActor and the policy losses of that module; returns what takes the wrapping off."""
+def instrument(dp_actor: Any, **options: Any) -> tuple[Mapping[Any, Monitor], Callable[[], None]]:
+    """Wrap DataParallelPPOActor and the policy losses of that module.
+
+    Returns:
+        The monitors by actor, as they come to be, and what takes the wrapping off.
+    """
     actors: WeakKeyDictionary[Any, Monitor] = WeakKeyDictionary()
     at_work: list[tuple[Any, Monitor, float]] = []
     kind = dp_actor.DataParallelPPOActor
@@ -43,7 +47,7 @@ def instrument(dp_actor: Any, **options: Any) -> Callable[[], None]:
         temperature = float(data.meta_info["temperature"])
         monitor = actors.get(self)
         if monitor is None:
-            about = dict(temperature=temperature, scaler=getattr(self, "scaler", None)) | options
+            about: dict[str, Any] = dict(temperature=temperature, scaler=getattr(self, "scaler", None)) | options
             monitor = actors[self] = Monitor(self.actor_module, self.actor_optimizer, **about)
             monitor.start()
             finalize(self, monitor.close)  # at the end of the process at the latest
@@ -90,4 +94,4 @@ def instrument(dp_actor: Any, **options: Any) -> Callable[[], None]:
 
     kind.update_policy, kind._optimizer_step = update_policy, optimizer_step
     dp_actor.get_policy_loss_fn = get_policy_loss_fn
-    return undo
+    return actors, undo
