@@ -38,9 +38,9 @@ class _Tangent(torch.autograd.Function):
     def vmap(info, in_dims, q, k, v, dq, dk, dv, mask, scale, softcap):
         if any(dim is not None for dim in in_dims[:3]):
             return _one_by_one(_Tangent, info, in_dims, (q, k, v, dq, dk, dv, mask, scale, softcap))
-        tangents = _spread(info, in_dims[3:6], (dq, dk, dv))
+        dq, dk, dv = _spread(info, in_dims[3:6], (dq, dk, dv))
         with torch.no_grad():  # as in forward, so that the operator may take a form that has no gradient
-            return tangent_attention(q, k, v, *tangents, mask, scale, softcap), 0
+            return tangent_attention(q, k, v, dq, dk, dv, mask, scale, softcap), 0
 
 
 class _Cotangent(torch.autograd.Function):

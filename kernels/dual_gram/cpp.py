@@ -1,4 +1,4 @@
-"""dual_gram on the CPU: tiles of both Gram matrices by BLAS, multiplied by C++ while the cache holds them (csrc/README.md)."""
+"""dual_gram on the CPU: tiles of both Gram matrices by BLAS, multiplied by C++ into the result (csrc/README.md)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..native import ROWS, address, extension, require_float, require_ids, row_blocks
 
-TILE = (1024, 2048)  # rows and columns of a tile: two of them, 16 MiB, fit in a shared cache
+TILE = (2048, 2048)  # rows and columns of a tile
 ROOM = 16 << 20  # bytes of the summed outer products of one side
 CALL = 1e6  # flops that the call of a matrix product costs
 
@@ -32,7 +32,7 @@ def dual_gram(
 
     Raises ValueError for shapes, dtypes and devices that do not fit, RuntimeError without the extension.
 
-    Cost: 2 M L (p + q) flops, beside the result two tiles of 8 MiB. A sum over segments is an inner product of sums of outer
+    Cost: 2 M L (p + q) flops, beside the result two tiles of 16 MiB. A sum over segments is an inner product of sums of outer
     products, Σ_{m,l} (a_m·a_l)(d_m·d_l) = <Σ_m a_m d_mᵀ, Σ_l a_l d_lᵀ>, so it may also cost 2 (M + L + S_o S_u) p q, with up to
     16 MiB a side for those sums; the cheaper way is taken. Segments that are not in order add 8 bytes a row.
     """

@@ -318,7 +318,7 @@ def _absorb(z: Tensor, v0: int, side: Side, sums: Sums, readout: Readout, stored
 
 
 def _softmax(side: Side, sums: Sums, readout: Readout, *, sloped: bool) -> Softmax:
-    """The softmax of every row from its sums without the targets; 1 - pi of a target, a sum over the others, keeps its digits."""
+    """The softmax of every row from its sums without the targets; 1 - pi of a target, summed over the others, is exact."""
     y, K = side.targets, side.targets.shape[1]
     equal = y[:, :, None] == y[:, None, :]  # [T, K, K]
     distinct = ~equal.tril(-1).any(2)

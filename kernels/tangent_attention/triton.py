@@ -164,7 +164,7 @@ def _attention_kernel(
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """PV [B, H, T, E], and of every row its largest exponent to the base 2, or inf where nothing is seen, and its sum [B, H, T]."""
+    """PV [B, H, T, E], and of every row its largest base-2 exponent (inf where nothing is seen) and sum [B, H, T]."""
     blocks = tl.cdiv(T, BM)
     block = blocks - 1 - tl.program_id(0) % blocks  # of a causal mask the longest rows first
     head = (tl.program_id(0) // blocks).to(tl.int64)

@@ -4,14 +4,16 @@
     ...
     monitor.close()
 
-The actor's own forward divides the logits in place and rolls the labels; hooks see the head's output before that. ZeRO-3 is
-refused by name.
+Where the policy loss is all there is (no entropy bonus, no packing) its log-probs go through `td.tap`, with clipped tokens and
+advantages; otherwise c is captured at the logits, which hooks see before the actor divides them in place. ZeRO-3 is refused by
+name.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from ..capture import tap
 from ..monitor import Monitor
 from .trainer import wrap
 
@@ -19,22 +21,29 @@ from .trainer import wrap
 def attach(trainer: Any, **options: Any) -> Monitor:
     """Record the updates of an OpenRLHF policy trainer; options are those of `Monitor`. `close` ends it.
 
-    Wraps `training_step` and `strategy.optimizer_step` of this one object.
+    Wraps `training_step`, `actor_loss_fn` and `strategy.optimizer_step` of this one object.
 
     Raises:
         ValueError: the object is no policy trainer.
     """
-    for name in ("actor", "actor_optim", "strategy", "training_step"):
+    for name in ("actor", "actor_optim", "actor_loss_fn", "strategy", "training_step"):
         if not hasattr(trainer, name):
             raise ValueError(f"this is no OpenRLHF policy trainer: {type(trainer).__name__} has no {name}")
     engine = trainer.actor.model
-    monitor = Monitor(engine, trainer.actor_optim, temperature=float(getattr(trainer.actor, "temperature", 1.0)), **options)
+    temperature = float(getattr(trainer.actor, "temperature", 1.0))
+    monitor = Monitor(engine, trainer.actor_optim, temperature=temperature, **options)
+    plain = not getattr(trainer.args.actor, "entropy_coef", None) and not getattr(trainer.actor, "packing_samples", False)
     clip = tuple(float(x) for x in trainer.args.actor.eps_clip_low_high)
 
     def training_step(original: Any, experience: Any, *args: Any, **kwargs: Any) -> Any:
         known = dict(advantages=experience.advantages, old_log_probs=experience.action_log_probs, clip=clip)
         with monitor.micro_batch(**known):
             return original(experience, *args, **kwargs)
+
+    def actor_loss_fn(original: Any, log_probs: Any, *args: Any, action_mask: Any = None, **kwargs: Any) -> Any:
+        if plain:
+            log_probs = tap(log_probs, mask=action_mask, temperature=temperature)
+        return original(log_probs, *args, action_mask=action_mask, **kwargs)
 
     def optimizer_step(original: Any, *args: Any, **kwargs: Any) -> Any:
         ends = getattr(engine, "is_gradient_accumulation_boundary", lambda: True)()
@@ -44,7 +53,11 @@ def attach(trainer: Any, **options: Any) -> Monitor:
             monitor.step_begin()
         return result
 
-    undos = [wrap(trainer, "training_step", training_step), wrap(trainer.strategy, "optimizer_step", optimizer_step)]
+    undos = [
+        wrap(trainer, "training_step", training_step),
+        wrap(trainer, "actor_loss_fn", actor_loss_fn),
+        wrap(trainer.strategy, "optimizer_step", optimizer_step),
+    ]
     close = monitor.close
 
     def closing(status: str = "complete") -> None:
