@@ -49,6 +49,7 @@ class Capture:
         aux: whether a loss of the router is among the outputs, which goes past the logits.
         failure: the first exception inside a hook.
         grouped: passes belong to one micro-batch until told otherwise; each is one of its own if not.
+        known: metadata of the passes to come.
         three: fit c, v and u by least squares (set when c alone does not explain the gradient, as with label smoothing).
         unread: the loss is made inside the model and does not read its output, so that c is fitted.
 
@@ -69,6 +70,7 @@ class Capture:
         self._taken: list[Forward] | None = None
         self.seen, self.excluded, self.captured = 0, 0, 0
         self.micro_batch, self.grouped = 0, False
+        self.known: dict[str, Any] = {}
         self.failure: Exception | None = None
         self.blind, self.aux = "", False
         self.keep_hidden = keep_hidden
@@ -335,6 +337,7 @@ class Capture:
         forward = Forward(
             route, layout, rows, targets, rows // Th, column, stats, V, T, micro_batch=self.micro_batch, eps=self._eps
         )
+        forward.metadata |= self.known
         self.micro_batch += not self.grouped
         if hidden is not None:
             forward.square = hidden.float().square().sum(1)

@@ -192,19 +192,19 @@ class Monitor:
         given = dict(advantages=advantages, old_log_probs=old_log_probs, clip=clip, roles=roles, groups=groups)
         given = {name: value for name, value in given.items() if value is not None}
         capture = self._capture
-        known = [] if capture is None else [f for f in capture.forwards if f.c is not None]
-        before = 0 if capture is None else len(capture.forwards)
-        if capture is not None:
-            capture.grouped = True
+        if capture is None:
+            yield
+            return
+        known = [f for f in capture.forwards if f.c is not None]
+        capture.grouped, capture.known = True, given
         try:
             yield
         finally:
-            if capture is not None:
-                for i, forward in enumerate(capture.forwards):
-                    if i >= before or (forward.c is not None and not any(forward is f for f in known)):
-                        forward.metadata |= given
-                capture.micro_batch += 1
-                capture.grouped = False
+            for forward in capture.forwards:
+                if forward.c is not None and not any(forward is f for f in known):
+                    forward.metadata |= given
+            capture.micro_batch += 1
+            capture.grouped, capture.known = False, {}
 
     def about(self, **metadata: Any) -> None:
         """Say of the latest pass what `micro_batch` would; for code that sees a loss being made but not the loop around it."""

@@ -1,0 +1,217 @@
+"""verl and OpenRLHF: stand-ins with the call protocol of their actors, since neither package imports without a GPU's libraries.
+
+Each keeps of the original: names, arguments, shapes, the order of calls, in-place division of the logits, the roll of the
+labels, and how the response's log-probs are cut out. docs/training.md says what was run of the packages themselves.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tokdyn.integrations import openrlhf, verl
+from tokdyn.testing import random_chis, tiny
+
+V, P, R, T = 61, 5, 6, 0.7
+PROBE = random_chis([(3, 4)], seed=3)
+
+
+def batch(seed=0):
+    """Left-padded prompts, right-padded responses, as rollout workers make them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, V, (4, P + R), generator=generator)
+    mask = torch.ones(4, P + R, dtype=torch.long)
+    mask[::2, :2], mask[1::2, -2:] = 0, 0
+    old = -4 + 0.3 * torch.randn(4, R, generator=generator)
+    A = torch.tensor([1.0, -1.0, 0.5, -0.5])[:, None] * mask[:, P:]
+    return dict(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), responses=ids[:, P:],
+                response_mask=mask[:, P:], old_log_probs=old, advantages=A)  # fmt: skip
+
+
+def vanilla(old_log_prob, log_prob, advantages, response_mask, **_):
+    ratio = (log_prob - old_log_prob).exp()
+    value = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    return -(value * response_mask).sum() / response_mask.sum(), {}
+
+
+class Config(dict):
+    """Read both ways, as verl's is."""
+
+    __getattr__ = dict.get
+
+
+class DataParallelPPOActor:
+    """verl's FSDP actor on one process."""
+
+    def __init__(self, module, config, model):
+        self.module, self.config, self.actor_module = module, config, model
+        self.actor_optimizer, self.scaler = torch.optim.AdamW(model.parameters(), lr=1e-2), None
+
+    def _forward_micro_batch(self, b, temperature):
+        ids, mask = b["input_ids"], b["attention_mask"]
+        if not self.config["use_remove_padding"]:
+            logits = self.actor_module(
+                input_ids=ids, attention_mask=mask, position_ids=b["position_ids"], use_cache=False
+            ).logits
+            logits.div_(temperature)
+            logits = logits[:, -R - 1 : -1]
+            log_pi = logits.log_softmax(-1)
+            return log_pi.gather(-1, b["responses"][..., None]).squeeze(-1), -(log_pi.exp() * log_pi).sum(-1)
+        kept = mask.flatten().nonzero().squeeze(1)
+        row = ids.flatten()[kept][None]
+        out = self.actor_module(
+            input_ids=row, attention_mask=None, position_ids=b["position_ids"].flatten()[kept][None], use_cache=False
+        )
+        logits = out.logits.squeeze(0)
+        logits.div_(temperature)
+        log_pi = logits.log_softmax(-1)
+        lp, H = log_pi.gather(-1, row.roll(-1, 1)[0][:, None]).squeeze(-1), -(log_pi.exp() * log_pi).sum(-1)
+        return tuple(x.new_zeros(mask.numel()).index_copy(0, kept, x).reshape(mask.shape)[:, -R - 1 : -1] for x in (lp, H))
+
+    def _optimizer_step(self):
+        norm = torch.nn.utils.clip_grad_norm_(self.actor_module.parameters(), self.config["grad_clip"])
+        self.actor_optimizer.step()
+        return norm
+
+    def update_policy(self, data):
+        norms = []
+        for b in data.batches:
+            self.actor_optimizer.zero_grad()
+            with torch.no_grad():
+                self._forward_micro_batch(b, data.meta_info["temperature"])  # old log-probs
+            lp, H = self._forward_micro_batch(b, data.meta_info["temperature"])
+            loss, _ = self.module.get_policy_loss_fn("vanilla")(
+                old_log_prob=b["old_log_probs"], log_prob=lp, advantages=b["advantages"], response_mask=b["response_mask"],
+                loss_agg_mode="token-mean", config=self.config, rollout_is_weights=None,
+            )  # fmt: skip
+            if self.config["entropy_coeff"]:
+                loss = loss - self.config["entropy_coeff"] * (H * b["response_mask"]).sum() / b["response_mask"].sum()
+            loss.backward()
+            norms.append(float(self._optimizer_step()))
+        return norms
+
+
+def update_with_verl(on, unpadded, entropy):
+    kind = type("DataParallelPPOActor", (DataParallelPPOActor,), {})
+    module = SimpleNamespace(DataParallelPPOActor=kind, get_policy_loss_fn=lambda name: vanilla)
+    config = Config(use_remove_padding=unpadded, entropy_coeff=entropy, grad_clip=1.0, clip_ratio=0.2, clip_ratio_high=0.28)
+    monitors, undo = verl.instrument(module, probe=PROBE, on_error="raise") if on else ({}, None)
+    actor = kind(module, config, tiny("llama"))
+    norms = [
+        actor.update_policy(SimpleNamespace(batches=[batch(2 * n), batch(2 * n + 1)], meta_info={"temperature": T}))
+        for n in range(2)
+    ]
+    if on:
+        monitors[actor].close()
+        undo()
+        assert kind.update_policy is DataParallelPPOActor.update_policy and module.get_policy_loss_fn("x") is vanilla
+    return norms, list(actor.actor_module.parameters()), monitors.get(actor)
+
+
+@pytest.mark.parametrize("unpadded", [False, True], ids=["padded", "unpadded"])
+@pytest.mark.parametrize("entropy", [0.0, 0.05], ids=["", "entropy bonus"])
+def test_verl_updates_are_captured_and_unchanged(unpadded, entropy):
+    """Four optimizer steps in two updates; c is Aγ/N where the loss is not clipped, whichever way it was captured."""
+    norms, weights, monitor = update_with_verl(True, unpadded, entropy)
+    plain_norms, plain_weights, _ = update_with_verl(False, unpadded, entropy)
+    assert norms == plain_norms and all(torch.equal(a, b) for a, b in zip(weights, plain_weights, strict=True))
+    assert [step.step for step in monitor.steps] == [1, 2, 3, 4]
+    for n, step in enumerate(monitor.steps):
+        assert step.residual < 1e-5 and step.accounted == pytest.approx(1, abs=1e-3) and step.excluded == 1
+        b, rows = batch(n), step.tokens.to_pylist()
+        N = int(b["response_mask"].sum())
+        tap = not unpadded and not entropy
+        assert step.routes == (("tap",) if tap else ("least squares",) if entropy else ("logits",))
+        if tap:
+            assert len(rows) == N and step.metrics["clipped"] == sum(row["c"] == 0 for row in rows) / N
+        prompts = [3, 5, 3, 5]  # positions count from the first real token
+        for row in rows:
+            s, t = row["sequence"], row["position"] - prompts[row["sequence"]]
+            assert row["token_id"] == int(b["responses"][s, t])
+            ratio = float(torch.tensor(row["log_prob"] - float(b["old_log_probs"][s, t])).exp())
+            A = float(b["advantages"][s, t])
+            clipped = ratio > 1.28 if A > 0 else ratio < 0.8
+            assert row["c"] == pytest.approx(0 if clipped else A * ratio / N, abs=2e-3 if entropy else 1e-6)
+            assert row["advantage"] == pytest.approx(A)
+
+
+class Actor(torch.nn.Module):
+    """OpenRLHF's wrapper of a causal LM."""
+
+    def __init__(self, model, temperature):
+        super().__init__()
+        self.model, self.temperature, self.packing_samples = model, temperature, False
+
+    def forward(self, sequences, action_mask, attention_mask):
+        rolled = torch.roll(sequences, shifts=-1, dims=1)
+        positions = attention_mask.long().cumsum(-1) - 1
+        positions.masked_fill_(attention_mask == 0, 1)
+        logits = self.model(sequences, attention_mask=attention_mask, position_ids=positions)["logits"].to(torch.float32)
+        if self.temperature != 1.0:
+            logits.div_(self.temperature)
+        lp = logits.gather(-1, rolled[..., None]).squeeze(-1) - logits.logsumexp(-1)
+        return lp[:, :-1][:, -action_mask.shape[1] :] * action_mask.float()
+
+
+class PolicyTrainer:
+    """OpenRLHF's policy trainer without DeepSpeed."""
+
+    def __init__(self, temperature):
+        self.actor = Actor(tiny("llama"), temperature)
+        self.actor_optim = torch.optim.AdamW(self.actor.parameters(), lr=1e-2)
+        self.args = SimpleNamespace(actor=SimpleNamespace(eps_clip_low_high=(0.2, 0.28), entropy_coef=None))
+        self.strategy = SimpleNamespace(optimizer_step=self._step)
+
+    def _step(self, optimizer, model, scheduler, name=""):
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def actor_loss_fn(self, log_probs, old, advantages, action_mask=None):
+        return vanilla(old, log_probs, advantages, action_mask)
+
+    def training_step(self, e, kl_ctl=0.0):
+        lp = self.actor(e.sequences, e.action_mask, attention_mask=e.attention_mask)
+        loss, _ = self.actor_loss_fn(lp, e.action_log_probs, e.advantages, action_mask=e.action_mask)
+        loss.backward()
+        self.strategy.optimizer_step(self.actor_optim, self.actor, None, name="actor")
+        return loss.item()
+
+
+@pytest.mark.parametrize("temperature", [1.0, T])
+def test_openrlhf_steps_are_captured_and_unchanged(temperature):
+    found = []
+    for on in (False, True):
+        trainer = PolicyTrainer(temperature)
+        monitor = openrlhf.attach(trainer, probe=PROBE, on_error="raise") if on else None
+        losses = []
+        for n in range(2):
+            b = batch(n)
+            losses.append(
+                trainer.training_step(
+                    SimpleNamespace(
+                        sequences=b["input_ids"],
+                        attention_mask=b["attention_mask"],
+                        advantages=b["advantages"],
+                        action_mask=b["response_mask"],
+                        action_log_probs=b["old_log_probs"],
+                    )  # fmt: skip
+                )
+            )
+        if monitor is not None:
+            monitor.close()
+            assert {"training_step", "actor_loss_fn"}.isdisjoint(vars(trainer))
+            assert [step.routes for step in monitor.steps] == [("tap",)] * 2
+            for n, step in enumerate(monitor.steps):
+                assert step.residual < 1e-5 and step.accounted == pytest.approx(1, abs=1e-3)
+                assert len(step.c) == int(batch(n)["response_mask"].sum())
+                clipped = torch.tensor(step.tokens["clipped"].to_pylist()).bool()
+                assert torch.equal(clipped, step.c == 0) and 0 < int(clipped.sum()) < len(clipped)
+        found.append((losses, [p.detach() for p in trainer.actor.parameters()]))
+    assert found[0][0] == found[1][0] and all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_anything_else_is_refused():
+    with pytest.raises(ValueError, match="no OpenRLHF policy trainer"):
+        openrlhf.attach(SimpleNamespace(actor=None))
+    with pytest.raises(ModuleNotFoundError, match="verl"):
+        verl.install()
