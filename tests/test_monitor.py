@@ -460,6 +460,25 @@ def test_a_probe_needs_the_optimizer_and_a_whole_model():
             opt.step()
 
 
+def test_accelerate():
+    """Its optimizer steps when accumulation ends; only then does a step end, and c is that of the mean over micro-batches."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = tiny("llama")
+    model, opt = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    with td.Monitor(model, opt, probe=PROBE, on_error="raise") as monitor:
+        for n in range(4):
+            with accelerator.accumulate(model):
+                accelerator.backward(sft(model, data(seed=n)))
+                opt.step()
+                assert (monitor.step_end() is not None) == (n % 2 == 1)
+                opt.zero_grad()
+    assert [step.passes for step in monitor.steps] == [2, 2]
+    for step in monitor.steps:
+        torch.testing.assert_close(step.c, torch.full((40,), 1 / 40), rtol=100 * EPS, atol=0)
+        assert step.accounted == pytest.approx(1, abs=1e-4)
+
+
 def test_without_an_optimizer_every_step_end_ends_a_step():
     model = tiny("llama")
     with td.Monitor(model, on_error="raise") as monitor:

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import ranks
 from . import steps as records
 from ._version import __version__
 from .capture import Capture, is_sharded
@@ -119,20 +120,32 @@ class Monitor:
         self.close("complete" if kind is None else "interrupted")
 
     def start(self, model: nn.Module | None = None, optimizer: Any = None) -> None:
-        """Set the hooks on a model and its optimizer; those given at construction when absent."""
+        """Set the hooks on a model and its optimizer; those given at construction when absent. Every rank must call it.
+
+        Raises:
+            ValueError: the model has no readout. FileExistsError: `out` is taken.
+        """
         self.close()
         self.model = model if model is not None else self.model
         self.optimizer = _inner(optimizer) if optimizer is not None else self.optimizer
         if self.model is None:
             raise ValueError("td.Monitor needs the model: td.Monitor(model, optimizer)")
-        self._capture = Capture(self.model, self.temperature)
-        self.ranks = self._ranks if self._ranks is not None else _ranks(self.model)
-        if self._out is not None:
-            self._folder = Folder(Path(self._out), _rank(), self._facts())
-        self._capture.install()
-        if hasattr(self.optimizer, "register_step_pre_hook"):
-            self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
+        failure: Exception | None = None
+        try:
+            self._capture = Capture(self.model, self.temperature)
+            self.ranks = self._ranks if self._ranks is not None else _ranks(self.model)
+            if self._out is not None:
+                self._folder = Folder(Path(self._out), ranks.rank(), self._facts())
+            self._capture.install()
+            if hasattr(self.optimizer, "register_step_pre_hook"):
+                self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
+                self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
+        except Exception as error:
+            failure = error
+        if not ranks.agree(failure is None):  # all or none: later on they meet in collectives
+            self._folder = None
+            self.close()
+            raise failure or ValueError("tokdyn could not start on another rank")
 
     def averaged_over(self, ranks: int) -> None:
         """Gradients are averaged over so many ranks, from the next `start` on."""
@@ -246,12 +259,8 @@ class Monitor:
         """
         names = [*records.SUMS, *(self.probe.names if self.probe is not None else [])]
         values = torch.tensor([self._sums.get(name, 0.0) for name in names], dtype=torch.float64)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            values = values.to("cpu" if dist.get_backend() == "gloo" else torch.device("cuda"))
-            dist.all_reduce(values)
-        merged = dict(zip(names, values.tolist(), strict=True))
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        merged["steps"] /= world
+        merged = dict(zip(names, ranks.total(values).tolist(), strict=True))
+        merged["steps"] /= ranks.world()
         found = records.metrics(merged)
         found |= self.probe.metrics(merged) if self.probe is not None else {}
         if reset:
@@ -281,7 +290,7 @@ class Monitor:
         self._capture.recording = False
         if self.due and self._probing and self.probe is not None and self.model is not None:
             with self.guarded("the probe could not be read after the step"):
-                self.probe.after(self.model, self._capture, optimizer, self._capture.take(), 1 / self.ranks / self._scale())
+                self.probe.after(self.model, self._capture, optimizer, 1 / self.ranks / self._scale())
 
     def _scale(self) -> float:
         return float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
@@ -301,7 +310,7 @@ class Monitor:
         notes = self._notes(forwards, capture)
         step = Step(
             self.number, records.metrics(own).get("residual", float("nan")), of["c"].float(),
-            of | dict(step=torch.full_like(of["position"], self.number), rank=torch.full_like(of["position"], _rank())),
+            of | dict(step=torch.full_like(of["position"], self.number), rank=torch.full_like(of["position"], ranks.rank())),
             records.metrics(own), tuple(dict.fromkeys(f.route for f in forwards)), len(forwards), capture.excluded, notes,
             sums=own,
         )  # fmt: skip
@@ -381,7 +390,8 @@ class Monitor:
         lm = self._capture.lm
         return dict(
             model=dict(name=type(lm).__name__, parameters=sum(p.numel() for p in lm.parameters())),
-            settings=dict(every=self.every, probe_every=self.probe_every, temperature=self.temperature, ranks=self.ranks),
+            settings=dict(every=self.every, probe_every=self.probe_every, temperature=self.temperature, ranks=self.ranks,
+                          sharded=any(is_sharded(p) for p in lm.parameters())),
             probe={} if self.probe is None else {name: len(chis) for name, chis in self.probe.groups.items()},
             versions={
                 "tokdyn": __version__, "torch": torch.__version__, "transformers": version("transformers"),
@@ -395,13 +405,9 @@ def _inner(optimizer: Any) -> Any:
     return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
 def _ranks(model: nn.Module) -> int:
     """Over how many ranks the gradients of a model are averaged."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if ranks.world() == 1:
         return 1
     for p in model.parameters():
         if is_sharded(p):

@@ -21,12 +21,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import exact
+from . import exact, ranks
 from .capture import Capture, is_sharded, whole
 from .captured import ROWS, Forward
 from .kernels.readout_forces.reference import logit_force
@@ -114,24 +113,16 @@ class Probe:
         if _sharded(capture.lm):
             self._start = self._run(model, capture)
 
-    def after(
-        self, model: nn.Module, capture: Capture, optimizer: torch.optim.Optimizer, forwards: Sequence[Forward], scale: float
-    ) -> None:
-        """θ has moved. `scale` brings c to the units of the optimizer step."""
-        if not self._saved:
-            return
+    def after(self, model: nn.Module, capture: Capture, optimizer: torch.optim.Optimizer, scale: float) -> None:
+        """θ has moved. `scale` brings c to the units of the optimizer step. Every rank must call this."""
         try:
-            self._seen = (
-                self._mirrored(model, capture, optimizer, forwards, scale)
-                if _sharded(capture.lm)
-                else self._tangent(capture.lm, optimizer, forwards, scale)
-            )
+            if self._saved and _sharded(capture.lm):
+                self._seen = self._mirrored(model, capture, optimizer, capture.take(), scale)
+            elif self._saved:
+                self._seen = self._tangent(capture.lm, optimizer, capture.take(), scale)
         finally:
             self._saved, self._start = {}, None
-            total = torch.tensor(0.0 if self._seen is None else self._seen.total, dtype=torch.float64)
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                total = total.to("cpu" if dist.get_backend() == "gloo" else "cuda")
-                dist.all_reduce(total)
+            total = ranks.total(torch.tensor(0.0 if self._seen is None else self._seen.total, dtype=torch.float64))
             if self._seen is not None:
                 self._seen.total = float(total)
 
