@@ -1,4 +1,4 @@
-"""The command line: `tokdyn profile`, `tokdyn report`, `tokdyn bench`, `tokdyn doctor`."""
+"""The command line: `tokdyn profile`, `report`, `probe build`, `bench`, `study` and `doctor`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+probe_app = typer.Typer(no_args_is_help=True, help="Probe sets: responses watched while a model is trained.")
+app.add_typer(probe_app, name="probe")
 out_console, err_console = Console(highlight=False), Console(stderr=True, highlight=False)
 
 
@@ -118,6 +120,37 @@ def report(run: Annotated[Path, typer.Argument(help="folder of a run")]) -> None
         out_console.print(f"Page in {run / 'report.html'}")
 
 
+@probe_app.command("build")
+def probe_build(
+    data: Annotated[str, typer.Argument(help="'demo', or a .jsonl or .parquet file with prompt, chosen and rejected")],
+    out: Annotated[Path, typer.Option(help="file to write, .jsonl")],
+    rows: Annotated[int | None, typer.Option(min=1, help="rows to draw at random; all by default")] = None,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same probe set")] = 0,
+    held_out: Annotated[str | None, typer.Option(help="file of prompts that are not trained on, for irr_test")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="only these kinds, e.g. --kind chosen --kind random_permute")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file that lies there")] = False,
+) -> None:
+    """Make the response types that are watched through training: chosen, rejected, other prompts' answers, permuted, random."""
+    with plain_errors():
+        from rich.table import Column, Table
+        from rich.text import Text
+
+        from tokdyn import probes
+        from tokdyn.loading import DEMO_PAIRS
+
+        made = probes.build(DEMO_PAIRS if data == "demo" else data, held_out=held_out, rows=rows, seed=seed, types=kind)
+        probes.write(out, made, overwrite)
+        example = Column("for example", no_wrap=True, overflow="ellipsis")
+        table = Table("kind", "rows", "words each", example, box=None, pad_edge=False)
+        for name in probes.TYPES:
+            texts = [probes.text_of(row[name]) for row in made if name in row]
+            if texts:
+                words = sum(len(text.split()) for text in texts) / len(texts)
+                table.add_row(name, str(len(texts)), f"{words:.0f}", Text(" ".join(texts[0].split())))
+        out_console.print(table)
+        out_console.print(f"Probe set of {len(made)} prompts in {out}", soft_wrap=True)
+
+
 @app.command()
 def bench(
     ops: Annotated[list[str] | None, typer.Argument(help="operators, e.g. token_stats; all by default")] = None,
@@ -157,6 +190,51 @@ def bench(
             json_file.write_text(json.dumps(found, indent=1) + "\n")
         if markdown_file:
             markdown_file.write_text(pages.markdown(found))
+
+
+@app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(help="one study; without a name they are listed")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="all of them, and one page of them")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="a small form of about 20 s, which decides the same claims")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="the first seed")] = 0,
+    data: Annotated[
+        Path | None, typer.Option(help="folder of texts for the studies that take one; the shipped pairs if not")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder: runs/studies/NAME, or with --all runs/studies")] = None,
+    docs: Annotated[Path | None, typer.Option(help="write gallery.md and its figures here, from the studies in --out")] = None,
+) -> None:
+    """Reproduce a phenomenon of the papers: verdict lines, figure, JSON, curves and a page. Exit code 1 if a claim fails."""
+    with plain_errors():
+        from tokdyn.studies import gallery, load, names
+
+        root = Path("runs/studies-quick" if quick else "runs/studies")
+        if name and (all_ or docs):
+            raise ValueError(f"--all and --docs take all studies: leave the name {name!r} out")
+        if not (name or all_ or docs):
+            for each in names():
+                out_console.print(f"{each:22} {(load(each).__doc__ or '').strip().splitlines()[0]}", markup=False)
+            return
+        folders = {name: out or root / name} if name else {each: (out or root) / each for each in names()} if all_ else {}
+        missed = 0
+        for each, folder in folders.items():
+            with progress() as stage:
+                stage(f"study {each}", 0, 0)
+                told = gallery.run_study(each, folder, quick=quick, seed=seed, data=data)
+            missed += sum(not claim["holds"] for claim in told["claims"])
+            out_console.print(f"{each}, {told['seconds']:.0f} s: {told['title']}", style="bold", markup=False, soft_wrap=True)
+            for line in gallery.verdicts(told):
+                out_console.print(f"  {line}", markup=False, soft_wrap=True)
+        if all_:
+            page = (out or root) / "gallery.html"
+            page.write_text(gallery.page(list(folders.values())), "utf-8")
+            out_console.print(f"Page in {page}")
+        elif name:
+            out_console.print(f"Study in {folders[name]}, page in {folders[name] / 'page.html'}")
+        if docs:
+            out_console.print(f"Gallery in {gallery.write_docs(out or root, docs)}")
+        if missed:
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -1,0 +1,38 @@
+"""The phenomena of the learning-dynamics papers, one module each, with a figure and the numbers that decide it: `tokdyn study`.
+
+A module here that defines `run(quick=False, seed=0) -> Result` is a study, and its name is the module's; its docstring says
+what is shown and by which paper. The other modules are what studies share.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+from importlib import import_module
+from types import ModuleType
+
+
+def names() -> list[str]:
+    """All studies as the command line spells them, with dashes."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if "\ndef run(" in _source(module))
+
+
+def load(name: str) -> ModuleType:
+    """The module of a study.
+
+    Raises:
+        ValueError: there is no study of that name, or a package that it needs is not installed.
+    """
+    if name.replace("_", "-") not in names():
+        near = difflib.get_close_matches(name, names(), 1)
+        raise ValueError(f"there is no study {name!r}{f', did you mean {near[0]!r}' if near else ''}: {', '.join(names())}")
+    try:
+        return import_module(f"{__name__}.{name.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the study {name!r} needs {error.name}: pip install 'tokdyn[studies]'") from error
+
+
+def _source(module: pkgutil.ModuleInfo) -> str:
+    """The text of a module, which need not be importable: a study's packages are an extra."""
+    spec = module.module_finder.find_spec(module.name, None)
+    return (spec.loader.get_source(spec.name) or "") if spec and spec.loader else ""
