@@ -132,7 +132,7 @@ def probe_build(
 ) -> None:
     """Make the response types that are watched through training: chosen, rejected, other prompts' answers, permuted, random."""
     with plain_errors():
-        from rich.table import Column, Table
+        from rich.table import Table
         from rich.text import Text
 
         from tokdyn import probes
@@ -140,13 +140,12 @@ def probe_build(
 
         made = probes.build(DEMO_PAIRS if data == "demo" else data, held_out=held_out, rows=rows, seed=seed, types=kind)
         probes.write(out, made, overwrite)
-        example = Column("for example", no_wrap=True, overflow="ellipsis")
-        table = Table("kind", "rows", "words each", example, box=None, pad_edge=False)
+        table = Table("kind", "rows", "words each", "begins", box=None, pad_edge=False)
         for name in probes.TYPES:
             texts = [probes.text_of(row[name]) for row in made if name in row]
             if texts:
                 words = sum(len(text.split()) for text in texts) / len(texts)
-                table.add_row(name, str(len(texts)), f"{words:.0f}", Text(" ".join(texts[0].split())))
+                table.add_row(name, str(len(texts)), f"{words:.0f}", Text(" ".join(texts[0].split()[:5])))
         out_console.print(table)
         out_console.print(f"Probe set of {len(made)} prompts in {out}", soft_wrap=True)
 

@@ -24,6 +24,18 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         FileNotFoundError: no such file.
         ValueError: it is empty, or a row is not what it should be (file and line are named).
     """
+    numbered = objects(path)
+    for where, row in numbered:
+        _check(row, where)
+    return [row for _, row in numbered]
+
+
+def objects(path: str | Path) -> list[tuple[str, Any]]:
+    """Everything a .jsonl or .parquet file holds, unchecked, each with where it stands ("pairs.jsonl line 3").
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is empty or cannot be read (file and line are named).
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no data file {path}: give a .jsonl or .parquet file")
@@ -50,9 +62,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} must end in .jsonl or .parquet")
     if not numbered:
         raise ValueError(f"{path} holds no rows")
-    for n, row in numbered:
-        _check(row, f"{path} {unit} {n}")
-    return [row for _, row in numbered]
+    return [(f"{path} {unit} {n}", row) for n, row in numbered]
 
 
 def _shape(row: dict[str, Any]) -> tuple[str, ...]:
@@ -76,10 +86,11 @@ def _check(row: Any, where: str) -> None:
             raise ValueError(f"{where}: rewards must be finite numbers, got {rewards}")
     for key in shape:
         for value in row[key] if key == "completions" else [] if key == "rewards" else [row[key]]:
-            _check_text(value, key, where)
+            check_text(value, key, where)
 
 
-def _check_text(value: Any, key: str, where: str) -> None:
+def check_text(value: Any, key: str, where: str) -> None:
+    """Refuse what is neither text nor a list of chat messages with something in it."""
     if not isinstance(value, (str, list)):
         raise ValueError(f"{where}: {key} must be text or a list of messages, got {type(value).__name__}")
     if isinstance(value, list):
