@@ -173,7 +173,7 @@ def test_loaded_kinds_are_a_probe(tmp_path):
         optimizer.step()
         monitor.step_end()
     assert set(monitor.steps[-1].observed["probe"].to_pylist()) == {"random_permute", "chosen"}
-    assert monitor.probe.blame == "random_permute"
+    assert monitor.probe.blamed == ["random_permute"]
 
 
 def test_the_papers_form_is_read_as_it_is(tmp_path):

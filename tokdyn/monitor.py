@@ -54,7 +54,8 @@ class Monitor:
         temperature: what the loss divides the logits by.
         ranks: over how many data-parallel ranks gradients are averaged; found from DDP or the device mesh when absent.
         scaler: the GradScaler of fp16 training.
-        blame: the group of the probe that update tokens are asked about (Step.forces); the first when absent.
+        blame: the group of the probe that update tokens are asked about (Step.forces), or several: one more backward and
+            tangent pass each, all in the token table as "on …". The first group when absent.
         tokenizer: for token texts in the tables.
         out: a new folder to write to (see steps.py).
         on_error: "warn", or "raise" at the end of the step.
@@ -83,7 +84,7 @@ class Monitor:
         temperature: float = 1.0,
         ranks: int | None = None,
         scaler: Any = None,
-        blame: str | None = None,
+        blame: str | Sequence[str] | None = None,
         tokenizer: Any = None,
         out: str | Path | None = None,
         on_error: str = "warn",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,14 +53,14 @@ class Tempered(exact.Side):
 
 @dataclass
 class Seen:
-    """What was found at one step: log-probs before and after, first-order changes, each [M] in float64; forces [L]."""
+    """What was found at one step: log-probs before and after, first-order changes, each [M] in float64; forces [L] by group."""
 
     table: Any
     before: Tensor
     after: Tensor
     predicted: Tensor
     readout: Tensor | None
-    forces: Tensor | None = None
+    forces: dict[str, Tensor] = field(default_factory=dict)
     carried: float | None = None
     own: float | None = None
     total: float = 0.0
@@ -72,23 +72,27 @@ class Probe:
 
     Args:
         probe: sequences, or several named groups of them.
-        blame: the group that update tokens are asked about; the first when absent.
+        blame: the group that update tokens are asked about, or several; the first when absent.
         tokenizer: for the token texts of sequences that lack them.
 
     Raises:
         ValueError: nothing to watch, or no group of that name.
     """
 
-    def __init__(self, probe: Sequence[Chi] | Mapping[str, Sequence[Chi]], blame: str | None = None, tokenizer: Any = None):
+    def __init__(self, probe: Sequence[Chi] | Mapping[str, Sequence[Chi]], blame: str | Sequence[str] | None = None,
+                 tokenizer: Any = None):  # fmt: skip
         named = probe if isinstance(probe, Mapping) else {"probe": probe}
         self.groups = {name: [_spelled(chi, tokenizer) for chi in chis] for name, chis in named.items()}
         if not self.groups or not all(self.groups.values()):
             raise ValueError("the probe is empty: give at least one sequence for each of its groups")
         if any(not len(chi) for chis in self.groups.values() for chi in chis):
             raise ValueError("a sequence of the probe has no scored token: leave it out")
-        self.blame = next(iter(self.groups)) if blame is None else blame
-        if self.blame not in self.groups:
-            raise ValueError(f"blame must name a group of the probe, {', '.join(self.groups)}; got {self.blame!r}")
+        self.blamed = [next(iter(self.groups))] if blame is None else [blame] if isinstance(blame, str) else list(blame)
+        for name in self.blamed:
+            if name not in self.groups:
+                raise ValueError(f"blame must name a group of the probe, {', '.join(self.groups)}; got {name!r}")
+        if not self.blamed:
+            raise ValueError("blame must name a group of the probe at least; leave it out for the first")
         self.chis = [chi for chis in self.groups.values() for chi in chis]
         self.group = [name for name, chis in self.groups.items() for chi in chis for _ in range(len(chi))]
         self.names = [f"{name}/{what}" for name in self.groups for what in ("n", "log_prob", "actual", "predicted")]
@@ -148,8 +152,10 @@ class Probe:
         square, product = float(seen.predicted @ seen.predicted), float(seen.predicted @ actual)
         step.linearity = product / square if square else float("nan")
         step.carried = seen.carried
-        if seen.forces is not None:
-            step.forces = clip * seen.forces
+        if seen.forces:
+            if isinstance(step._tokens, dict):
+                step._tokens |= {f"on {name}": clip * forces for name, forces in seen.forces.items()}
+            step.forces = clip * seen.forces[self.blamed[0]]
             if seen.own:
                 step.accounted = clip * seen.total / seen.own
                 if abs(step.accounted - 1) > 0.05:
@@ -216,28 +222,33 @@ class Probe:
         self, tracer: Tracer, optimizer: torch.optim.Optimizer, forwards: Sequence[Forward], scale: float,
         uses: dict[str, str], direction: exact.Direction, seen: Seen,
     ) -> None:  # fmt: skip
-        """Σ over the blamed group, pulled back once, pushed over the update: one backward and one tangent pass."""
-        P = steps_of(optimizer, tracer)
-        batches = tracer.batches(self.groups[self.blame], TOKENS)
-        ones = [torch.ones(len(b.targets), dtype=tracer.precision, device=tracer.device) for b in batches]
-        terms = [GTerm(b.targets.to(tracer.device), one) for b, one in zip(batches, ones, strict=True)]
-        pulled = exact.pull(tracer, exact.Side(batches, terms), uses)
+        """Σ over each blamed group, pulled back once, pushed over the update: one backward and one tangent pass a group."""
+        P, update = steps_of(optimizer, tracer), [self._update(tracer, f, scale) for f in forwards]
         grads = {name: p.grad for name, p in tracer.model.named_parameters() if p.grad is not None}
-        own = sum(float(-(P[name] * grads[name] * x).double().sum()) for name, x in pulled.items() if name in grads)
-        whole_step = sum(float((direction[name] * x).double().sum()) for name, x in pulled.items())
-        D = {name: P[name] * x for name, x in pulled.items()}
-        parts = []
-        for f in forwards:
-            chis = [chi for chi in f.chis() if len(chi)]
-            batches = tracer.batches(chis, TOKENS)
-            sizes, term = [len(b.targets) for b in batches], f.gterm(scale)
-            start, terms = 0, []
-            for size in sizes:
-                terms.append(term.rows(slice(start, start + size)))
-                start += size
-            parts.append(exact.push_all(tracer, Tempered(batches, terms, f.temperature), D, uses))
-        seen.forces = torch.cat(parts).cpu() if parts else torch.zeros(0)
-        seen.own, seen.carried, seen.total = own, whole_step - own, float(seen.forces.double().sum())
+        for group in self.blamed:
+            batches = tracer.batches(self.groups[group], TOKENS)
+            ones = [torch.ones(len(b.targets), dtype=tracer.precision, device=tracer.device) for b in batches]
+            terms = [GTerm(b.targets.to(tracer.device), one) for b, one in zip(batches, ones, strict=True)]
+            pulled = exact.pull(tracer, exact.Side(batches, terms), uses)
+            D = {name: P[name] * x for name, x in pulled.items()}
+            parts = [exact.push_all(tracer, side, D, uses) for side in update]
+            seen.forces[group] = torch.cat(parts).cpu() if parts else torch.zeros(0)
+            if group == self.blamed[0]:
+                seen.own = sum(
+                    float(-(P[name] * grads[name] * x).double().sum()) for name, x in pulled.items() if name in grads
+                )
+                seen.carried = sum(float((direction[name] * x).double().sum()) for name, x in pulled.items()) - seen.own
+                seen.total = float(seen.forces[group].double().sum())
+
+    @staticmethod
+    def _update(tracer: Tracer, f: Forward, scale: float) -> Tempered:
+        """The scored tokens of a forward pass with their c."""
+        batches = tracer.batches([chi for chi in f.chis() if len(chi)], TOKENS)
+        term, start, terms = f.gterm(scale), 0, []
+        for batch in batches:
+            terms.append(term.rows(slice(start, start + len(batch.targets))))
+            start += len(batch.targets)
+        return Tempered(batches, terms, f.temperature)
 
     # ---------------------------------------------------------------- a sharded model
 
@@ -292,9 +303,10 @@ class Probe:
             seen.problem = "the model is sharded: forces of single update tokens are the readout's part alone"
             try:
                 P = whole(steps_of(optimizer, SimpleNamespace(model=capture.lm, trainable=frozenset(named)))[name])
-                blamed = torch.tensor([group == self.blame for group in self.group], device=z.device)
-                D = P * (old.pull_back(z, force)[blamed].T @ h[blamed].to(z.dtype))
-                seen.forces = torch.cat([_readout_forces(f, old, D, scale) for f in forwards]).cpu()
+                for name in self.blamed:
+                    own = torch.tensor([group == name for group in self.group], device=z.device)
+                    D = P * (old.pull_back(z, force)[own].T @ h[own].to(z.dtype))
+                    seen.forces[name] = torch.cat([_readout_forces(f, old, D, scale) for f in forwards]).cpu()
             except ValueError as error:
                 seen.problem = f"no forces of single update tokens: {error}"
         return seen

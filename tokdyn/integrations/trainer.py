@@ -18,7 +18,7 @@ def attach(
     probe: Sequence[Chi] | Mapping[str, Sequence[Chi]] | None = None,
     every: int = 1,
     probe_every: int | None = None,
-    blame: str | None = None,
+    blame: str | Sequence[str] | None = None,
     out: str | Path | None = None,
     on_error: str = "warn",
 ) -> Monitor:
