@@ -1,7 +1,7 @@
 """Squeezing: the toy numbers of the notebook, the lemma, and the sign rule (theory.md §4)."""
 
 import json
-from pathlib import Path
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 from tokdyn import squeeze
 
 # the recipe and the results of the learning-dynamics paper's toy notebook, recomputed in float64
-ORACLE = json.loads((Path(__file__).parent / "oracles" / "squeeze.json").read_text())
+ORACLE = json.loads(files("tokdyn.studies").joinpath("squeeze.json").read_text())
 
 
 def toy():
