@@ -70,6 +70,15 @@ def svg(figure: Any, name: str, *, inline: bool) -> str:
     """
     import matplotlib
 
+    for axes in figure.axes:  # what was added after `figure` took matplotlib's own style
+        text, legend = axes.get_title(), axes.get_legend()
+        if text:
+            axes.set_title("")
+            axes.set_title(text, loc="left", fontsize=9)
+        if legend is not None:
+            legend.set_frame_on(False)
+            for each in [*legend.get_texts(), legend.get_title()]:
+                each.set_fontsize(8)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -119,10 +119,10 @@ def section(told: dict[str, Any], drawn: dict[str, str]) -> str:
     """A study as a part of a page: finding, figures, claims, what it is and how it was run."""
     figures = "\n".join(f'<figure class="study">{text}</figure>' for text in drawn.values())
     about, _, rest = told["about"].partition("\n\n")
-    text = "".join(f"<p>{escape(' '.join(p.split()))}</p>" for p in f"{rest}\n\n{told['notes']}".split("\n\n") if p.strip())
+    text = "".join(f"<p>{_prose(p)}</p>" for p in f"{rest}\n\n{told['notes']}".split("\n\n") if p.strip())
     return (
         f'<section id="{told["study"]}">\n<h2>{escape(told["title"])}</h2>\n'
-        f'<p class="lead">{escape(" ".join(about.split()))} <span class="sub">{escape(_settings(told))}</span></p>\n'
+        f'<p class="lead">{_prose(about)} <span class="sub">{escape(_settings(told))}</span></p>\n'
         f'{figures}\n{_table([told], named=False)}\n<div class="prose">{text}</div>\n</section>\n'
     )
 
@@ -131,6 +131,8 @@ def page(folders: Sequence[Path]) -> str:
     """Saved studies as one HTML document that needs nothing but a browser: all claims first, then a section each."""
     found = [read(folder) for folder in folders]
     sections = "\n".join((folder / "section.html").read_text("utf-8") for folder in folders)
+    if len(folders) == 1:  # its title is the page's
+        sections = re.sub(r"<h2>.*?</h2>\n", "", sections, count=1)
     base = files("tokdyn.report").joinpath("static", "page.css").read_text("utf-8")
     own = files(__package__).joinpath("gallery.css").read_text("utf-8")
     one = found[0] if len(found) == 1 else None
@@ -223,6 +225,11 @@ def _settings(told: dict[str, Any]) -> str:
     return (
         f"{form} form, first seed {told['seed']}, {told['seconds']:.0f} s, {told['date']}, torch {told['versions']['torch']}."
     )
+
+
+def _prose(text: str) -> str:
+    """A paragraph as HTML; *this* is a title of a work."""
+    return re.sub(r"\*([^*]+)\*", r"<i>\1</i>", escape(" ".join(text.split())))
 
 
 def _cell(text: str) -> str:
