@@ -16,18 +16,18 @@ do nothing unless `recording`, and an exception inside one is kept for later: it
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import diagnosis, ops
 from .captured import IGNORED, Forward, Layout, basis, fit, moments, right_aligned, runs, shifted, stats_of_logits
 from .kernels.readout_forces.reference import logit_force
 from .ops import TokenStats
 from .trace import Readout
+from .wrapped import backbone, base_layer, is_sharded, readout_of, scale_and_cap, unwrap
 
 SAMPLE = 32  # tokens of a forward pass on which a capture checks itself
 SAMPLED_LOGITS = 1 << 22  # at most so many of their logits, where the check is made at the logits
@@ -51,6 +51,7 @@ class Capture:
         grouped: passes belong to one micro-batch until told otherwise; each is one of its own if not.
         known: metadata of the passes to come.
         three: fit c, v and u by least squares (set when c alone does not explain the gradient, as with label smoothing).
+        postponed: weights are sharded, and what this pass showed can be acted on in the next alone.
         unread: the loss is made inside the model and does not read its output, so that c is fitted.
 
     Raises:
@@ -72,7 +73,7 @@ class Capture:
         self.micro_batch, self.grouped = 0, False
         self.known: dict[str, Any] = {}
         self.failure: Exception | None = None
-        self.blind, self.aux = "", False
+        self.blind, self.aux, self.postponed = "", False, False
         self.keep_hidden = keep_hidden
         self._h: Tensor | None = None
         self._z: Tensor | None = None
@@ -85,36 +86,15 @@ class Capture:
         """The passes of this step whose backward pass has come, each with the tokens that its loss scores."""
         if self._taken is None:
             self._taken = [f for f in self.forwards if f.c is not None and not f.superseded]
-            for forward in self._taken:
-                if forward.touched is not None:
-                    forward.keep(forward.touched.nonzero().squeeze(1))
+            with self.guarded():
+                for forward in self._taken:
+                    forward.settle()
             self.captured, self.forwards, self._last = len(self.forwards), [], None
         return self._taken
 
     def why_nothing(self) -> str:
         """The likely cause when `take` is empty."""
-        if not self.seen:
-            if getattr(self.lm, "_compiled_call_impl", None) is not None:
-                return (
-                    "the model was compiled in place (model.compile()), which hides its hooks: use torch.compile(model) instead"
-                )
-            return (
-                f"no forward pass of {type(self.lm).__name__} was seen: the loss is computed with another copy or a wrapper "
-                "compiled earlier (hooks added later do not fire inside); give tokdyn the module that the loop calls"
-            )
-        if self.seen == self.excluded:
-            return f"all {self.seen} forward passes ran without gradients (generation, reference or evaluation)"
-        if not self.captured and self.compiled is None:
-            return self.blind
-        if self.compiled is not None:
-            return (
-                "the loss is computed inside the compiled model, where no hook sees it: compute it outside (Trainer's "
-                "compute_loss_func, or logits without labels), or compile the layers only"
-            )
-        return (
-            f"{self.captured} forward passes were captured but no gradient came back to them: backward() was not called "
-            "before the step ended, or the loss does not read this output (log-probs of your own go through td.tap)"
-        )
+        return diagnosis.nothing(self)
 
     # ---------------------------------------------------------------- hooks
 
@@ -124,8 +104,8 @@ class Capture:
         if self.compiled is not None:  # hooks inside are ignored, or break the graph
             add(self.compiled.register_forward_hook(self._on_output, with_kwargs=True))
         else:
-            if (backbone := _backbone(self.lm)) is not None:
-                add(backbone.register_forward_hook(self._on_backbone, prepend=True))
+            if (inner := backbone(self.lm)) is not None:
+                add(inner.register_forward_hook(self._on_backbone, prepend=True))
             add(self.head.register_forward_pre_hook(self._on_head))
             add(self.head.register_forward_hook(self._on_head_output, prepend=True))
             add(self.lm.register_forward_hook(self._on_output, with_kwargs=True, prepend=True))
@@ -226,13 +206,13 @@ class Capture:
 
     def _replay(self, ids: Tensor | None, kwargs: Any) -> Tensor:
         """Hidden states of a compiled model, from one pass through its uncompiled backbone."""
-        backbone = _backbone(self.lm)
-        if backbone is None or ids is None:
+        inner = backbone(self.lm)
+        if inner is None or ids is None:
             raise ValueError("the hidden states of this compiled model are out of sight: leave it uncompiled, or use td.tap")
         devices = [ids.device.index] if ids.device.type == "cuda" else []
         more = {name: kwargs[name] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None}
         with torch.random.fork_rng(devices):
-            return backbone(input_ids=ids, use_cache=False, **more).last_hidden_state
+            return inner(input_ids=ids, use_cache=False, **more).last_hidden_state
 
     def _weigh(
         self, route: str, h: Tensor, layout: Layout, log_probs: Tensor, grid: tuple[int, ...], y: Tensor, mask: Tensor,
@@ -344,7 +324,8 @@ class Capture:
             forward.hidden = hidden if self.keep_hidden else None
         if h is not None and h.requires_grad and hidden is not None:
             every = route == "least squares"
-            if every and self.three:
+            # an entropy term's moments wait for its gradient, unless the weights are gathered, which all ranks do or none
+            if every and self.three or entropy and is_sharded(base_layer(self.head).weight):
                 forward.moments = moments(readout, hidden, T)
             sample = _sample(len(rows), rows.device, len(rows) if every else SAMPLE)
             K = 3 if every and self.three else 2 if entropy else 1
@@ -365,21 +346,21 @@ class Capture:
                 own: Tensor = sum(so_far, g[forward.rows[sample]].to(b.dtype))
                 so_far[:] = [own]  # a second backward pass through the same graph adds to the first
                 at, x = b, -fit(b, own) if forward.route == "least squares" else forward.gterm_on(sample, b.shape[1])
-                K = (
-                    1
-                    if x is None
-                    else 3
-                    if forward.route == "logits" and _misfit(at, x, own) > forward.eps * _square(own)
-                    else 0
-                )
-                if K:  # the loss is made inside the model, of something else than its output; or it is not of log-probs alone
-                    self.unread, self.three = self.unread or K == 1, self.three or K == 3
+                K = 0
+                if x is None:  # the loss is made inside the model, of something else than its output
+                    K, self.unread = 1, True
+                elif forward.route == "logits" and _misfit(at, x, own) > forward.eps * _square(own):  # not of log-probs alone
+                    K, self.three = 3, True
+                if K and is_sharded(base_layer(self.head).weight):  # gathering is for all ranks, and this may be so on some
+                    K, self.postponed = 0, True
+                if K:
                     hidden, readout = states.reshape(-1, states.shape[-1])[forward.rows], self.readout()
                     at = basis(readout, hidden, forward.targets, forward.temperature, K)
                     own = g[forward.rows].to(at.dtype)
                     forward.route, x = "least squares", -fit(at, own)
                     forward.moments = moments(readout, hidden, forward.temperature) if K == 3 else None
-                assert x is not None
+                if x is None:
+                    return
                 if forward.route == "least squares":
                     forward.c, (forward.v, forward.u) = x[:, 0], (x[:, 1], x[:, 2]) if x.shape[1] == 3 else (None, None)
                     if guessed:
@@ -393,22 +374,8 @@ class Capture:
     # ---------------------------------------------------------------- the readout, and log-probs built elsewhere
 
     def readout(self) -> Readout:
-        """The readout as this pass uses it: gathered where it is sharded, with its adapter where it has one.
-
-        Raises:
-            ValueError: its weight is empty (ZeRO-3 keeps it elsewhere between the calls of its module).
-        """
-        head = self.head
-        base = head.base_layer if hasattr(head, "base_layer") else head
-        weight, bias = whole(base.weight), getattr(base, "bias", None)
-        if self._head_called and hasattr(head, "lora_A") and not head.merged and not head.disable_adapters:
-            for name in head.active_adapters:
-                weight = weight + whole(head.get_delta_weight(name)) if name in head.lora_A else weight
-        if weight.numel() == 0:
-            raise ValueError(
-                "the output embedding is empty here (DeepSpeed ZeRO-3 and FSDP1 keep it elsewhere): use ZeRO-2 or FSDP2"
-            )
-        return Readout(weight, None if bias is None else whole(bias), *scale_and_cap(self.lm), "", None, ())
+        """The readout as this pass uses it (`readout_of`); every rank must ask where it is sharded."""
+        return readout_of(self.lm, self._head_called)
 
     def tapped(
         self, logp: Tensor, labels: Tensor | None, mask: Tensor | None, temperature: float, entropy: Tensor | None
@@ -431,6 +398,7 @@ class Capture:
             if x is not None and x.shape != logp.shape:
                 raise ValueError(f"td.tap: {name} must have the log-probs' shape {list(logp.shape)}, got {list(x.shape)}")
         grid = (B, T) if flat else (B, logp.shape[1])
+        guessed = labels is None
         if labels is None:
             following = right_aligned(layout.following(), T)
             labels = following if grid[1] == T else following[:, T - 1 - grid[1] : T - 1]
@@ -438,7 +406,7 @@ class Capture:
         keep = y != IGNORED if mask is None else (y != IGNORED) & mask.reshape(grid).bool()
         for forward in self.forwards:
             forward.superseded = forward.superseded or forward.layout is layout
-        self._weigh("tap", h, layout, logp, grid, y, keep, entropy, temperature, guessed=mask is None)
+        self._weigh("tap", h, layout, logp, grid, y, keep, entropy, temperature, guessed=mask is None and guessed)
 
 
 def tap(
@@ -456,8 +424,9 @@ def tap(
 
     Args:
         logp: log pi of the labels: [B, T] with labels already shifted (or all B·T in a row), or [B, k] of the last k tokens.
-        labels: the tokens, of the same shape; those that follow in the model's input when absent.
-        mask: which count in the loss, of the same shape; those that get a gradient when absent.
+        labels: the tokens, of the same shape, -100 where one does not count; when absent, those that follow in the input.
+        mask: which count in the loss, of the same shape. All labels when absent; without labels too, those that get a gradient
+            (a clipped token gets none, so that clipped shares need one or the other).
         temperature: what the logits were divided by.
         entropy: the entropies of the loss's bonus, of the same shape.
 
@@ -469,65 +438,6 @@ def tap(
             with capture.guarded():
                 capture.tapped(logp, labels, mask, temperature, entropy)
     return logp
-
-
-def unwrap(model: nn.Module) -> tuple[nn.Module, list[nn.Module], nn.Module | None]:
-    """The causal LM inside, PEFT's wrappers around it, and torch.compile's wrapper if there is one.
-
-    Raises:
-        ValueError: none of the wrapped modules has output embeddings.
-    """
-    outer: list[nn.Module] = []
-    compiled, inner = None, model
-    while True:
-        if isinstance(getattr(inner, "_orig_mod", None), nn.Module):
-            compiled = compiled or inner
-            inner = inner._orig_mod  # type: ignore[assignment]
-        elif hasattr(inner, "get_base_model"):
-            outer.append(inner)
-            inner = inner.get_base_model()  # type: ignore[operator]
-        elif not hasattr(type(inner), "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
-            inner = inner.module  # type: ignore[assignment]  # DDP; FSDP1 and DeepSpeed forward attributes too
-        else:
-            break
-    if getattr(inner, "get_output_embeddings", lambda: None)() is None:
-        raise ValueError(
-            f"{type(inner).__name__} has no output embeddings: tokdyn needs a causal language model with a readout"
-        )
-    return inner, outer, compiled
-
-
-def scale_and_cap(lm: nn.Module) -> tuple[float, float | None]:
-    """Scale and softcap of the logits, as the configuration names them."""
-    config: Any = getattr(lm, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = 1.0
-    for name, divide in (
-        ("logit_scale", False),
-        ("logits_scaling", True),
-        ("output_multiplier", False),
-        ("lm_head_multiplier", False),
-    ):
-        value = getattr(config, name, None)
-        if value:
-            scale *= 1 / value if divide else value
-    return scale, getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None) or None
-
-
-def whole(weight: Tensor) -> Tensor:
-    """A weight on this rank alone, gathered where it is sharded; then every rank must ask."""
-    return weight.detach().full_tensor() if is_sharded(weight) else weight.detach()  # type: ignore[attr-defined]
-
-
-def is_sharded(p: Tensor) -> bool:
-    """Whether a parameter is a DTensor; where nobody has loaded that module (40 MB), none is."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(p, module.DTensor)
-
-
-def _backbone(lm: nn.Module) -> nn.Module | None:
-    inner = getattr(lm, "base_model", None)
-    return inner if isinstance(inner, nn.Module) and inner is not lm else None
 
 
 def _autocast_roundoff(weight: Tensor) -> float:

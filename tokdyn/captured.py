@@ -167,6 +167,21 @@ class Forward:
                 setattr(self, f.name, value[index])
         self.stats = TokenStats(*(x[index] for x in self.stats))
 
+    def settle(self) -> None:
+        """Drop the tokens that the loss does not score, as the mask of the metadata says, or else the gradients."""
+        mask = self.metadata.get("mask")
+        if mask is not None:
+            if mask.dim() != 2 or len(mask) != len(self.layout.real):
+                raise ValueError(
+                    f"mask must have shape [B, k], B={len(self.layout.real)}, for the last k tokens, got {list(mask.shape)}"
+                )
+            index = self.column - (self.layout.real.shape[1] - mask.shape[1])
+            scored = (index >= 0) & mask.to(index.device).bool()[self.batch, index.clamp(min=0)]
+            self.touched = None
+            self.keep(scored.nonzero().squeeze(1))
+        elif self.touched is not None:
+            self.keep(self.touched.nonzero().squeeze(1))
+
     def touch(self, which: Tensor) -> None:
         """Note which tokens got a gradient, now or before."""
         self.touched = which if self.touched is None else self.touched | which

@@ -28,14 +28,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import ranks
+from . import diagnosis, ranks
 from . import steps as records
 from ._version import __version__
-from .capture import Capture, is_sharded
-from .captured import Forward
+from .capture import Capture
 from .prediction import Probe
 from .sequences import Chi
 from .steps import Folder, Step
+from .wrapped import is_sharded
 
 
 class Problem(ValueError):
@@ -101,7 +101,7 @@ class Monitor:
         self.steps: list[Step] = []
         self.problems: list[tuple[int, str]] = []
         self._warned: set[str] = set()
-        self.number, self.clip = 0, 1.0
+        self.number, self.clip, self._unit = 0, 1.0, 1.0
         self._ranks, self._out = ranks, out
         self._capture: Capture | None = None
         self._folder: Folder | None = None
@@ -174,6 +174,7 @@ class Monitor:
         self.due = self.number % self.every == 0 or self.number == 1
         self._stepped, self.clip = False, 1.0
         if self._capture is not None:
+            self._unit = 1 / self.ranks / self._scale()
             self._capture.start(keep_hidden=self.due and self._probing)
             self._capture.recording = self.due
 
@@ -191,6 +192,7 @@ class Monitor:
         advantages: Any = None,
         old_log_probs: Tensor | None = None,
         clip: tuple[float, float] | None = None,
+        mask: Tensor | None = None,
         roles: Sequence[str] | None = None,
         groups: Sequence[int] | None = None,
     ) -> Iterator[None]:
@@ -200,10 +202,12 @@ class Monitor:
             advantages: A of every sequence of the batch [B], or of its last k tokens [B, k].
             old_log_probs: log pi_old of the last k tokens [B, k]; the policy itself when absent.
             clip: (low, high) of the objective's clip, for the share of clipped tokens.
+            mask: which of the last k tokens the loss scores [B, k]; needed where the model is called without labels and a
+                scored token may have no gradient (clipped).
             roles: "chosen", "rejected" or "response" for every sequence.
             groups: which sequences belong together (a pair, a prompt's rollouts).
         """
-        given = dict(advantages=advantages, old_log_probs=old_log_probs, clip=clip, roles=roles, groups=groups)
+        given = dict(advantages=advantages, old_log_probs=old_log_probs, clip=clip, mask=mask, roles=roles, groups=groups)
         given = {name: value for name, value in given.items() if value is not None}
         capture = self._capture
         if capture is None:
@@ -279,6 +283,7 @@ class Monitor:
         if self._capture is None:
             return
         recording, self._capture.recording = self._capture.recording, False
+        self._unit = 1 / self.ranks / self._scale()  # a GradScaler changes its scale when the step is over
         if self.due and self._probing and not self._stepped and self.probe is not None and self.model is not None:
             with self.guarded("the probe could not be read before the step"):
                 self.probe.before(self.model, self._capture)
@@ -291,7 +296,7 @@ class Monitor:
         self._capture.recording = False
         if self.due and self._probing and self.probe is not None and self.model is not None:
             with self.guarded("the probe could not be read after the step"):
-                self.probe.after(self.model, self._capture, optimizer, 1 / self.ranks / self._scale())
+                self.probe.after(self.model, self._capture, optimizer, self._unit)
 
     def _scale(self) -> float:
         return float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
@@ -299,7 +304,7 @@ class Monitor:
     def _record(self) -> Step:
         capture = self._capture
         assert capture is not None
-        forwards, scale = capture.take(), 1 / self.ranks / self._scale()
+        forwards, scale = capture.take(), self._unit
         if capture.failure is not None:
             raise ValueError(f"the capture failed: {capture.failure}") from capture.failure
         if not forwards:
@@ -308,7 +313,10 @@ class Monitor:
         if self.tokenizer is not None:
             of["token"] = self._spelled(of["token_id"])
         own = records.sums(of, forwards)
-        notes = self._notes(forwards, capture)
+        notes = diagnosis.missing(capture, forwards)
+        if wrong := diagnosis.mismatch(forwards):
+            notes.append(wrong[0])
+            self._problem(wrong[0], kind=wrong[1])
         step = Step(
             self.number, records.metrics(own).get("residual", float("nan")), of["c"].float(),
             of | dict(step=torch.full_like(of["position"], self.number), rank=torch.full_like(of["position"], ranks.rank())),
@@ -323,41 +331,6 @@ class Monitor:
         if self._folder is not None:
             self._folder.add(step)
         return step
-
-    def _notes(self, forwards: Sequence[Forward], capture: Capture) -> list[str]:
-        """What the records lack, and a self-check that does not hold."""
-        notes = []
-        if capture.aux:
-            notes.append("a loss of the router goes past the logits: the forces are incomplete by that term")
-        if any(f.v is not None for f in forwards if f.route == "least squares"):
-            notes.append(
-                "c alone does not explain the gradient; entropy and label smoothing terms (v, u) were fitted to it. If the "
-                "loss has none, the temperature is not the loss's"
-            )
-        bad = [f for f in forwards if f.residual > max(f.eps**0.5, 1e-6)]
-        if bad:
-            worst = max(bad, key=lambda f: f.residual)
-            if worst.outside > 0.5 * worst.residual:
-                cause = (
-                    "it falls on tokens taken for unscored: labels or mask are not the loss's, or the loss reads hidden states"
-                )
-            elif worst.log_prob_error > 10 * worst.eps**0.5:
-                cause = (
-                    f"the output's log-probs differ by {worst.log_prob_error:.2g} nats from those of its hidden states at "
-                    f"temperature={worst.temperature:g}: is that what the loss divides by?"
-                )
-            elif worst.route == "least squares":
-                cause = (
-                    f"the loss is not one of log-probs, entropies and mean log-probs at temperature={worst.temperature:g}: is "
-                    "that what it divides the logits by?"
-                )
-            else:
-                cause = "a further term of the loss reaches the hidden states, or the temperature is not the loss's"
-            bound = worst.eps**0.5
-            text = f"c explains the gradient at the hidden states only to {worst.residual:.2g} (bound {bound:.2g}): {cause}"
-            notes.append(text)
-            self._problem(text, kind=cause)
-        return notes
 
     def _spelled(self, ids: Tensor) -> list[str]:
         from .sequences import token_texts

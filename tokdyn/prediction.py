@@ -7,17 +7,15 @@ With Δθ the step the optimizer took, momentum, clipping, preconditioner and we
 and the share of Δθ that this step's own gradient made, -eta a P ⊙ g with the optimizer's diagonal P and gain a, splits over the
 update's tokens: F_l = eta a clip <Σ_m w_m ∇ log pi(y_m), P J_lᵀ Γ_l>. The rest of Δθ is carried over: momentum, weight decay.
 
-On a model that is whole on every rank all of it comes from one tangent pass each, at θ, which is kept as a copy. On a sharded
-model (FSDP2, tensor parallel) no tangent pass is possible: log pi at θ ± Δθ and θ ± Δθ/2 gives the derivative by extrapolated
-central differences, error O(Δθ⁵), and the weights are put back bit by bit; of the forces there is the readout's part.
+On a model that is whole on every rank all of it comes from one tangent pass each, at θ, which is kept as a copy; for a sharded
+one see sharded.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,16 +23,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import exact, ranks
-from .capture import Capture, is_sharded, whole
-from .captured import ROWS, Forward
+from . import exact, ranks, sharded
+from .capture import Capture
+from .captured import Forward
 from .kernels.readout_forces.reference import logit_force
 from .objectives import GTerm
-from .precondition import preconditioner
-from .sequences import Batch, Chi, collate, token_texts
+from .sequences import Chi, token_texts
 from .sides import row_table
+from .stepped import Seen, log_probs, steps_of, through_readout
 from .steps import Step
-from .trace import Readout, Tracer, trace
+from .trace import Tracer, trace
 
 TOKENS = 512  # padded positions looked at together: several [TOKENS, V] at a time
 
@@ -49,22 +47,6 @@ class Tempered(exact.Side):
         """-∂L/∂z."""
         term = self.terms[b]
         return logit_force(logits / self.temperature, term.targets, term.c, term.v, term.uniform) / self.temperature
-
-
-@dataclass
-class Seen:
-    """What was found at one step: log-probs before and after, first-order changes, each [M] in float64; forces [L] by group."""
-
-    table: Any
-    before: Tensor
-    after: Tensor
-    predicted: Tensor
-    readout: Tensor | None
-    forces: dict[str, Tensor] = field(default_factory=dict)
-    carried: float | None = None
-    own: float | None = None
-    total: float = 0.0
-    problem: str = ""
 
 
 class Probe:
@@ -102,7 +84,7 @@ class Probe:
     def forget(self) -> None:
         """Let go of every tensor of the model."""
         self._saved: dict[str, Tensor] = {}
-        self._start: tuple[Tensor, Tensor, Tensor] | None = None
+        self._start: sharded.Read | None = None
         self._seen: Seen | None = None
 
     # ---------------------------------------------------------------- around the step
@@ -114,14 +96,15 @@ class Probe:
         if any(hasattr(p, "ds_id") for p in named.values()):
             raise ValueError("a probe cannot run while DeepSpeed ZeRO-3 keeps the weights elsewhere: use ZeRO-2 or FSDP2")
         self._saved = {name: p.detach().clone() for name, p in named.items() if p.requires_grad}
-        if _sharded(capture.lm):
-            self._start = self._run(model, capture)
+        if sharded.any_sharded(capture.lm):
+            self._start = sharded.read(model, capture, self.chis)
 
     def after(self, model: nn.Module, capture: Capture, optimizer: torch.optim.Optimizer, scale: float) -> None:
         """θ has moved. `scale` brings c to the units of the optimizer step. Every rank must call this."""
         try:
-            if self._saved and _sharded(capture.lm):
-                self._seen = self._mirrored(model, capture, optimizer, capture.take(), scale)
+            if self._saved and self._start is not None:
+                blamed = {name: torch.tensor([group == name for group in self.group]) for name in self.blamed}
+                self._seen = sharded.mirrored(model, capture, optimizer, scale, self.chis, blamed, self._saved, self._start)
             elif self._saved:
                 self._seen = self._tangent(capture.lm, optimizer, capture.take(), scale)
         finally:
@@ -188,7 +171,7 @@ class Probe:
     def _tangent(self, lm: nn.Module, optimizer: torch.optim.Optimizer, forwards: Sequence[Forward], scale: float) -> Seen:
         with _without_autocast(lm), _NoRequiresGrad(), trace(lm) as tracer:
             batches = tracer.batches(self.chis, TOKENS)
-            after = torch.cat([_log_probs(tracer.logits(batch), batch) for batch in batches])
+            after = torch.cat([log_probs(tracer.logits(batch), batch) for batch in batches])
             direction = {name: tracer.params[name] - old for name, old in self._saved.items()}
             for use, tensor in tracer.owner.items():
                 tracer.params[use] = self._saved.get(tensor, tracer.params[use])  # from here on the model is θ
@@ -200,14 +183,14 @@ class Probe:
                 z, velocity = exact.push(tracer, batch, direction, uses)
                 y = batch.targets.to(z.device)
                 force = logit_force(z, y, torch.ones(len(y), dtype=z.dtype, device=z.device))
-                before.append(_log_probs(z, batch))
+                before.append(log_probs(z, batch))
                 predicted.append((force * velocity.to(force.dtype)).double().sum(1))
                 scored.append((batch, z))
                 if moved is not None:
                     with torch.no_grad():
                         h = tracer.hidden(batch, {use: tracer.params[use] for use in uses})
                     shift = None if head.bias_name is None else direction.get(tracer.owner[head.bias_name])
-                    readout.append(_through_readout(old, h, z, force, moved, shift))
+                    readout.append(through_readout(old, h, z, force, moved, shift))
             seen = Seen(
                 row_table(scored, self.chis), torch.cat(before), after, torch.cat(predicted).cpu(),
                 torch.cat(readout) if readout else None,
@@ -249,130 +232,6 @@ class Probe:
             terms.append(term.rows(slice(start, start + len(batch.targets))))
             start += len(batch.targets)
         return Tempered(batches, terms, f.temperature)
-
-    # ---------------------------------------------------------------- a sharded model
-
-    def _run(self, model: nn.Module, capture: Capture) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs [M], inputs of the readout [M, d] and logits [M, V] from plain forward passes; every rank runs them."""
-        kept: list[Tensor] = []
-        handle = capture.head.register_forward_pre_hook(lambda module, args: kept.append(args[0].detach()))
-        modes = {module: module.training for module in model.modules()}
-        parts = []
-        try:
-            model.eval()
-            for start in range(0, len(self.chis), 8):
-                batch = collate(self.chis[start : start + 8])
-                ids = batch.ids.to(capture.head.weight.device)
-                with torch.no_grad():
-                    z = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[batch.rows.to(ids.device)].float()
-                parts.append((_log_probs(z, batch), kept.pop().flatten(0, 1)[batch.rows.to(ids.device)], z))
-        finally:
-            handle.remove()
-            for module, mode in modes.items():
-                module.training = mode
-            reshard(model)
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def _mirrored(
-        self, model: nn.Module, capture: Capture, optimizer: torch.optim.Optimizer, forwards: Sequence[Forward], scale: float
-    ) -> Seen:
-        assert self._start is not None
-        named = {name: p for name, p in capture.lm.named_parameters() if name in self._saved}
-        new = {name: p.detach().clone() for name, p in named.items()}
-        at = {1.0: self._run(model, capture)[0]}
-        try:
-            for share in (-1.0, 0.5, -0.5):
-                for name, p in named.items():
-                    p.copy_(self._saved[name] + share * (new[name] - self._saved[name]))
-                at[share] = self._run(model, capture)[0]
-        finally:
-            for name, p in named.items():
-                p.copy_(new[name])
-        far, near = (at[1.0] - at[-1.0]) / 2, at[0.5] - at[-0.5]
-        before, h, z = self._start
-        batch = collate(self.chis)
-        y = batch.targets.to(z.device)
-        force = logit_force(z, y, torch.ones(len(y), device=z.device))
-        seen = Seen(row_table([(batch, z.cpu())], self.chis), before, at[1.0], (4 * near - far) / 3, None)
-        name = next((n for n, p in named.items() if p is capture.head.weight), "")
-        if name:
-            head = capture.readout()
-            old = replace(head, weight=whole(self._saved[name]))
-            seen.readout = _through_readout(old, h, z, force, whole(new[name]) - old.weight, None)
-            seen.problem = "the model is sharded: forces of single update tokens are the readout's part alone"
-            try:
-                P = whole(steps_of(optimizer, SimpleNamespace(model=capture.lm, trainable=frozenset(named)))[name])
-                for name in self.blamed:
-                    own = torch.tensor([group == name for group in self.group], device=z.device)
-                    D = P * (old.pull_back(z, force)[own].T @ h[own].to(z.dtype))
-                    seen.forces[name] = torch.cat([_readout_forces(f, old, D, scale) for f in forwards]).cpu()
-            except ValueError as error:
-                seen.problem = f"no forces of single update tokens: {error}"
-        return seen
-
-
-def steps_of(optimizer: torch.optim.Optimizer, tracer: Any) -> dict[str, Tensor]:
-    """eta a P by parameter name: what a gradient of this step becomes in it, for Adam, AdamW, RMSprop and SGD.
-
-    a = (1 - β₁)/(1 - β₁^t) for Adam, 1 - dampening for SGD with momentum (1 + μ times that with Nesterov's), else 1.
-
-    Raises:
-        ValueError: see `preconditioner`.
-    """
-    P = preconditioner(optimizer, tracer)
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for name, p in tracer.model.named_parameters():
-        if name in P:
-            group = group_of[id(p)]
-            if "betas" in group:
-                beta = group["betas"][0]
-                gain = (1 - beta) / (1 - beta ** float(optimizer.state[p]["step"]))
-            else:
-                gain = 1 - group.get("dampening", 0) if group.get("momentum") else 1.0
-                gain = 1 + group["momentum"] * gain if group.get("nesterov") else gain
-            P[name] = float(group["lr"]) * gain * (-1 if group.get("maximize") else 1) * P[name]
-    return P
-
-
-def _readout_forces(f: Forward, readout: Readout, D: Float[Tensor, "V d"], scale: float) -> Float[Tensor, " L"]:
-    """Γ_lᵀ D h_l: what each update token does along D, where only the readout moves."""
-    assert f.hidden is not None
-    term, parts, start = f.gterm(scale), [], 0
-    for h in f.hidden.split(ROWS):
-        rows = term.rows(slice(start, start + len(h)))
-        z = readout.logits(h)
-        force = logit_force(z / f.temperature, rows.targets, rows.c, rows.v, rows.uniform) / f.temperature
-        parts.append((readout.pull_back(z, force) * (h.to(D.dtype) @ D.T)).sum(1))
-        start += len(h)
-    return torch.cat(parts)
-
-
-def reshard(model: nn.Module) -> None:
-    """Give back the whole weights that a forward pass outside training left on FSDP2's modules.
-
-    Without it the root stays unsharded between backward and optimizer step, and the next forward trains on stale weights.
-    """
-    for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()  # type: ignore[operator]
-
-
-def _through_readout(
-    readout: Readout, h: Tensor, z: Tensor, force: Tensor, weight: Tensor, bias: Tensor | None
-) -> Float[Tensor, " N"]:
-    """<force, ż> where only W and b move: ż is slope ⊙ (Ẇ h + ḃ)."""
-    pulled = readout.pull_back(z.to(force.dtype), force)
-    moved = h.to(force.dtype) @ weight.to(force.dtype).T + (0 if bias is None else bias)
-    return (pulled * moved).double().sum(1).cpu()
-
-
-def _log_probs(z: Tensor, batch: Batch) -> Float[Tensor, " N"]:
-    return z.detach().double().log_softmax(1).gather(1, batch.targets.to(z.device)[:, None]).squeeze(1).cpu()
-
-
-def _sharded(lm: nn.Module) -> bool:
-    return any(is_sharded(p) for p in lm.parameters())
 
 
 def _spelled(chi: Chi, tokenizer: Any) -> Chi:

@@ -110,7 +110,7 @@ def columns(forwards: Sequence[Forward], scale: float) -> dict[str, Any]:
         A = None if more.get("advantages") is None else f.of_rows(torch.as_tensor(more["advantages"]))
         values["advantage"] = zero * math.nan if A is None else A.float()
         values["clipped"] = zero * math.nan
-        if A is not None and more.get("clip") is not None:
+        if A is not None and more.get("clip") is not None and f.touched is None:  # else a clipped token is not among them
             old = more.get("old_log_probs")
             ratio = torch.ones_like(zero) if old is None else (f.stats.log_prob - f.of_rows(old)).exp()
             low, high = more["clip"]
