@@ -7,13 +7,14 @@ namespace {
 constexpr int GROUP = 4 * WIDTH;
 
 void residual_group(float* z, const tokdyn::Residual& row) {
-    Vec x[4], t[4], e[4];
+    Vec x[4], s[4], e[4];
     for (int i = 0; i < 4; ++i) x[i] = load(z + i * WIDTH);
-    for (int i = 0; i < 4; ++i) t[i] = max(splat(EXP_FLOOR), sub(x[i], splat(row.reference)));  // in this order a NaN passes
-    exp_nonpositive(t, e);
+    for (int i = 0; i < 4; ++i) s[i] = min(splat(EXP_END), sub(splat(row.reference), x[i]));  // in this order a NaN passes
+    exp_negated(s, e);
+    for (int i = 0; i < 4; ++i) e[i] = zero_at_end(e[i], s[i]);
     const Vec alpha = splat(row.alpha);
     if (row.beta != 0)
-        for (int i = 0; i < 4; ++i) e[i] = mul(e[i], fma(splat(row.beta), sub(t[i], splat(row.mean)), alpha));
+        for (int i = 0; i < 4; ++i) e[i] = mul(e[i], fma(splat(-row.beta), add(s[i], splat(row.mean)), alpha));
     else
         for (int i = 0; i < 4; ++i) e[i] = mul(e[i], alpha);
     if (row.kappa != 0)

@@ -6,6 +6,7 @@ namespace {
 
 constexpr int GROUP = 4 * WIDTH;  // columns taken together
 constexpr int FLUSH = 32;         // groups whose sums stay in fp32 lanes before they go to double
+constexpr int AHEAD = 2048;       // bytes to prefetch ahead: the processor's own prefetching stops at every page of 4 KiB
 
 // The running sums: double totals, and fp32 lanes for the last few groups. All relative to rest.max.
 template <class T>
@@ -20,34 +21,45 @@ class Accumulator {
 
     // A full group on one side of y. False, and nothing done, if it holds a new maximum. Not while empty().
     bool take(const T* p, Vec rank_threshold) {
-        Vec x[4];
-        for (int i = 0; i < 4; ++i) x[i] = load(p + i * WIDTH);
-        if (any_above(max(max(x[0], x[1]), max(x[2], x[3])), reference_)) return false;
+        Vec x[4], s[4];
+        for (int byte = 0; byte < GROUP * static_cast<int>(sizeof(T)); byte += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(p) + AHEAD + byte);
+        load4(p, x);
+        for (int i = 0; i < 4; ++i) s[i] = sub(reference_, x[i]);
+        const bool plain = all_within(s);
+        if (!plain && any_above(max(max(x[0], x[1]), max(x[2], x[3])), reference_)) return false;
         for (int i = 0; i < 4; ++i) above_ = count_at_least(above_, x[i], rank_threshold);
-        accumulate(x);
+        if (plain)
+            accumulate(s);
+        else
+            accumulate_clamped(s);
         return true;
     }
 
     // Any n <= GROUP columns, the first of them column j: the target, a new maximum and the ragged end are all legal here.
-    void take_slowly(const T* p, int64_t j, int n) {
+    void take_slowly(const T* p, int64_t j, int n, Vec rank_threshold) {
         float x[GROUP];
-        float top = -INFINITY;
-        for (int i = 0; i < GROUP; ++i) {
-            x[i] = -INFINITY;  // contributes nothing
-            if (i >= n || j + i == y_) continue;
-            x[i] = to_float(p[i]);
-            if (x[i] > top) top = x[i];
-            rest_.above += x[i] > z_y_ || (x[i] == z_y_ && j + i < y_);
-        }
+        for (int i = 0; i < 4; ++i) store(x + i * WIDTH, splat(-INFINITY));  // contributes nothing
+        for (int i = 0; i < n; ++i) x[i] = to_float(p[i]);
+        const bool holds_y = y_ >= j && y_ < j + n;
+        if (holds_y) x[y_ - j] = -INFINITY;
+        Vec lanes[4];
+        load4(x, lanes);
+        if (holds_y || n < GROUP)
+            for (int i = 0; i < n; ++i) rest_.above += x[i] > z_y_ || (x[i] == z_y_ && j + i < y_);
+        else
+            for (int i = 0; i < 4; ++i) above_ = count_at_least(above_, lanes[i], rank_threshold);
+        const float top = top_of(lanes);
         if (top > rest_.max) {
             raise(top);
             int a = 0;
             while (x[a] != top) ++a;
             rest_.argmax = j + a;
             x[a] = -INFINITY;
+            load4(x, lanes);
         }
-        const Vec lanes[4] = {load(x), load(x + WIDTH), load(x + 2 * WIDTH), load(x + 3 * WIDTH)};
-        accumulate(lanes);
+        for (int i = 0; i < 4; ++i) lanes[i] = sub(reference_, lanes[i]);
+        accumulate_clamped(lanes);
     }
 
     tokdyn::Rest finish() {
@@ -64,7 +76,7 @@ class Accumulator {
 
     void flush() {
         rest_.sum += sum(sum_);
-        rest_.xsum += sum(xsum_);
+        rest_.xsum -= sum(xsum_);
         rest_.sqsum += sum(sqsum_);
         rest_.above += total(above_);
         clear_lanes();
@@ -78,12 +90,25 @@ class Accumulator {
         reference_ = splat(top);
     }
 
-    void accumulate(const Vec (&x)[4]) {
-        Vec t[4], e[4];
-        for (int i = 0; i < 4; ++i) t[i] = max(splat(EXP_FLOOR), sub(x[i], reference_));  // in this order a NaN passes
-        exp_nonpositive(t, e);
+    // s = max - z, of which -inf, a NaN or what is far below the maximum may be some.
+    void accumulate_clamped(Vec (&s)[4]) {
+        for (int i = 0; i < 4; ++i) s[i] = min(splat(EXP_END), s[i]);  // in this order a NaN passes
+        Vec e[4];
+        exp_negated(s, e);
+        for (int i = 0; i < 4; ++i) e[i] = zero_at_end(e[i], s[i]);
+        accumulate(s, e);
+    }
+
+    // s = max - z in [0, EXP_END)
+    void accumulate(const Vec (&s)[4]) {
+        Vec e[4];
+        exp_negated(s, e);
+        accumulate(s, e);
+    }
+
+    void accumulate(const Vec (&s)[4], const Vec (&e)[4]) {
         sum_ = add(sum_, add(add(e[0], e[1]), add(e[2], e[3])));
-        for (int i = 0; i < 4; ++i) xsum_ = fma(e[i], t[i], xsum_);
+        for (int i = 0; i < 4; ++i) xsum_ = fma(e[i], s[i], xsum_);
         for (int i = 0; i < 4; ++i) sqsum_ = fma(e[i], e[i], sqsum_);
         if (++groups_ == FLUSH) flush();
     }
@@ -106,8 +131,9 @@ void fold(tokdyn::Rest& rest, const void* data, int64_t first, int64_t n, int64_
     for (int64_t i = 0; i < n; i += GROUP) {
         const int64_t j = first + i;
         const bool plain = i + GROUP <= n && (y < j || y >= j + GROUP) && !accumulator.empty();
-        if (!plain || !accumulator.take(columns + i, j < y ? before : after))
-            accumulator.take_slowly(columns + i, j, static_cast<int>(n - i < GROUP ? n - i : GROUP));
+        const Vec threshold = j < y ? before : after;
+        if (!plain || !accumulator.take(columns + i, threshold))
+            accumulator.take_slowly(columns + i, j, static_cast<int>(n - i < GROUP ? n - i : GROUP), threshold);
     }
     rest = accumulator.finish();
 }

@@ -12,8 +12,9 @@ int64_t scan(const void* data, int64_t begin, int64_t n, float threshold) {
     const Vec bound = splat(threshold);
     int64_t j = begin;
     for (; j + GROUP <= n; j += GROUP) {
-        const Vec low = max(load(z + j), load(z + j + WIDTH)), high = max(load(z + j + 2 * WIDTH), load(z + j + 3 * WIDTH));
-        if (any_above(max(low, high), bound)) return j;
+        Vec x[4];
+        load4(z + j, x);
+        if (any_above(max(max(x[0], x[1]), max(x[2], x[3])), bound)) return j;
     }
     for (; j < n; ++j)
         if (to_float(z[j]) > threshold) return j;
