@@ -91,7 +91,7 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
         ),
         Claim(
             "Squeezing needs the positions behind the divergence (theory §4)",
-            "along the rejected answer the argmax (not the target) gains more from the positions behind than from the divergence",
+            "along the rejected answer the argmax (not the target) gains more from the positions behind than from that one",
             f"behind minus divergence {estimate(rest).words('probability a position', of='pairs')}; "
             + ", ".join(f"{part} {100 * sum(g) / len(g):+.2f}%" for part, g in gain.items()),
             estimate(rest).low > 0,

@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import tokdyn as td
-from tokdyn.objectives import Objective, Scores
+from tokdyn.interventions import loss
+from tokdyn.objectives import Objective
 from tokdyn.sequences import collate
 
 
@@ -34,25 +35,17 @@ def targets(chis: Sequence[td.Chi]) -> Tensor:
     return torch.cat([chi.ids[chi.scored] for chi in chis])
 
 
-def loss(model: nn.Module, objective: Objective, chis: Sequence[td.Chi]) -> Float[Tensor, ""]:
-    """The objective's loss on the sequences, differentiable in the model's parameters."""
-    log_pi = logits(model, chis).log_softmax(-1)
-    y = targets(chis)
-    scores: dict[str, Tensor] = {}
-    if "entropy" in objective.needs:
-        scores["entropy"] = -(log_pi.exp() * log_pi).sum(-1)
-    if "mean_log_prob" in objective.needs:
-        scores["mean_log_prob"] = log_pi.mean(-1)
-    if "candidates" in objective.needs:
-        scores["candidate_log_probs"], scores["candidates"] = log_pi.topk(objective.n_candidates)
-    return objective.loss(log_pi.gather(1, y[:, None]).squeeze(1), chis, Scores(**scores))
-
-
 def step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, chis: Sequence[td.Chi], *, mean_over: float = 1.0
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    chis: Sequence[td.Chi],
+    *,
+    mean_over: float = 1.0,
+    weights: Float[Tensor, " L"] | None = None,
 ) -> float:
-    """One optimizer step on the loss divided by `mean_over`; returns the loss."""
-    value = loss(model, objective, chis) / mean_over
+    """One optimizer step on the loss divided by `mean_over`, each token's gradient times its weight; returns the loss."""
+    value = loss(model, chis, objective, weights=weights) / mean_over
     optimizer.zero_grad()
     if value.requires_grad:  # a batch of groups without any advantage has no gradient
         value.backward()
