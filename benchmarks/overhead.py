@@ -1,11 +1,16 @@
 """What tokdyn costs a training of the demo model: on and off in turn, in one run.
 
-    python benchmarks/overhead.py [--loss dpo|sft] [--steps 10] [--repeat 5] [--quick]
+    python benchmarks/overhead.py [--loss dpo|sft|fused] [--rounds 5] [--part time|memory] [--json FILE] [--quick]
 
-Three ways to train, one after the other, `--repeat` times: without tokdyn; recording every step; recording every 10th step with
-a probe of 512 tokens. Overhead is the ratio of a block's time to that of the block without tokdyn next to it, by the clock and
-in processor time (all threads; it is the steadier one on a busy machine): median and range. Peak memory is that of a process
-of its own per way.
+One round trains some steps without tokdyn, as many that are recorded, as many between two records, and one recorded with a
+probe. Setting the hooks, taking them off and writing the folder are inside the clock. Overhead is the ratio to the steps
+without tokdyn of the same round, by the clock and in processor time (all threads; the steadier one on a busy machine):
+
+    every step          recorded / off - 1
+    every 10th, probe   (9 between + 1 with probe) / 10 off - 1
+
+Peak memory is that of a process of its own per way. --loss dpo and sft read the model's logits; fused is DPO on the log-probs
+of TRL's fused head, where the statistics cost a product [N, d] x [d, V] of their own.
 """
 
 from __future__ import annotations
@@ -16,10 +21,11 @@ import multiprocessing
 import platform
 import resource
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
-WAYS = {"off": None, "every step": dict(every=1), "every 10th step, probe of 512 tokens": dict(every=10, probe=True)}
+RECORDS = 10  # steps from one record with a probe to the next
 
 
 def setting(args: argparse.Namespace):
@@ -35,16 +41,25 @@ def setting(args: argparse.Namespace):
     model = load_model("demo")[0].train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     V, T = model.config.vocab_size, args.length
+    prompt = T // 4
     batches = [torch.randint(2, V, (args.batch, T)) for _ in range(4)]
-    probe = random_chis([(T // 4, T - T // 4)] * -(-args.probe // (T - T // 4)), vocabulary=V, seed=1)
+    full, rest = divmod(args.probe, T - prompt)
+    probe = random_chis([(prompt, T - prompt)] * full + [(prompt, rest)] * (rest > 0), vocabulary=V, seed=1)
+    if args.loss == "fused":
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(model)
 
     def loss(ids):
         labels = ids.clone()
-        labels[:, : T // 4] = -100
+        labels[:, :prompt] = -100
         if args.loss == "sft":
             return model(ids, labels=labels).loss
-        z = model(ids).logits[:, :-1]
-        lp = torch.log_softmax(z, -1).gather(-1, ids[:, 1:, None]).squeeze(-1)[:, T // 4 - 1 :].sum(1)
+        if args.loss == "fused":
+            lp = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs.sum(1)
+        else:
+            z = model(ids).logits[:, prompt - 1 : -1]
+            lp = torch.log_softmax(z, -1).gather(-1, ids[:, prompt:, None]).squeeze(-1).sum(1)
         chosen, rejected = lp.chunk(2)
         return -logsigmoid(0.1 * (chosen - rejected)).mean()
 
@@ -52,29 +67,31 @@ def setting(args: argparse.Namespace):
 
 
 def block(way: str, steps: int, parts) -> tuple[float, float]:
-    """Seconds of so many steps, by the clock and of the processor."""
+    """Seconds per step, by the clock and of the processor."""
     import tokdyn as td
 
     model, optimizer, batches, probe, loss = parts
-    options = dict(WAYS[way] or {})
-    if options.pop("probe", False):
-        options["probe"] = probe
-    monitor = None if WAYS[way] is None else td.Monitor(model, optimizer, on_error="raise", **options)
-    if monitor is not None:
-        monitor.start()
+    folder = tempfile.TemporaryDirectory()
     start, used = time.perf_counter(), time.process_time()
+    monitor = None
+    if way != "off":
+        options = dict(every=1) if way == "recorded" else dict(every=RECORDS, probe=probe)
+        monitor = td.Monitor(model, optimizer, on_error="raise", out=Path(folder.name) / "run", **options)
+        monitor.start()
     for n in range(steps):
         if monitor is not None:
-            monitor.step_begin(steps + n + 1)  # not the first step of a training, which is always recorded
+            monitor.step_begin(RECORDS if way == "probe" else RECORDS + n + 1)
         loss(batches[n % len(batches)]).backward()
         optimizer.step()
         if monitor is not None:
             monitor.step_end(force=True)
         optimizer.zero_grad()
-    seconds = time.perf_counter() - start, time.process_time() - used
     if monitor is not None:
         monitor.close()
-    return seconds
+        assert len(monitor.steps) == (0 if way == "between" else steps)
+    seconds = time.perf_counter() - start, time.process_time() - used
+    folder.cleanup()
+    return seconds[0] / steps, seconds[1] / steps
 
 
 def memory(way: str, args: argparse.Namespace, queue) -> None:
@@ -87,50 +104,68 @@ def memory(way: str, args: argparse.Namespace, queue) -> None:
     queue.put((peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024)
 
 
-def main() -> None:
-    """Run the ways in turn and print the table."""
-    import torch
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loss", choices=("dpo", "sft"), default="dpo")
-    parser.add_argument("--batch", type=int, default=16, help="sequences per step (twice the pairs)")
-    parser.add_argument("--length", type=int, default=128, help="tokens per sequence, the first quarter unscored")
-    parser.add_argument("--probe", type=int, default=512, help="tokens of the probe")
-    parser.add_argument("--steps", type=int, default=10, help="steps per block")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="a small size, to see that it runs")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args()
-    if args.quick:
-        args.batch, args.length, args.probe, args.repeat = 2, 16, 24, 1
+def measure_time(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Overheads in percent, one of each round, and seconds per step."""
     parts = setting(args)
-    for way in WAYS:
-        block(way, args.steps, parts)  # warm-up: the first calls register and compile
-    seconds = {way: [] for way in WAYS}
-    for _ in range(args.repeat):
-        for way in WAYS:
-            seconds[way].append([s / args.steps for s in block(way, args.steps, parts)])
-    context = multiprocessing.get_context("spawn")
-    peak = {}
-    for way in WAYS:
+    for way in ("off", "recorded", "probe"):
+        block(way, 1, parts)  # warm-up: the first calls register and compile
+    found: dict[str, list[float]] = {}
+    for _ in range(args.rounds):
+        took = {way: block(way, 1 if way == "probe" else args.steps, parts) for way in ("off", "recorded", "between", "probe")}
+        for clock, i in (("", 0), (" processor", 1)):
+            off = took["off"][i]
+            apart = ((RECORDS - 1) * took["between"][i] + took["probe"][i]) / RECORDS
+            found.setdefault(f"every step{clock}", []).append(100 * (took["recorded"][i] / off - 1))
+            found.setdefault(f"every {RECORDS}th, probe{clock}", []).append(100 * (apart / off - 1))
+        found.setdefault("seconds per step, off", []).append(took["off"][0])
+    return found
+
+
+def measure_memory(args: argparse.Namespace) -> dict[str, float]:
+    """Peak MiB by way."""
+    context, peak = multiprocessing.get_context("spawn"), {}
+    for way in ("off", "recorded", "probe"):
         queue = context.Queue()
         process = context.Process(target=memory, args=(way, args, queue))
         process.start()
         peak[way] = queue.get()
         process.join()
+    return peak
+
+
+def main() -> None:
+    """Measure, and print the tables."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loss", choices=("dpo", "sft", "fused"), default="dpo")
+    parser.add_argument("--batch", type=int, default=16, help="sequences per step (twice the pairs)")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence, the first quarter unscored")
+    parser.add_argument("--probe", type=int, default=512, help="scored tokens of the probe")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a kind in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--part", choices=("time", "memory"), help="only this one")
+    parser.add_argument("--quick", action="store_true", help="a small size, to see that it runs")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    if args.quick:
+        args.batch, args.length, args.probe, args.steps, args.rounds = 2, 16, 24, 1, 1
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {args.threads} threads, float32")
-    print(f"demo model, {args.loss}, {args.batch} sequences of {args.length} tokens")
-    head = ("median s/step", "overhead %", "range %", "processor %", "peak MiB", "more %")
-    print(f"{'':38}" + "".join(f"{name:>15}" for name in head))
-    figures = {}
-    for way, times in seconds.items():
-        over, cpu = ([100 * (a[i] / b[i] - 1) for a, b in zip(times, seconds["off"], strict=True)] for i in (0, 1))
-        more = 100 * (peak[way] / peak["off"] - 1)
-        figures[way] = dict(seconds=times, overhead_percent=over, processor_percent=cpu, peak_mib=peak[way], more_percent=more)
-        cells = [f"{statistics.median(t[0] for t in times):.4f}", f"{statistics.median(over):.1f}"]
-        cells += [f"{min(over):.1f} to {max(over):.1f}", f"{statistics.median(cpu):.1f}", f"{peak[way]:.0f}", f"{more:.1f}"]
-        print(f"{way:38}" + "".join(f"{cell:>15}" for cell in cells))
+    print(f"demo model, {args.loss}, {args.batch} sequences of {args.length} tokens, probe of {args.probe} tokens")
+    figures: dict[str, object] = {}
+    if args.part != "memory":
+        times = figures["time"] = measure_time(args)
+        print(f"{statistics.median(times['seconds per step, off']):.4f} s a step without tokdyn, {args.rounds} rounds")
+        print(f"{'overhead':22}{'median %':>12}{'range %':>18}{'processor %':>14}")
+        for way in ("every step", f"every {RECORDS}th, probe"):
+            over, cpu = times[way], statistics.median(times[f"{way} processor"])
+            print(f"{way:22}{statistics.median(over):12.1f}{f'{min(over):.1f} to {max(over):.1f}':>18}{cpu:14.1f}")
+    if args.part != "time":
+        peak = figures["peak MiB"] = measure_memory(args)
+        print(f"{'memory':22}{'peak MiB':>12}{'more %':>18}")
+        for way, MiB in peak.items():
+            print(f"{way:22}{MiB:12.0f}{100 * (MiB / peak['off'] - 1):18.1f}")
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k != "json"}
         args.json.write_text(json.dumps(dict(settings=settings, figures=figures), indent=1))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
 from . import exact, ranks, sharded
@@ -28,7 +29,7 @@ from .capture import Capture
 from .captured import Forward
 from .kernels.readout_forces.reference import logit_force
 from .objectives import GTerm
-from .sequences import Chi, token_texts
+from .sequences import Batch, Chi, token_texts
 from .sides import row_table
 from .stepped import Seen, log_probs, steps_of, through_readout
 from .steps import Step
@@ -106,7 +107,7 @@ class Probe:
                 blamed = {name: torch.tensor([group == name for group in self.group]) for name in self.blamed}
                 self._seen = sharded.mirrored(model, capture, optimizer, scale, self.chis, blamed, self._saved, self._start)
             elif self._saved:
-                self._seen = self._tangent(capture.lm, optimizer, capture.take(), scale)
+                self._seen = self._tangent(capture, optimizer, scale)
         finally:
             self._saved, self._start = {}, None
             total = ranks.total(torch.tensor(0.0 if self._seen is None else self._seen.total, dtype=torch.float64))
@@ -168,7 +169,8 @@ class Probe:
 
     # ---------------------------------------------------------------- a model that is whole
 
-    def _tangent(self, lm: nn.Module, optimizer: torch.optim.Optimizer, forwards: Sequence[Forward], scale: float) -> Seen:
+    def _tangent(self, capture: Capture, optimizer: torch.optim.Optimizer, scale: float) -> Seen:
+        lm, forwards = capture.lm, capture.take()
         with _without_autocast(lm), _NoRequiresGrad(), trace(lm) as tracer:
             batches = tracer.batches(self.chis, TOKENS)
             after = torch.cat([log_probs(tracer.logits(batch), batch) for batch in batches])
@@ -180,15 +182,13 @@ class Probe:
             moved = direction.get(tracer.owner[head.weight_name])
             old = replace(head, weight=tracer.params[head.weight_name])
             for batch in batches:
-                z, velocity = exact.push(tracer, batch, direction, uses)
+                z, velocity, h = _pushed(tracer, capture.head, batch, direction, uses)
                 y = batch.targets.to(z.device)
                 force = logit_force(z, y, torch.ones(len(y), dtype=z.dtype, device=z.device))
                 before.append(log_probs(z, batch))
                 predicted.append((force * velocity.to(force.dtype)).double().sum(1))
                 scored.append((batch, z))
                 if moved is not None:
-                    with torch.no_grad():
-                        h = tracer.hidden(batch, {use: tracer.params[use] for use in uses})
                     shift = None if head.bias_name is None else direction.get(tracer.owner[head.bias_name])
                     readout.append(through_readout(old, h, z, force, moved, shift))
             seen = Seen(
@@ -232,6 +232,27 @@ class Probe:
             terms.append(term.rows(slice(start, start + len(batch.targets))))
             start += len(batch.targets)
         return Tempered(batches, terms, f.temperature)
+
+
+@torch.no_grad()
+def _pushed(
+    tracer: Tracer, head: nn.Module, batch: Batch, direction: exact.Direction, uses: Mapping[str, str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`exact.push`, and the inputs of the readout [N, d] that the pass comes by."""
+    kept: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+
+    def run(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        z = tracer.logits(batch, params)
+        return z, kept.pop().flatten(0, -2)[batch.rows.to(z.device)]
+
+    primal = {use: tracer.params[use] for use in uses}
+    tangent = {use: direction[name] for use, name in uses.items()}
+    try:
+        z, velocity, h = jvp(run, (primal,), (tangent,), has_aux=True)  # type: ignore[misc]
+        return z, velocity, h
+    finally:
+        handle.remove()
 
 
 def _spelled(chi: Chi, tokenizer: Any) -> Chi:
