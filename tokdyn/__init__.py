@@ -6,7 +6,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import dynamics, objectives, ops, probes, squeeze
+from . import dynamics, interventions, objectives, ops, probes, squeeze
 from ._version import __version__
 from .forces import Forces, forces
 from .kernel import Kernel, KernelDrift, kernel, kernel_drift, kernel_lower_bound, rank_correlation, sign_delta
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from .monitor import Monitor
 
 __all__ = ["Batch", "Chi", "Forces", "Kernel", "KernelDrift", "Monitor", "Run", "Verification", "__version__", "attach",
-           "dynamics", "encode", "forces", "from_batch", "kernel", "kernel_drift", "kernel_lower_bound", "load", "objectives",
-           "ops", "preference", "probes", "profile", "rank_correlation", "rollouts", "sign_delta", "squeeze", "tap",
-           "verify"]  # fmt: skip
+           "dynamics", "encode", "forces", "from_batch", "interventions", "kernel", "kernel_drift", "kernel_lower_bound",
+           "load", "objectives", "ops", "preference", "probes", "profile", "rank_correlation", "rollouts", "sign_delta",
+           "squeeze", "tap", "verify"]  # fmt: skip
 
 _TRAINING = {"Monitor": ".monitor", "attach": ".integrations.trainer", "tap": ".capture"}  # loaded on use
 

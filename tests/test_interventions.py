@@ -1,0 +1,403 @@
+"""Interventions: identities of their scores; weights change the gradient of each token as they say, and nothing else."""
+
+import contextlib
+
+import pytest
+import torch
+
+import tokdyn as td
+from tokdyn.interventions import both_answers, force_weights, loss, nthr, nthr_scores, spare, weigh, weighted
+from tokdyn.objectives import DPO, GRPO, LLDS, SFT, DrGRPO, SimKO
+from tokdyn.sequences import collate
+from tokdyn.testing import float64, random_chis, relative_error, tiny, tiny_lora
+
+EPS, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+CHOSEN, REJECTED = random_chis([(3, 5), (3, 6)], seed=1, group=0)
+PAIR = [CHOSEN.with_(role="chosen"), REJECTED.with_(role="rejected")]
+PROTECT = random_chis([(2, 4), (4, 3)], seed=9)
+
+
+def group(advantages=(1.2, 0.4, -0.9, -0.7), *, seed=3, number=0):
+    """Rollouts of one prompt."""
+    (prompt,) = random_chis([(3, 1)], seed=seed)
+    made = random_chis([(1, 4 + i) for i in range(len(advantages))], seed=seed + 1)
+    ids = [torch.cat([prompt.ids[:3], chi.ids[1:]]) for chi in made]
+    return [td.Chi(x, torch.arange(len(x)) >= 3, advantage=a, group=number) for x, a in zip(ids, advantages, strict=True)]
+
+
+ROLLOUTS = group()
+
+
+def gradient(model, value):
+    """∇ of all trainable parameters as one vector."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(value, params, allow_unused=True, retain_graph=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, grads, strict=True)])
+
+
+def token_gradients(model, chis):
+    """∇ log pi(y_l) of each scored token by plain autograd, [L, P]."""
+    rows = []
+    for chi in chis:
+        log_pi = model(chi.ids[None]).logits[0].log_softmax(-1)
+        for t in chi.scored.nonzero().squeeze(1).tolist():
+            rows.append(gradient(model, log_pi[t - 1, chi.ids[t]]))
+    return torch.stack(rows)
+
+
+# ---------------------------------------------------------------- NTHR
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_nthr_is_the_readout_gradient_of_right_answers_on_wrong_tokens(tied):
+    """s_k = <∇_W Σ log pi(y⁺), ∇_W log pi(y⁻_k)>, W the readout (held apart from a tied lookup), to 1e-12 relative."""
+    with float64():
+        model = tiny("llama", tied=tied).double()
+        found = nthr_scores(model, ROLLOUTS).double()
+        batch = collate(ROLLOUTS)
+        h = model.model(batch.ids).last_hidden_state.flatten(0, 1)[batch.rows].detach()
+        W = model.lm_head.weight.detach().clone().requires_grad_()
+        log_probs = (h @ W.T).log_softmax(1).gather(1, batch.targets[:, None]).squeeze(1)
+        right = sum(len(chi) for chi in ROLLOUTS[:2])
+        (plus,) = torch.autograd.grad(log_probs[:right].sum(), W, retain_graph=True)
+        truth = torch.stack([(torch.autograd.grad(lp, W, retain_graph=True)[0] * plus).sum() for lp in log_probs])
+    assert relative_error(found, truth) < 1e-12
+
+
+def test_nthr_over_all_parameters_is_their_gradient():
+    with float64():
+        model = tiny("llama").double()
+        found = nthr_scores(model, ROLLOUTS, scope="full").double()
+        J = token_gradients(model, ROLLOUTS)
+    truth = J @ J[: sum(len(chi) for chi in ROLLOUTS[:2])].sum(0)
+    assert relative_error(found, truth) < 1e-12
+
+
+def test_nthr_is_the_rate_at_which_a_push_on_the_readout_moves_the_right_answers():
+    """A real step on W along -∇ log pi(y⁻_k) lowers Σ log pi(y⁺) by h s_k, to second order in h."""
+    with float64():
+        model = tiny("llama", tied=False).double()
+        s = nthr_scores(model, ROLLOUTS).double()
+        k = int(s[sum(map(len, ROLLOUTS[:2])) :].argmax()) + sum(map(len, ROLLOUTS[:2]))
+        batch = collate(ROLLOUTS)
+
+        def right():
+            z = model(batch.ids).logits.flatten(0, 1)[batch.rows].log_softmax(1)
+            return z.gather(1, batch.targets[:, None]).squeeze(1)
+
+        lp = right()
+        (g,) = torch.autograd.grad(lp[k], model.lm_head.weight)
+        n = sum(map(len, ROLLOUTS[:2]))
+        errors = []
+        for h in (1e-3, 5e-4):
+            with torch.no_grad():
+                model.lm_head.weight.sub_(h * g)
+                errors.append(float((right()[:n] - lp[:n]).sum() + h * s[k]))
+                model.lm_head.weight.add_(h * g)
+    assert s[k] > 0 and 3.8 < errors[0] / errors[1] < 4.2
+
+
+def test_nthr_spares_the_wrong_tokens_above_the_threshold_and_no_others():
+    model, two = tiny("llama"), [*ROLLOUTS, *group((-1.0, 1.0), seed=7, number=1)]
+    s, w = nthr_scores(model, two), nthr(model, two, beta=0.4, scale=0.25)
+    at, spared = 0, 0
+    parts = []
+    for chi in two:
+        parts.append((chi, s[at : at + len(chi)], w[at : at + len(chi)]))
+        at += len(chi)
+    for number in (0, 1):
+        tau = 0.4 * min(float(own.mean()) for chi, own, _ in parts if chi.group == number and chi.advantage > 0)
+        for chi, own, weight in parts:
+            if chi.group == number:
+                shared = (own > tau) & (chi.advantage < 0)
+                assert torch.equal(weight, torch.where(shared, 0.25, 1.0))
+                spared += int(shared.sum())
+    assert 0 < spared < sum(len(chi) for chi in two if chi.advantage < 0)
+    # groups do not see one another
+    torch.testing.assert_close(s[: at - 9], nthr_scores(model, ROLLOUTS), rtol=0, atol=100 * EPS * float(s.abs().max()))
+
+
+def test_nthr_leaves_groups_without_right_or_wrong_answers():
+    model = tiny("llama")
+    assert torch.equal(nthr(model, group((-1.0, -1.0))), torch.ones(9)) and not nthr_scores(model, group((-1.0, -1.0))).any()
+    assert torch.equal(nthr(model, group((1.0, 1.0))), torch.ones(9))
+
+
+def test_nthr_lessens_what_the_wrong_rollouts_take_from_the_right_ones():
+    """Reweighting lowers the displacement: each spared token's force on the right answers was negative."""
+    model, objective = tiny("llama", tied=False), GRPO()
+    w = nthr(model, ROLLOUTS, beta=0.1, scale=0.0)
+    F = td.forces(model, ROLLOUTS, ROLLOUTS[:2], objective, scope="readout", reduce="observe").vector
+    assert bool((w == 0).any()) and bool((F[w == 0] < 0).all())
+    assert float((w * F).sum()) > float(F.sum())
+
+
+# ---------------------------------------------------------------- force-weighted tokens
+
+
+@pytest.mark.parametrize("make", [tiny, tiny_lora], ids=["full", "LoRA"])
+@pytest.mark.parametrize(("objective", "update"), [(DPO(), PAIR), (GRPO(), ROLLOUTS), (SFT(), PAIR)])
+def test_the_protected_probe_is_predicted_to_do_better_by_dense_forces(make, objective, update):
+    """Σ_l w_l F_l >= Σ_l F_l by the matrix of one gradient per token, by exactly what the spared tokens would have taken."""
+    model = make("llama")
+    w = force_weights(model, update, PROTECT, objective, share=0.3)
+    F = td.forces(model, update, PROTECT, objective, method="naive").matrix.sum(0)
+    spared = w == 0
+    assert 0 < int(spared.sum()) <= int(0.3 * len(F)) and bool(((w == 0) | (w == 1)).all())
+    assert bool((F[spared] < 0).all()) and float(F[spared].max()) <= float(F[~spared].min()) + 100 * EPS * float(F.abs().max())
+    assert float((w * F).sum()) - float(F.sum()) == pytest.approx(float(-F[spared].sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [None, "adam"])
+def test_the_weighted_step_does_to_the_probe_what_the_weighted_forces_say(optimizer):
+    """A real gradient step on the weighted loss moves the protected log-prob at the rate Σ_l w_l F_l, in float64."""
+    with float64():
+        model = tiny("llama").double()
+        adam = torch.optim.Adam(model.parameters(), lr=0.0)
+        if optimizer:
+            loss(model, PAIR, DPO()).backward()
+            adam.step()
+            adam.zero_grad()
+        options = {"optimizer": adam} if optimizer else {}
+        w = force_weights(model, PAIR, PROTECT, DPO(), share=0.4, scale=0.2, **options)
+        F = td.forces(model, PAIR, PROTECT, DPO(), reduce="observe", **options).vector
+        g = gradient(model, loss(model, PAIR, DPO(), weights=w))
+        P = torch.ones_like(g)
+        if optimizer:
+            group = adam.param_groups[0]
+            v = torch.cat([adam.state[p]["exp_avg_sq"].flatten() for p in model.parameters()])
+            P = 1 / ((v / (1 - group["betas"][1] ** 1)).sqrt() + group["eps"])
+        observed = gradient(model, loss(model, PROTECT, SFT()))
+    assert relative_error((P * g) @ observed, (w * F).sum()) < 1e-10
+    assert float((w * F).sum()) > float(F.sum())
+
+
+def test_spare_takes_the_worst_within_its_share():
+    f = torch.tensor([0.5, -3.0, -1.0, 2.0, -2.0, 0.0, 1.0, -0.1, 4.0, 3.0])
+    assert torch.equal(spare(f, share=0.2), torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1, 1, 1]))
+    assert torch.equal(spare(f, share=1.0, scale=0.5), torch.where(f < 0, 0.5, 1.0))  # never what helps
+    assert torch.equal(spare(f, share=0.0), torch.ones(10)) and torch.equal(spare(f.abs()), torch.ones(10))
+
+
+# ---------------------------------------------------------------- weights at work
+
+
+@pytest.mark.parametrize("objective", [DPO(), SFT(), SimKO(quantile=0.5, alpha=0.3)])
+def test_weighted_log_probs_scale_c_and_leave_the_loss(objective):
+    """c_l -> w_l c_l for any loss of the log-probs, with its value bit for bit."""
+    chis, L = (ROLLOUTS, sum(map(len, ROLLOUTS))) if objective.reads == "rollouts" else (PAIR, 11)
+    w = torch.rand(L, generator=torch.Generator().manual_seed(0)).double()
+    lp = (-torch.rand(L, generator=torch.Generator().manual_seed(1)).double() * 5).requires_grad_()
+    scores = td.objectives.Scores(torch.rand(L).double(), None, torch.randint(0, 61, (L, 3)), -torch.rand(L, 3).double())
+    plain, with_weights = (objective.loss(x, chis, scores) for x in (lp, weigh(lp, w)))
+    assert torch.equal(plain, with_weights)
+    c, cw = (torch.autograd.grad(value, lp)[0] for value in (plain, with_weights))
+    assert torch.equal(cw, w * c) and bool(c.any())
+
+
+def by_labels(model, ids):
+    return model(input_ids=ids, labels=torch.where(torch.arange(ids.shape[1]) >= 4, ids, -100)).loss
+
+
+def by_logits(model, ids):
+    log_pi = model(input_ids=ids).logits[:, 3:-1].log_softmax(-1)
+    H = -(log_pi.exp() * log_pi).sum(-1)
+    return -(log_pi.gather(-1, ids[:, 4:, None]).squeeze(-1).exp() + 0.1 * H).mean()
+
+
+def by_last_logits(model, ids):
+    return -(model(input_ids=ids, logits_to_keep=4).logits[:, :-1] / 0.7).log_softmax(-1).gather(-1, ids[:, 4:, None]).mean()
+
+
+def ids_of_batch():
+    return torch.randint(0, 61, (2, 7), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere"])
+@pytest.mark.parametrize("loss_of", [by_labels, by_logits, by_last_logits])
+def test_a_weighted_pass_is_the_weighted_sum_of_its_tokens(family, loss_of):
+    """∇L with weights on all tokens is Σ_t w_t ∇L with weight 1 on token t alone; all ones change no bit."""
+    with float64():
+        model, ids = tiny(family).double(), ids_of_batch()
+
+        def of(w):
+            with weighted(model, w) if w is not None else contextlib.nullcontext():
+                value = loss_of(model, ids)
+            return value, gradient(model, value)
+
+        value, whole = of(None)
+        assert all(torch.equal(a, b) for a, b in zip(of(torch.ones(2, 7)), (value, whole), strict=True))
+        w = torch.rand(2, 7, generator=torch.Generator().manual_seed(5)).double()
+        parts = torch.zeros_like(whole)
+        for b in range(2):
+            for t in range(7):
+                one = torch.zeros(2, 7)
+                one[b, t] = 1
+                part = of(one)[1]
+                assert bool(part.any()) == (t >= 4)  # only scored tokens, and each of them, carry the loss
+                parts += w[b, t] * part
+        same, found = of(w)
+    assert torch.equal(same, value)
+    assert relative_error(found, parts) < 1e-12
+    assert not model._forward_hooks and not model.lm_head._forward_hooks and not model._forward_pre_hooks
+
+
+def test_lora_and_compiled_wrappers_are_weighted():
+    ids = ids_of_batch()
+    w = torch.rand(2, 7, generator=torch.Generator().manual_seed(5))
+    for model, inner in ((m := tiny_lora("llama"), m), (torch.compile(n := tiny("llama"), backend="eager"), n)):
+        found = []
+        for way in (model, inner):
+            with weighted(way, w):
+                value = by_logits(way, ids)
+            found.append(gradient(inner, value))
+        assert relative_error(*found) < 100 * EPS and relative_error(found[0], gradient(inner, by_logits(inner, ids))) > 0.01
+
+
+def test_a_fused_head_is_weighted():
+    """A head that gives log-probs and entropies, as TRL's trainers patch it in: the same gradient as from logits."""
+
+    class Fused(torch.nn.Module):
+        def __init__(self, lm):
+            super().__init__()
+            self.lm = lm
+
+        def get_output_embeddings(self):
+            return self.lm.lm_head
+
+        def forward(self, input_ids, labels=None):
+            h = self.lm.model(input_ids).last_hidden_state[:, :-1]
+            log_pi = (h @ self.lm.lm_head.weight.T).log_softmax(-1)
+            picked = log_pi.gather(-1, labels[:, 1:, None]).squeeze(-1)
+            out = type("Output", (), {})()
+            out.log_probs, out.entropy = picked, -(log_pi.exp() * log_pi).sum(-1)
+            return out
+
+    with float64():
+        lm, ids = tiny("llama").double(), ids_of_batch()
+        model, w = Fused(lm), torch.rand(2, 7, generator=torch.Generator().manual_seed(5)).double()
+        with weighted(model, w):
+            out = model(ids, labels=ids)
+        value = -(out.log_probs[:, 3:].exp() + 0.1 * out.entropy[:, 3:]).mean()
+        with weighted(lm, w):
+            plain = by_logits(lm, ids)
+        assert relative_error(gradient(lm, value), gradient(lm, plain)) < 1e-12
+
+
+def test_a_monitor_records_the_weighted_c_and_agrees_with_itself():
+    model, ids = tiny("llama"), ids_of_batch()
+    w = torch.rand(2, 7, generator=torch.Generator().manual_seed(5))
+    found = []
+    for weights in (torch.ones(2, 7), w):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        with td.Monitor(model, optimizer, on_error="raise") as monitor:
+            with weighted(model, weights):
+                value = by_labels(model, ids)
+            value.backward()
+            optimizer.step()
+            found.append(monitor.step_end())
+    assert found[1].residual < 1e-5
+    torch.testing.assert_close(found[1].c, found[0].c * w[:, 4:].flatten(), rtol=1e3 * EPS, atol=0)
+
+
+# ---------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize(
+    ("objective", "chis"),
+    [(SFT(), PAIR), (SFT(label_smoothing=0.1), PAIR), (DPO(), PAIR), (GRPO(), ROLLOUTS), (SimKO(quantile=0.5), ROLLOUTS)],
+)
+def test_the_gradient_of_a_loss_is_the_force_that_was_predicted(objective, chis):
+    """-<∇L, ∇ Σ log pi(protected)> = Σ_m Σ_l F[m,l], and with weights Σ_l w_l F_l."""
+    with float64():
+        model = tiny("llama").double()
+        F = td.forces(model, chis, PROTECT, objective, reduce="observe").vector
+        w = torch.rand(len(F), generator=torch.Generator().manual_seed(2)).double()
+        observed = -gradient(model, loss(model, PROTECT, SFT()))
+        plain, with_weights = (gradient(model, loss(model, chis, objective, weights=x)) for x in (None, w))
+    assert (
+        relative_error(-plain @ observed, F.sum()) < 1e-10 and relative_error(-with_weights @ observed, (w * F).sum()) < 1e-10
+    )
+
+
+def test_simko_as_a_loss_keeps_grpos_value_and_shares_its_gradient():
+    """γ⁺ equals γ, so the loss is GRPO's; its gradient also lifts the top candidates of forking tokens."""
+    model = tiny("llama").double()
+    plain, shared = GRPO(), SimKO(quantile=0.5, alpha=0.3, lam=1.0)
+    a, b = loss(model, ROLLOUTS, plain), loss(model, ROLLOUTS, shared)
+    assert a.item() == pytest.approx(b.item(), rel=1e-12)
+    assert relative_error(gradient(model, b), gradient(model, a)) > 1e-3
+
+
+def test_llds_as_a_loss_holds_on_to_what_was_lost():
+    """λ Σ max(0, log pi_old - log pi) adds -λ ∇ Σ log pi of answers that have lost likelihood, nothing where none has."""
+    with float64():
+        model = tiny("llama").double()
+        now = td.forces(model, ROLLOUTS, ROLLOUTS, SFT(), reduce="update").observed["log_prob"].to_pylist()
+        now = torch.tensor(now).double().split([len(chi) for chi in ROLLOUTS])
+        lost, kept = ([chi.with_(old_log_probs=lp + d) for chi, lp in zip(ROLLOUTS, now, strict=True)] for d in (0.05, -0.05))
+        grads = [gradient(model, loss(model, lost, o)) for o in (GRPO(), LLDS(lam=0.5))]
+        answers = gradient(model, loss(model, ROLLOUTS, SFT()))
+        same = [gradient(model, loss(model, kept, o)) for o in (GRPO(), LLDS(lam=0.5))]
+    assert relative_error(grads[1] - grads[0], 0.5 * answers) < 1e-10
+    assert torch.equal(*same)
+
+
+def test_extended_sft_learns_both_answers():
+    """c = 1 on every token of both; at a shared prefix the two add where DPO's cancel; both answers together must rise."""
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "score": 3}, {"prompt": "d", "chosen": "e", "rejected": "f"}]
+    assert both_answers(rows) == [{"prompt": p, "completion": y} for p, y in (("a", "b"), ("a", "c"), ("d", "e"), ("d", "f"))]
+    shared = torch.tensor([5, 9, 2])
+    chosen, rejected = (chi.with_(ids=torch.cat([chi.ids[:3], shared, chi.ids[6:]])) for chi in PAIR)
+    model, both = tiny("llama"), [chosen, rejected]
+    c = td.forces(model, both, both, SFT(), reduce="observe").c
+    assert torch.equal(c, torch.ones(11))
+    G = {o: td.forces(model, both, both, o, reduce="observe").c for o in (SFT(), DPO())}
+    same = [G[o][:3] + G[o][5:8] for o in (SFT(), DPO())]
+    assert torch.equal(same[0], torch.full((3,), 2.0)) and float(same[1].abs().max()) <= 4 * EPS * float(G[DPO()].abs().max())
+    assert float(td.forces(model, both, both, SFT(), reduce="update").vector.sum()) > 0  # ‖∇ Σ log pi‖²
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def wrongly(weights):
+    model = tiny("llama")
+    with weighted(model, weights):
+        model(input_ids=torch.zeros(2, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: nthr_scores(tiny("llama"), PAIR), "by their advantage: build them with td.rollouts"),
+        (lambda: nthr(tiny("llama"), ROLLOUTS, scale=1.5), r"scale must lie in \[0, 1\], got 1.5"),
+        (lambda: spare(torch.zeros(3), share=2.0), r"share must lie in \[0, 1\], got 2.0"),
+        (lambda: both_answers([{"prompt": "a", "chosen": "b"}]), "row 1 lacks rejected"),
+        (lambda: weigh(torch.zeros(3), torch.ones(2)), r"weights \[2\] do not fit log-probs \[3\]"),
+        (lambda: loss(tiny("llama"), PAIR, DPO(), weights=torch.ones(3)), r"\[L\]=\(11,\), one per scored token, got \[3\]"),
+        (lambda: wrongly(torch.ones(2, 6)), r"\[B, T\]=\[2, 5\], one for each token of the batch, got \[2, 6\]"),
+        (lambda: loss(tiny("llama"), PAIR, DrGRPO()), "needs Chi.advantage"),
+    ],
+)  # fmt: skip
+def test_mistakes_say_what_to_do(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_a_fused_loss_is_refused_and_the_hooks_are_gone():
+    model = tiny("llama")
+
+    class Lossy(torch.nn.Module):
+        get_output_embeddings = staticmethod(model.get_output_embeddings)
+
+        def forward(self, input_ids):
+            return type("Output", (), {"loss": model.model(input_ids).last_hidden_state.sum()})()
+
+    lossy = Lossy()
+    with (
+        pytest.raises(ValueError, match="fused with the readout.*weigh log-probs of your own"),
+        weighted(lossy, torch.ones(2, 5)),
+    ):
+        lossy(torch.zeros(2, 5, dtype=torch.long))
+    assert not lossy._forward_hooks and not model.lm_head._forward_hooks

@@ -1,0 +1,280 @@
+"""Interventions in real trainers: the loss that is asked for is the loss that is trained, the tokens spared are those named."""
+
+import os
+
+import pytest
+import torch
+
+import tokdyn as td
+from tokdyn.integrations.intervene import protect, reweight, sequences_of, train_with
+from tokdyn.objectives import DPO, GRPO, IPO, SFT, SimKO
+from tokdyn.testing import relative_error, tiny
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+transformers = pytest.importorskip("transformers")
+
+EPS = torch.finfo(torch.float32).eps
+WORDS = "what is two plus the sky colour of france paris four five blue green not know answer i do capital today a".split()
+PAIRS = [
+    ("what is two plus two", " two plus two is four", " the answer is five"),
+    ("what is the colour of the sky", " the sky is blue today", " the sky is green"),
+    ("what is the capital of france", " paris", " i do not know"),
+] * 4
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "<pad>", "<eos>", *WORDS])}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model = tiny("llama", tied=False, vocabulary=len(tokenizer))
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def build(tokenizer, folder, tmp_path):
+    datasets.disable_progress_bars()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    def make(kind, **options):
+        transformers.set_seed(0)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        settings = dict(
+            output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, logging_steps=1, save_strategy="no",
+            report_to="none", use_cpu=True, bf16=False, learning_rate=1e-3, disable_tqdm=True, gradient_checkpointing=False,
+        ) | options  # fmt: skip
+        rows = {
+            "sft": [{"prompt": p, "completion": c} for p, c, _ in PAIRS],
+            "dpo": [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS],
+            "grpo": [{"prompt": p} for p, _, _ in PAIRS],
+        }[kind]
+        more = dict(model=model, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(rows))
+        if kind == "sft":
+            return trl.SFTTrainer(args=trl.SFTConfig(**settings), **more)
+        if kind == "dpo":
+            return trl.DPOTrainer(args=trl.DPOConfig(**settings), **more)
+
+        def reward(completion_ids, **_):
+            return [float(i % 4 < 2) for i in range(len(completion_ids))]  # every group has right and wrong ones
+
+        config = trl.GRPOConfig(num_generations=4, max_completion_length=6, loss_type="grpo", scale_rewards="group", **settings)
+        return trl.GRPOTrainer(args=config, reward_funcs=reward, **more)
+
+    return make
+
+
+@pytest.fixture
+def probe(tokenizer):
+    return [td.encode(tokenizer, PAIRS[0][0], PAIRS[0][1]), td.encode(tokenizer, PAIRS[2][0], PAIRS[2][2])]
+
+
+def logged(trainer):
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights_of(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+KINDS = ["sft", "dpo", "grpo"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_one_change_nothing_and_all_is_given_back(build, kind):
+    plain = build(kind)
+    plain.train()
+    trainer = build(kind)
+    undo = reweight(trainer, lambda model, chis: torch.ones(sum(len(chi) for chi in chis)))
+    trainer.train()
+    assert logged(trainer) == logged(plain) and torch.equal(weights_of(trainer), weights_of(plain))
+    undo()
+    assert "compute_loss" not in vars(trainer) and not trainer.model._forward_hooks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weights_reach_the_tokens_they_are_for(build, kind):
+    """With weights a function of the token, every token's c is the one without them times its own weight."""
+
+    def weights(model, chis):
+        return torch.cat([(chi.ids[chi.scored] % 5).float() / 4 for chi in chis])
+
+    records = []
+    for weigh in (None, weights):
+        trainer = build(kind, max_steps=1)
+        if weigh is not None:
+            reweight(trainer, weigh)
+        monitor = td.attach(trainer, on_error="raise")
+        trainer.train()
+        records.append(monitor.steps[0])
+    plain, weighted = records
+    ids = torch.tensor(plain.tokens["token_id"].to_pylist())
+    assert torch.equal(ids, torch.tensor(weighted.tokens["token_id"].to_pylist())) and bool(plain.c.any())
+    torch.testing.assert_close(weighted.c, plain.c * (ids % 5) / 4, rtol=1e3 * EPS, atol=0)
+    assert weighted.residual < 1e-4  # what was captured explains the gradient that is trained
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_are_read_as_the_model_reads_them(build, tokenizer, kind):
+    """Sequences of a batch, padding undone: prompts and answers of the data, answers scored, roles and advantages."""
+    trainer, seen = build(kind, max_steps=1), []
+    original = trainer.compute_loss
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        seen.append(sequences_of(trainer, inputs))
+        return original(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    chis, grid, (rows, columns) = seen[0]
+    assert len(rows) == len(columns) == sum(len(chi) for chi in chis) and len(chis) == (8 if kind == "dpo" else 4)
+    texts = {tuple(tokenizer(p)["input_ids"]): (tokenizer(c)["input_ids"], tokenizer(r)["input_ids"]) for p, c, r in PAIRS}
+    for chi in chis:
+        prompt, answer = tuple(chi.ids[~chi.scored].tolist()), chi.ids[chi.scored].tolist()
+        assert prompt in texts and chi.ids.tolist() == [*prompt, *answer]
+        if kind != "grpo":
+            assert answer == [*texts[prompt][chi.role == "rejected"], tokenizer.eos_token_id]
+    if kind == "dpo":
+        assert [chi.role for chi in chis] == ["chosen"] * 4 + ["rejected"] * 4
+        assert [chi.group for chi in chis] == [*range(4)] * 2
+    if kind == "grpo":
+        assert len({chi.group for chi in chis}) == 1 and sum(chi.advantage for chi in chis) == pytest.approx(0, abs=1e-5)
+
+
+# ---------------------------------------------------------------- other losses
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("kind", "objective"), [("sft", SFT()), ("dpo", DPO(beta=0.1)), ("grpo", GRPO())])
+def test_a_trainers_own_loss_as_an_objective_trains_the_same(build, kind, objective, accumulate):
+    """td.objectives' SFT, DPO and GRPO in TRL's trainers give TRL's losses and gradients."""
+    if kind == "sft" and accumulate > 1:
+        pytest.skip("TRL averages tokens over all accumulated batches, an objective over each")
+    plain = build(kind, gradient_accumulation_steps=accumulate)
+    plain.train()
+    trainer = build(kind, gradient_accumulation_steps=accumulate)
+    train_with(trainer, objective)
+    trainer.train()
+    ours, theirs = (torch.tensor(logged(t)) for t in (trainer, plain))
+    # losses and norms are sums of at most 100 terms in float32; two Adam steps divide by the gradient's own size
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e3 * EPS)
+    assert bool((theirs[:, 1] > 0).all())
+
+
+def test_simko_trains_in_a_grpo_trainer_and_differs_from_grpo(build):
+    found = {}
+    for name, objective in (("grpo", GRPO()), ("simko", SimKO(quantile=0.5, alpha=0.5))):
+        trainer = build("grpo")
+        train_with(trainer, objective)
+        trainer.train()
+        found[name] = torch.tensor(logged(trainer))
+    assert bool(found["simko"].isfinite().all())
+    assert float((found["simko"][0, 1] - found["grpo"][0, 1]).abs()) > 1e-4  # another gradient
+
+
+def test_precomputed_references_serve(build):
+    found = []
+    for precompute in (False, True):
+        trainer = build("dpo", precompute_ref_log_probs=precompute, learning_rate=3e-3)
+        train_with(trainer, IPO())
+        trainer.train()
+        found.append(torch.tensor(logged(trainer)))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e3 * EPS)
+
+
+# ---------------------------------------------------------------- protection
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_protection_spares_the_tokens_whose_force_is_worst(build, probe, kind):
+    """Recorded with and without: c is 0 on the worst tokens by td.Monitor's own forces, and as it was on the others."""
+    records = []
+    for guard in (False, True):
+        trainer = build(kind, max_steps=1, optim="sgd", max_grad_norm=0.0)
+        if guard:
+            protect(trainer, probe, share=0.25)
+        monitor = td.attach(trainer, probe={"protected": probe}, on_error="raise")
+        trainer.train()
+        records.append(monitor.steps[0])
+    plain, guarded = records
+    F, n = plain.forces, len(plain.c)
+    worst = F.argsort()[: int(0.25 * n)]
+    spared = torch.zeros(n, dtype=torch.bool)
+    spared[worst[F[worst] < 0]] = True
+    assert bool(spared.any()) and torch.equal(guarded.c == 0, spared | (plain.c == 0))
+    torch.testing.assert_close(guarded.c[~spared], plain.c[~spared], rtol=1e3 * EPS, atol=0)
+    # the theorem, as it came out: predicted by the forces, and measured on the probe after the step
+    assert float(guarded.predicted.sum()) > float(plain.predicted.sum())
+    gain = float((guarded.predicted - plain.predicted).sum())
+    assert gain == pytest.approx(float(-F[spared].sum()), rel=1e-3)
+    assert float(guarded.actual.sum()) > float(plain.actual.sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_protection_of_nothing_changes_no_bit(build, probe, kind):
+    """The rehearsal leaves no trace in gradients, random numbers or the trainer's own figures of loss."""
+    plain = build(kind)
+    plain.train()
+    trainer = build(kind)
+    protect(trainer, {"a": probe}, share=0.0)
+    trainer.train()
+    assert logged(trainer) == logged(plain) and torch.equal(weights_of(trainer), weights_of(plain))
+
+
+def test_nthr_in_a_grpo_trainer(build):
+    """Wrong rollouts lose c where NTHR says so, and the right ones' tokens keep it all."""
+    chosen, records = [], []
+    for spare in (False, True):
+        trainer = build("grpo", max_steps=1)
+        if spare:
+
+            def weights(model, chis):
+                chosen.append(td.interventions.nthr(model, chis, beta=0.1, scale=0.0))
+                return chosen[-1]
+
+            reweight(trainer, weights)
+        monitor = td.attach(trainer, on_error="raise")
+        trainer.train()
+        records.append(monitor.steps[0])
+    plain, spared = records
+    A = torch.tensor(plain.tokens["advantage"].to_pylist())
+    assert bool((A > 0).any() and (A < 0).any()) and bool((chosen[0] == 0).any())
+    assert torch.equal(chosen[0][A > 0], torch.ones(int((A > 0).sum())))
+    torch.testing.assert_close(spared.c, plain.c * chosen[0], rtol=1e3 * EPS, atol=0)
+    assert relative_error(spared.c, plain.c) > 0.01
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: reweight(object(), lambda m, c: None), "needs a transformers.Trainer, got object without train"),
+        (lambda: protect(object(), []), "the probe is empty"),
+        (lambda: protect(object(), [td.Chi(torch.arange(3), torch.arange(3) > 0)], share=3.0), r"share must lie in \[0, 1\]"),
+        (lambda: sequences_of(object(), {"pixels": 1}), "which tokens of this batch are scored is unknown: it has pixels"),
+    ],
+)  # fmt: skip
+def test_mistakes_say_what_to_do(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_weights_of_another_length_stop_the_training(build):
+    trainer = build("sft")
+    reweight(trainer, lambda model, chis: torch.ones(3))
+    with pytest.raises(ValueError, match=r"must return \[L\]=\(\d+,\), one for each scored token, got \[3\]"):
+        trainer.train()

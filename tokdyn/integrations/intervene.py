@@ -1,0 +1,275 @@
+"""Interventions in transformers.Trainer and everything built on it (TRL's trainers); each takes hold of one trainer object.
+
+    undo = reweight(trainer, nthr)                     # weights of a function of (model, sequences)
+    undo = protect(trainer, probe, share=0.1)          # spare the tokens whose exact force on the probe is worst
+    undo = train_with(trainer, td.objectives.SimKO())  # another loss
+
+Call them before td.attach, which then records what is really done. `undo()` gives the trainer back as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import exact, interventions
+from ..capture import Capture, _active
+from ..captured import IGNORED, Forward, Layout
+from ..exact import Side
+from ..objectives import GTerm, Objective
+from ..precondition import preconditioner
+from ..prediction import TOKENS, Probe, _NoRequiresGrad, _without_autocast
+from ..sequences import Chi
+from ..sides import with_reference
+from ..trace import trace
+from ..wrapped import unwrap
+from .trainer import wrap
+from .trl import about_batch
+
+Undo = Callable[[], None]
+
+
+def reweight(trainer: Any, weights: Callable[[nn.Module, list[Chi]], Tensor]) -> Undo:
+    """Weigh the tokens of every training batch: G_l -> w_l G_l in whatever loss the trainer has.
+
+    Args:
+        trainer: a transformers.Trainer or one of TRL's.
+        weights: given the model and the sequences of a batch, one weight for each of their scored tokens [L]; for instance
+            td.interventions.nthr in a GRPOTrainer.
+
+    Returns:
+        What gives the trainer back.
+
+    Raises:
+        ValueError: this is no Trainer; while training, a batch of another form than SFT's, DPO's or GRPO's.
+    """
+
+    def compute_loss(original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        chis, grid, places = sequences_of(trainer, inputs)
+        with at_rest(model) as lm:
+            w = weights(lm, chis)
+        L = sum(len(chi) for chi in chis)
+        if w.shape != (L,):
+            raise ValueError(
+                f"weights(model, sequences) must return [L]=({L},), one for each scored token, got {list(w.shape)}"
+            )
+        grid[places] = w.to(grid)
+        with interventions.weighted(model, grid):
+            return original(model, inputs, *args, **kwargs)
+
+    return wrap(_trainer(trainer), "compute_loss", compute_loss)
+
+
+def protect(
+    trainer: Any, probe: Sequence[Chi] | Mapping[str, Sequence[Chi]], *, share: float = 0.1, scale: float = 0.0
+) -> Undo:
+    """Spare the tokens of every training batch whose exact force on the probe is worst, in whatever loss the trainer has.
+
+    Each batch's loss is computed twice. The first time only says what c is (and v, u: all of G), and thereby the exact force of
+    each token on the probe, along the optimizer's diagonal once it has one. The second time trains, with the most negative
+    forces scaled: see `interventions.force_weights`.
+
+    Args:
+        trainer: a transformers.Trainer or one of TRL's.
+        probe: the sequences to protect, or named groups of them, all together.
+        share: at most so much of the tokens of a batch is spared.
+        scale: what is left of their gradient.
+
+    Returns:
+        What gives the trainer back.
+
+    Raises:
+        ValueError: this is no Trainer, or an empty probe; while training, a loss of which nothing can be captured.
+
+    Cost: per batch one more forward and backward pass, one backward over the probe, one tangent pass over the batch.
+    """
+    chis = Probe(probe).chis
+    interventions.spare(torch.zeros(0), share=share, scale=scale)  # share and scale are checked before anything runs
+
+    def compute_loss(original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        forward = _rehearsed(trainer, original, model, inputs, *args, **kwargs)
+        with at_rest(model) as lm:
+            F = _forces_on(lm, forward, chis, trainer.optimizer)
+        grid = torch.ones(forward.layout.real.shape, device=F.device)
+        grid[forward.batch, forward.column] = interventions.spare(F, share=share, scale=scale)
+        with interventions.weighted(model, grid):
+            return original(model, inputs, *args, **kwargs)
+
+    return wrap(_trainer(trainer), "compute_loss", compute_loss)
+
+
+def train_with(trainer: Any, objective: Objective) -> Undo:
+    """Train on one of td.objectives instead of the trainer's own loss: SimKO or LLDS in a GRPOTrainer, IPO in a DPOTrainer.
+
+    The loss is the objective's mean: over tokens for supervised objectives, over pairs for preferences; the rollouts of a batch
+    count as one group, whatever their prompts (trainers shuffle them; advantages are already relative to their own prompt's).
+    Objectives with a reference need the trainer's ref_model or precomputed log-probs.
+
+    Returns:
+        What gives the trainer back.
+
+    Raises:
+        ValueError: this is no Trainer; while training, a batch that the objective cannot read.
+    """
+
+    def compute_loss(original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        chis, _, _ = sequences_of(trainer, inputs)
+        if objective.reads == "preference" and any(chi.reference_log_probs is None for chi in chis):
+            if getattr(trainer, "ref_model", None) is None:
+                raise ValueError(
+                    f"{type(objective).__name__} compares with a reference, and the trainer has no ref_model: train with "
+                    "precompute_ref_log_probs=True"
+                )
+            with at_rest(trainer.ref_model) as reference:
+                chis = with_reference(chis, reference)
+        if objective.reads == "rollouts":
+            chis = [chi.with_(group=0) for chi in chis]
+        temperature = float(getattr(trainer, "temperature", None) or 1.0)
+        value = interventions.loss(model, chis, objective, temperature=temperature)
+        value = (
+            value / {"completion": sum(len(chi) for chi in chis), "preference": len(chis) / 2, "rollouts": 1}[objective.reads]
+        )
+        if _divided(trainer, kwargs.get("num_items_in_batch")):
+            value = value / trainer.current_gradient_accumulation_steps
+        returned = args[0] if args else kwargs.get("return_outputs", False)
+        return (value, {}) if returned else value
+
+    return wrap(_trainer(trainer), "compute_loss", compute_loss)
+
+
+def _divided(trainer: Any, items: Any) -> bool:
+    """Whether a trainer expects its loss divided by the number of accumulated batches; it divides by itself if not."""
+    said = getattr(trainer, "loss_is_scaled_for_ga", None)
+    return said if said is not None else trainer.model_accepts_loss_kwargs and items is not None
+
+
+# ---------------------------------------------------------------- a batch as sequences
+
+
+def sequences_of(trainer: Any, inputs: Any) -> tuple[list[Chi], Tensor, tuple[Tensor, Tensor]]:
+    """The sequences of a trainer's batch, padding and packing undone, and where their scored tokens stand in it.
+
+    Returns:
+        The sequences with roles, groups, advantages, old and reference log-probs as far as the trainer gives them; a grid of
+        ones [B, T] as the model's ids stand; rows and columns of all scored tokens in it, in the order of the sequences.
+
+    Raises:
+        ValueError: the batch has neither labels nor a completion mask.
+    """
+    ids, mask, scored = _ids_of(inputs)
+    layout = Layout.of((ids.shape[0], ids.shape[1]), ids, mask, inputs.get("position_ids"))
+    about = about_batch(trainer, inputs)
+    chis, rows, columns = [], list[Tensor](), list[Tensor]()
+    for s in range(layout.sequences):
+        own = (layout.sequence == s) & layout.real
+        own_scored = scored[own].cpu()
+        own_scored[:1] = False
+        if not bool(own_scored.any()):
+            continue
+        b, t = own.nonzero(as_tuple=True)
+        kept = own_scored.to(b.device)
+        rows.append(b[kept])
+        columns.append(t[kept])
+        row, n = int(b[0]), int(own_scored.sum())
+        facts: dict[str, Any] = dict(group=s)
+        if "roles" in about:
+            facts |= dict(role=about["roles"][s], group=about["groups"][s])
+            if isinstance(inputs.get("ref_chosen_logps"), Tensor):  # only the sum over a response is known, and only it counts
+                sums = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+                facts["reference_log_probs"] = (sums[row].float() / n).expand(n).cpu()
+        if "advantages" in about and about["advantages"].dim() == 1:
+            prompt = ids[row, (layout.real[row]) & ~scored[row]].tolist()
+            facts |= dict(advantage=float(about["advantages"][row]), group=hash(tuple(prompt)))
+            for name, given in (("old_log_probs", "old_per_token_logps"), ("reference_log_probs", "ref_per_token_logps")):
+                if isinstance(inputs.get(given), Tensor):
+                    right = inputs[given].detach()
+                    facts[name] = right[row, t[kept] - (ids.shape[1] - right.shape[1])].float().cpu()
+        chis.append(Chi(ids[own].cpu(), own_scored, **facts))
+    return chis, torch.ones(ids.shape, device=ids.device), (torch.cat(rows), torch.cat(columns))
+
+
+def _ids_of(inputs: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Ids, attention mask and which tokens are scored, each [B, T] as the model is given them."""
+    if isinstance(inputs.get("completion_ids"), Tensor):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        return ids, mask, torch.cat([torch.zeros_like(inputs["prompt_mask"]), inputs["completion_mask"]], 1).bool()
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if isinstance(ids, Tensor) and isinstance(inputs.get("completion_mask"), Tensor):
+        return ids, mask, inputs["completion_mask"].bool()
+    if isinstance(ids, Tensor) and isinstance(inputs.get("labels"), Tensor):
+        return ids, mask, inputs["labels"] != IGNORED
+    raise ValueError(f"which tokens of this batch are scored is unknown: it has {', '.join(map(str, inputs))}")
+
+
+# ---------------------------------------------------------------- what a batch's loss does to a probe
+
+
+def _rehearsed(trainer: Any, original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Forward:
+    """The batch's loss and its gradient at the logits, without a trace in the gradients, the random numbers or a monitor."""
+    devices = [p.device.index for p in model.parameters() if p.device.type == "cuda"][:1]
+    with unwatched(), torch.random.fork_rng(devices):
+        capture = Capture(model, float(getattr(trainer, "temperature", None) or 1.0))
+        capture.install()
+        try:
+            capture.recording = True
+            value = original(model, inputs, *args, **kwargs)
+            value = value[0] if isinstance(value, tuple) else value
+            torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+            capture.recording = False
+            forwards = capture.take()
+            if capture.failure is not None:
+                raise ValueError(f"the capture failed: {capture.failure}") from capture.failure
+            if not forwards:
+                raise ValueError(f"nothing was captured: {capture.why_nothing()}")
+        finally:
+            capture.remove()
+    if len(forwards) > 1:
+        raise ValueError(f"the loss runs {len(forwards)} forward passes a batch: protect() needs one")
+    return forwards[0]
+
+
+def _forces_on(lm: nn.Module, forward: Forward, probe: Sequence[Chi], optimizer: Any) -> Tensor:
+    """F_l = Σ_m F[m,l] of every scored token of a pass on a probe, in the order of the pass."""
+    with trace(lm) as tracer:
+        uses, inner = exact.select(tracer, "full"), getattr(optimizer, "optimizer", optimizer)
+        P = preconditioner(inner, tracer) if inner is not None and inner.state else None
+        batches = tracer.batches(probe, TOKENS)
+        ones = [torch.ones(len(b.targets), dtype=tracer.precision, device=tracer.device) for b in batches]
+        observed = Side(batches, [GTerm(b.targets.to(tracer.device), x) for b, x in zip(batches, ones, strict=True)])
+        D = exact.scaled(exact.pull(tracer, observed, uses), P)
+        return exact.push_all(tracer, Probe._update(tracer, forward, 1.0), D, uses)
+
+
+@contextlib.contextmanager
+def at_rest(model: nn.Module) -> Iterator[nn.Module]:
+    """The causal LM inside, for passes of our own: as `unwatched`, and without autocast and what checkpointing hooks on."""
+    lm, _, _ = unwrap(model)
+    with unwatched(), _without_autocast(lm), _NoRequiresGrad():
+        yield lm
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Passes inside are not the training's: monitors look away."""
+    looking = [(capture, capture.recording) for capture in _active]
+    for capture, _ in looking:
+        capture.recording = False
+    try:
+        yield
+    finally:
+        for capture, was in looking:
+            capture.recording = was
+
+
+def _trainer(trainer: Any) -> Any:
+    for name in ("train", "compute_loss", "accelerator"):
+        if not hasattr(trainer, name):
+            raise ValueError(
+                f"this needs a transformers.Trainer, got {type(trainer).__name__} without {name}: see td.interventions"
+            )
+    return trainer
