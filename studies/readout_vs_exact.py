@@ -2,9 +2,9 @@
 
 The literature looks at forces through estimates that need forward passes only: the readout's force (h·h)<g,g>, its sum over a
 correct answer NTHR (Deng et al., arXiv 2505.18830, §4), CHES, the same without <g,g> (Razin et al., arXiv 2410.08847, §4.2),
-and CH2, which puts hidden states of all layers in place of the backbone's kernel (Ren, Deng, Hong, Lyle, Gal, 2026). Each rests
-on an assumption about what moves. Here they are set against F = <∇ log pi(y_m), -∇L_l> over ALL parameters, layer by layer, and
-against real steps; no paper reports this.
+and CH2, which puts hidden states of all layers in place of the backbone's kernel (Ren, Deng, Hong, Lyle, Gal, 2026). Each
+rests on an assumption about what moves. Here they are set against F = <∇ log pi(y_m), -∇L_l> over ALL parameters, layer by
+layer, and against real steps; no paper reports this.
 
 Identity, asserted: the layers' exact forces add up to the whole. Robust, asserted: the exact force predicts a real step of
 0.2 nats nearly perfectly and better than any estimate. Measured: everything about the estimates.
@@ -187,7 +187,7 @@ def _pairs(model: Any, tokenizer: Any, rows: list[texts.Row], steps: tuple[str, 
             vector = td.forces(model, pair, chosen, dpo, scope=scope, reduce="update").vector
             assert vector is not None
             found[scope] = float(vector.sum())
-        plus, minus = (h.double() for h in hidden(model, pair))
+        plus, minus = (h.double() for h in training.hidden(model, pair))
         sums = plus.sum(0), minus.sum(0)
         found["-CHES"] = float(sums[0] @ sums[0] - sums[0] @ sums[1])
         means = plus.mean(0), minus.mean(0)
@@ -198,16 +198,6 @@ def _pairs(model: Any, tokenizer: Any, rows: list[texts.Row], steps: tuple[str, 
                 for scope in ("full", "readout")]  # fmt: skip
         scores.append({"pair": i, "rank": td.rank_correlation(*push), "sign": td.sign_delta(*push)})
     return pairs, scores
-
-
-@torch.no_grad()
-def hidden(model: Any, chis: list[td.Chi]) -> list[Tensor]:
-    """What the readout sees at each scored token, [n, d] for each sequence."""
-    found = []
-    for chi in chis:
-        h = model(input_ids=chi.ids[None], output_hidden_states=True, use_cache=False).hidden_states[-1][0]
-        found.append(h[chi.scored.nonzero().squeeze(1) - 1])
-    return found
 
 
 def _sentences(model: Any, tokenizer: Any, rows: list[texts.Row], length: int = 1000) -> list[dict]:

@@ -6,8 +6,8 @@ large between them, and the pull fades or turns as the model becomes confident; 
 paper's probe sets (`data=` their folder); of the shipped pairs `td.probes` makes the six that need no writer.
 
 Robust, asserted: the chosen answers rise at every reading and more than any other kind, and their neighbours rise at first.
-Measured: which kinds turn, and whether random words fall: they do where a model knows its words already, while a small model on
-a small set first learns which words that set uses.
+Measured: which kinds turn, and whether random words fall: they do where a model knows its words already, while a small model
+on a small set first learns which words that set uses.
 """
 
 from __future__ import annotations
@@ -115,9 +115,9 @@ def follow(
     return readings
 
 
-def probe(tokenizer: Any, train: list[texts.Row], held_out: list[texts.Row], seed: int) -> dict[str, list[Any]]:
-    """kind -> sequences, of up to 16 of the rows trained on."""
-    rows = probes.build(train, held_out=held_out, rows=min(16, len(train)), seed=seed)
+def probe(tokenizer: Any, train: list[texts.Row], held_out: list[texts.Row], seed: int, n: int = 16) -> dict[str, list[Any]]:
+    """kind -> sequences, of up to n of the rows trained on."""
+    rows = probes.build(train, held_out=held_out, rows=min(n, len(train)), seed=seed)
     kinds = [kind for kind in probes.TYPES if all(kind in row for row in rows)]
     return {kind: texts.chis(tokenizer, rows, kind) for kind in kinds}
 

@@ -120,6 +120,16 @@ def _read(model: nn.Module, chis: Sequence[td.Chi], size: int) -> list[tuple[Ten
 
 
 @torch.no_grad()
+def hidden(model: nn.Module, chis: Sequence[td.Chi]) -> list[Tensor]:
+    """What the readout sees at each scored token, [n, d] for each sequence."""
+    found = []
+    for chi in chis:
+        h = model(input_ids=chi.ids[None], output_hidden_states=True, use_cache=False).hidden_states[-1][0]
+        found.append(h[chi.scored.nonzero().squeeze(1) - 1])
+    return found
+
+
+@torch.no_grad()
 def sample(
     model: Any, prompts: Sequence[Sequence[int]], *, length: int, end: int, seed: int, temperature: float = 1.0
 ) -> list[list[int]]:

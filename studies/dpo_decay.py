@@ -1,0 +1,238 @@
+"""Preference training presses the rejected answer down, takes the chosen one with it, and lifts what was most likely anyway.
+
+Ren & Sutherland, *Learning Dynamics of LLM Finetuning* (arXiv 2407.10490), §3.3 and §4.2: in off-policy DPO the rejected
+answer falls most, the chosen answer falls after a while, and the mass goes to the argmax of every position (squeezing).
+Theory says that this is weaker where the rejected answer is likely: in on-policy DPO, where both answers are the model's own,
+and in SPIN, where the rejected one is. Losses that stop pushing (IPO, SLiC, SPPO) or protect the chosen answer (DPOP) squeeze
+less too.
+
+Variants are compared at one margin, the widest that all of them reach: chosen minus rejected has then grown as much in each.
+
+Robust, asserted: the rejected answer falls most of all kinds, and the margin grows. Measured: the rest, over seeds and
+prompts.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import tokdyn as td
+from tokdyn.loading import load_model
+from tokdyn.objectives import Objective
+
+from . import sft_dynamics, texts, training
+from .figures import BLUE, COLOURS, GREY, VERMILION, figure
+from .result import Claim, Result, estimate
+
+PAPER = "arXiv 2407.10490 §4.2"
+LOSS = td.objectives
+VARIANTS: dict[str, tuple[Objective, str]] = {  # name -> loss, where the answers come from
+    "DPO": (LOSS.DPO(), "data"), "on-policy DPO": (LOSS.DPO(), "on-policy"), "SPIN": (LOSS.SPIN(), "rejected sampled"),
+    "IPO": (LOSS.IPO(), "data"), "SLiC": (LOSS.SLiC(delta=10.0), "data"), "SPPO": (LOSS.SPPO(), "data"),
+    "SimPO": (LOSS.SimPO(), "data"), "KTO": (LOSS.KTO(), "data"), "DPOP": (LOSS.DPOP(), "data"),
+}  # fmt: skip
+QUICK = ("DPO", "on-policy DPO", "SPIN", "DPOP")
+
+
+def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> Result:
+    """Every variant from one supervised model, read at every pass.
+
+    Args:
+        quick: one seed, four variants and 16 pairs instead of five seeds, nine variants and up to 64 pairs.
+        seed: of the first run.
+        data: the folder of the paper's probe sets, or a preference file; the shipped pairs when absent.
+    """
+    import pyarrow as pa
+
+    model, tokenizer = load_model()
+    rows = texts.pairs(data, 20 if quick else 80, tokenizer=tokenizer, longest=128)
+    train, held_out = rows[: len(rows) * 4 // 5], rows[len(rows) * 4 // 5 :]
+    table: list[dict[str, Any]] = []
+    for run_seed in range(seed, seed + (1 if quick else 5)):
+        tuned = copy.deepcopy(model)
+        training.sft(tuned, texts.chis(tokenizer, train, "chosen"), epochs=2, lr=2e-4, seed=run_seed)
+        for name in QUICK if quick else VARIANTS:
+            loss, source = VARIANTS[name]
+            pairs = sampled(tuned, tokenizer, train, source, run_seed)
+            watched = sft_dynamics.probe(tokenizer, pairs, held_out, run_seed, 8 if quick else 16)
+            watched = {kind: watched[kind] for kind in (watched if name == "DPO" else ("chosen", "rejected"))}
+            for row in follow(tuned, tokenizer, pairs, watched, loss, epochs=4 if quick else 10, seed=run_seed):
+                table.append({"variant": name, "seed": run_seed} | row)
+
+    dpo = {kind: final(table, "DPO", kind) for kind in kinds(table)}
+    falls = {kind: sum(values) / len(values) for kind, values in dpo.items()}
+    chosen = path(table, "DPO", "chosen")
+    margin = min(max(x["margin"] for x in means(table, name)) for name in variants(table))
+    at = {name: at_margin(means(table, name), margin) for name in variants(table)}
+    weaker = [name for name in at if name != "DPO"]
+    claims = [
+        Claim(
+            f"Off-policy DPO presses the rejected answer down most ({PAPER})",
+            "the change of the rejected answer's log-probability is the lowest of all kinds, and below 0",
+            "; ".join(f"{kind} {falls[kind]:+.2f}" for kind in sorted(falls, key=lambda k: falls[k])) + " nats a token",
+            min(falls, key=lambda k: falls[k]) == "rejected" and falls["rejected"] < 0,
+        ),
+        Claim(
+            "The margin between chosen and rejected answer grows (the loss is minimised)",
+            "chosen minus rejected rises in every variant",
+            "; ".join(f"{name} {means(table, name)[-1]['margin']:+.2f}" for name in at) + " nats a token",
+            all(means(table, name)[-1]["margin"] > 0 for name in at),
+        ),
+        Claim(
+            f"The chosen answer falls late ({PAPER})",
+            "its last reading lies below its highest one and below its start",
+            f"{chosen[0]:+.3f} at the start, highest {max(chosen):+.3f}, last {chosen[-1]:+.3f} nats a token; "
+            f"over prompts {estimate(dpo['chosen']).words('nats a token', of='answers')}",
+            chosen[-1] < max(chosen) and chosen[-1] < 0,
+        ),
+        Claim(
+            f"The argmax rises while everything that is watched falls: squeezing ({PAPER})",
+            "log-probability of the most likely token along the rejected answers rises over DPO",
+            f"{estimate(final(table, 'DPO', 'argmax')).words('nats a token', of='answers')}",
+            estimate(final(table, "DPO", "argmax")).low > 0,
+        ),
+        Claim(
+            f"On-policy DPO squeezes less than off-policy DPO ({PAPER} and §3.3)",
+            "at equal margin its argmax rises less and its chosen answer keeps more",
+            f"at {margin:.2f} nats a token: argmax {at['on-policy DPO']['argmax']:+.3f} against {at['DPO']['argmax']:+.3f}, "
+            f"chosen {at['on-policy DPO']['chosen']:+.3f} against {at['DPO']['chosen']:+.3f}",
+            at["on-policy DPO"]["argmax"] < at["DPO"]["argmax"] and at["on-policy DPO"]["chosen"] > at["DPO"]["chosen"],
+        ),
+        Claim(
+            f"So do the other losses, and SPIN ({PAPER}; theory §5)",
+            "at equal margin the argmax rises less than in off-policy DPO, in every variant",
+            f"at {margin:.2f} nats a token: " + ", ".join(f"{name} {at[name]['argmax']:+.3f}" for name in at),
+            all(at[name]["argmax"] < at["DPO"]["argmax"] for name in weaker),
+        ),
+    ]  # fmt: skip
+    return Result(
+        f"DPO presses the rejected answer down by {-falls['rejected']:.2f} nats a token; the chosen one moves by "
+        f"{falls['chosen']:+.2f}, the argmax by {falls['argmax']:+.2f}",
+        claims, {"readings": pa.Table.from_pylist(table)}, {"dpo_decay": _figure(table, at)},
+        notes=f"{len(train)} pairs; log-probabilities are means over the tokens of an answer. chosen and rejected are the "
+        "answers that a variant trains on; argmax is the most likely token at each position along its rejected answers. "
+        "On-policy pairs are two samples of the supervised model, preferred is the one that shares more words with the data's "
+        "chosen answer. Adam with one learning rate for all; variants differ in speed, so they are compared at one margin.",
+    )  # fmt: skip
+
+
+def sampled(model: Any, tokenizer: Any, rows: list[texts.Row], source: str, seed: int) -> list[texts.Row]:
+    """The rows with the answers that a variant trains on: the data's, or the model's own."""
+    if source == "data":
+        return rows
+    prompts = [tokenizer(row["prompt"]).input_ids for row in rows for _ in range(2)]
+    answers = training.sample(model, prompts, length=48, end=tokenizer.eos_token_id, seed=seed)
+    said = [" " + tokenizer.decode(ids).strip() for ids in answers]
+    made = []
+    for row, first, second in zip(rows, said[::2], said[1::2], strict=True):
+        if len(first.strip()) == 0 or len(second.strip()) == 0 or first == second:
+            continue
+        if source == "on-policy":
+            better, worse = sorted((first, second), key=lambda text: -_overlap(text, row["chosen"]))
+            made.append(row | {"chosen": better, "rejected": worse})
+        else:
+            made.append(row | {"rejected": first})
+    return made
+
+
+def _overlap(a: str, b: str) -> float:
+    """F1 of the words two texts share."""
+    x, y = set(a.lower().split()), set(b.lower().split())
+    return 2 * len(x & y) / (len(x) + len(y))
+
+
+def follow(
+    model: Any, tokenizer: Any, pairs: list[texts.Row], watched: dict[str, list[td.Chi]], loss: Objective, *, epochs: int,
+    seed: int, lr: float = 3e-5,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Readings {epoch, kind, row, log_prob, change} of a preference training from a copy of the model, one at every pass."""
+    policy, reference = copy.deepcopy(model), model
+    groups = [training.with_reference(reference, pair) for pair in _pairs(tokenizer, pairs)]
+    optimizer = training.adam(policy, lr)
+    start: dict[str, list[float]] = {}
+    rows: list[dict[str, Any]] = []
+    for epoch in range(epochs + 1):
+        readings = {kind: training.read(policy, chis) for kind, chis in watched.items()}
+        values = {kind: reading.log_prob.tolist() for kind, reading in readings.items()}
+        values["argmax"] = readings["rejected"].argmax.tolist()
+        start = start or values
+        rows += [{"epoch": epoch, "kind": kind, "row": i, "log_prob": value, "change": value - start[kind][i]}
+                 for kind, of in values.items() for i, value in enumerate(of)]  # fmt: skip
+        if epoch < epochs:
+            for batch in training.batches(groups, 4, 1000 * seed + epoch, epochs=1):
+                training.step(policy, optimizer, loss, [chi for pair in batch for chi in pair], mean_over=len(batch))
+    return rows
+
+
+def _pairs(tokenizer: Any, rows: list[texts.Row]) -> list[list[td.Chi]]:
+    chis = texts.preferences(tokenizer, rows)
+    return [chis[i : i + 2] for i in range(0, len(chis), 2)]
+
+
+# ---------------------------------------------------------------- reading the table
+
+
+def variants(table: list[dict[str, Any]]) -> list[str]:
+    """In the order they were run."""
+    return list(dict.fromkeys(row["variant"] for row in table))
+
+
+def kinds(table: list[dict[str, Any]]) -> list[str]:
+    """In the order they were read."""
+    return list(dict.fromkeys(row["kind"] for row in table))
+
+
+def final(table: list[dict[str, Any]], variant: str, kind: str) -> list[float]:
+    """Change of each answer at the last reading, over all seeds."""
+    last = max(row["epoch"] for row in table)
+    return [row["change"] for row in table if (row["variant"], row["kind"], row["epoch"]) == (variant, kind, last)]
+
+
+def path(table: list[dict[str, Any]], variant: str, kind: str) -> list[float]:
+    """Mean change over answers and seeds at every reading."""
+    found: dict[int, list[float]] = {}
+    for row in table:
+        if (row["variant"], row["kind"]) == (variant, kind):
+            found.setdefault(row["epoch"], []).append(row["change"])
+    return [sum(values) / len(values) for values in found.values()]
+
+
+def means(table: list[dict[str, Any]], variant: str) -> list[dict[str, float]]:
+    """Mean changes of chosen, rejected and argmax at every reading, and the margin."""
+    columns = {kind: path(table, variant, kind) for kind in ("chosen", "rejected", "argmax")}
+    return [
+        dict(zip(columns, values, strict=True)) | {"margin": values[0] - values[1]}
+        for values in zip(*columns.values(), strict=True)
+    ]
+
+
+def at_margin(readings: list[dict[str, float]], margin: float) -> dict[str, float]:
+    """Where a training first reaches the margin, linear between readings."""
+    for before, after in zip(readings, readings[1:], strict=False):
+        if before["margin"] <= margin <= after["margin"]:
+            w = (margin - before["margin"]) / max(after["margin"] - before["margin"], 1e-12)
+            return {key: (1 - w) * before[key] + w * after[key] for key in before}
+    return readings[-1]
+
+
+def _figure(table: list[dict[str, Any]], at: dict[str, dict[str, float]]) -> Any:
+    made, (left, right) = figure(1, 2, title="DPO presses the rejected answer down and lifts the argmax", height=3.8, width=10)
+    colour = {"chosen": BLUE, "rejected": VERMILION, "argmax": "black"}
+    spare = iter([c for c in COLOURS if c not in colour.values()] * 2)
+    for kind in kinds(table):
+        left.plot(path(table, "DPO", kind), color=colour.get(kind) or next(spare), label=kind.replace("_", " "),
+                  linestyle="-" if kind in colour else "--")  # fmt: skip
+    left.axhline(0, color=GREY, linewidth=0.8)
+    left.set(xlabel="passes over the pairs", ylabel="change of log-probability (nats a token)", title="off-policy DPO")
+    left.legend(ncols=2, fontsize=7)
+    for k, name in enumerate(at):
+        readings = means(table, name)
+        right.plot([r["margin"] for r in readings], [r["argmax"] for r in readings], color=COLOURS[k % len(COLOURS)],
+                   linestyle="-" if k < len(COLOURS) else ":", marker="o", markersize=2.5, label=name)  # fmt: skip
+    right.axhline(0, color=GREY, linewidth=0.8)
+    right.set(xlabel="margin gained: chosen minus rejected (nats a token)", ylabel="change of the argmax (nats a token)",
+              title="squeezing at equal margin")  # fmt: skip
+    right.legend(fontsize=7)
+    return made
