@@ -8,9 +8,10 @@ import torch
 from torch.nn.functional import cross_entropy, logsigmoid
 
 import tokdyn as td
-from tokdyn.capture import Capture, tap, unwrap
+from tokdyn.capture import Capture, tap
 from tokdyn.dynamics import G as G_of
 from tokdyn.testing import tiny, tiny_lora
+from tokdyn.wrapped import scale_and_cap, unwrap
 
 V, PROMPT = 61, 4
 EPS = torch.finfo(torch.float32).eps
@@ -581,3 +582,25 @@ def test_tap_takes_the_tokens_from_the_input():
 def test_a_model_without_readout_is_refused():
     with pytest.raises(ValueError, match="no output embeddings"):
         unwrap(torch.nn.Linear(2, 2))
+
+
+def test_copies_of_a_model_on_several_devices_are_refused():
+    with pytest.raises(ValueError, match="DataParallel runs copies of the model"):
+        Capture(torch.nn.DataParallel(tiny("llama")))
+
+
+@pytest.mark.parametrize(
+    "names, scale, cap",
+    [
+        (dict(logit_scale=0.5), 0.5, None),
+        (dict(logits_scaling=4.0, model_type="granite"), 0.25, None),
+        (dict(logits_scaling=4.0, model_type="hyperclovax"), 4.0, None),
+        (dict(output_multiplier=3.0), 3.0, None),
+        (dict(lm_head_multiplier=3.0, final_logit_softcapping=30.0), 3.0, 30.0),
+        (dict(logit_scale=None, logits_soft_cap=20.0), 1.0, 20.0),
+    ],
+)
+def test_every_name_of_a_scale_and_a_softcap(names, scale, cap):
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(**names)
+    assert scale_and_cap(model) == (scale, cap)

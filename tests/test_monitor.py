@@ -291,36 +291,73 @@ def test_c_of_dpo_is_its_closed_form_and_shared_prefixes_cancel():
     assert rows["c_sum"].to_pylist() == pytest.approx([*(5 * c).tolist(), *(-5 * c).tolist()], rel=1e-5)
 
 
-def test_clipped_tokens_have_no_force():
-    """The share comes from the ratios, c from autograd: c = 0 exactly where the ratio is clipped."""
-    ids, model = data(), tiny("llama")
-    A = torch.tensor([1.0, -1.0, 2.0, -0.5])
-    with torch.no_grad():
-        old = answers(model, ids)[0] + torch.linspace(-0.6, 0.6, 20).reshape(5, 4).T
+A = torch.tensor([1.0, -1.0, 2.0, -0.5])
+
+
+def clipped_loss(old, level="token", scored=None, tapped=None):
+    """GRPO's clip to [0.8, 1.28], of the ratio of each token or of each sequence; `tapped` is what td.tap is told."""
 
     def loss(m, ids):
-        ratio = (answers(m, ids)[0] - old).exp()
-        value = torch.minimum(ratio * A[:, None], ratio.clamp(0.8, 1.28) * A[:, None])
-        td_weight = torch.ones_like(value)
-        return -(value * td_weight).mean()
-
-    def tapped(m, ids):
         lp = answers(m, ids)[0]
-        td.tap(lp, ids[:, PROMPT:])
-        ratio = (lp - old).exp()
-        return -torch.minimum(ratio * A[:, None], ratio.clamp(0.8, 1.28) * A[:, None]).mean()
+        if tapped is not None:
+            td.tap(lp, **tapped)
+        moved = lp - old
+        ratio = (moved if level == "token" else moved.mean(1, keepdim=True)).exp()
+        value = torch.minimum(ratio * A[:, None], ratio.clamp(0.8, 1.28) * A[:, None]).expand_as(lp)
+        return -(value if scored is None else value * scored).mean()
 
-    step = one_record(model, tapped, ids, advantages=A, old_log_probs=old, clip=(0.2, 0.28))
+    return loss
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("told", ["labels", "mask", "mask of the micro-batch"])
+def test_clipped_tokens_have_no_force(level, told):
+    """The share comes from the ratios, c from autograd: c = 0 exactly where the ratio is clipped, and c = Aγ/N elsewhere."""
+    ids, model = data(), tiny("llama")
+    shift = torch.linspace(-0.6, 0.6, 20).reshape(5, 4).T
+    with torch.no_grad():
+        old = answers(model, ids)[0] + (shift if level == "token" else torch.tensor([-0.5, 0.5, 0.1, -0.1])[:, None])
+    tapped = dict(labels=dict(labels=ids[:, PROMPT:]), mask=dict(mask=torch.ones(4, 5))).get(told)
+    about = dict(advantages=A, old_log_probs=old, clip=(0.2, 0.28), level=level)
+    about |= dict(mask=torch.ones(4, 5)) if told == "mask of the micro-batch" else {}
+    step = one_record(model, clipped_loss(old, level, tapped=tapped), ids, **about)
     clipped = torch.tensor(step.tokens["clipped"].to_pylist()).bool()
+    assert step.routes == (("logits",) if tapped is None else ("tap",))
     assert 3 < int(clipped.sum()) < 17 and torch.equal(clipped, step.c == 0)
-    assert step.metrics["clipped"] == pytest.approx(float(clipped.float().mean()))
+    assert step.metrics["clipped"] == pytest.approx(float(clipped.float().mean())) and step.notes == []
     assert step.tokens["advantage"].to_pylist() == A[:, None].expand(4, 5).flatten().tolist()
-    ratio = (answers(model, ids)[0].detach() - old).exp().flatten()  # what is not clipped has c = A γ / N
-    torch.testing.assert_close(
-        step.c[~clipped], (A[:, None] * ratio.reshape(4, 5) / 20).flatten()[~clipped], rtol=1e3 * EPS, atol=0
-    )
-    # on the logits route a clipped token gets no gradient, and without labels that is all there is to tell it by
-    assert len(one_record(model, loss, ids).c) == int((~clipped).sum())
+    if level == "token":
+        ratio = (answers(model, ids)[0].detach() - old).exp()
+        expected = (A[:, None] * ratio / 20).flatten()
+        torch.testing.assert_close(step.c[~clipped], expected[~clipped], rtol=1e3 * EPS, atol=0)
+
+
+def test_without_labels_or_mask_nobody_knows_what_is_clipped():
+    """A clipped token gets no gradient, and where that is all there is to tell by, no share of clipped tokens is made up."""
+    ids, model = data(), tiny("llama")
+    with torch.no_grad():
+        old = answers(model, ids)[0] + torch.linspace(-0.6, 0.6, 20).reshape(5, 4).T
+    about = dict(advantages=A, old_log_probs=old, clip=(0.2, 0.28))
+    for tapped in (None, {}):
+        step = one_record(model, clipped_loss(old, tapped=tapped), ids, **about)
+        assert len(step.c) < 20 and bool((step.c != 0).all())
+        assert "clipped" not in step.metrics and "clipped tokens cannot be told from unscored ones" in step.notes[0]
+    with pytest.raises(ValueError, match=r"mask must have shape \[B, k\], B=4"):
+        one_record(model, clipped_loss(old), ids, **about, mask=torch.ones(3, 5))
+
+
+def test_a_mask_says_what_is_scored():
+    """Tokens outside it are dropped, those inside stay though their gradient is zero."""
+    ids, model = data(), tiny("llama")
+    mask = torch.arange(5).expand(4, 5) < torch.tensor([5, 3, 0, 4])[:, None]
+
+    def loss(m, ids):
+        weight = mask * (torch.arange(5) != 1)  # the second token is scored and has no weight
+        return -(answers(m, ids)[0] * weight).sum()
+
+    step = one_record(model, loss, ids, mask=mask)
+    assert step.metrics["tokens"] == int(mask.sum()) and int((step.c == 0).sum()) == 3
+    assert step.tokens["token_id"].to_pylist() == ids[:, PROMPT:][mask].tolist() and step.residual < 1e-5
 
 
 def test_squeezing_is_the_rate_at_which_first_choices_gain():
@@ -416,6 +453,78 @@ def test_the_folder_holds_what_the_records_hold(tmp_path):
     (tmp_path / "run/run.json").write_text(json.dumps({"format": 1, "kind": "profile"}))
     with pytest.raises(ValueError, match="holds profile"):
         records.read(tmp_path / "run")
+
+
+def test_token_tables_are_let_go_where_no_folder_holds_them(monkeypatch, tmp_path):
+    from tokdyn import monitor
+
+    monkeypatch.setattr(monitor, "KEPT", 2)
+    _, _, watch = train(sft, steps=4)
+    assert [len(step.c) for step in watch.steps] == [20] * 4 and watch.steps[2].tokens.num_rows == 20
+    with pytest.raises(ValueError, match="step 2 was let go to spare memory: give the monitor out="):
+        watch.steps[1].tokens  # noqa: B018
+    _, _, watch = train(sft, steps=4, out=tmp_path / "run")
+    assert [step.tokens.num_rows for step in watch.steps] == [20] * 4
+
+
+def test_a_loss_that_is_not_finite_is_named():
+    with pytest.raises(ValueError, match="the gradient at the hidden states is not finite"):
+        one_record(tiny("llama"), lambda m, ids: sft(m, ids) * float("inf"), data())
+
+
+def test_a_router_loss_is_noted():
+    model = tiny("qwen2_moe", output_router_logits=True, router_aux_loss_coef=0.1).train()
+    opt = torch.optim.SGD(model.parameters(), lr=0.0)
+    with td.Monitor(model, opt, on_error="raise") as monitor:
+        sft(model, data()).backward()
+        opt.step()
+        step = monitor.step_end()
+    assert step.residual < 1e-5 and "a loss of the router goes past the logits" in step.notes[0]
+
+
+def test_fitted_terms_are_noted():
+    def smoothed(m, ids):
+        z = m(ids).logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(z, labelled(ids)[:, 1:].flatten(), label_smoothing=0.1)
+
+    step = one_record(tiny("llama"), smoothed, data())
+    assert step.residual < 1e-5 and "entropy and label smoothing terms (v, u) were fitted to it" in step.notes[0]
+
+
+def test_a_grad_scaler_sits_inside_c_and_changes_after_the_step():
+    """c is that of the loss, not of the scaled one, also when the scale grows after every step; a skipped step is named."""
+    model = tiny("llama")
+    opt = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
+    with td.Monitor(model, opt, scaler=scaler, probe=PROBE, on_error="raise") as monitor:
+        for n in range(3):
+            loss = sft(model, data(seed=n)) * (float("inf") if n == 2 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
+            if n == 2:
+                with pytest.raises(ValueError, match="is not finite"):
+                    monitor.step_end(force=True)
+                break
+            step = monitor.step_end()
+            opt.zero_grad()
+            torch.testing.assert_close(step.c, torch.full((20,), 1 / 20), rtol=100 * EPS, atol=0)
+            assert step.accounted == pytest.approx(1, abs=1e-3)
+
+
+def test_a_step_that_the_scaler_skips_is_noted():
+    model = tiny("llama")
+    opt = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    with td.Monitor(model, opt, scaler=scaler, probe=PROBE, on_error="raise") as monitor:
+        scaler.scale(sft(model, data())).backward()
+        next(model.parameters()).grad.fill_(float("inf"))  # what overflow in half precision leaves
+        scaler.step(opt)
+        scaler.update()
+        step = monitor.step_end(force=True)
+    assert step.notes == ["the optimizer skipped this step: its gradients overflowed in half precision"]
+    assert step.actual is None
+    torch.testing.assert_close(step.c, torch.full((20,), 1 / 20), rtol=100 * EPS, atol=0)
 
 
 def test_token_texts():

@@ -37,6 +37,8 @@ from .sequences import Chi
 from .steps import Folder, Step
 from .wrapped import is_sharded
 
+KEPT = 100  # records whose token tables stay in memory where there is no folder for them
+
 
 class Problem(ValueError):
     """What went wrong in a step, where `on_error="raise"` asks to hear of it at once."""
@@ -61,7 +63,7 @@ class Monitor:
         on_error: "warn", or "raise" at the end of the step.
 
     Attributes:
-        steps: the records.
+        steps: the records. Without `out` the last 100 keep their token tables.
         problems: what went wrong, as (step, text).
         due: whether the present step is recorded. clip: the factor by which its gradients were clipped.
 
@@ -192,6 +194,7 @@ class Monitor:
         advantages: Any = None,
         old_log_probs: Tensor | None = None,
         clip: tuple[float, float] | None = None,
+        level: str | None = None,
         mask: Tensor | None = None,
         roles: Sequence[str] | None = None,
         groups: Sequence[int] | None = None,
@@ -202,12 +205,15 @@ class Monitor:
             advantages: A of every sequence of the batch [B], or of its last k tokens [B, k].
             old_log_probs: log pi_old of the last k tokens [B, k]; the policy itself when absent.
             clip: (low, high) of the objective's clip, for the share of clipped tokens.
+            level: "token", or "sequence" where the ratio that is clipped is exp of the mean log-ratio of a sequence (GSPO).
             mask: which of the last k tokens the loss scores [B, k]; needed where the model is called without labels and a
                 scored token may have no gradient (clipped).
             roles: "chosen", "rejected" or "response" for every sequence.
             groups: which sequences belong together (a pair, a prompt's rollouts).
         """
-        given = dict(advantages=advantages, old_log_probs=old_log_probs, clip=clip, mask=mask, roles=roles, groups=groups)
+        given: dict[str, Any] = dict(
+            advantages=advantages, old_log_probs=old_log_probs, clip=clip, level=level, mask=mask, roles=roles, groups=groups
+        )
         given = {name: value for name, value in given.items() if value is not None}
         capture = self._capture
         if capture is None:
@@ -314,6 +320,8 @@ class Monitor:
             of["token"] = self._spelled(of["token_id"])
         own = records.sums(of, forwards)
         notes = diagnosis.missing(capture, forwards)
+        if self.scaler is not None and self.scaler.is_enabled() and not self._stepped:
+            notes.append("the optimizer skipped this step: its gradients overflowed in half precision")
         if wrong := diagnosis.mismatch(forwards):
             notes.append(wrong[0])
             self._problem(wrong[0], kind=wrong[1])
@@ -328,6 +336,8 @@ class Monitor:
         for name, value in own.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self.steps.append(step)
+        if self._folder is None and len(self.steps) > KEPT:
+            self.steps[-KEPT - 1].let_go()
         if self._folder is not None:
             self._folder.add(step)
         return step

@@ -50,7 +50,7 @@ class Step:
     step: int
     residual: float
     c: Float[Tensor, " tokens"]
-    _tokens: dict[str, Any] | Path
+    _tokens: dict[str, Any] | Path | None
     metrics: dict[str, float]
     routes: tuple[str, ...]
     passes: int
@@ -67,12 +67,24 @@ class Step:
 
     @property
     def tokens(self) -> Any:
-        """The table of the update's scored tokens (pyarrow)."""
+        """The table of the update's scored tokens (pyarrow).
+
+        Raises:
+            ValueError: it was let go.
+        """
+        if self._tokens is None:
+            raise ValueError(
+                f"the token table of step {self.step} was let go to spare memory: give the monitor out=, and all stay on disk"
+            )
         if isinstance(self._tokens, Path):
             import pyarrow.parquet as pq
 
             return pq.read_table(self._tokens, filters=[("step", "=", self.step)])
         return table(self._tokens)
+
+    def let_go(self) -> None:
+        """Forget the token table; the figures stay."""
+        self._tokens = None
 
     def sequences(self) -> Any:
         """One row per sequence of the update (pyarrow): tokens, sums of c and force, means of the statistics."""
@@ -112,7 +124,8 @@ def columns(forwards: Sequence[Forward], scale: float) -> dict[str, Any]:
         values["clipped"] = zero * math.nan
         if A is not None and more.get("clip") is not None and f.touched is None:  # else a clipped token is not among them
             old = more.get("old_log_probs")
-            ratio = torch.ones_like(zero) if old is None else (f.stats.log_prob - f.of_rows(old)).exp()
+            moved = zero if old is None else f.stats.log_prob - f.of_rows(old)
+            ratio = (_mean_of_each(moved, f.sequence, n) if more.get("level") == "sequence" else moved).exp()
             low, high = more["clip"]
             values["clipped"] = (((A > 0) & (ratio > 1 + high)) | ((A < 0) & (ratio < 1 - low))).float()
         for name, default in (("roles", "response"), ("groups", None)):
@@ -128,6 +141,12 @@ def columns(forwards: Sequence[Forward], scale: float) -> dict[str, Any]:
         name: sum(part, []) if isinstance(part[0], list) else torch.cat([x.detach() for x in part]).cpu()
         for name, part in parts.items()
     }
+
+
+def _mean_of_each(values: Float[Tensor, " N"], sequence: Tensor, n: int) -> Float[Tensor, " N"]:
+    sums = torch.zeros(2, n, dtype=values.dtype, device=values.device)
+    sums.index_add_(1, sequence, torch.stack([values, torch.ones_like(values)]))
+    return (sums[0] / sums[1].clamp(min=1))[sequence]
 
 
 def table(of: Mapping[str, Any]) -> Any:

@@ -1,6 +1,6 @@
 """OpenRLHF: records of a policy trainer's updates.
 
-    monitor = tokdyn.integrations.openrlhf.attach(trainer, every=10)     # trainer: its ray worker's PolicyTrainer
+    monitor = tokdyn.integrations.openrlhf.attach(trainer, every=10)     # trainer: the ActorPPOTrainer of a ray worker
     ...
     monitor.close()
 
@@ -34,9 +34,11 @@ def attach(trainer: Any, **options: Any) -> Monitor:
     monitor = Monitor(engine, trainer.actor_optim, temperature=temperature, **options)
     plain = not getattr(trainer.args.actor, "entropy_coef", None) and not getattr(trainer.actor, "packing_samples", False)
     clip = tuple(float(x) for x in trainer.args.actor.eps_clip_low_high)
+    level = "sequence" if getattr(trainer.args.actor, "policy_loss_type", "ppo") == "gspo" else "token"
 
     def training_step(original: Any, experience: Any, *args: Any, **kwargs: Any) -> Any:
-        known = dict(advantages=experience.advantages, old_log_probs=experience.action_log_probs, clip=clip)
+        known = dict(advantages=experience.advantages, old_log_probs=experience.action_log_probs, clip=clip, level=level,
+                     mask=experience.action_mask)  # fmt: skip
         with monitor.micro_batch(**known):
             return original(experience, *args, **kwargs)
 

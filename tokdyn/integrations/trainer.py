@@ -72,14 +72,18 @@ def attach(
                 undo()
 
     def compute_loss(original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        with monitor.micro_batch(**about_batch(trainer, inputs)):
+        known: dict[str, Any] = {}
+        with monitor.guarded("the trainer's batch could not be read"):
+            known = about_batch(trainer, inputs)
+        with monitor.micro_batch(**known):
             return original(model, inputs, *args, **kwargs)
 
     def clip(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         norm = original(*args, **kwargs)
         if monitor.due and trainer.args.max_grad_norm:
-            found = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            monitor.clip = min(1.0, trainer.args.max_grad_norm / (float(found) + 1e-6))
+            with monitor.guarded("the gradient's norm could not be read"):
+                found = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+                monitor.clip = min(1.0, trainer.args.max_grad_norm / (float(found) + 1e-6))
         return norm
 
     undos = [wrap(trainer, "train", train), wrap(trainer, "compute_loss", compute_loss)]
@@ -114,9 +118,9 @@ def _callback(trainer: Any, monitor: Monitor) -> Any:
         """Tells the monitor when steps begin and end, and adds its figures to what is logged."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            monitor.scaler = getattr(trainer.accelerator, "scaler", None)
-            monitor.averaged_over(trainer.accelerator.num_processes // _parallel(trainer))
             with monitor.guarded("tokdyn is not attached"):
+                monitor.scaler = getattr(trainer.accelerator, "scaler", None)
+                monitor.averaged_over(trainer.accelerator.num_processes // _parallel(trainer))
                 monitor.start(trainer.model_wrapped, trainer.optimizer)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+CLIPPING = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # losses of TRL's GRPO in which a clipped token has no gradient
+
 
 def about_batch(trainer: Any, inputs: Any) -> dict[str, Any]:
     """The arguments of `Monitor.micro_batch` for the inputs of a trainer's loss; empty for what is not recognised.
@@ -24,8 +26,10 @@ def about_batch(trainer: Any, inputs: Any) -> dict[str, Any]:
     if isinstance(inputs.get("advantages"), Tensor):
         found["advantages"] = inputs["advantages"].detach()
         low, high = getattr(trainer, "epsilon_low", None), getattr(trainer, "epsilon_high", None)
-        if low is not None and high is not None:
-            found["clip"] = (float(low), float(high))
+        if low is not None and high is not None and getattr(trainer, "loss_type", "grpo") in CLIPPING:
+            found |= dict(clip=(float(low), float(high)), level=getattr(trainer, "importance_sampling_level", "token"))
         if isinstance(inputs.get("old_per_token_logps"), Tensor):
             found["old_log_probs"] = inputs["old_per_token_logps"].detach()
+        if isinstance(mask := inputs.get("completion_mask"), Tensor):
+            found["mask"] = mask * inputs["tool_mask"] if isinstance(inputs.get("tool_mask"), Tensor) else mask
     return found
