@@ -18,6 +18,7 @@ class Variant(NamedTuple):
     budget: SASS instructions that a thread may spend on one of its elements in that loop; 0 for no budget. Instructions are
         counted per thread: length of the loop · 32 num_warps / elements.
     architectures: for which it is launched so.
+    maxnreg: registers that a thread may have, of the launch; None leaves them to ptxas.
     """
 
     name: str
@@ -29,3 +30,4 @@ class Variant(NamedTuple):
     elements: int = 0
     budget: float = 0.0
     architectures: tuple[int, ...] = (80, 90)
+    maxnreg: int | None = None

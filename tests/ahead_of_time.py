@@ -1,6 +1,6 @@
 """Compiles GPU kernels on a machine without a GPU and judges the machine code.
 
-    python tests/ahead_of_time.py [--arch 90] [--part 0/2] [--json out.json] kernels/*/triton.py csrc/cuda/*.cu
+    python tests/ahead_of_time.py [--arch 90] [--jobs 2] [--json out.json] kernels/*/triton.py csrc/cuda/*.cu
 
 A Triton module names its kernels by `variants()`, a CUDA file is one cubin. Of every kernel this prints registers, shared
 memory, instructions of the main loop per element, and its faults; the exit code is 1 if there is one. A fault is:
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -28,7 +29,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ARCHITECTURES = (80, 90)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block can have
@@ -173,7 +174,7 @@ def compile_variant(variant: Any, architecture: int) -> Kernel:
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].endswith(":16")}
     signature = {name: kind.removesuffix(":16") for name, kind in types.items()}
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constexprs, attrs=attributes)
-    options = dict(num_warps=variant.num_warps, num_stages=variant.num_stages)
+    options = dict(num_warps=variant.num_warps, num_stages=variant.num_stages, maxnreg=variant.maxnreg)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -225,26 +226,52 @@ def unlisted(module: Any) -> list[str]:
     return sorted(name for name, f in own.items() if name.endswith("_kernel") and f.fn not in listed)
 
 
-def judge(source: Path, architectures: tuple[int, ...], part: int, parts: int) -> list[dict[str, Any]]:
-    """One row per kernel and architecture of a source; every `parts`-th of them, counted from `part`."""
+class Task(NamedTuple):
+    """One compilation for one architecture: a variant of a Triton module by its number, or with None a CUDA file."""
+
+    source: Path
+    number: int | None
+    architecture: int
+
+
+def plan(sources: list[Path], architectures: tuple[int, ...]) -> tuple[list[Task], list[dict[str, Any]]]:
+    """What has to be compiled, in the order of the sources, and rows for kernels that nobody lists."""
+    tasks: list[Task] = []
     rows: list[dict[str, Any]] = []
-    tasks: list[tuple[Any, int]] = [(None, architecture) for architecture in architectures]
-    if source.suffix != ".cu":
+    for source in sources:
+        if source.suffix == ".cu":
+            tasks += [Task(source, None, a) for a in architectures]
+            continue
         module = load(source)
         if not hasattr(module, "variants"):
-            return [dict(source=str(source), name=source.parent.name, faults=["has no variants()"])]
-        if part == 0:
-            rows += [dict(source=str(source), name=name, faults=["listed by no variant"]) for name in unlisted(module)]
-        tasks = [(variant, a) for variant in module.variants() for a in architectures if a in variant.architectures]
-    for variant, architecture in tasks[part::parts]:
+            rows.append(dict(source=str(source), name=source.parent.name, faults=["has no variants()"]))
+            continue
+        rows += [dict(source=str(source), name=name, faults=["listed by no variant"]) for name in unlisted(module)]
+        tasks += [Task(source, i, a) for i, v in enumerate(module.variants()) for a in architectures if a in v.architectures]
+    return tasks, rows
+
+
+def judge(task: Task) -> list[dict[str, Any]]:
+    """One row per kernel that a task compiles."""
+    source, number, architecture = task
+    variant = None if number is None else load(source).variants()[number]
+    try:
+        kernels = [compile_variant(variant, architecture)] if variant else compile_cuda(source, architecture)
+        return [kernel.row(source) for kernel in kernels]
+    except Exception as error:  # whatever a compiler raises is the finding
+        said = (str(error).strip() or "nothing").splitlines()[-1]
         about = dict(source=str(source), name=variant.name if variant else source.name, architecture=architecture)
-        try:
-            kernels = [compile_variant(variant, architecture)] if variant else compile_cuda(source, architecture)
-            rows += [kernel.row(source) for kernel in kernels]
-        except Exception as error:  # whatever a compiler raises is the finding
-            said = (str(error).strip() or "nothing").splitlines()[-1]
-            rows.append(about | dict(faults=[f"{type(error).__name__}: {said}"]))
-    return rows
+        return [about | dict(faults=[f"{type(error).__name__}: {said}"])]
+
+
+def judge_all(tasks: list[Task], jobs: int) -> list[dict[str, Any]]:
+    """The rows of all tasks in their order, from `jobs` forks of this process, each taking the next task when it is free."""
+    if any(task.number is not None for task in tasks):
+        from triton.runtime.cache import triton_key
+
+        triton_key()  # reads every file of Triton's package: here once, not in each fork
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        return [row for rows in pool.map(judge, tasks, chunksize=1) for row in rows]
 
 
 def main() -> int:
@@ -252,16 +279,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", type=Path)
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="one architecture only")
-    parser.add_argument("--part", default="0/1", help="i/n: every n-th kernel from the i-th on")
+    parser.add_argument("--jobs", type=int, default=1, help="kernels that are compiled at a time")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    part, parts = map(int, args.part.split("/"))
-    architectures = (args.arch,) if args.arch else ARCHITECTURES
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as the versions before 3.10 do unasked
     with tempfile.TemporaryDirectory() as cache:
         os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1"}
-        rows = [row for source in args.sources for row in judge(source, architectures, part, parts)]
+        tasks, rows = plan(args.sources, (args.arch,) if args.arch else ARCHITECTURES)
+        rows += judge_all(tasks, args.jobs)
     for row in rows:
         figures = {k: row.get(k, "-") for k in ("architecture", "registers", "shared", "main_loop", "per_element", "budget")}
         print(f"{row['source']}: {row['name']}: " + ", ".join(f"{k} {v}" for k, v in figures.items()))

@@ -23,46 +23,49 @@ if importlib.util.find_spec("triton") is None:
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 
 
-def judged(folder: Path, *arguments: str | Path, parts: int = 1) -> list[dict[str, Any]]:
-    """What the gate finds, in `parts` processes at a time; its exit code says whether it found a fault."""
-    files = [folder / f"{part}.json" for part in range(parts)]
-    started = []
-    for part, file in enumerate(files):
-        command = [sys.executable, GATE, "--part", f"{part}/{parts}", "--json", file, *arguments]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    found = []
-    for process, file in zip(started, files, strict=True):
-        output = process.communicate()[0]
-        assert file.exists(), output
-        rows = json.loads(file.read_text())
-        assert process.returncode == any(row["faults"] for row in rows)
-        found += rows
-    return found
+FAULTY = [TESTS / "faulty_kernels.py", *([TESTS / "faulty_kernels.cu"] if shutil.which("nvcc") else [])]
+
+
+def judged(folder: Path, *sources: Path) -> tuple[int, list[dict[str, Any]]]:
+    """The gate's exit code and what it found."""
+    file = folder / "judged.json"
+    run = subprocess.run([sys.executable, GATE, "--jobs", "2", "--json", file, *sources], capture_output=True, text=True)
+    assert file.exists(), run.stdout + run.stderr
+    return run.returncode, json.loads(file.read_text())
 
 
 @pytest.fixture(scope="module")
-def triton_kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return judged(tmp_path_factory.mktemp("triton"), *TRITON, parts=2)
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, list[dict[str, Any]]]:
+    """Everything by its source, in one run: most of its time goes into starting and into the largest kernels."""
+    folder = tmp_path_factory.mktemp("gate")
+    broken = folder / "broken.cu"
+    broken.write_text("__global__ void kernel() { undeclared(); }")
+    cuda = [broken, *CUDA] if shutil.which("nvcc") else []
+    code, rows = judged(folder, *cuda, *TRITON, *FAULTY)
+    assert code == 1, "there are faulty kernels"
+    by_source: dict[Path, list[dict[str, Any]]] = {source: [] for source in (*cuda, *TRITON, *FAULTY)}
+    for row in rows:
+        by_source[Path(row["source"])].append(row)
+    return by_source
 
 
 @pytest.mark.parametrize("source", TRITON, ids=lambda path: path.parent.name)
-def test_triton_kernels(triton_kernels: list[dict[str, Any]], source: Path):
-    mine = [row for row in triton_kernels if row["source"] == str(source)]
-    assert {row.get("architecture") for row in mine} == {80, 90}, mine
-    assert not [row for row in mine if row["faults"]]
+def test_triton_kernels(found: dict[Path, list[dict[str, Any]]], source: Path):
+    assert {row.get("architecture") for row in found[source]} == {80, 90}, found[source]
+    assert not [row for row in found[source] if row["faults"]]
 
 
 @needs_nvcc
-def test_cuda_kernels(tmp_path: Path):
-    rows = judged(tmp_path, *CUDA, parts=2)
+def test_cuda_kernels(found: dict[Path, list[dict[str, Any]]]):
+    rows = [row for source in CUDA for row in found[source]]
     assert not [row for row in rows if row["faults"]]
     names = {row["name"].split("<")[0] for row in rows}
     assert names == {"token_stats_kernel", "topk_kernel"}
     assert sum(row["budget"] > 0 for row in rows) == 4, "token_stats has a budget for two types on two architectures"
 
 
-def test_the_gate_finds_what_is_wrong_with_triton_kernels(tmp_path: Path):
-    faults = {row["name"]: row["faults"] for row in judged(tmp_path, "--arch", "90", TESTS / "faulty_kernels.py", parts=2)}
+def test_the_gate_finds_what_is_wrong_with_triton_kernels(found: dict[Path, list[dict[str, Any]]]):
+    faults = {row["name"]: row["faults"] for row in found[TESTS / "faulty_kernels.py"]}
     expected = {
         "spills": "local memory",
         "register factor": "wgmma with the left factor in registers",
@@ -80,9 +83,13 @@ def test_the_gate_finds_what_is_wrong_with_triton_kernels(tmp_path: Path):
 
 
 @needs_nvcc
-def test_the_gate_finds_a_spill_of_nvcc_and_a_file_that_does_not_compile(tmp_path: Path):
-    rows = judged(tmp_path, TESTS / "faulty_kernels.cu")
+def test_the_gate_finds_a_spill_of_nvcc_and_a_file_that_does_not_compile(found: dict[Path, list[dict[str, Any]]]):
+    rows = found[TESTS / "faulty_kernels.cu"]
     assert len(rows) == 2 and all("local memory" in row["faults"][0] for row in rows)
-    broken = tmp_path / "broken.cu"
-    broken.write_text("__global__ void kernel() { undeclared(); }")
-    assert all("CalledProcessError" in row["faults"][0] for row in judged(tmp_path, broken))
+    (broken,) = [rows for source, rows in found.items() if source.name == "broken.cu"]
+    assert len(broken) == 2 and all("CalledProcessError" in row["faults"][0] for row in broken)
+
+
+@needs_nvcc
+def test_without_a_fault_the_exit_code_is_0(tmp_path: Path):
+    assert judged(tmp_path, ROOT / "csrc/cuda/device.cu") == (0, [])  # code of the host alone

@@ -33,6 +33,7 @@ def _query_kernel(
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, do_n, do_b, do_h, do_t, m_b, m_t, m_s, s_b,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PAIR: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """DQ [n, B, H, T, D] of one cotangent or, with PAIR, of two, and DELTA = rowsum(dO ⊙ O), [n, B, H, T]."""
     blocks = tl.cdiv(T, BM)
@@ -66,8 +67,8 @@ def _query_kernel(
         tl.store(DELTA + two * size + at, delta2, mask=row)
         dq2 = tl.zeros([BD, BM], tl.float32)
 
-    low, full, rest, high = _span(SPANS, block, S, BN)
-    for edge in tl.static_range(2):  # the blocks that are wholly seen, then the others
+    low, full, rest, high = _span(SPANS, block, S, BN, SPLIT)
+    for edge in tl.static_range(0 if SPLIT else 1, 2):  # the blocks that are wholly seen, then the others
         for j in range(full - low + high - rest if edge else rest - full):
             start = (tl.where(j < full - low, low + j, rest - full + low + j) if edge else full + j) * BN
             near = start + s < S
@@ -112,6 +113,7 @@ def _key_kernel(
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, do_n, do_b, do_h, do_t, m_b, m_t, m_s, s_b,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PAIR: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """DK [n, B, H / G, S, D] and DV [n, B, H / G, S, E] of one cotangent or two, summed over the G heads that share k and v."""
     blocks = tl.cdiv(S, BN)
@@ -135,8 +137,8 @@ def _key_kernel(
     if PAIR:
         dk2, dv2 = tl.zeros([BD, BN], tl.float32), tl.zeros([BE, BN], tl.float32)
 
-    low, full, rest, high = _span(SPANS, block, T, BM)
-    for edge in tl.static_range(2):
+    low, full, rest, high = _span(SPANS, block, T, BM, SPLIT)
+    for edge in tl.static_range(0 if SPLIT else 1, 2):
         for i in range((full - low + high - rest if edge else rest - full) * G):
             j, g = i // G, i % G
             start = (tl.where(j < full - low, low + j, rest - full + low + j) if edge else full + j) * BM

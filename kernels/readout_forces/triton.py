@@ -19,7 +19,7 @@ from ..variant import Variant
 
 BUFFER = 512 << 20  # bytes of the float32 products of both sides that exist at a time
 ROOM = 64 << 20  # the same with reduce, where nothing as large as M x L exists, and of the products in the last step
-ROW = dict(BLOCK=2048, num_warps=8, num_stages=1)
+ROW = dict(BLOCK=1024, num_warps=4, num_stages=1)
 TILE = dict(BM=16, BL=128, num_warps=8, num_stages=1)
 
 

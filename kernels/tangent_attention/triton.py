@@ -104,8 +104,8 @@ def _capped(x, scale, cap):
 
 
 @triton.jit
-def _span(SPANS, block, count, BLOCK: tl.constexpr):
-    """Blocks that one block meets: low to high with anything seen, full to rest of these wholly seen."""
+def _span(SPANS, block, count, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
+    """Blocks that one block meets: low to high with anything seen, full to rest of these wholly seen; without SPLIT none."""
     if SPANS is None:
         low = 0
         full = 0
@@ -116,6 +116,9 @@ def _span(SPANS, block, count, BLOCK: tl.constexpr):
         full = tl.load(SPANS + block * 4 + 1)
         rest = tl.load(SPANS + block * 4 + 2)
         high = tl.load(SPANS + block * 4 + 3)
+    if not SPLIT:
+        full = low
+        rest = low
     return low, full, rest, high
 
 
@@ -162,7 +165,7 @@ def _spans_kernel(KINDS, SPANS, blocks, N: tl.constexpr):
 def _attention_kernel(
     Q, K, V, MASK, SPANS, PV, TOP, SUM, T, S, H, G, scale, cap, q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, m_b, m_t, m_s, s_b,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """PV [B, H, T, E], and of every row its largest base-2 exponent (inf where nothing is seen) and sum [B, H, T]."""
     blocks = tl.cdiv(T, BM)
@@ -182,8 +185,8 @@ def _attention_kernel(
     top = tl.full([BM], -float("inf"), tl.float32)
     sum = tl.zeros([BM], tl.float32)
     o = tl.zeros([BE, BM], tl.float32)
-    low, full, rest, high = _span(SPANS, block, S, BN)
-    for edge in tl.static_range(2):  # the blocks that are wholly seen, then the others
+    low, full, rest, high = _span(SPANS, block, S, BN, SPLIT)
+    for edge in tl.static_range(0 if SPLIT else 1, 2):  # the blocks that are wholly seen, then the others
         for j in range(full - low + high - rest if edge else rest - full):
             start = (tl.where(j < full - low, low + j, rest - full + low + j) if edge else full + j) * BN
             near = start + s < S
@@ -229,6 +232,7 @@ def _tangent_kernel(
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, dq_n, dq_b, dq_h, dk_n, dk_b, dk_h, dv_n, dv_b, dv_h, m_b, m_t, m_s, s_b,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PAIR: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """OUT [n, B, H, T, E] of one tangent or, with PAIR, of two that share the recomputed softmax.
 
@@ -262,8 +266,8 @@ def _tangent_kernel(
     out1, mean1 = tl.zeros([BE, BM], tl.float32), tl.zeros([BM], tl.float32)
     if PAIR:
         out2, mean2 = tl.zeros([BE, BM], tl.float32), tl.zeros([BM], tl.float32)
-    low, full, rest, high = _span(SPANS, block, S, BN)
-    for edge in tl.static_range(2):
+    low, full, rest, high = _span(SPANS, block, S, BN, SPLIT)
+    for edge in tl.static_range(0 if SPLIT else 1, 2):
         for j in range(full - low + high - rest if edge else rest - full):
             start = (tl.where(j < full - low, low + j, rest - full + low + j) if edge else full + j) * BN
             near = start + s < S
@@ -434,6 +438,12 @@ def shape_of(kernel: str, family: str, D: int, E: int, capped: bool, n: int) -> 
     row = 0 if max(widths) <= 64 else 1 if max(widths) <= 128 else 2
     BM, BN, chunk, pair, warps, stages = SHAPES[family][kernel][row]
     found = dict(D=D, E=E, BD=widths[0], BE=widths[1], BM=BM, BN=BN, CHUNK=chunk, num_warps=warps, num_stages=stages)
+    if family == "float32":
+        # a mask costs little beside these products, a second loop its code; and ptxas spills to fit two blocks unless it is
+        # told that a thread may have all its registers
+        found |= dict(SPLIT=False, maxnreg=255)
+    else:
+        found |= dict(SPLIT=True)
     pair = bool(pair) and n > 1 and not (capped and kernel in ("query", "key"))
     return found if kernel == "attention" else found | dict(PAIR=pair)
 
@@ -484,10 +494,11 @@ def attention_variants(**kernels: Any) -> list[Variant]:
                 capped = width > 64
                 constants = shape_of(kernel, family, width, width, capped, 16) | dict(WIDE=False)
                 constants |= {} if capped else dict(cap=None)
-                warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+                warps, stages, registers = (constants.pop(key, None) for key in ("num_warps", "num_stages", "maxnreg"))
                 signature = {key: _type(key, name) for key in function.arg_names if key not in constants}
                 title = f"{kernel} {name} {family} {width}"
-                found.append(Variant(title, function, signature, constants, warps, stages, architectures=architectures))
+                launched = dict(num_warps=warps, num_stages=stages, maxnreg=registers, architectures=architectures)
+                found.append(Variant(title, function, signature, constants, **launched))
     return found
 
 

@@ -36,11 +36,13 @@ def masks(B: int, T: int) -> dict[str, Tensor | None]:
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("D", "E"), [(64, 64), (80, 80), (128, 128), (192, 128), (256, 256), (20, 12)])
-@pytest.mark.parametrize(
-    ("mask", "softcap"), [("causal", None), ("window", 20.0), ("padded", None), ("packed", 5.0), ("none", None)]
-)
+MASKED = [("causal", None), ("window", 20.0), ("padded", None), ("packed", 5.0), ("none", None)]
+WIDTHS = [(80, 80), (128, 128), (192, 128), (256, 256), (20, 12)]
+ATTENTIONS = [(*masked, 64, 64, dtype) for masked in MASKED for dtype in DTYPES]
+ATTENTIONS += [(*masked, *width, dtype) for masked in MASKED[2:4] for width in WIDTHS for dtype in DTYPES[:2]]
+
+
+@pytest.mark.parametrize(("mask", "softcap", "D", "E", "dtype"), ATTENTIONS)
 def test_attention(mask: str, softcap: float | None, D: int, E: int, dtype: torch.dtype):
     """In half precision both sides round the softmax and its derivative before they multiply; torch, the difference."""
     B, Hk, G, T, n = 2, 2, 2, 333, 3
@@ -124,3 +126,31 @@ def test_dual_gram(p: int, q: int, dtype: torch.dtype, monkeypatch):
     for room in (0, triton.ROOM):
         monkeypatch.setattr(triton, "ROOM", room)
         close(ops.dual_gram(*factors, segments=segments, impl="triton"), plain, exact, (eps + (M + L) * 2.0**-24) * sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_readouts(softcap: float | None, dtype: torch.dtype, monkeypatch):
+    """The band of token_stats, and what products of width d may be off by: d eps Σ |h w|, of which a result takes up at most
+    four times as much."""
+    from tokdyn.kernels.linear_token_stats import triton
+
+    T, V, d = 300, 50257, 320
+    g = torch.Generator("cuda").manual_seed(0)
+    h, W, b = (torch.randn(*shape, generator=g, device="cuda").to(dtype) for shape in ((T, d), (V, d), (V,)))
+    W /= d**0.5
+    y = torch.randint(0, V, (T,), generator=g, device="cuda")
+    readout = dict(scale=2.0, softcap=softcap)
+    exact = ops.linear_token_stats(h.double(), W.double(), y, bias=b.double(), temperature=0.7, **readout)
+    bound = d * 2.0**-24 * 4 * float((h.double().abs() @ W.double().abs().T).max()) * 2.0 / 0.7
+    monkeypatch.setattr(triton, "BUFFER", 8 << 20)  # several chunks
+    for fused in (False, True):
+        ours = triton.linear_token_stats(h, W, y, bias=b, temperature=0.7, fused=fused, **readout)
+        for name, value, truth in zip(exact._fields, ours, exact, strict=True):
+            if name == "rank":  # two logits may differ by less than their rounding
+                assert ((value - truth).abs() <= 2).all()
+            elif name != "argmax":
+                torch.testing.assert_close(value.double(), truth, rtol=256 * 2.0**-24, atol=bound)
+    values, _ = ops.linear_topk_log_probs(h, W, 10, bias=b, **readout)
+    exact_values, _ = ops.linear_topk_log_probs(h.double(), W.double(), 10, bias=b.double(), **readout)
+    torch.testing.assert_close(values.double(), exact_values, rtol=256 * 2.0**-24, atol=bound)
