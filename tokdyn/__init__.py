@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from .capture import tap
     from .integrations.trainer import attach
     from .monitor import Monitor
+    from .report.training import watch
 
 __all__ = ["Batch", "Chi", "Forces", "Kernel", "KernelDrift", "Monitor", "Run", "Verification", "__version__", "attach",
            "dynamics", "encode", "forces", "from_batch", "interventions", "kernel", "kernel_drift", "kernel_lower_bound",
            "load", "objectives", "ops", "preference", "probes", "profile", "rank_correlation", "rollouts", "sign_delta",
-           "squeeze", "tap", "verify"]  # fmt: skip
+           "squeeze", "tap", "verify", "watch"]  # fmt: skip
 
-_TRAINING = {"Monitor": ".monitor", "attach": ".integrations.trainer", "tap": ".capture"}  # loaded on use
+_TRAINING = {"Monitor": ".monitor", "attach": ".integrations.trainer", "tap": ".capture", "watch": ".report.training"}
 
 
 def __getattr__(name: str) -> Any:

@@ -108,12 +108,20 @@ def profile(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="folder of a run")]) -> None:
-    """Show a run in the terminal and write its page anew."""
+def report(
+    run: Annotated[Path, typer.Argument(help="folder of a run, or of a training that td.attach or td.Monitor records")],
+    step: Annotated[list[int] | None, typer.Option(help="of a training: a step whose forces are shown token by token")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="of a training: write the page anew until it has ended")] = False,
+) -> None:
+    """Show a run in the terminal and write its page anew; of a training, write its page."""
     with plain_errors():
         import tokdyn as td
+        from tokdyn.store import kind_of
         from tokdyn.summary import summary
 
+        if kind_of(run) == "training":
+            out_console.print(f"Page in {td.watch(run, steps=step, follow=follow)}", soft_wrap=True)
+            return
         found = td.load(run)
         found.to_html(run / "report.html")
         out_console.print(summary(found))

@@ -76,6 +76,15 @@ def read_folder(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
     return found[0], found[1], found[2]
 
 
+def kind_of(path: Path) -> str:
+    """What a folder holds, as its run.json says: "profile", "forces", "training", or "" where nothing says so."""
+    try:
+        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(about.get("kind", "")) if isinstance(about, dict) else ""
+
+
 def write_folder(
     path: Path,
     about: Mapping[str, Any],

@@ -54,6 +54,8 @@ SCRIPTS = (  # read in this order inside one function scope
     "data.js",
     "colour.js",
     "store.js",
+    "tip.js",
+    "svg.js",
     "text.js",
     "inspector.js",
     "painter.js",
@@ -81,9 +83,6 @@ def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None
 
     Cost: reads each input once; the page takes about 5.4 bytes per matrix cell and 0.5 kB per token, plus 100 kB.
     """
-    import jinja2
-    from markupsafe import Markup
-
     sides = {side: _side(about, tokens, side) for side in SIDES}
     M, L = (len(sides[side]["columns"]["token"]) for side in SIDES)
     if matrix is not None:
@@ -99,17 +98,27 @@ def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None
         "matrix": _packed(matrix),
         "blocks": _blocks(matrix, sides["observed"]["sequences"], sides["updated"]["sequences"]),
     }
+    return assemble("page.html.jinja", STYLES, SCRIPTS, payload, _prose(about, sides, matrix))
+
+
+def assemble(
+    template: str, styles: Iterable[str], scripts: Iterable[str], payload: Mapping[str, Any], prose: Mapping[str, Any]
+) -> str:
+    """Return a template with its styles, its one script (hashed for the policy), its data and its words filled in."""
+    import jinja2
+    from markupsafe import Markup
+
     folder = files(__package__)
-    style = "\n".join(folder.joinpath("static", name).read_text("utf-8") for name in STYLES)
-    script = "\n".join(folder.joinpath("static", name).read_text("utf-8") for name in SCRIPTS)
+    style = "\n".join(folder.joinpath("static", name).read_text("utf-8") for name in styles)
+    script = "\n".join(folder.joinpath("static", name).read_text("utf-8") for name in scripts)
     script = f'(() => {{\n"use strict";\n{script}\n}})();'
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(folder.joinpath("page.html.jinja").read_text("utf-8")).render(
+    page = environment.from_string(folder.joinpath(template).read_text("utf-8")).render(
         style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         payload=Markup(_json(payload)),
-        **_prose(about, sides, matrix),
+        **prose,
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate in run.json must not stop the file
 

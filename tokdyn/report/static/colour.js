@@ -37,6 +37,16 @@ function loadTheme(name) {
 const channel = (v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
 const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
 
+/** Quantile of |values|, from every value up to 200,000 and evenly spaced ones beyond. */
+function quantile(values, q) {
+  const stride = Math.max(1, Math.floor(values.length / 200000));
+  const sizes = [];
+  for (let i = 0; i < values.length; i += stride) if (finite(values[i])) sizes.push(Math.abs(values[i]));
+  if (!sizes.length) return 0;
+  const sorted = Float64Array.from(sizes).sort();
+  return sorted[Math.min(sorted.length - 1, Math.ceil(q * sorted.length) - 1)] || sorted[sorted.length - 1];
+}
+
 /**
  * A scale from values to colours, symmetric about 0 and clipped at ±max, the `clip` quantile of |values|.
  * log: sign(x) log(1 + |x|/s), s = max/100, so that two decades below the clip are told apart.

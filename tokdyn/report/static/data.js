@@ -82,13 +82,3 @@ function largest(values, n) {
     .slice(0, n)
     .map(([, i]) => i);
 }
-
-/** Quantile of |values|, from every value up to 200,000 and evenly spaced ones beyond. */
-function quantile(values, q) {
-  const stride = Math.max(1, Math.floor(values.length / 200000));
-  const sizes = [];
-  for (let i = 0; i < values.length; i += stride) if (finite(values[i])) sizes.push(Math.abs(values[i]));
-  if (!sizes.length) return 0;
-  const sorted = Float64Array.from(sizes).sort();
-  return sorted[Math.min(sorted.length - 1, Math.ceil(q * sorted.length) - 1)] || sorted[sorted.length - 1];
-}

@@ -1,0 +1,117 @@
+// Which update tokens moved the probe: by the side they are on over the steps, and one by one at chosen steps.
+
+const ROLE_COLOUR = { chosen: "var(--up)", rejected: "var(--down)" };
+const roleColour = (role, k) => ROLE_COLOUR[role] || `var(--role-${k % 3})`;
+const WITHOUT_FORCES = "No forces of single tokens were recorded: give td.attach or td.Monitor a probe (and blame= for several kinds).";
+
+function Pushes() {
+  const section = byId("behind");
+  const figure = section.querySelector(".pushes");
+  const { steps, roles, groups } = RUN.pushes;
+  if (!groups.length) return void figure.append(h("p.empty", WITHOUT_FORCES));
+  let chosen = 0;
+  if (groups.length > 1)
+    section.querySelector(".controls").append(
+      h("span", "On"),
+      choice("Watched answers", groups.map((group, k) => [k, say(group.name)]), 0, (k) => {
+        chosen = k;
+        draw();
+      }),
+    );
+  function draw() {
+    const group = groups[chosen];
+    const series = roles.map((role, r) => ({
+      name: roles.length > 1 || role !== "response" ? `${say(role)} tokens` : "update tokens",
+      colour: roleColour(role, r),
+      points: points(steps, group.sums[r]),
+    }));
+    const total = steps.map((_, k) => {
+      const known = group.sums.map((row) => row[k]).filter(finite);
+      return known.length ? known.reduce((a, b) => a + b, 0) : null;
+    });
+    if (roles.length > 1) series.push({ name: "together", colour: "var(--ink)", dash: "", points: points(steps, total) });
+    LineChart(figure, {
+      title: `Forces on the ${say(group.name)} answers`,
+      series,
+      yTitle: "nats in the step",
+      unit: "nats",
+      zero: true,
+      format: signed,
+    });
+  }
+  draw();
+  redrawers.push(draw);
+}
+
+/** Tokens of one step as columns, groups of the probe as rows, a block for each sequence. */
+function TokenMaps() {
+  const section = byId("tokens");
+  const holder = section.querySelector(".token-maps");
+  if (!RUN.maps.length) {
+    section.querySelector(".legend").remove();
+    return void holder.append(h("p.empty", WITHOUT_FORCES));
+  }
+  let at = RUN.maps.length - 1;
+  section.querySelector(".controls").append(
+    h("span", "Step"),
+    choice("Step", RUN.maps.map((map, k) => [k, grouped(map.step)]), at, (k) => {
+      at = k;
+      draw();
+    }),
+  );
+  const roles = RUN.pushes.roles;
+
+  function draw() {
+    const map = RUN.maps[at];
+    const scale = Scale(map.values.flat().filter(finite));
+    legend(section.querySelector(".legend"), scale, "What the token did in this step", "nats on all answers of the row");
+    holder.replaceChildren(
+      ...map.sequences.map((sequence, s) => block(map, sequence, s, scale)),
+      map.left_out ? h("p.note", `${plural(map.left_out, "token")} more of this step's batch are left out of the page.`) : "",
+    );
+  }
+
+  function block(map, sequence, s, scale) {
+    const columns = Array.from({ length: sequence.stop - sequence.start }, (_, k) => sequence.start + k);
+    const sum = (row) => columns.map((i) => row[i]).filter(finite).reduce((a, b) => a + b, 0);
+    const colour = roleColour(sequence.role, roles.indexOf(sequence.role));
+    const name = sequence.role === "response" ? `Sequence ${s + 1}` : `${say(sequence.role)} answer, example ${sequence.group + 1}`;
+    const table = h(
+      "table.token-map",
+      h("thead", h("tr", h("td"), columns.map((i) => h("th", { scope: "col" }, h("span", tokenText(map.tokens[i], { limit: 16 })))))),
+      h(
+        "tbody",
+        map.groups.map((group, g) =>
+          h(
+            "tr",
+            h("th", { scope: "row" }, `on ${say(group)}`, h("span.value", signed(sum(map.values[g])))),
+            columns.map((i) => cell(map, g, i, scale)),
+          ),
+        ),
+      ),
+    );
+    return h(
+      "div.token-block",
+      h("h3", { "--colour": colour }, name),
+      h("div.token-frame", { tabindex: 0, role: "region", "aria-label": name }, table),
+    );
+  }
+
+  function cell(map, g, i, scale) {
+    const value = map.values[g][i];
+    const style = finite(value) ? { "--cell": scale.paint(value).background } : {};
+    const about = (event) =>
+      showTip(event.clientX, event.clientY, [
+        h("div.tip-token", tokenText(map.tokens[i])),
+        h("div.tip-place", `step ${map.step}, on the ${say(map.groups[g])} answers`),
+        facts([
+          ["force", `${signed(value)} nats in the step`],
+          ["weight c", `${signed(map.c[i])}, ${map.c[i] > 0 ? "pulled up" : map.c[i] < 0 ? "pushed down" : "left alone"}`],
+          ["its log-prob", `${number(map.log_prob[i])} nats (${probability(Math.exp(map.log_prob[i]))})`],
+        ]),
+      ]);
+    return h("td", style, { onpointermove: about, onpointerleave: hideTip, "aria-label": signed(value) });
+  }
+  draw();
+  redrawers.push(draw);
+}

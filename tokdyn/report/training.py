@@ -1,0 +1,323 @@
+"""The page of a training: what a monitored run's folder holds, as one self-contained HTML file.
+
+Python reduces the tables to curves (a number per step and kind of response) and to the forces of a few steps; the words at the
+top need no script. static/training/*.js draws the rest with the helpers of the profile's page, under the same policy.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ..steps import metrics, read
+from ..store import PAGE
+from .page import _count, _plain, _show, _table, assemble
+
+SCRIPTS = ("format.js", "colour.js", "tip.js", "svg.js", "training/data.js", "training/charts.js", "training/forces.js",
+           "training/main.js")  # fmt: skip
+STYLES = ("page.css", "training/training.css")
+MAPS, MAP_TOKENS = 9, 1500  # steps whose forces are shown token by token, and how many tokens of each
+FIGURES = (
+    "force",
+    "force_up_share",
+    "c_up",
+    "c_down",
+    "squeezing",
+    "shared_prefix",
+    "clipped",
+    "entropy",
+    "p_argmax",
+    "residual",
+)
+ON = "on "  # columns of the token table: what a token did to a group of the probe
+REFRESH = 20  # seconds between the reloads of a page whose training still runs
+
+
+def watch(folder: str | Path, *, steps: Sequence[int] | None = None, follow: bool = False, every: float = 20.0) -> Path:
+    """Write the page of a training that td.Monitor or td.attach records (`out=`) into its folder, and say where it is.
+
+    The page shows learning curves of each kind of response with what first order predicted, the model's own first choice, the
+    balance of forces, and which update tokens moved the probe. While the training runs, the page loads itself anew.
+
+    Args:
+        folder: the folder given as `out`.
+        steps: the steps whose forces are shown token by token; up to nine evenly spaced ones when absent.
+        follow: write it again every so many seconds until the training has ended.
+        every: seconds.
+
+    Raises:
+        FileNotFoundError: the folder holds no run. ValueError: it holds something else, or a step has no forces.
+    """
+    path = Path(folder)
+    while True:
+        about, tables = read(path)
+        part = path / f".{PAGE}"
+        part.write_text(render(about, tables, steps), encoding="utf-8")
+        os.replace(part, path / PAGE)
+        if not follow or about.get("status") != "running":
+            return path / PAGE
+        time.sleep(every)
+
+
+def render(about: Mapping[str, Any], tables: Mapping[str, Any], steps: Sequence[int] | None = None) -> str:
+    """The page of a training as HTML.
+
+    Args:
+        about: run.json.
+        tables: "tokens", "probe" and "steps" as `tokdyn.steps.read` gives them; any may be None.
+        steps: as in `watch`.
+
+    Raises:
+        ValueError: a step of `steps` has no forces.
+
+    Cost: reads each table once. The page takes about 100 bytes per token shown and 50 per curve and step, plus 60 kB.
+    """
+    curves, series = _curves(about, tables.get("probe")), _figures(tables.get("steps"))
+    pushes, maps = _pushes(tables.get("tokens")), _maps(tables.get("tokens"), steps)
+    payload = {"status": about.get("status"), "probe": curves, "steps": series, "pushes": pushes, "maps": maps}
+    return assemble("training.html.jinja", STYLES, SCRIPTS, payload, _prose(about, curves, series, pushes, maps))
+
+
+# ---------------------------------------------------------------- curves
+
+
+def _curves(about: Mapping[str, Any], probe: Any) -> dict[str, Any]:
+    """Mean log-probs per token by kind of response: {"steps": [...], "types": [{name, n, before, after, predicted, …}]}."""
+    if probe is None or not probe.num_rows:
+        return {"steps": [], "types": []}
+    wanted = ("before", "after", "predicted", "argmax_log_prob")
+    means = probe.group_by(["probe", "step"], use_threads=False).aggregate(
+        [(name, "mean") for name in wanted] + [("position", "count"), ("sequence", "count_distinct")]
+    )
+    at = {(row["probe"], row["step"]): row for row in means.to_pylist()}
+    steps = sorted({step for _, step in at})
+    names = list(dict.fromkeys([*(about.get("probe") or {}), *(name for name, _ in at)]))
+    types = []
+    for name in (name for name in names if any((name, step) in at for step in steps)):
+        rows = [at.get((name, step), {}) for step in steps]
+        found = {"name": name, "sequences": max(row.get("sequence_count_distinct", 0) for row in rows)}
+        for key, column in zip(("before", "after", "predicted", "argmax"), wanted, strict=True):
+            found[key] = [row.get(f"{column}_mean") for row in rows]
+        found["path"] = _added_up(steps, found["before"], found["predicted"])
+        types.append(found)
+    return {"steps": steps, "types": types}
+
+
+def _added_up(steps: Sequence[int], before: Sequence[float | None], rates: Sequence[float | None]) -> list[float | None]:
+    """Where one-step predictions lead from the first log-prob; between probe steps the mean of the two rates is held."""
+    at, path = before[0] if before else None, list[float | None]()
+    for k, step in enumerate(steps):
+        rate, last = rates[k], rates[k - 1] if k else None
+        if at is not None and rate is not None:
+            between = step - steps[k - 1] - 1 if k else 0
+            at += rate + (between * (last + rate) / 2 if last is not None else 0.0)
+        path.append(at)
+    return path
+
+
+def _figures(table: Any) -> dict[str, Any]:
+    """Figures of every recorded step, over all ranks: {"step": [...], "force": [...], …}."""
+    found: dict[str, Any] = {"step": []} | {name: [] for name in (*FIGURES, "linearity", "accounted", "carried")}
+    if table is None:
+        return found
+    by_step: dict[int, list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        by_step.setdefault(row["step"], []).append(row)
+    for step, rows in sorted(by_step.items()):
+        sums: dict[str, float] = {}
+        for row in rows:
+            for name, value in row.items():
+                if name.startswith("sum_") and value is not None:
+                    sums[name[4:]] = sums.get(name[4:], 0.0) + value
+        figures = metrics(sums | {"steps": 1.0})
+        found["step"].append(step)
+        for name in FIGURES:
+            found[name].append(figures.get(name))
+        for name in ("linearity", "accounted", "carried"):
+            found[name].append(next((row[name] for row in rows if row.get(name) is not None), None))
+    return found
+
+
+# ---------------------------------------------------------------- forces
+
+
+def _groups(tokens: Any) -> list[str]:
+    return [] if tokens is None else [name[len(ON) :] for name in tokens.column_names if name.startswith(ON)]
+
+
+def _pushes(tokens: Any) -> dict[str, Any]:
+    """What the tokens of each role did to each group of the probe, step by step, nats: {"steps", "roles", "groups"}."""
+    names = _groups(tokens)
+    if not names:
+        return {"steps": [], "roles": [], "groups": []}
+    sums = tokens.group_by(["step", "role"], use_threads=False).aggregate([(ON + name, "sum") for name in names])
+    rows = [row for row in sums.to_pylist() if any(row[f"{ON}{name}_sum"] is not None for name in names)]
+    steps, roles = sorted({row["step"] for row in rows}), sorted({row["role"] for row in rows})
+    at = {(row["step"], row["role"]): row for row in rows}
+    groups = [
+        {"name": name, "sums": [[at.get((step, role), {}).get(f"{ON}{name}_sum") for step in steps] for role in roles]}
+        for name in names
+    ]
+    return {"steps": steps, "roles": roles, "groups": groups}
+
+
+def _maps(tokens: Any, wanted: Sequence[int] | None) -> list[dict[str, Any]]:
+    """Forces of single tokens on each group at a few steps: tokens in the order of their sequences, values [group][token]."""
+    import pyarrow.compute as pc
+
+    names = _groups(tokens)
+    if not names:
+        if wanted:
+            raise ValueError(f"no step of this run has forces, so {list(wanted)} cannot be shown: train with a probe")
+        return []
+    known = pc.is_valid(tokens[ON + names[0]])
+    for name in names[1:]:
+        known = pc.or_(known, pc.is_valid(tokens[ON + name]))
+    tokens = tokens.filter(known)
+    steps = sorted(set(tokens["step"].to_pylist()))
+    if missing := [step for step in wanted or () if step not in steps]:
+        raise ValueError(f"step {missing[0]} has no forces; those that have are {', '.join(map(str, steps))}")
+    if wanted is None:
+        n = min(MAPS, len(steps))
+        wanted = sorted({steps[round(k * (len(steps) - 1) / max(n - 1, 1))] for k in range(n)})
+    maps = []
+    for step in wanted:
+        table = tokens.filter(pc.equal(tokens["step"], step))
+        order = [(key, "ascending") for key in ("rank", "group", "role", "sequence", "position") if key in table.column_names]
+        whole, table = table.num_rows, table.sort_by(order).slice(0, MAP_TOKENS)
+        rows = table.to_pylist()
+        sequences: list[dict[str, Any]] = []
+        for index, row in enumerate(rows):
+            key = [row.get("rank"), row["sequence"]]
+            if not sequences or sequences[-1]["key"] != key:
+                sequences.append({"key": key, "role": row["role"], "group": row["group"], "start": index})
+            sequences[-1]["stop"] = index + 1
+        maps.append(
+            {
+                "step": step,
+                "left_out": whole - len(rows),
+                "groups": names,
+                "sequences": sequences,
+                "tokens": [row.get("token") or f"<{row['token_id']}>" for row in rows],
+                "c": [row["c"] for row in rows],
+                "log_prob": [row["log_prob"] for row in rows],
+                "values": [[row[ON + name] for row in rows] for name in names],
+            }
+        )
+    return maps
+
+
+# ---------------------------------------------------------------- words
+
+
+def _prose(
+    about: Mapping[str, Any], curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapping[str, Any],
+    maps: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    model, settings, versions = (about.get(key) or {} for key in ("model", "settings", "versions"))
+    status, recorded = about.get("status") or "complete", series["step"]
+    last = about.get("steps") or (recorded[-1] if recorded else 0)
+    problems = [str(text) for text in about.get("problems") or []]
+    details = (
+        _count(model.get("parameters"), "parameter"),
+        f"{len(recorded):,} step{'' if len(recorded) == 1 else 's'} recorded",
+        curves["steps"] and f"probe at {len(curves['steps']):,} of them",
+        curves["types"] and f"{len(curves['types'])} kind{'' if len(curves['types']) == 1 else 's'} of response watched",
+    )
+    return {
+        "model": model.get("name") or "a model",
+        "status": status,
+        "refresh": REFRESH if status == "running" else None,
+        "last": f"{last:,}",
+        "recorded": len(recorded),
+        "details": [str(item) for item in details if item],
+        "problems": problems[:5],
+        "more_problems": max(0, len(problems) - 5),
+        "findings": _findings(curves, series, pushes),
+        "version": versions.get("tokdyn") or "",
+        "blamed": [group["name"] for group in pushes["groups"]],
+        "tables": [
+            {"title": title, "rows": rows}
+            for title, rows in (
+                ("Settings", _table(settings)),
+                ("Probe, sequences of each kind", _table(about.get("probe"))),
+                ("Versions", _table(versions)),
+            )
+            if rows
+        ],
+    }
+
+
+def _findings(curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What a reader should know first, in whole sentences with their numbers."""
+    found = []
+    moved, top = {}, {}
+    for kind in curves["types"]:
+        before, after, argmax = (_ends(kind[key]) for key in ("before", "after", "argmax"))
+        if before and after:
+            moved[kind["name"]] = after[1] - before[0]
+        if argmax and len(curves["steps"]) > 1:
+            top[kind["name"]] = argmax[1] - argmax[0]
+    if moved:
+        order = sorted(moved, key=lambda name: -moved[name])
+        best, worst = order[0], order[-1]
+        title = f"{_say(best)} {'rose' if moved[best] > 0 else 'fell'} {'most' if moved[best] > 0 else 'least'}"
+        if worst != best:
+            title += f", {_say(worst)} {'fell most' if moved[worst] < 0 else 'rose least'}"
+        listed = ", ".join(f"{_say(name)} {_signed(moved[name])}" for name in order)
+        found.append(
+            {"title": title, "text": f"Change of the mean log-probability of a token over the training, nats: {listed}."}
+        )
+    name = "rejected" if "rejected" in top else next(iter(top), None)
+    if name is not None:
+        rises, answers = top[name] > 0, [moved[kind] for kind in ("chosen", "rejected") if kind in moved]
+        text = (
+            f"On the {_say(name)} answers the log-probability of the model's own first choice changed by {_signed(top[name])} "
+            "nats at a mean position."
+        )
+        if rises and len(answers) == 2 and max(answers) < 0:
+            text += (
+                " Chosen and rejected answers both fell meanwhile: the probability that was pushed away went to what the model "
+                "would have said anyway. This is squeezing."
+            )
+        found.append({"title": f"The first choice became {'more' if rises else 'less'} likely", "text": text})
+    for group in pushes["groups"][:1]:
+        totals = {role: sum(x for x in row if x is not None) for role, row in zip(pushes["roles"], group["sums"], strict=True)}
+        pulls = ", ".join(f"{_say(role)} tokens {_signed(value)}" for role, value in totals.items())
+        found.append(
+            {
+                "title": f"What moved the {_say(group['name'])} answers",
+                "text": f"Nats on all of them in the {len(pushes['steps'])} steps that were looked at, by the gradient of the "
+                f"step itself: {pulls}, together {_signed(sum(totals.values()))}.",
+            }
+        )
+    ratios = [x for x in series["linearity"] if x is not None and math.isfinite(x)]
+    if ratios:
+        middle = median(ratios)
+        good = 0.8 < middle < 1.25
+        found.append(
+            {
+                "title": "The forces explain the steps" if good else "Steps are too large for a first-order account",
+                "text": f"Change of the probe in a step, real over predicted: {_show(middle)} in the middle, between "
+                f"{_show(min(ratios))} and {_show(max(ratios))} over {len(ratios)} steps. 1 is perfect.",
+            }
+        )
+    return found
+
+
+def _ends(values: Sequence[float | None]) -> tuple[float, float] | None:
+    real = [x for x in values if x is not None and math.isfinite(x)]
+    return (real[0], real[-1]) if real else None
+
+
+def _say(name: str) -> str:
+    return str(name).replace("_", " ")
+
+
+def _signed(x: float) -> str:
+    return ("+" if x > 0 else "") + _show(_plain(float(x)))
