@@ -109,3 +109,33 @@ def test_dtype_is_kept_and_shapes_are_checked():
     assert squeeze.step(z, torch.tensor([0, 1, 2]), -torch.ones(3), 0.1).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="targets and c must both have shape"):
         squeeze.step(z, torch.tensor([0, 1]), torch.ones(2), 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_diagnosis_is_what_its_definition_says(dtype):
+    """Every number from both distributions as they are, in float64; shares but for tokens within rounding of the border."""
+    z, y = random_rows()
+    c = torch.linspace(-1, 1, 200, dtype=torch.float64).round(decimals=2)
+    c[17], z[3, 5] = 0, -torch.inf
+    moved = squeeze.step(z, y, c, 0.5)
+    before, after = z.log_softmax(1), moved.log_softmax(1)
+    p, q = before.exp(), after.exp()
+    others = torch.ones_like(p, dtype=torch.bool).scatter(1, y[:, None], False)
+    top = z.argmax(1, keepdim=True)
+    found = squeeze.diagnose(z.to(dtype), y, c.to(dtype), 0.5)
+    eps = torch.finfo(dtype).eps
+    largest = z.clamp(min=0).amax(1) + 1  # a logit's own rounding is the error of its log-probability
+    for ours, truth in (
+        (found.target_before, p.gather(1, y[:, None])[:, 0]),
+        (found.target_after, q.gather(1, y[:, None])[:, 0]),
+        (found.argmax_before, p.gather(1, top)[:, 0]),
+        (found.argmax_after, q.gather(1, top)[:, 0]),
+        (found.argmax_gain, (q - p).gather(1, top)[:, 0]),
+    ):
+        assert bool(((ours - truth).abs() <= 8 * eps * largest).all())
+    band = 32 * eps * largest[:, None]
+    rule = squeeze.sign_rule(p, y, c)
+    for ours, margin in ((found.falling, after - before), (found.predicted_falling, rule)):
+        margin = torch.where(margin.isnan(), 1.0, margin)  # -inf stays -inf
+        low, high = ((others & (margin < sign * band)).sum(1) / 29 * (c != 0) for sign in (-1, 1))
+        assert bool(((low - 1e-6 <= ours) & (ours <= high + 1e-6)).all())

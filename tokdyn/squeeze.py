@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .kernels.readout_forces.reference import logit_force
+from .ops import token_stats
 
 
 def step(
@@ -73,28 +74,26 @@ def diagnose(
 def compare(
     logits: Float[Tensor, "T V"], moved: Float[Tensor, "T V"], targets: Int[Tensor, " T"], c: Float[Tensor, " T"]
 ) -> Squeeze:
-    """Squeezing between two sets of logits; c is the weight of the target in the step between them."""
-    before, after = logits.log_softmax(-1), moved.log_softmax(-1)
+    """Squeezing between two sets of logits; c is the weight of the target in the step between them.
+
+    No softmax of either is made: token i ≠ y falls where its logit moves by less than the log-sum-exp does, and the sign rule
+    bounds its logit, p_i < ‖p‖² - p_y being z_i < logsumexp + log(‖p‖² - p_y).
+    """
     y = targets[:, None]
-    p, q = before.exp(), after.exp()
-    top = logits.argmax(-1, keepdim=True)
-    others = torch.ones_like(p).scatter(1, y, 0.0)
-    count = others.sum(1).clamp(min=1)
-    rule = sign_rule(p, targets, c) < 0
-    moved = c.abs() > 0
+    before, after = token_stats(logits, targets), token_stats(moved, targets)
+    lse = before.logsumexp
+    p_y, p_top = before.log_prob.exp(), before.argmax_log_prob.exp()
+    top = before.argmax.clamp(min=0)[:, None]  # -1 marks a NaN, which every other number shows
+    q_top = (moved.gather(1, top).squeeze(1) - after.logsumexp).exp()
+    falls = moved - logits < (after.logsumexp - lse)[:, None]
+    bound = (lse + (before.collision - p_y).clamp(min=0).log())[:, None]
+    rule = torch.where(c[:, None] < 0, logits < bound, logits > bound)
+    count = max(logits.shape[1] - 1, 1)
 
-    def at(x: Tensor, index: Tensor) -> Tensor:
-        return x.gather(1, index).squeeze(1)
+    def share(which: Tensor) -> Tensor:
+        return (which.sum(1) - which.gather(1, y).squeeze(1).long()).to(lse) / count * (c != 0)
 
-    return Squeeze(
-        at(p, y),
-        at(q, y),
-        at(p, top),
-        at(q, top),
-        at(q, top) - at(p, top),
-        ((after < before) * others).sum(1) / count * moved,
-        (rule * others).sum(1) / count * moved,
-    )
+    return Squeeze(p_y, after.log_prob.exp(), p_top, q_top, q_top - p_top, share(falls), share(rule))
 
 
 def sign_rule(p: Float[Tensor, "T V"], targets: Int[Tensor, " T"], c: Float[Tensor, " T"]) -> Float[Tensor, "T V"]:
