@@ -224,14 +224,6 @@ void add_row_dots(uintptr_t a, uintptr_t b, int64_t rows, int64_t n, uintptr_t o
     tokdyn::add_row_dots(at<const float>(a), at<const float>(b), rows, n, n, n, at<double>(out), *level.vectors, threads);
 }
 
-void multiply(uintptr_t a, uintptr_t b, int64_t rows, int64_t n, uintptr_t out, int64_t out_stride, bool add, int threads,
-              const std::string& simd) {
-    const Level level = choose(simd);
-    py::gil_scoped_release without_gil;
-    const tokdyn::GramTiles tiles = {at<const float>(a), at<const float>(b), rows, n};
-    tokdyn::multiply(tiles, at<float>(out), out_stride, add, *level.vectors, threads);
-}
-
 void segment_dots(uintptr_t a, uintptr_t b, int64_t rows, int64_t n, uintptr_t segment, uintptr_t out, int64_t S, int threads,
                   const std::string& simd) {
     const Level level = choose(simd);
@@ -296,9 +288,6 @@ PYBIND11_MODULE(_C, m) {
           py::kw_only(), py::arg("threads"), py::arg("simd") = "", "out[r] += a[r]·b[r] in double");
 
     // Tiles [rows, n] of two Gram matrices.
-    m.def("multiply", &multiply, py::arg("a"), py::arg("b"), py::arg("rows"), py::arg("n"), py::arg("out"),
-          py::arg("out_stride"), py::arg("add"), py::kw_only(), py::arg("threads"), py::arg("simd") = "",
-          "out = or += a b, elementwise");
     m.def("segment_dots", &segment_dots, py::arg("a"), py::arg("b"), py::arg("rows"), py::arg("n"), py::arg("segment"),
           py::arg("out"), py::arg("S"), py::kw_only(), py::arg("threads"), py::arg("simd") = "",
           "out[r, segment[j]] += a[r, j] b[r, j], out [rows, S] in double");

@@ -1,4 +1,4 @@
-// Elementwise products of two Gram tiles over threads.
+// Sums over segments of the product of two Gram tiles, rows over threads.
 #include "dual_gram.h"
 
 #include "parallel.h"
@@ -8,20 +8,11 @@ namespace {
 
 constexpr int64_t PER_THREAD = 1 << 16;  // products that are worth a thread
 
-int threads_for(const GramTiles& tiles, int threads) {
-    return static_cast<int>(std::min<int64_t>(threads, 1 + tiles.rows * tiles.n / PER_THREAD));
-}
-
 }  // namespace
 
-void multiply(const GramTiles& tiles, float* out, int64_t out_stride, bool add, const VectorFns& fns, int threads) {
-    parallel_for(tiles.rows, threads_for(tiles, threads), [&](int64_t r) {
-        fns.multiply(out + r * out_stride, tiles.a + r * tiles.n, tiles.b + r * tiles.n, tiles.n, add);
-    });
-}
-
 void segment_dots(const GramTiles& tiles, const int64_t* segment, double* out, int64_t S, const VectorFns& fns, int threads) {
-    parallel_for(tiles.rows, threads_for(tiles, threads), [&](int64_t r) {
+    threads = static_cast<int>(std::min<int64_t>(threads, 1 + tiles.rows * tiles.n / PER_THREAD));
+    parallel_for(tiles.rows, threads, [&](int64_t r) {
         const float *a = tiles.a + r * tiles.n, *b = tiles.b + r * tiles.n;
         for (int64_t begin = 0, end; begin < tiles.n; begin = end) {  // stretches of one segment
             for (end = begin + 1; end < tiles.n && segment[end] == segment[begin];) ++end;

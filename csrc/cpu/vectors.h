@@ -7,7 +7,6 @@ namespace tokdyn {
 struct VectorFns {
     double (*dot)(const float* a, const float* b, int64_t n);
     void (*scale)(float* a, int64_t n, float factor, const float* factors);  // a_j *= factor · factors_j
-    void (*multiply)(float* out, const float* a, const float* b, int64_t n, bool add);  // out_j = or += a_j b_j
 };
 namespace portable { extern const VectorFns vector_fns; }
 namespace avx2 { extern const VectorFns vector_fns; }

@@ -1,4 +1,4 @@
-// Dot products, scaling and elementwise products.
+// Dot products and scaling.
 #include "simd.h"
 #include "vectors.h"
 
@@ -26,21 +26,10 @@ void scale(float* a, int64_t n, float factor, const float* factors) {
     for (; j < n; ++j) a[j] *= factor * factors[j];
 }
 
-void multiply(float* out, const float* a, const float* b, int64_t n, bool add) {
-    int64_t j = 0;
-    if (add) {
-        for (; j + WIDTH <= n; j += WIDTH) store(out + j, fma(load(a + j), load(b + j), load(out + j)));
-        for (; j < n; ++j) out[j] += a[j] * b[j];
-    } else {
-        for (; j + WIDTH <= n; j += WIDTH) store(out + j, mul(load(a + j), load(b + j)));
-        for (; j < n; ++j) out[j] = a[j] * b[j];
-    }
-}
-
 }  // namespace
 
 namespace tokdyn {
 namespace TOKDYN_SIMD {
-const VectorFns vector_fns = {dot, scale, multiply};
+const VectorFns vector_fns = {dot, scale};
 }
 }  // namespace tokdyn

@@ -1,4 +1,4 @@
-"""dual_gram on the CPU: tiles of both Gram matrices by BLAS, multiplied by C++ into the result (csrc/README.md)."""
+"""dual_gram on the CPU: tiles of both Gram matrices by BLAS, sums over segments in C++ (csrc/README.md)."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def dual_gram(
 
     Raises ValueError for shapes, dtypes and devices that do not fit, RuntimeError without the extension.
 
-    Cost: 2 M L (p + q) flops, beside the result two tiles of 16 MiB. A sum over segments is an inner product of sums of outer
-    products, Σ_{m,l} (a_m·a_l)(d_m·d_l) = <Σ_m a_m d_mᵀ, Σ_l a_l d_lᵀ>, so it may also cost 2 (M + L + S_o S_u) p q, with up to
-    16 MiB a side for those sums; the cheaper way is taken. Segments that are not in order add 8 bytes a row.
+    Cost: 2 M L (p + q) flops; beside the result a tile of up to 16 MiB, two when adding. Summed over segments it is an inner
+    product of sums of outer products, Σ_{m,l} (a_m·a_l)(d_m·d_l) = <Σ_m a_m d_mᵀ, Σ_l a_l d_lᵀ>, so it may also cost
+    2 (M + L + S_o S_u) p q, with up to 16 MiB a side for those sums; the cheaper way is taken. Segments that are not in order
+    add 8 bytes a row.
     """
     ids, shape = segments or (None, None), (len(a1), len(a2))
     if segments is not None:
@@ -72,11 +73,11 @@ def _dual_gram(
         sums = summed((a1, d1, rows), (a2, d2, columns), out.shape, block, simd)
         out.copy_(out + sums if add else sums)
         return
-    for some, others, g_a, g_d in tiles(a1, a2, d1, d2):
-        extension().multiply(
-            address(g_a), address(g_d), *g_a.shape, address(out[some, others]), out.stride(0), add,
-            threads=torch.get_num_threads(), simd=simd,
-        )  # fmt: skip
+    for some, others, g_a, g_d in tiles(a1, a2, d1, d2, None if add else out):
+        if add:
+            out[some, others].addcmul_(g_a, g_d)
+        else:
+            g_a.mul_(g_d)
 
 
 @_dual_gram.register_fake
@@ -107,18 +108,21 @@ def _check(a1, a2, d1, d2, out, add, rows, columns, simd) -> None:
 Factors = tuple[Tensor, Tensor, Tensor]  # a [n, p], d [n, q] and the segments [n] of one side
 
 
-def tiles(a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Rows, columns and the two Gram matrices of every tile, in buffers that are used again."""
-    buffers = [torch.empty(TILE[0] * TILE[1]) for _ in range(2)]
-    for rows in row_blocks(len(a1), TILE[0]):
+def tiles(
+    a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, out: Tensor | None = None
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Rows, columns and the two Gram matrices of every tile, in buffers that are used again; a1 a2ᵀ in `out` if given."""
+    M, L = len(a1), len(a2)
+    buffers = [torch.empty(min(M, TILE[0]) * min(L, TILE[1])) for _ in range(2 if out is None else 1)]
+    for rows in row_blocks(M, TILE[0]):
         left = a1[rows].float(), d1[rows].float()
-        for columns in row_blocks(len(a2), TILE[1]):
+        for columns in row_blocks(L, TILE[1]):
+            shape = len(left[0]), columns.stop - columns.start
+            places = [buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers]
+            if out is not None:
+                places.insert(0, out[rows, columns])
             right = a2[columns].float(), d2[columns].float()
-            shape = len(left[0]), len(right[0])
-            g_a, g_d = (
-                torch.mm(x, y.T, out=buffer[: shape[0] * shape[1]].view(shape))
-                for x, y, buffer in zip(left, right, buffers, strict=True)
-            )
+            g_a, g_d = (torch.mm(x, y.T, out=place) for x, y, place in zip(left, right, places, strict=True))
             yield rows, columns, g_a, g_d
 
 

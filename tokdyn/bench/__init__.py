@@ -79,6 +79,51 @@ def bench(
     return found
 
 
+def join(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs of bench() on one machine as one, each row with the share of the floor that its own run measured.
+
+    A side that was measured twice keeps what came first; what that lacks, as peak memory, is taken from the other. The bars are
+    held again, against all rows. `parts` lists load, floors, rounds and operators of every run.
+
+    Raises:
+        ValueError: no runs, or runs on different machines, with different versions or of different sizes.
+    """
+    if not runs:
+        raise ValueError("join needs at least one run")
+
+    def about(run: dict[str, Any]) -> dict[str, Any]:
+        machine = {key: value for key, value in run["machine"].items() if key != "load"}
+        return dict(machine=machine, versions=run["versions"], device=run["settings"]["device"], quick=run["settings"]["quick"])
+
+    for run in runs[1:]:
+        if about(run) != about(runs[0]):
+            raise ValueError(f"runs of different machines, versions or sizes: {about(runs[0])} and {about(run)}")
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    parts = []
+    for run in runs:
+        ops = list(dict.fromkeys(row["op"] for row in run["rows"]))
+        parts.append(
+            dict(
+                ops=ops,
+                load=run["machine"].get("load"),
+                floors=run["floors"],
+                rounds=run["settings"]["rounds"],
+                date=run["date"],
+            )
+        )
+        for row in run["rows"]:
+            key = row["case"], row["dtype"], row["side"]
+            rows[key] = row | rows[key] if key in rows and rows[key]["ran"] >= row["ran"] else row
+    found = dict(runs[0], date=max(run["date"] for run in runs), rows=[], bars=[], parts=parts)
+    for case in cases_on(torch.device(runs[0]["settings"]["device"]), runs[0]["settings"]["quick"]):
+        kind = str(case.dtype).removeprefix("torch.")
+        mine = {side: row for (name, dtype, side), row in rows.items() if (name, dtype) == (case.name, kind)}
+        found["rows"] += mine.values()
+        if mine and not runs[0]["settings"]["quick"]:
+            found["bars"] += [held(bar, case, mine) for bar in case.bars]
+    return found
+
+
 def _known(what: str, given: Sequence[str], known: set[str]) -> None:
     for name in given:
         if not any(k.startswith(name) for k in known):

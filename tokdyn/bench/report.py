@@ -41,25 +41,29 @@ def verdicts(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def heading(found: dict[str, Any]) -> list[str]:
     """What the numbers were measured on."""
-    about, limits = found["machine"], found["floors"]
-    rates = ", ".join(f"{rate:.3g} TFLOP/s in {dtype}" for dtype, rate in limits["tflop_per_s"].items())
+    about = found["machine"]
     place = about["gpu"] or f"{about['processor']}, {about['threads']} threads"
-    load = f", load {about['load']} at the start" if "load" in about else ""
     packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    read = "copied" if about["gpu"] else "read"
-    return [
-        f"{place}; {about['system']}{load}; {found['date']}.",
-        f"Floor, measured in this run: {limits['gb_per_s']:.3g} GB/s {read}, {rates}.",
-        f"{packages}.",
-    ]
+    part = dict(floors=found["floors"], load=about.get("load"))
+    parts = [f"Floor, measured in this run: {_floor(part, about['gpu'])}."]
+    if "parts" in found:  # several runs: bench.join
+        parts = [f"Floor, measured in the run of {', '.join(p['ops'])}: {_floor(p, about['gpu'])}." for p in found["parts"]]
+    return [f"{place}; {about['system']}; {found['date']}.", *parts, f"{packages}."]
+
+
+def _floor(part: dict[str, Any], gpu: str | None) -> str:
+    limits, load = part["floors"], "" if part["load"] is None else f" (load {part['load']} at the start)"
+    rates = ", ".join(f"{rate:.3g} TFLOP/s in {dtype}" for dtype, rate in limits["tflop_per_s"].items())
+    return f"{limits['gb_per_s']:.3g} GB/s {'copied' if gpu else 'read'}, {rates}{load}"
 
 
 def markdown(found: dict[str, Any]) -> str:
     """The run as a page."""
     settings = found["settings"]
     quick = " Small sizes: nothing here says how fast it is." if settings["quick"] else ""
-    page = [f"# tokdyn bench on {settings['device']}", "", *heading(found), ""]
-    page += [f"Median of up to {settings['rounds']} rounds in which the sides take turns.{quick}", ""]
+    rounds = max(part["rounds"] for part in found.get("parts", [settings]))
+    page = [f"# tokdyn bench on {settings['device']}", "", "  \n".join(heading(found)), ""]
+    page += [f"Median of up to {rounds} rounds in which the sides take turns; peak memory beyond the inputs.{quick}", ""]
     page += _table(COLUMNS, lines(found))
     if found["bars"]:
         page += ["", "## Held against", "", *_table(("case", "side", "bar", "value", ""), verdicts(found))]
