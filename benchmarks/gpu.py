@@ -8,10 +8,12 @@ passed; 1: some did not; 2: there is no CUDA device.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import itertools
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -168,23 +170,26 @@ def about_machine() -> dict[str, Any]:
     """The GPU, versions, and the commit."""
     import torch
 
-    sys.path.insert(0, str(SITE))
-    from tokdyn.bench.measure import machine, versions
-
+    gpu = torch.cuda.get_device_properties(0)
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     compiler = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if Path(nvcc).exists() else ""
     release = re.search(r"release (\S+),", compiler)
-    return dict(
-        machine=machine(torch.device("cuda")), versions=versions() | ({"nvcc": release[1]} if release else {}),
-        commit=git.stdout.strip() or None, date=time.strftime("%Y-%m-%d"),
-    )  # fmt: skip
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda, "nvcc": release[1] if release else "none"}
+    for name in LIBRARY:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "none"
+    about = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {gpu.multi_processor_count} multiprocessors"
+    return dict(gpu=about, versions=versions, commit=git.stdout.strip() or None, date=time.strftime("%Y-%m-%d"))
 
 
 def page(result: dict[str, Any]) -> str:
-    """The run as Markdown."""
+    """The run as Markdown; where there are figures, there is the package that knows how to show them."""
+    sys.path.insert(0, str(SITE))
     packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines = [f"# {result['machine']['gpu']}, {result['date']}", "", f"{packages}; commit {result['commit']}.", ""]
+    lines = [f"# {result['gpu']}, {result['date']}", "", f"{packages}; commit {result['commit']}.", ""]
     lines += ["| stage | outcome | seconds | |", "|---|---|---|---|"]
     for stage in result["stages"]:
         counted = re.findall(r"^\d+ (?:passed|failed|skipped).*", stage.get("output", ""), re.M)
@@ -225,12 +230,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the two files")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything")
-    parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--dry-run", action="store_true", help="show the commands and check that what they name is there")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes - 10  # to write down what was found
     with tempfile.TemporaryDirectory() as scratch:
-        found = stages(args.python, Path(scratch))
+        found = stages(sys.executable, Path(scratch))
         if args.dry_run:
             for stage in found:
                 lacks = missing(stage)
@@ -251,7 +255,7 @@ def main() -> int:
         }
     result = about_machine() | dict(stages=records, figures=figures)
     args.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", result["machine"]["gpu"].split(",")[0].lower()) + "-" + result["date"]
+    name = re.sub(r"[^a-z0-9]+", "-", result["gpu"].split(",")[0].lower()) + "-" + result["date"]
     (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / f"{name}.md").write_text(page(result))
     print((args.out / f"{name}.md").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -28,11 +29,12 @@ def gpu():
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([BENCHMARKS / "gpu.sh", *arguments], capture_output=True, text=True)
+    command = [BENCHMARKS / "gpu.sh", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
 
 
 def test_every_file_and_option_of_its_commands_is_there():
-    done = script("--dry-run", "--python", sys.executable)
+    done = script("--dry-run")
     assert done.returncode == 0 and "every file and option is there" in done.stdout, done.stdout + done.stderr
     for stage in ("build", "tests", "memcheck", "machine code", "operators: attention", "exact forces"):
         assert f"{stage} (at most" in done.stdout
@@ -71,7 +73,7 @@ def test_stages_that_fail_last_too_long_or_lack_something_stop_no_other(gpu, tmp
     assert records[0]["exit"] == 3 and "here" in records[0]["output"]
     assert records[3]["why"] == "needs the package no_such_package, the program no-such-program"
     assert {record["outcome"] for record in gpu.run(found[:1], time.monotonic())} == {"not run"}
-    about = dict(machine=dict(gpu="H200, 139 GiB"), date="2026-01-01", versions=dict(torch="2"), commit="abc", figures={})
+    about = dict(gpu="H200, 139 GiB", date="2026-01-01", versions=dict(torch="2"), commit="abc", figures={})
     page = gpu.page(about | dict(stages=records))
     assert "| beside | passed | " in page and "| 7 passed, 1 skipped in 0.1s |" in page and "| hangs | out of time | " in page
 
@@ -88,7 +90,17 @@ def test_the_page_holds_the_figures(gpu):
     exact = dict(about="Qwen2 shape.", rows=[dict(what="matrix", seconds=1.0, peak_mib=2.0, error=3e-3, bar="in 300 s")])
     code = [dict(name="sum", architecture=90, faults=[]), dict(name="product", architecture=90, faults=["spills"])]
     figures = {"operators: rows": kernels, "operators: products": kernels, "exact forces": exact, "machine code": code}
-    page = gpu.page(dict(machine=dict(gpu="H200"), date="2026-01-01", versions={}, commit=None, stages=[], figures=figures))
+    page = gpu.page(dict(gpu="H200", date="2026-01-01", versions={}, commit=None, stages=[], figures=figures))
     assert page.count("| token_stats bfloat16 T=3 | triton | did not run: no reason |") == 2
     assert "| matrix | 1.0 | 2 | 3.0e-03 | in 300 s |" in page and "product (sm_90): spills" in page
     assert page.count("not measured") == 2
+
+
+def test_exact_forces_on_a_small_model_of_that_shape(tmp_path):
+    command = [sys.executable, BENCHMARKS / "exact_forces_gpu.py", "--quick", "--device", "cpu", "--json", tmp_path / "e.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "e.json").read_text())
+    exact, rounded, *timed = found["rows"]
+    assert exact["error"] < 1e-5 < rounded["error"] < 0.1
+    assert [row["what"] for row in timed] == ["matrix 12 x 12", "reduction over 24 tokens"]
