@@ -166,6 +166,20 @@ def test_figures_of_all_ranks_are_ratios_of_their_sums():
     assert series["linearity"] == [1.05] * len(one["step"])
 
 
+def test_steps_whose_forces_do_not_add_up_are_left_out_and_named(run):
+    about, tables = run
+    rows = tables["steps"].to_pylist()
+    rows[0]["accounted"], rows[3]["accounted"] = 0.85, float("nan")
+    html = training.render(about, tables | {"steps": pa.Table.from_pylist(rows)})
+    payload = payload_of(html)
+    assert payload["pushes"]["steps"] == [2, 4, *range(8, 25, 2)] and payload["maps"][0]["step"] == 2
+    assert "Left out here and below: steps 1, 6." in Tags(html).words
+    for row in rows:
+        row["accounted"] = 0.5  # nothing would be left
+    html = training.render(about, tables | {"steps": pa.Table.from_pylist(rows)})
+    assert len(payload_of(html)["pushes"]["steps"]) == 13 and "Left out here" not in Tags(html).words
+
+
 def test_heat_maps_hold_the_forces_of_their_steps_token_by_token(run, html):
     maps, table = payload_of(html)["maps"], run[1]["tokens"].to_pylist()
     steps = [m["step"] for m in maps]
@@ -193,7 +207,7 @@ def test_large_batches_are_cut_and_said(run, monkeypatch):
 
 def test_findings_say_what_the_numbers_say(html):
     text = Tags(html).words
-    assert "chosen rose most, rejected fell most" in text
+    assert "Chosen rose most, rejected fell most" in text
     assert "The first choice became more likely" in text and "squeezing" in text.lower()
     assert "This is squeezing" not in text  # the chosen answer rose
     assert "The forces explain the steps" in text and "1.05 in the middle" in text

@@ -78,9 +78,10 @@ def render(about: Mapping[str, Any], tables: Mapping[str, Any], steps: Sequence[
     Cost: reads each table once. The page takes about 100 bytes per token shown and 50 per curve and step, plus 60 kB.
     """
     curves, series = _curves(about, tables.get("probe")), _figures(tables.get("steps"))
-    pushes, maps = _pushes(tables.get("tokens")), _maps(tables.get("tokens"), steps)
+    tokens, unaccounted = _accounted(tables.get("tokens"), series)
+    pushes, maps = _pushes(tokens), _maps(tables.get("tokens") if steps else tokens, steps)
     payload = {"status": about.get("status"), "probe": curves, "steps": series, "pushes": pushes, "maps": maps}
-    return assemble("training.html.jinja", STYLES, SCRIPTS, payload, _prose(about, curves, series, pushes, maps))
+    return assemble("training.html.jinja", STYLES, SCRIPTS, payload, _prose(about, curves, series, pushes, unaccounted))
 
 
 # ---------------------------------------------------------------- curves
@@ -144,6 +145,21 @@ def _figures(table: Any) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- forces
+
+
+def _accounted(tokens: Any, series: Mapping[str, Any]) -> tuple[Any, list[int]]:
+    """The token table without the steps whose forces do not make up what the gradient did, and these steps.
+
+    They are left out only where they are the exception: within 5% is what Step.notes asks for too.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    known = {step: x for step, x in zip(series["step"], series["accounted"], strict=True) if x is not None}
+    odd = [step for step, x in known.items() if not abs(x - 1) <= 0.05]
+    if tokens is None or not odd or 2 * len(odd) > len(known):
+        return tokens, []
+    return tokens.filter(pc.invert(pc.is_in(tokens["step"], value_set=pa.array(odd, tokens["step"].type)))), odd
 
 
 def _groups(tokens: Any) -> list[str]:
@@ -217,7 +233,7 @@ def _maps(tokens: Any, wanted: Sequence[int] | None) -> list[dict[str, Any]]:
 
 def _prose(
     about: Mapping[str, Any], curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapping[str, Any],
-    maps: Sequence[Mapping[str, Any]],
+    unaccounted: Sequence[int],
 ) -> dict[str, Any]:  # fmt: skip
     model, settings, versions = (about.get(key) or {} for key in ("model", "settings", "versions"))
     status, recorded = about.get("status") or "complete", series["step"]
@@ -240,7 +256,9 @@ def _prose(
         "more_problems": max(0, len(problems) - 5),
         "findings": _findings(curves, series, pushes),
         "version": versions.get("tokdyn") or "",
-        "blamed": [group["name"] for group in pushes["groups"]],
+        "unaccounted": ("steps " if len(unaccounted) > 1 else "step ") * bool(unaccounted)
+        + ", ".join(f"{step:,}" for step in unaccounted[:8])
+        + (", …" if len(unaccounted) > 8 else ""),
         "tables": [
             {"title": title, "rows": rows}
             for title, rows in (
@@ -270,15 +288,14 @@ def _findings(curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapp
         if worst != best:
             title += f", {_say(worst)} {'fell most' if moved[worst] < 0 else 'rose least'}"
         listed = ", ".join(f"{_say(name)} {_signed(moved[name])}" for name in order)
-        found.append(
-            {"title": title, "text": f"Change of the mean log-probability of a token over the training, nats: {listed}."}
-        )
+        text = f"Change of the mean log-probability of a token over the training, nats: {listed}."
+        found.append({"title": title[0].upper() + title[1:], "text": text})
     name = "rejected" if "rejected" in top else next(iter(top), None)
     if name is not None:
         rises, answers = top[name] > 0, [moved[kind] for kind in ("chosen", "rejected") if kind in moved]
         text = (
-            f"On the {_say(name)} answers the log-probability of the model's own first choice changed by {_signed(top[name])} "
-            "nats at a mean position."
+            f"Where the {_say(name)} answers stand, the log-probability of what the model itself would say first changed by "
+            f"{_signed(top[name])} nats on average."
         )
         if rises and len(answers) == 2 and max(answers) < 0:
             text += (

@@ -11,6 +11,11 @@ function frame({ x: [x0, x1], y: [low, high], right, xTitle, yTitle, label }) {
   const px = (v) => CHART_L + ((v - x0) / (x1 - x0)) * (CHART_W - CHART_L - right);
   const py = (v) => CHART_T + ((high - v) / (high - low)) * (CHART_H - CHART_B - CHART_T);
   const bottom = CHART_H - CHART_B;
+  const ticks = (a, b, n) => {
+    const at = roundTicks(a, b, n);
+    const digits = at.length > 1 ? Math.ceil(Math.log10(Math.max(...at.map(Math.abs)) / (at[1] - at[0]) + 1e-9)) + 1 : 3;
+    return at.map((v) => [v, tick(v, Math.max(3, Math.min(9, digits)))]);
+  };
   const svg = SVG(
     "svg",
     { viewBox: `0 0 ${CHART_W} ${CHART_H}`, role: "img", "aria-label": label },
@@ -21,13 +26,13 @@ function frame({ x: [x0, x1], y: [low, high], right, xTitle, yTitle, label }) {
       width: CHART_W - CHART_L - right,
       height: bottom - CHART_T,
     }),
-    roundTicks(low, high, 5).map((v) => [
+    ticks(low, high, 5).map(([v, text]) => [
       SVG("line", { class: v === 0 ? "zero" : "grid", x1: CHART_L, x2: CHART_W - right, y1: py(v), y2: py(v) }),
-      SVG("text", { class: "tick", x: CHART_L - 7, y: py(v) + 4, "text-anchor": "end" }, tick(v)),
+      SVG("text", { class: "tick", x: CHART_L - 7, y: py(v) + 4, "text-anchor": "end" }, text),
     ]),
-    roundTicks(x0, x1, 7).map((v) => [
+    ticks(x0, x1, 7).map(([v, text]) => [
       SVG("line", { class: "grid", x1: px(v), x2: px(v), y1: CHART_T, y2: bottom }),
-      SVG("text", { class: "tick", x: px(v), y: bottom + 16, "text-anchor": "middle" }, tick(v)),
+      SVG("text", { class: "tick", x: px(v), y: bottom + 16, "text-anchor": "middle" }, text),
     ]),
     SVG("text", { class: "axis-title", x: (CHART_L + CHART_W - right) / 2, y: CHART_H - 6, "text-anchor": "middle" }, xTitle),
     SVG(

@@ -51,7 +51,7 @@ function TokenMaps() {
     section.querySelector(".legend").remove();
     return void holder.append(h("p.empty", WITHOUT_FORCES));
   }
-  let at = RUN.maps.length - 1;
+  let at = 0;
   section.querySelector(".controls").append(
     h("span", "Step"),
     choice("Step", RUN.maps.map((map, k) => [k, grouped(map.step)]), at, (k) => {

@@ -40,7 +40,7 @@ function switches() {
     if (on) hidden.delete(name);
     else hidden.add(name);
     curves();
-    StepScatter(document.querySelector("#prediction .scatter"));
+    StepScatter(document.querySelector("#prediction .changes"));
   };
   document.querySelector("#curves .controls").append(
     ...TYPES.map((type) => toggle(say(type.name), true, flip(type.name))),
@@ -81,7 +81,7 @@ function balance() {
 }
 
 function prediction() {
-  StepScatter(document.querySelector("#prediction .scatter"));
+  StepScatter(document.querySelector("#prediction .changes"));
   LineChart(document.querySelector("#prediction .linearity"), {
     title: "Actual over predicted change of the whole probe",
     series: [{ name: "ratio", colour: "var(--role-0)", points: points(RUN.steps.step, RUN.steps.linearity), unlabelled: true }],
