@@ -1,5 +1,7 @@
 """The two exact engines: memory, sides, rules and shared modules do not change the matrix; what they cannot cover they say."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -36,7 +38,9 @@ def matrices(model, scope="full", update=U, observe=O, P=None, **options):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("memory", [1, 1 << 16, 1 << 30])
 def test_memory_sets_chunks_and_tiles_and_nothing_else(engine, memory):
-    naive, fast, _ = matrices(tiny("qwen2"), engine=engine, memory=memory)
+    few = dict(update=random_chis([(3, 3)], seed=1), observe=random_chis([(2, 2)], seed=2))
+    some = few if memory < 1 << 30 else {}  # so little memory is a tile for each pair of tokens
+    naive, fast, _ = matrices(tiny("qwen2"), engine=engine, memory=memory, **some)
     assert relative_error(fast, naive) < FP32
 
 
@@ -132,12 +136,31 @@ def test_a_residual_stream_is_cut_before_every_block():
     """Cuts are found, not assumed: two a layer where attention and MLP follow each other, one where they are parallel."""
     for family, cuts in (("llama", 4), ("gpt_neox", 2)):  # two layers each
         with trace(tiny(family)) as tracer:
-            side = prepare(tracer, U, O, SFT()).o
+            side = plan.one_by_one(prepare(tracer, U, O, SFT()).o)
             p = plan.plan(tracer, exact.select(tracer, "full"), None, side.batches)
-            graph = segments.Unrolled.of(*p.unroll(tracer, plan.one_by_one(side).batches[0]))
-            parts = segments.segments(graph, segments.common_cuts([graph]))
-        assert len([part for part in parts if any("layers" in call.name for call, _ in part.inside)]) == cuts
-        assert sum(len(part.inside) for part in parts) == len(graph.calls)
+            of = segments.Cuts.of(partial(p.unroll, tracer), side.batches)
+            outline, whole = of.outline(side.batches[0]), of.segments(side.batches[0], 0, len(of))
+            inside = outline.segments(of.keys)
+            assert len([part for part in inside if any("layers" in outline.names[i] for i in part)]) == cuts
+            assert sum(map(len, inside)) == len(outline.names)
+            for depth, part in enumerate(whole):  # made by itself, with nothing below it in the graph
+                assert part.agrees(of.segments(side.batches[0], depth, depth + 1)[0])
+
+
+def test_a_place_where_a_segment_cannot_be_made_by_itself_is_no_cut():
+    """A stream that is read before it is given to a module: a graph that starts there would lose what was made of it."""
+    model = tiny("llama")
+    first = model.model.layers[0]
+
+    class Gated(type(first)):
+        def forward(self, hidden_states, **options):
+            h = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)[0]
+            gate = torch.tanh(h)
+            return h + gate * self.mlp(self.post_attention_layernorm(h))
+
+    first.__class__ = Gated
+    naive, fast, _ = matrices(model, engine="sweep")
+    assert relative_error(fast, naive) < FP32
 
 
 @pytest.mark.parametrize("centred", [False, True])

@@ -29,6 +29,7 @@ from .capture import Capture
 from .captured import Forward
 from .kernels.readout_forces.reference import logit_force
 from .objectives import GTerm
+from .ops import TokenStats, token_stats
 from .sequences import Batch, Chi, token_texts
 from .sides import row_table
 from .stepped import Seen, log_probs, steps_of, through_readout
@@ -177,7 +178,7 @@ class Probe:
             direction = {name: tracer.params[name] - old for name, old in self._saved.items()}
             for use, tensor in tracer.owner.items():
                 tracer.params[use] = self._saved.get(tensor, tracer.params[use])  # from here on the model is θ
-            uses, before, predicted, readout, scored = exact.select(tracer, "full"), [], [], [], []
+            uses, before, predicted, readout, stats = exact.select(tracer, "full"), [], [], [], []
             head = tracer.readout
             moved = direction.get(tracer.owner[head.weight_name])
             old = replace(head, weight=tracer.params[head.weight_name])
@@ -187,12 +188,13 @@ class Probe:
                 force = logit_force(z, y, torch.ones(len(y), dtype=z.dtype, device=z.device))
                 before.append(log_probs(z, batch))
                 predicted.append((force * velocity.to(force.dtype)).double().sum(1))
-                scored.append((batch, z))
+                stats.append(token_stats(z, y))
                 if moved is not None:
                     shift = None if head.bias_name is None else direction.get(tracer.owner[head.bias_name])
                     readout.append(through_readout(old, h, z, force, moved, shift))
+            table = row_table(batches, TokenStats(*map(torch.cat, zip(*stats, strict=True))), self.chis)
             seen = Seen(
-                row_table(scored, self.chis), torch.cat(before), after, torch.cat(predicted).cpu(),
+                table, torch.cat(before), after, torch.cat(predicted).cpu(),
                 torch.cat(readout) if readout else None,
             )  # fmt: skip
             try:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .capture import Capture
 from .captured import ROWS, Forward
 from .kernels.readout_forces.reference import logit_force
+from .ops import token_stats
 from .sequences import Chi, collate
 from .sides import row_table
 from .stepped import Seen, log_probs, steps_of, through_readout
@@ -78,7 +79,7 @@ def mirrored(
     batch = collate(chis)
     y = batch.targets.to(z.device)
     force = logit_force(z, y, torch.ones(len(y), device=z.device))
-    seen = Seen(row_table([(batch, z.cpu())], chis), before, at[1.0], (4 * near - far) / 3, None)
+    seen = Seen(row_table([batch], token_stats(z.cpu(), batch.targets), chis), before, at[1.0], (4 * near - far) / 3, None)
     name = next((n for n, p in named.items() if p is capture.head.weight), "")
     if name:
         head = capture.readout()

@@ -53,17 +53,16 @@ def prepare(
             raise ValueError(f"sequence {[len(chi) for chi in chis].index(0)} of {name} holds no scored token: leave it out")
     if reference is not None:
         update = with_reference(update, reference)
-    scored = tracer.score(update, tokens)
-    log_probs, scores = _scores(scored, objective)
-    gterm = objective.g_terms(log_probs, update, scores)
-    broken = ~gterm.c.reshape(len(log_probs), -1).isfinite().all(1)
+    batches, stats, scores = _scored(tracer, update, tokens, objective)
+    gterm = objective.g_terms(stats.log_prob, update, scores)
+    broken = ~gterm.c.reshape(len(stats.log_prob), -1).isfinite().all(1)
     if bool(broken.any()):
-        s = int(torch.cat([batch.sequence for batch, _ in scored])[broken.cpu()][0])
+        s = int(torch.cat([batch.sequence for batch in batches])[broken.cpu()][0])
         raise ValueError(
             f"{type(objective).__name__} gives sequence {s} a weight c that is not finite: its constants, its advantage, or "
             "its reference or old log-probs are far out of range"
         )
-    sizes = [len(batch.targets) for batch, _ in scored]
+    sizes = [len(batch.targets) for batch in batches]
     terms = [
         GTerm(*parts)
         for parts in zip(
@@ -74,8 +73,8 @@ def prepare(
             strict=True,
         )
     ]
-    seen = tracer.score(observe, tokens)
-    y = torch.cat([batch.targets for batch, _ in seen]).to(tracer.device)
+    seen, seen_stats, _ = _scored(tracer, observe, tokens)
+    y = torch.cat([batch.targets for batch in seen]).to(tracer.device)
     w = (
         torch.ones(len(y), dtype=tracer.precision, device=tracer.device)
         if weights is None
@@ -83,12 +82,12 @@ def prepare(
     )
     if w.shape != y.shape:
         raise ValueError(f"weights must have shape [M]=({len(y)},), one per observed token, got {list(w.shape)}")
-    o_sizes = [len(batch.targets) for batch, _ in seen]
+    o_sizes = [len(batch.targets) for batch in seen]
     o_terms = [GTerm(a, b) for a, b in zip(y.split(o_sizes), w.split(o_sizes), strict=True)]
     return Sides(
         update, observe,
-        Side([batch for batch, _ in scored], terms), Side([batch for batch, _ in seen], o_terms),
-        gterm, row_table(scored, update, gterm.c), row_table(seen, observe), y,
+        Side(batches, terms), Side(seen, o_terms), gterm, row_table(batches, stats, update, gterm.c),
+        row_table(seen, seen_stats, observe), y,
     )  # fmt: skip
 
 
@@ -98,46 +97,47 @@ def with_reference(chis: Sequence[Chi], reference: nn.Module) -> list[Chi]:
     filled = list(chis)
     if wanting:
         with trace(reference) as tracer:
-            scored = tracer.score([chis[i] for i in wanting])
-        log_probs = torch.cat([ops.token_stats(z, batch.targets.to(z.device)).log_prob for batch, z in scored])
+            log_probs = torch.cat([stats.log_prob for _, _, stats in tracer.score([chis[i] for i in wanting])])
         for i, part in zip(wanting, log_probs.split([len(chis[i]) for i in wanting]), strict=True):
             filled[i] = chis[i].with_(reference_log_probs=part)
     return filled
 
 
-def _scores(scored: list[tuple[Batch, Tensor]], objective: Objective) -> tuple[Tensor, Scores]:
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("log_prob", *objective.needs)}
-    for batch, z in scored:
-        stats = ops.token_stats(z, batch.targets.to(z.device))
-        parts["log_prob"].append(stats.log_prob)
+def _scored(
+    tracer: Tracer, chis: Sequence[Chi], tokens: int, objective: Objective | None = None
+) -> tuple[list[Batch], ops.TokenStats, Scores]:
+    """Batches, statistics and what else an objective needs, the logits of one batch held at a time."""
+    needs = objective.needs if objective else ()
+    batches, found = [], []
+    parts: dict[str, list[Tensor]] = {name: [] for name in needs}
+    for batch, z, stats in tracer.score(chis, tokens):
+        batches.append(batch)
+        found.append(stats)
         if "entropy" in parts:
             parts["entropy"].append(stats.entropy)
         if "mean_log_prob" in parts:
             parts["mean_log_prob"].append(z.mean(1) - stats.logsumexp)
-        if "candidates" in parts:
+        if objective and "candidates" in parts:
             values, ids = ops.topk_log_probs(z, objective.n_candidates)
             parts["candidates"].append(ids)
             parts["candidate_log_probs"].append(values)
     joined = {name: torch.cat(part) for name, part in parts.items()}
-    return joined.pop("log_prob"), Scores(**joined)
+    return batches, ops.TokenStats(*map(torch.cat, zip(*found, strict=True))), Scores(**joined)
 
 
-def row_table(scored: list[tuple[Batch, Tensor]], chis: Sequence[Chi], c: Tensor | None = None) -> Any:
+def row_table(batches: Sequence[Batch], stats: ops.TokenStats, chis: Sequence[Chi], c: Tensor | None = None) -> Any:
     """One row per scored token: where it stands, what it is, and its statistics under the model."""
     import pyarrow as pa
 
-    columns: dict[str, list[Any]] = {}
-    for batch, z in scored:
-        stats = ops.token_stats(z, batch.targets.to(z.device))
-        rows = zip(batch.sequence.tolist(), batch.position.tolist(), batch.targets.tolist(), strict=True)
-        for s, t, token_id in rows:
-            chi = chis[s]
-            values = dict(sequence=s, group=chi.group, role=chi.role, position=t, token_id=token_id,
-                          token=chi.tokens[t] if chi.tokens else f"<{token_id}>")  # fmt: skip
-            for key, value in values.items():
-                columns.setdefault(key, []).append(value)
-        for key, column in stats._asdict().items():
-            columns.setdefault(key, []).extend(column.tolist())
+    sequence, position, ids = (
+        torch.cat([getattr(batch, name) for batch in batches]).tolist() for name in ("sequence", "position", "targets")
+    )
+    own = [chis[s] for s in sequence]
+    columns: dict[str, list[Any]] = dict(
+        sequence=sequence, group=[chi.group for chi in own], role=[chi.role for chi in own], position=position, token_id=ids,
+        token=[chi.tokens[t] if chi.tokens else f"<{y}>" for chi, t, y in zip(own, position, ids, strict=True)],
+    )  # fmt: skip
+    columns |= {key: column.tolist() for key, column in stats._asdict().items()}
     if c is not None:
         columns["c"] = (c[:, 0] if c.dim() == 2 else c).tolist()
     return pa.table(columns)

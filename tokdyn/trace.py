@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .attention import ATTENTION, register
 from .kernels.readout_forces.reference import readout_logits
+from .ops import TokenStats, token_stats
 from .sequences import Batch, Chi, collate
 
 Parameters = Mapping[str, Tensor]
@@ -97,6 +98,13 @@ class Call:
     def detached(self) -> Call:
         """The same call outside the graph it was recorded in."""
         return Call(self.name, self.module, *_map_floats(Tensor.detach, (self.args, self.kwargs, self.output)))
+
+
+Place = tuple[str, int, int]  # what a module was given: its name, how often it had been called, which of the tensors
+
+
+class _Reached(Exception):
+    """A forward pass has come as far as it has to."""
 
 
 def _join(module: str, parameter: str) -> str:
@@ -230,22 +238,32 @@ class Tracer:
 
     @torch.enable_grad()
     def unroll(
-        self, batch: Batch, names: Collection[str], through: Mapping[str, Callable[[Call], Tensor | None]] | None = None
-    ) -> tuple[Tensor, list[Call], dict[tuple[Any, ...], Tensor]]:
+        self,
+        batch: Batch,
+        names: Collection[str],
+        through: Mapping[str, Callable[[Call], Tensor | None]] | None = None,
+        places: Collection[Place] | None = None,
+        bottom: Place | None = None,
+        top: Place | None = None,
+    ) -> tuple[Tensor, list[Call], dict[Place, Tensor]]:
         """Hidden states at the scored tokens in a graph that starts at the named modules' outputs, and their calls.
 
-        Also what every module was given, by (module, how many calls before, which tensor): the places where it can be cut.
-        `through` gives modules whose output is to be taken with another graph than the one they made.
+        Also what was given to modules at some places, or at all: where the graph can be cut. `through` gives modules whose
+        output is to be taken with another graph than the one they made. With `bottom` the graph starts at the tensor that was
+        given there, with `top` the pass ends at that one, and returns it; both are among the places.
         """
         calls: list[Call] = []
-        given: dict[tuple[Any, ...], Tensor] = {}
+        given: dict[Place, Tensor] = {}
         count: dict[str, int] = {}
+        entered = [name for name, _ in self.model.named_modules()] if places is None else {name for name, _, _ in places}
 
         def start(x: Tensor) -> Tensor:  # an alias each: no output lies on another's path
             return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
         def keep(name: str) -> Hook:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+                if bottom is not None and bottom not in given:
+                    return None
                 call = Call(name, module, args, kwargs, output)
                 other = through[name](call) if through and name in through else None
                 calls.append(replace(call, output=_map_floats(start, output if other is None else other)))
@@ -256,15 +274,27 @@ class Tracer:
         def enter(name: str) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
                 count[name] = count.get(name, 0) + 1
-                given.update({(name, count[name], i): x for i, x in enumerate(floats((args, kwargs)))})
+                for i, x in enumerate(floats((args, kwargs))):
+                    place = (name, count[name], i)
+                    if places is None or place in places:
+                        given[place] = x
+                    if place == bottom:
+                        x.requires_grad_()
+                    if place == top:
+                        raise _Reached
 
             return hook
 
         with contextlib.ExitStack() as hooks:
-            for name, module in self.model.named_modules():
+            for name in entered:
+                module = self.model.get_submodule(name)
                 hooks.callback(module.register_forward_pre_hook(enter(name), with_kwargs=True).remove)
             hooks.enter_context(self._hooked({name: keep(name) for name in names}))
-            return self.hidden(batch, self.params), calls, given
+            try:
+                return self.hidden(batch, self.params), calls, given
+            except _Reached:
+                assert top is not None
+                return given[top], calls, given
 
     def steer(self, batch: Batch, names: Collection[str], additions: Sequence[Tensor]) -> Float[Tensor, "N d"]:
         """Hidden states at the scored tokens when the calls of the named modules have these tensors added to their outputs."""
@@ -341,25 +371,24 @@ class Tracer:
         finally:
             handle.remove()
 
-    @torch.no_grad()
-    def score(self, chis: Sequence[Chi], tokens: int = 4096) -> list[tuple[Batch, Tensor]]:
-        """Each batch with its logits [N, V], checked to be finite.
+    def score(self, chis: Sequence[Chi], tokens: int = 4096) -> Iterator[tuple[Batch, Float[Tensor, "N V"], TokenStats]]:
+        """Batch by batch its logits and their statistics, checked to be finite.
 
         Raises:
             ValueError: a row of logits that is no distribution (NaN or inf), with the sequence it belongs to.
         """
-        scored = []
         for batch in self.batches(chis, tokens):
-            z = self.logits(batch)
-            bad = ~z.logsumexp(1).isfinite()
+            with torch.no_grad():
+                z = self.logits(batch)
+                stats = token_stats(z, batch.targets.to(z.device))
+            bad = ~stats.logsumexp.isfinite()
             if bool(bad.any()):
                 n = int(bad.nonzero()[0])
                 raise ValueError(
                     f"the logits of sequence {int(batch.sequence[n])} at position {int(batch.position[n])} hold NaN or inf "
                     f"although every parameter is finite: the forward pass overflows in {self.dtype}"
                 )
-            scored.append((batch, z))
-        return scored
+            yield batch, z, stats
 
     @torch.no_grad()
     def readout_residual(self, batch: Batch) -> float:

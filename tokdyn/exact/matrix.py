@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +19,7 @@ from .naive import tangent_matrix
 from .plan import Plan, Watched, ids_of, one_by_one, plan, watch
 from .readout import readout_matrix
 from .rules import Unsupported
-from .segments import Unrolled, common_cuts, segments
+from .segments import Cuts, Outline, common_cuts
 
 FORWARD = 1.5  # a structured tangent against a cotangent with its inner products, as benchmarks/exact_forces.py times them
 MEMORY = 2 << 30
@@ -123,7 +124,7 @@ def _backbone(
     if len(o) < len(u):
         o, u, closed, out = u, o, closed.T, out.T
     size = _Size.of(tracer, p, [*o.batches, *u.batches])
-    kept, streamed = (size.blocks(one_by_one(side), memory // 4) for side in (o, u))
+    kept, streamed = (size.blocks(one_by_one(side), memory // 8) for side in (o, u))
     pulled = len(streamed) * len(o) + len(kept) * len(u)
     if engine is None:
         engine = "sweep" if pulled <= (1 + FORWARD) * len(u) else "tangents"
@@ -148,23 +149,17 @@ class _Size:
         longest = max(batches, key=lambda batch: batch.ids.shape[1])
         ids = longest.ids[:1]
         last = torch.tensor([ids.shape[1] - 1])
-        graph = Unrolled.of(*p.unroll(tracer, Batch(ids, last, ids[0, -1:], last * 0, last)))
-        parts = segments(graph, common_cuts([graph]))
-        item = graph.h.element_size()
-
-        outputs = [[x.numel() for _, tensors in part.inside for x in tensors] for part in parts]
-        cut, segment, widest = (
-            max(part.top.numel() for part in parts),
-            max(map(sum, outputs)),
-            max(x for of in outputs for x in of),
-        )
-        return cls(item * cut, item * segment, item * widest)
+        outline = Outline.of(*p.unroll(tracer, Batch(ids, last, ids[0, -1:], last * 0, last)))
+        keys = common_cuts([outline])
+        tops = [outline.top.numel(), *(outline.cuts[key][1].numel() for key in keys)]
+        values, item = outline.values(keys), tracer.dtype.itemsize
+        return cls(item * max(tops), item * max(map(sum, values)), item * max(x for of in values for x in of))
 
     def budget(self, memory: int) -> sweep.Budget:
         """How much is done at a time. Several copies of a segment's cotangents are alive while it is pulled through."""
-        chunk = min(CHUNK, PIECE // self.widest, memory // 8 // (4 * (self.cut + self.segment)))
-        group = min(GROUP, memory // 8 // (2 * self.segment))
-        return sweep.Budget(max(1, chunk), max(1, group), memory // 4)
+        chunk = min(CHUNK, PIECE // self.widest, memory // 8 // (2 * (self.cut + self.segment)))
+        group = min(GROUP, memory // 6 // self.segment)
+        return sweep.Budget(max(1, chunk), max(1, group), kept=memory // 3, graphs=memory // 6)
 
     def blocks(self, side: Side, memory: int) -> list[Block]:
         """A side's tokens in blocks whose cotangents between segments fit."""
@@ -203,11 +198,13 @@ def _sweep(
     sides = [one_by_one(side) for side, _ in (o, u)]
     ids = [ids_of(side, tracer) for side in sides]
     at = [_places(side) for side in sides]
+    cuts = Cuts.of(partial(p.unroll, tracer), [*sides[0].batches, *sides[1].batches])
     labels: dict[str, str] = {}
     clock = _Clock(progress, len(o[1]) * len(u[1]), out.shape[1])
 
     def watched(which: int, block: Block) -> list[tuple[Watched, slice]]:
-        return [(watch(tracer, p, sides[which], b, at[which][b], ids[1 - which]), rows) for b, rows in block]
+        seen = ((watch(tracer, p, sides[which], b, at[which][b], ids[1 - which]), rows) for b, rows in block)
+        return [(w if which == 0 else replace(w, calls=[]), rows) for w, rows in seen]
 
     def place(which: int, block: Block) -> slice:
         (first, a), (last, z) = block[0], block[-1]
@@ -218,7 +215,7 @@ def _sweep(
         rules = {id(w): p.rules(w.calls) for w, _ in kept}
         labels |= {name: rule.label for of in rules.values() for name, rule in of.items()}
         for columns in u[1]:
-            mine, theirs = (sweep.strips(tracer, p, side) for side in (kept, watched(1, columns)))
+            mine, theirs = (sweep.strips(cuts, side) for side in (kept, watched(1, columns)))
             tile = sweep.tile(p, mine, theirs, rules, budget, clock.tick)
             where = place(0, rows), place(1, columns)
             out[where] = closed[where] + tile.to(out)

@@ -35,16 +35,16 @@ def naive_matrix(
     out: Tensor,
     progress: Progress | None = None,
     memory: int = 4 << 30,
-    block: int = 16,
 ) -> None:
     """F [M, L] into out: one backward pass per token per side, then the Gram matrix of the gradients. The oracle.
 
-    The observed gradients are kept, as many as fit `memory` bytes, and the updated ones stream past them in blocks; when not
-    all fit, the updated ones are computed again for each part.
+    All gradients are kept where `memory` bytes hold them. Otherwise as many of the observed ones as fit, and the updated ones
+    stream past in blocks of 16, made again for each part.
     """
     tensors = dict.fromkeys(uses.values())
     P_all = sum(tracer.params[name].numel() for name in tensors)
     size = P_all * out.element_size()
+    block = len(u) if memory // size >= len(o) + len(u) else min(16, len(u))
     rows = max(1, min(len(o), memory // size - block))
     passes = -(-len(o) // rows)
     done, total = 0, len(o) + passes * len(u)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..kernels.readout_forces.reference import logit_force
 from ..objectives import GTerm
 from ..sequences import Batch
-from ..trace import Call, Tracer
+from ..trace import Call, Place, Tracer
 from .motions import Direction, Side
 from .norms import Norm
 from .rules import Embedding, NotAlone, Rule, Scale, Unsupported, rule_for
@@ -53,9 +52,16 @@ class Plan:
             raise Unsupported(f"the readout's weight is tied to {self.lookup}, which is no plain lookup")
         return rules
 
-    def unroll(self, tracer: Tracer, batch: Batch) -> tuple[Tensor, list[Call], dict[tuple[Any, ...], Tensor]]:
+    def unroll(
+        self,
+        tracer: Tracer,
+        batch: Batch,
+        places: Sequence[Place] | None = None,
+        bottom: Place | None = None,
+        top: Place | None = None,
+    ) -> tuple[Tensor, list[Call], dict[Place, Tensor]]:
         """Tracer.unroll at the moving modules."""
-        return tracer.unroll(batch, self.names, self.norms)
+        return tracer.unroll(batch, self.names, self.norms, places, bottom, top)
 
     def labels(self, tracer: Tracer, uses: dict[str, str], rules: dict[str, str]) -> dict[str, str]:
         """The rule of every moving parameter."""
@@ -139,6 +145,7 @@ class Watched:
     residual: Float[Tensor, "N I"]
     calls: list[Call]
     columns: slice  # its tokens on the axis of F
+    dtype: torch.dtype  # of the backbone
 
     def residual_at(self, ids: Int[Tensor, " S"]) -> Float[Tensor, "N S"]:
         """Γ at the logits of these ids."""
@@ -156,7 +163,7 @@ def watch(tracer: Tracer, p: Plan, side: Side, b: int, start: int, ids: Int[Tens
         residual = residual_of(tracer, h[rows], term, rows)
         parts.append((residual @ weight, residual[:, kept]))
     u, residual = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Watched(batch, h.to(u.dtype), u, kept, residual, calls, slice(start, start + len(h)))
+    return Watched(batch, h.to(u.dtype), u, kept, residual, calls, slice(start, start + len(h)), h.dtype)
 
 
 def residual_of(tracer: Tracer, h: Float[Tensor, "n d"], term: GTerm, rows: Tensor) -> Float[Tensor, "n V"]:

@@ -1,25 +1,25 @@
 """Where a backbone can be cut: tensors that everything deeper passes through, found from the autograd graph itself.
 
-A cotangent is pulled back from cut to cut, so that of all modules only those between two cuts have theirs in memory. No
-architecture is assumed: a residual stream is cut before every attention and every MLP, a parallel block once, and a model
-with a connection around everything not at all.
+A cotangent is pulled back from cut to cut, so that of all modules only those between two cuts have theirs in memory, and of
+the graph no more than that part. No architecture is assumed: a residual stream is cut before every attention and every MLP, a
+parallel block once, and a model with a connection around everything not at all.
 """
 
 from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from ..trace import Call
-
-Key = tuple[Any, ...]  # which tensor of which call: the same for every sequence
+from ..sequences import Batch
+from ..trace import Call, Place
+from .rules import Unsupported
 
 
 def depths(h: Tensor, leaves: Sequence[Tensor]) -> tuple[dict[Any, int], set[int]]:
@@ -50,44 +50,66 @@ def depths(h: Tensor, leaves: Sequence[Tensor]) -> tuple[dict[Any, int], set[int
 
 
 @dataclass(frozen=True)
-class Unrolled:
-    """A backbone unrolled on one sequence: its calls with the depth of each output, and the tensors where it can be cut."""
+class Outline:
+    """A backbone unrolled on one sequence, without its tensors: what the modules return, and where it can be cut."""
 
-    h: Tensor
-    calls: list[Call]
-    depth: list[list[int | None]]  # of each output of each call; None where nothing depends on it
-    cuts: dict[Key, tuple[int, Tensor]]
+    names: list[str]  # of the modules, call by call
+    shapes: list[list[torch.Size]]  # of each output of each call
+    depth: list[list[int | None]]  # of each output; None where nothing depends on it
+    cuts: dict[Place, tuple[int, torch.Size]]
+    top: torch.Size
 
     @classmethod
-    def of(cls, h: Tensor, calls: list[Call], tensors: Mapping[Key, Tensor]) -> Unrolled:
+    def of(cls, h: Tensor, calls: Sequence[Call], given: Mapping[Place, Tensor]) -> Outline:
         """From what Tracer.unroll gives."""
-        leaves = [x for call in calls for x in call.outputs if x.is_leaf]
-        depth, cuts = depths(h, leaves)
+        depth, cuts = depths(h, [x for call in calls for x in call.outputs if x.is_leaf])
 
         def at(x: Tensor) -> int | None:
             return depth.get(torch.autograd.graph.get_gradient_edge(x).node)
 
-        found = {key: (at(x), x) for key, x in tensors.items() if x.requires_grad}
-        return cls(h, calls, [[at(x) for x in call.outputs] for call in calls],
-                   {key: (d, x) for key, (d, x) in found.items() if d is not None and d in cuts})  # fmt: skip
+        found = {key: (at(x), x.shape) for key, x in given.items() if x.requires_grad}
+        return cls(
+            [call.name for call in calls], [[x.shape for x in call.outputs] for call in calls],
+            [[at(x) for x in call.outputs] for call in calls],
+            {key: (d, shape) for key, (d, shape) in found.items() if d is not None and d in cuts}, h.shape,
+        )  # fmt: skip
 
     def spans(self) -> list[tuple[int, int]]:
         """For each module from its shallowest output to its deepest one: all of them belong into one segment."""
         found: dict[str, list[int]] = {}
-        for call, depth in zip(self.calls, self.depth, strict=True):
-            found.setdefault(call.name, []).extend(d for d in depth if d is not None)
+        for name, depth in zip(self.names, self.depth, strict=True):
+            found.setdefault(name, []).extend(d for d in depth if d is not None)
         return [(min(d), max(d)) for d in found.values() if d]
 
+    def segments(self, keys: Sequence[Place]) -> list[list[int]]:
+        """Which calls lie in each segment; what lies below the deepest of them is left out."""
+        ends = [self.cuts[key][0] for key in keys]
+        where: list[list[int]] = [[] for _ in range(len(keys) + 1)]
+        for i, depth in enumerate(self.depth):
+            reached = [d for d in depth if d is not None]
+            if reached:
+                where[bisect_left(ends, max(reached))].append(i)
+        while where and not where[-1]:
+            where.pop()
+        return where
 
-def common_cuts(graphs: Sequence[Unrolled]) -> list[Key]:
-    """The cuts that all graphs share and that divide no module's calls, from the readout down, one for each place."""
-    keys = set.intersection(*(set(graph.cuts) for graph in graphs))
-    for graph in graphs:
-        spans = graph.spans()
-        keys = {key for key in keys if not any(low <= graph.cuts[key][0] < high for low, high in spans)}
-    first = graphs[0].cuts
-    places = {first[key][0]: key for key in sorted(keys, key=repr)}
-    return [places[depth] for depth in sorted(places)]
+    def values(self, keys: Sequence[Place]) -> list[list[int]]:
+        """How many numbers each output of each segment holds."""
+        return [[x.numel() for i in inside for x in self.shapes[i]] for inside in self.segments(keys)]
+
+
+def common_cuts(outlines: Sequence[Outline]) -> list[Place]:
+    """The cuts that all share and that divide no module's calls, from the readout down, the first met of those at one place."""
+    keys = set.intersection(*(set(outline.cuts) for outline in outlines))
+    for outline in outlines:
+        spans = outline.spans()
+        keys = {key for key in keys if not any(low <= outline.cuts[key][0] < high for low, high in spans)}
+    places: dict[int, Place] = {}
+    for key, (depth, _) in outlines[0].cuts.items():
+        if key in keys:
+            places.setdefault(depth, key)
+    found = [places[depth] for depth in sorted(places)]
+    return found[: max(len(outline.segments(found)) for outline in outlines) - 1]
 
 
 @dataclass(frozen=True)
@@ -97,6 +119,11 @@ class Segment:
     top: Tensor
     inside: list[tuple[Call, list[Tensor]]]
     bottom: Tensor | None
+
+    @classmethod
+    def of(cls, top: Tensor, calls: Sequence[Call], bottom: Tensor | None) -> Segment:
+        """With these calls, outside the graph they were recorded in."""
+        return cls(top, [(call.detached(), call.outputs) for call in calls], bottom)
 
     def pull(self, cotangent: Tensor) -> tuple[list[list[Tensor]], Tensor]:
         """Cotangents [b, *top] -> those at the modules' outputs, [b, *output], and at the lower cut (empty without one)."""
@@ -111,19 +138,78 @@ class Segment:
         deltas = [[next(found) for _ in tensors] for _, tensors in self.inside]
         return deltas, cotangent.new_empty(0) if self.bottom is None else next(found)
 
+    def agrees(self, other: Segment) -> bool:
+        """Whether both give the same to the same cotangent."""
+        if self.top.shape != other.top.shape or [c.name for c, _ in self.inside] != [c.name for c, _ in other.inside]:
+            return False
+        v = torch.randn(self.top.shape, generator=torch.Generator().manual_seed(0)).to(self.top)[None]
+        (mine, below), (theirs, deep) = self.pull(v), other.pull(v)
+        pairs = zip([below, *(x for of in mine for x in of)], [deep, *(x for of in theirs for x in of)], strict=True)
+        eps = 100 * torch.finfo(v.dtype).eps
+        return all(a.shape == b.shape and bool((a - b).norm() <= eps * b.norm()) for a, b in pairs)
 
-def segments(graph: Unrolled, keys: Sequence[Key]) -> list[Segment]:
-    """The graph cut at the keys; what lies below the deepest module is left out."""
-    ends = [graph.cuts[key] for key in keys]
-    where: list[list[tuple[Call, list[Tensor]]]] = [[] for _ in range(len(keys) + 1)]
-    for call, depth in zip(graph.calls, graph.depth, strict=True):
-        reached = [d for d in depth if d is not None]
-        if reached:
-            where[bisect_left([d for d, _ in ends], max(reached))].append((call.detached(), call.outputs))
-    tops, bottoms = [graph.h, *(x for _, x in ends)], [*(x for _, x in ends), None]
-    last = max((i for i, inside in enumerate(where) if inside), default=-1)
-    return [
-        Segment(top, inside, bottom if i < last else None)
-        for i, (top, inside, bottom) in enumerate(zip(tops, where, bottoms, strict=True))
-        if i <= last
-    ]
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where a backbone is cut. A segment's graph is made when it is wanted, by a forward pass that stops behind it."""
+
+    unroll: Callable[..., tuple[Tensor, list[Call], dict[Place, Tensor]]]  # of a batch, from one place to another
+    keys: tuple[Place, ...]  # from the readout down
+    outlines: dict[tuple[int, ...], Outline] = field(default_factory=dict)  # by the ids of a sequence
+
+    @classmethod
+    def of(cls, unroll: Callable[..., Any], batches: Sequence[Batch]) -> Cuts:
+        """The places that all these sequences share and at which a segment made by itself is that of the whole graph."""
+        whole = cls(unroll, ())
+        keys = common_cuts([whole.outline(batch) for batch in batches])
+        batch = min(batches, key=lambda batch: batch.ids.shape[1])
+        h, calls, given = unroll(batch)
+        outline = Outline.of(h, calls, given)
+
+        def right(keys: tuple[Place, ...], bottom: Place | None) -> bool:
+            top, ends = keys[-1] if keys else None, (*keys, *([] if bottom is None else [bottom]))
+            which = outline.segments(ends)[len(keys)] if len(outline.segments(ends)) > len(keys) else []
+            whole = Segment.of(given[top] if top else h, [calls[i] for i in which], given[bottom] if bottom else None)
+            try:
+                return whole.agrees(cls(unroll, ends).segments(batch, len(keys), len(keys) + 1)[0])
+            except (RuntimeError, KeyError):  # a leaf changed in place, a place that is not come by
+                return False
+
+        found: tuple[Place, ...] = ()
+        for key in keys:
+            found = (*found, key) if right(found, key) else found
+        while found and not right(found, None):
+            found = found[:-1]
+        return cls(unroll, found, whole.outlines)
+
+    def outline(self, batch: Batch) -> Outline:
+        """Of a sequence. One that is made in another way than those seen first is beyond this method."""
+        ids = tuple(batch.ids.flatten().tolist())
+        if ids not in self.outlines:
+            self.outlines[ids] = Outline.of(*self.unroll(batch))
+        if not set(self.keys) <= set(self.outlines[ids].cuts):
+            raise Unsupported("not every sequence passes through the same modules")
+        return self.outlines[ids]
+
+    def __len__(self) -> int:
+        return len(self.keys) + 1
+
+    def segments(self, batch: Batch, start: int, stop: int) -> list[Segment]:
+        """Some of them on a sequence, from the readout down, in one graph."""
+        top, bottom = (self.keys[i] if 0 <= i < len(self.keys) else None for i in (start - 1, stop - 1))
+        inner = self.keys[start : stop - 1]
+        end, calls, given = self.unroll(batch, self.keys[max(0, start - 1) : stop], bottom, top)
+        depth = depths(end, [x for call in calls for x in call.outputs if x.is_leaf])[0]
+
+        def at(x: Tensor) -> int | None:
+            return depth.get(torch.autograd.graph.get_gradient_edge(x).node)
+
+        ends = [depth[torch.autograd.graph.get_gradient_edge(given[key]).node] for key in inner]
+        inside: list[list[Call]] = [[] for _ in range(stop - start)]
+        for call in calls:
+            reached = [d for d in map(at, call.outputs) if d is not None]
+            if reached:
+                inside[bisect_left(ends, max(reached))].append(call)
+        cut = [given[key] for key in inner]
+        tops, bottoms = [end, *cut], [*cut, None if bottom is None else given[bottom]]
+        return [Segment.of(*of) for of in zip(tops, inside, bottoms, strict=True)]

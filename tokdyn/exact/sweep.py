@@ -11,7 +11,8 @@ tokens, at the price of pulling a side back once for each tile of the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
@@ -21,13 +22,14 @@ from torch import Tensor
 
 from .. import ops
 from ..sequences import Batch
-from ..trace import Call, Tracer
+from ..trace import Call
 from .motions import Direction, scaled
 from .plan import Plan, Watched
 from .rules import Embedding, Linear, Outputs, Rule, Unsupported
-from .segments import Segment, Unrolled, common_cuts, segments
+from .segments import Cuts, Outline, Segment
 
 Found = dict[str, tuple[list[Call], Outputs]]  # module -> its calls and the cotangents at their outputs
+SAVED = 2  # what a segment's graph keeps for its backward pass beside the outputs of its modules
 SHORTEST = 32
 LENGTHS = 8  # a sequence is unrolled at so many lengths at most: a token needs nothing behind itself
 
@@ -38,6 +40,7 @@ class Budget(NamedTuple):
     chunk: int  # cotangents pulled together
     group: int  # streamed tokens that meet the kept ones together
     kept: int  # bytes of what is kept of a segment; what does not fit is done in parts, the streamed side pulled for each
+    graphs: int  # bytes of graphs: so many segments are made in one forward pass
 
 
 @dataclass(eq=False)
@@ -47,17 +50,41 @@ class Strip:
     w: Watched
     rows: slice  # among the sequence's tokens
     at: slice  # on the tile's axis
-    positions: Int[Tensor, " N"]
-    graph: Unrolled
+    batch: Batch
+    cuts: Cuts
+    outline: Outline
     together: Tensor  # the tokens' cotangents at the current cut in one, while each stays at its own position
-    segments: list[Segment] = field(default_factory=list)
+    graph: int = 1  # how many segments are made at a time
+    made: dict[int, Segment] = field(default_factory=dict)
     cotangents: list[Tensor] = field(default_factory=list)  # of each chunk of tokens, [b, *cut], from there on
+
+    @property
+    def positions(self) -> Int[Tensor, " N"]:
+        """Where the tokens are scored."""
+        return self.batch.rows.to(self.w.u.device)
+
+    def segment(self, depth: int) -> Segment:
+        """A segment of the backbone on this sequence."""
+        if depth not in self.made:
+            stop = min(depth + self.graph, len(self.cuts))
+            self.made.update(enumerate(self.cuts.segments(self.batch, depth, stop), depth))
+        return self.made[depth]
+
+    def leave(self, depth: int) -> None:
+        """A segment is not wanted again."""
+        self.made.pop(depth, None)
+
+    def shapes(self, depth: int) -> list[tuple[str, list[torch.Size]]]:
+        """The modules in a segment, call by call, and what they return."""
+        return [(self.outline.names[i], self.outline.shapes[i]) for i in self.outline.segments(self.cuts.keys)[depth]]
 
     def pull_together(self, depth: int) -> Found:
         """Take all tokens through a segment that mixes no positions, as one cotangent."""
-        deltas, below = self.segments[depth].pull(self.together[None])
+        segment = self.segment(depth)
+        deltas, below = segment.pull(self.together[None])
         self.together = below[0]
-        return _found(self.segments[depth], deltas)
+        self.leave(depth)
+        return _found(segment, deltas)
 
     def spread(self, chunk: int) -> None:
         """From one cotangent for all tokens to one for each of them, in chunks."""
@@ -77,13 +104,15 @@ class Strip:
 
     def pull(self, depth: int, last: bool = True) -> Iterator[tuple[slice, Found]]:
         """Take every chunk through a segment, the last time for good: where it lies on the tile's axis and what it found."""
-        start = self.at.start
+        start, segment = self.at.start, self.segment(depth)
         for i, cotangent in enumerate(self.cotangents):
-            deltas, below = self.segments[depth].pull(cotangent)
+            deltas, below = segment.pull(cotangent)
             if last:
                 self.cotangents[i] = below
-            yield slice(start, start + len(cotangent)), _found(self.segments[depth], deltas)
+            yield slice(start, start + len(cotangent)), _found(segment, deltas)
             start += len(cotangent)
+        if last:
+            self.leave(depth)
 
 
 def _found(segment: Segment, deltas: list[list[Tensor]]) -> Found:
@@ -95,8 +124,8 @@ def _found(segment: Segment, deltas: list[list[Tensor]]) -> Found:
     return found
 
 
-def strips(tracer: Tracer, p: Plan, tokens: Sequence[tuple[Watched, slice]]) -> list[Strip]:
-    """The tokens of one side of a tile, unrolled, with their cotangents at the input of the readout."""
+def strips(cuts: Cuts, tokens: Sequence[tuple[Watched, slice]]) -> list[Strip]:
+    """The tokens of one side of a tile, with their cotangents at the input of the readout."""
     found, start = [], 0
     for w, rows in tokens:
         n = rows.stop - rows.start
@@ -104,9 +133,8 @@ def strips(tracer: Tracer, p: Plan, tokens: Sequence[tuple[Watched, slice]]) -> 
         for a in range(rows.start, rows.stop, length):
             part = slice(a, min(a + length, rows.stop))
             batch = cut(w.batch, part)
-            graph = Unrolled.of(*p.unroll(tracer, batch))
             at = slice(start, start + len(batch.rows))
-            found.append(Strip(w, part, at, batch.rows.to(w.u.device), graph, w.u[part].to(graph.h.dtype)))
+            found.append(Strip(w, part, at, batch, cuts, cuts.outline(batch), w.u[part].to(w.dtype)))
             start = at.stop
     return found
 
@@ -135,10 +163,10 @@ def tile(
         budget: how much at a time.
         tick: hears how much is done.
     """
-    both = [*kept, *streamed]
-    keys = common_cuts([strip.graph for strip in both])
+    both, cuts = [*kept, *streamed], kept[0].cuts
+    values = sum(max(map(sum, strip.outline.values(cuts.keys))) for strip in both)
     for strip in both:
-        strip.segments = segments(strip.graph, keys)
+        strip.graph = max(1, budget.graphs // (SAVED * values * strip.w.dtype.itemsize))
     F = both[0].w.u.new_zeros(kept[-1].at.stop, streamed[-1].at.stop)
     room, desk = Room(F.device), Room(F.device)
     alone = _unmixed(kept[-1], rules[id(kept[-1].w)])
@@ -146,19 +174,20 @@ def tile(
         _meet_alone(F, kept, streamed, rules[id(kept[-1].w)], depth)
     for strip in both:
         strip.spread(budget.chunk)
-    depths = len(both[0].segments)
-    for depth in range(alone, depths):
+    for depth in range(alone, len(cuts)):
         parts = list(_fitting(kept, depth, rules, budget.kept))
         for part in parts:
-            room.clear()
-            held = [(strips, _hold(strips, depth, rules[id(strips[0].w)], p.lookup, room)) for strips in part]
+            own = [rules[id(strips[0].w)] for strips in part]
+            held = _reserve([_layout(strips, depth, of) for strips, of in zip(part, own, strict=True)], room, kept[0].w.dtype)
+            looked_up = [_hold(*of, p.lookup) for of in zip(part, [depth] * len(part), own, held, strict=True)]
             for columns, group in _groups(streamed, depth, budget.group, last=part is parts[-1]):
-                for strips, (of, looked_up) in held:
-                    own = rules[id(strips[0].w)]
-                    _meet(p, F[:, columns], of, own, group, desk)
-                    if p.lookup is not None and looked_up:
-                        _meet_tied(own[p.lookup], p.lookup, F[:, columns], looked_up, group)
-                tick((depth + columns.stop / F.shape[1]) / depths)
+                for of, blocks, rows in zip(own, held, looked_up, strict=True):
+                    _meet(p, F[:, columns], blocks, of, group, desk)
+                    if p.lookup is not None and rows:
+                        _meet_tied(of[p.lookup], p.lookup, F[:, columns], rows, group)
+                tick((depth + columns.stop / F.shape[1]) / len(cuts))
+                del group  # before the next one is pulled
+            del held
     return F
 
 
@@ -167,10 +196,10 @@ def _fitting(kept: list[Strip], depth: int, rules: dict[int, dict[str, Rule]], m
     part: list[list[Strip]] = []
     room = memory
     for strip in kept:
-        own, item = rules[id(strip.w)], strip.graph.h.element_size()
+        own, item = rules[id(strip.w)], strip.w.dtype.itemsize
         size = 0
-        for call, outputs in strip.segments[depth].inside:
-            rule, values = own[call.name], sum(x.numel() for x in outputs)
+        for name, outputs in strip.shapes(depth):
+            rule, values = own[name], sum(x.numel() for x in outputs)
             size += len(strip.positions) * item * (rule.size if rule.is_short(strip.half) else values)
         if part and size > room:
             yield part
@@ -186,13 +215,14 @@ def _fitting(kept: list[Strip], depth: int, rules: dict[int, dict[str, Rule]], m
 @torch.no_grad()
 def _unmixed(strip: Strip, rules: dict[str, Rule]) -> int:
     """How many segments from the readout down leave a token's cotangent at its own position, seen on three tokens."""
-    h, positions = strip.graph.h, strip.positions
-    tokens = torch.tensor(sorted({0, len(h) // 2, len(h) - 1}), device=h.device)
-    cotangent = h.new_zeros(len(tokens), *h.shape)
-    cotangent[torch.arange(len(tokens)), tokens] = strip.together[tokens]
-    elsewhere = torch.ones(len(tokens), int(positions[-1]) + 1, dtype=torch.bool, device=h.device)
+    whole, positions = strip.together, strip.positions
+    tokens = torch.tensor(sorted({0, len(whole) // 2, len(whole) - 1}), device=whole.device)
+    cotangent = whole.new_zeros(len(tokens), *whole.shape)
+    cotangent[torch.arange(len(tokens)), tokens] = whole[tokens]
+    elsewhere = torch.ones(len(tokens), int(positions[-1]) + 1, dtype=torch.bool, device=whole.device)
     elsewhere[torch.arange(len(tokens)), positions[tokens]] = False
-    for depth, segment in enumerate(strip.segments):
+    for depth in range(len(strip.cuts)):
+        segment = strip.segment(depth)
         names = [call.name for call, _ in segment.inside]
         deltas, cotangent = segment.pull(cotangent)
         seen = [x for delta in deltas for x in delta] + [cotangent]
@@ -200,7 +230,7 @@ def _unmixed(strip: Strip, rules: dict[str, Rule]) -> int:
             return depth
         if any(x.dim() != 4 or x.shape[1:3] != (1, elsewhere.shape[1]) or bool(x[:, 0][elsewhere].any()) for x in seen):
             return depth
-    return len(strip.segments)
+    return len(strip.cuts)
 
 
 @torch.no_grad()
@@ -220,78 +250,78 @@ def _meet_alone(F: Float[Tensor, "M L"], kept: list[Strip], streamed: list[Strip
 
 
 class Room:
-    """Memory that is used again: what is larger than a few MiB costs more to ask for than to fill."""
+    """Memory that is used again: what is larger than a few MiB costs more to ask for than to fill, and leaves holes behind."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.parts, self.used = device, list[Tensor](), list[int]()
+        self.all = torch.empty(0, dtype=torch.uint8, device=device)
 
-    def clear(self) -> None:
-        """Everything taken so far may be overwritten; from now on in one piece."""
-        size = sum(self.used)
-        if len(self.parts) > 1:
-            self.parts = []
-            self.parts = [torch.empty(size, dtype=torch.uint8, device=self.device)]
-        self.used = [0] * len(self.parts)
-
-    def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """An array [rows, columns], not filled."""
-        size = -(-rows * columns * like.element_size() // 64) * 64
-        if not self.parts or self.used[-1] + size > self.parts[-1].numel():
-            self.parts.append(torch.empty(size, dtype=torch.uint8, device=self.device))
-            self.used.append(0)
-        start = self.used[-1]
-        self.used[-1] += size
-        part = self.parts[-1][start : start + rows * columns * like.element_size()]
-        return part.view(like.dtype).view(rows, columns)
-
-
-@dataclass(frozen=True)
-class Directions:
-    """A module's directions of the kept tokens from `first` on."""
-
-    first: int  # on the tile's axis
-    values: Float[Tensor, "n K"]
+    def arrays(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Iterator[Tensor]:
+        """Arrays [rows, columns], not filled, one after the other; what was taken before may be overwritten."""
+        sizes = [rows * columns * dtype.itemsize for rows, columns in shapes]
+        starts = list(accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
+        if starts[-1] > len(self.all):
+            device = self.all.device
+            del self.all  # before the larger one is taken
+            self.all = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+        for shape, start, size in zip(shapes, starts, sizes, strict=False):
+            yield self.all[start : start + size].view(dtype).view(shape)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Cotangents of the kept tokens from `first` on at some positions of one of a module's outputs."""
+    """What is kept of a module for the tokens from `first` on: their directions, or their cotangents at some positions."""
 
-    first: int
-    values: Float[Tensor, "n K"]
-    call: int
-    output: int
-    part: tuple[slice, ...]  # of the output
+    first: int  # on the tile's axis
+    shape: tuple[int, int]  # tokens, numbers of each
+    where: tuple[int, int, tuple[slice, ...]] | None = None  # which call, which of its outputs, which part; None: directions
+    values: Tensor = torch.empty(0)
+
+    @property
+    def at(self) -> slice:
+        """Its tokens on the tile's axis."""
+        return slice(self.first, self.first + self.shape[0])
 
 
-Held = dict[str, Directions | list[Block]]
+Held = dict[str, list[Block]]  # by module
 LookedUp = list[tuple[Strip, tuple[list[Call], Outputs]]]
 
 
-@torch.no_grad()
-def _hold(strips: list[Strip], depth: int, rules: dict[str, Rule], lookup: str | None, room: Room) -> tuple[Held, LookedUp]:
-    """Pull kept tokens of one sequence through a segment: its modules' blocks, and what the tied lookup found as it was."""
+def _layout(strips: list[Strip], depth: int, rules: dict[str, Rule]) -> Held:
+    """What is to be kept of a segment's modules for tokens of one sequence, still without values."""
     first, last = strips[0].at.start, strips[-1].at.stop
-    shapes = [[[x.shape for x in outputs] for _, outputs in strip.segments[depth].inside] for strip in strips]
+    shapes = [strip.shapes(depth) for strip in strips]
     calls_of: dict[str, list[int]] = {}
-    for i, (call, _) in enumerate(strips[0].segments[depth].inside):
-        calls_of.setdefault(call.name, []).append(i)
+    for i, (name, _) in enumerate(shapes[0]):
+        calls_of.setdefault(name, []).append(i)
     held: Held = {}
-    like = strips[0].graph.h
     for name, inside in calls_of.items():
         if rules[name].is_short(strips[0].half):
-            held[name] = Directions(first, room.take(last - first, rules[name].size, like))
+            held[name] = [Block(first, (last - first, rules[name].size))]
             continue
         blocks = []
         for c, i in enumerate(inside):
-            for k in range(len(shapes[0][i])):
+            for k in range(len(shapes[0][i][1])):
                 before = None
                 for strip, shape in zip(strips, shapes, strict=True):
-                    for part in _between(before, shape[i][k]):
+                    for part in _between(before, shape[i][1][k]):
                         size = prod(x.stop - x.start for x in part)
-                        blocks.append(Block(strip.at.start, room.take(last - strip.at.start, size, like), c, k, part))
-                    before = shape[i][k]
+                        blocks.append(Block(strip.at.start, (last - strip.at.start, size), (c, k, part)))
+                    before = shape[i][1][k]
         held[name] = blocks
+    return held
+
+
+def _reserve(layouts: list[Held], room: Room, dtype: torch.dtype) -> list[Held]:
+    """The same with memory for the values."""
+    arrays = room.arrays([block.shape for held in layouts for blocks in held.values() for block in blocks], dtype)
+    return [
+        {name: [replace(block, values=next(arrays)) for block in blocks] for name, blocks in held.items()} for held in layouts
+    ]
+
+
+@torch.no_grad()
+def _hold(strips: list[Strip], depth: int, rules: dict[str, Rule], held: Held, lookup: str | None) -> LookedUp:
+    """Pull kept tokens of one sequence through a segment into what is held; returns what the tied lookup found as it was."""
     looked_up: LookedUp = []
     for strip in strips:
         seen = []
@@ -300,19 +330,20 @@ def _hold(strips: list[Strip], depth: int, rules: dict[str, Rule], lookup: str |
                 _keep(held[name], rules[name], calls, delta, at)
             seen += [found[lookup]] if lookup is not None and lookup in found else []
         looked_up += [(strip, _joined(seen))] if seen else []
-    return held, looked_up
+    return looked_up
 
 
-def _keep(held: Directions | list[Block], rule: Rule, calls: list[Call], delta: Outputs, at: slice) -> None:
+def _keep(blocks: list[Block], rule: Rule, calls: list[Call], delta: Outputs, at: slice) -> None:
     """Put a chunk's directions, or its cotangents, where they are kept."""
-    if isinstance(held, Directions):
-        _join(rule.direction(calls, delta), held.values[at.start - held.first : at.stop - held.first])
-        return
-    for block in held:
+    for block in blocks:
         if block.first <= at.start:
             rows = block.values[at.start - block.first : at.stop - block.first]
-            part = delta[block.call][block.output][(slice(None), *block.part)]
-            rows.view(part.shape).copy_(part)
+            if block.where is None:
+                _join(rule.direction(calls, delta), rows)
+            else:
+                call, output, part = block.where
+                found = delta[call][output][(slice(None), *part)]
+                rows.view(found.shape).copy_(found)
 
 
 def _join(direction: Direction, out: Float[Tensor, "n K"]) -> None:
@@ -360,25 +391,25 @@ def _groups(streamed: list[Strip], depth: int, size: int, last: bool) -> Iterato
 def _meet(p: Plan, F: Float[Tensor, "M b"], held: Held, rules: dict[str, Rule], group: Group, desk: Room) -> None:
     """Add what a segment's modules do, between the kept tokens of one sequence and a group of streamed ones."""
     columns = F.shape[1]
-    for name, kept in held.items():
-        rule = rules[name]
-        desk.clear()
-        if isinstance(kept, Directions):
-            right = desk.take(columns, rule.size, kept.values)
+    for name, blocks in held.items():
+        rule, dtype = rules[name], blocks[0].values.dtype
+        if blocks[0].where is None:
+            (right,) = desk.arrays([(columns, rule.size)], dtype)
             for at, _, _, found in group:
                 _join(scaled(rule.direction(*found[name]), p.P.get(name)), right[at])
-            F[kept.first : kept.first + len(kept.values)] += inner(kept.values, right)
+            F[blocks[0].at] += inner(blocks[0].values, right)
             continue
-        like = kept[0].values
-        E = [[desk.take(columns, shape.numel(), like).view(-1, *shape) for shape in call] for call in rule.outputs]
+        flat = desk.arrays([(columns, shape.numel()) for call in rule.outputs for shape in call], dtype)
+        E = [[next(flat).view(-1, *shape) for shape in call] for call in rule.outputs]
         for at, _, _, found in group:
             if not (isinstance(rule, Linear) and rule.fill(*found[name], [e[at] for (e,) in E])):
                 for call, tangents in zip(E, rule.tangent(*found[name]), strict=True):
                     for e, tangent in zip(call, tangents, strict=True):
                         e[at] = tangent
-        for block in kept:
-            near = E[block.call][block.output][(slice(None), *block.part)]
-            F[block.first : block.first + len(block.values)] += inner(block.values, near.flatten(1))
+        for block in blocks:
+            assert block.where is not None
+            of, output, part = block.where
+            F[block.at] += inner(block.values, E[of][output][(slice(None), *part)].flatten(1))
 
 
 @torch.no_grad()
