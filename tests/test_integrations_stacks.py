@@ -4,6 +4,7 @@ Each keeps of the original: names, arguments, shapes, the order of calls, in-pla
 labels, and how the response's log-probs are cut out. docs/training.md says what was run of the packages themselves.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -133,6 +134,131 @@ def test_verl_updates_are_captured_and_unchanged(unpadded, entropy):
             clipped = ratio > 1.28 if A > 0 else ratio < 0.8
             assert row["c"] == pytest.approx(0 if clipped else A * ratio / N, abs=2e-3 if entropy else 1e-6)
             assert row["advantage"] == pytest.approx(A)
+
+
+class FSDPEngine:
+    """verl's engine on one process, without FSDP: sequences in a row as nested tensors, or padded."""
+
+    def __init__(self, model, padded):
+        self.module, self.padded, self.scaler = model, padded, None
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        self.optimizer_config = SimpleNamespace(clip_grad=1.0)
+
+    def forward_backward_batch(self, micro_batches, loss_function, forward_only=False):
+        for micro_batch in micro_batches:
+            with torch.set_grad_enabled(not forward_only):
+                loss = self.forward_step(micro_batch, loss_function=loss_function, forward_only=forward_only)
+            if not forward_only:
+                loss.backward()
+
+    def optimizer_step(self):
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.optimizer_config.clip_grad)
+        self.optimizer.step()
+        return norm.item()
+
+
+class FSDPEngineWithLMHead(FSDPEngine):
+    def forward_step(self, micro_batch, loss_function, forward_only):
+        ids, positions = micro_batch["input_ids"], micro_batch["position_ids"]
+        row = ids.values()
+        if self.padded:
+            mask = torch.nested.to_padded_tensor(torch.nested.nested_tensor_from_jagged(torch.ones_like(row), ids.offsets()), 0)
+            given = dict(input_ids=torch.nested.to_padded_tensor(ids, 0), attention_mask=mask)
+            logits = self.module(**given, use_cache=False).logits[mask.bool()]
+        else:
+            given = dict(input_ids=row[None], attention_mask=None, position_ids=positions.values()[None])
+            logits = self.module(**given, use_cache=False).logits.squeeze(0)
+        log_pi = (logits / micro_batch["temperature"]).log_softmax(-1)
+        H = -(log_pi.exp() * log_pi).sum(-1)
+        lp = log_pi.gather(-1, row.roll(-1)[:, None]).squeeze(-1)
+        output = dict(log_probs=torch.nested.nested_tensor_from_jagged(lp, ids.offsets()))
+        if micro_batch["calculate_entropy"]:
+            output["entropy"] = torch.nested.nested_tensor_from_jagged(H, ids.offsets())
+        return lp.sum() if loss_function is None else loss_function(model_output=output, data=micro_batch, dp_group=None)
+
+
+def ppo_loss(config, model_output, data, dp_group=None):
+    """verl's: the response's log-probs are cut out of the row and padded on the right."""
+
+    def cut(nested):
+        parts = [x[-1 - len(r) : -1] for x, r in zip(nested.unbind(), data["response_mask"].unbind(), strict=True)]
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
+    mask, old, A = (
+        torch.nn.utils.rnn.pad_sequence(list(data[name].unbind()), batch_first=True)
+        for name in ("response_mask", "old_log_probs", "advantages")
+    )
+    loss, _ = vanilla(old, cut(model_output["log_probs"]), A, mask)
+    if "entropy" in model_output:
+        loss = loss - config["entropy_coeff"] * (cut(model_output["entropy"]) * mask).sum() / mask.sum()
+    return loss
+
+
+def engine_batch(seed, entropy):
+    """The sequences of `batch` without padding, as nested tensors; the middle of each response is a tool's."""
+    b = batch(seed)
+    real = b["attention_mask"].bool()
+    b["response_mask"] = b["response_mask"] * (torch.arange(R) != 2)
+
+    def nested(x, of):
+        return torch.nested.as_nested_tensor([row[keep] for row, keep in zip(x, of, strict=True)], layout=torch.jagged)
+
+    found = {name: nested(b[name], real) for name in ("input_ids", "position_ids")}
+    found |= {name: nested(b[name].float(), real[:, P:]) for name in ("response_mask", "advantages", "old_log_probs")}
+    return b, dict(found, temperature=T, calculate_entropy=bool(entropy))
+
+
+def update_with_engine(on, padded, entropy):
+    base = type("FSDPEngine", (FSDPEngine,), {})
+    kind = type("FSDPEngineWithLMHead", (FSDPEngineWithLMHead, base), {})
+    module = SimpleNamespace(FSDPEngine=base, FSDPEngineWithLMHead=kind)
+    base.optimizer_step, kind.forward_step = FSDPEngine.optimizer_step, FSDPEngineWithLMHead.forward_step
+    monitors, undo = verl.instrument_engine(module, probe=PROBE, on_error="raise") if on else ({}, None)
+    engine = kind(tiny("llama"), padded)
+    config = Config(entropy_coeff=entropy, clip_ratio=0.2, clip_ratio_high=0.28, policy_loss={})
+    norms = []
+    for n in range(2):
+        batches = [engine_batch(10 * n + k, entropy)[1] for k in range(2)]
+        engine.forward_backward_batch(batches, None, forward_only=True)  # old log-probs
+        engine.forward_backward_batch(batches, partial(ppo_loss, config=config))
+        norms.append(engine.optimizer_step())
+        engine.optimizer.zero_grad()
+    if on:
+        monitors[engine].close()
+        undo()
+        assert kind.forward_step is FSDPEngineWithLMHead.forward_step and base.optimizer_step is FSDPEngine.optimizer_step
+    return norms, list(engine.module.parameters()), monitors.get(engine)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["in a row", "padded"])
+@pytest.mark.parametrize("entropy", [0.0, 0.05], ids=["", "entropy bonus"])
+def test_verl_engines_are_captured_and_unchanged(padded, entropy):
+    """Two steps of two micro-batches each; c is Aγ/N, v the entropy bonus's, clipped and masked tokens are told apart."""
+    norms, weights, monitor = update_with_engine(True, padded, entropy)
+    plain_norms, plain_weights, _ = update_with_engine(False, padded, entropy)
+    assert norms == plain_norms and all(torch.equal(a, b) for a, b in zip(weights, plain_weights, strict=True))
+    assert [(step.step, step.passes) for step in monitor.steps] == [(1, 2), (2, 2)]
+    for n, step in enumerate(monitor.steps):
+        assert step.residual < 1e-5 and step.accounted == pytest.approx(1, abs=1e-3)
+        assert step.routes == (("least squares" if entropy else "logits",) if padded else ("tap",))
+        rows = step.tokens.to_pylist()
+        for k in range(2):
+            b, _ = engine_batch(10 * n + k, entropy)
+            N, own = int(b["response_mask"].sum()), [row for row in rows if row["micro_batch"] == k]
+            if not padded:
+                assert len(own) == N
+            for row in own:
+                s = row["sequence"] - 4 * k
+                t = row["position"] - (3, 5, 3, 5)[s]
+                assert row["token_id"] == int(b["responses"][s, t]) and b["response_mask"][s, t]
+                if not padded:
+                    A = float(b["advantages"][s, t])
+                    ratio = float(torch.tensor(row["log_prob"] - float(b["old_log_probs"][s, t])).exp())
+                    assert row["advantage"] == pytest.approx(A) and bool(row["clipped"]) == (
+                        ratio > 1.28 if A > 0 else ratio < 0.8
+                    )
+                    assert row["c"] == pytest.approx(0 if row["clipped"] else A * ratio / N, abs=1e-6)
+                    assert row["v"] == pytest.approx(-entropy / N, rel=1e-5)
 
 
 class Actor(torch.nn.Module):

@@ -32,6 +32,7 @@ from . import diagnosis, ranks
 from . import steps as records
 from ._version import __version__
 from .capture import Capture
+from .captured import Forward
 from .prediction import Probe
 from .sequences import Chi
 from .steps import Folder, Step
@@ -232,8 +233,12 @@ class Monitor:
 
     def about(self, **metadata: Any) -> None:
         """Say of the latest pass what `micro_batch` would; for code that sees a loss being made but not the loop around it."""
-        if self._capture is not None and self._capture.forwards:
-            self._capture.forwards[-1].metadata |= {name: value for name, value in metadata.items() if value is not None}
+        if (forward := self.latest()) is not None:
+            forward.metadata |= {name: value for name, value in metadata.items() if value is not None}
+
+    def latest(self) -> Forward | None:
+        """The latest pass that was captured in this step."""
+        return self._capture.forwards[-1] if self._capture is not None and self._capture.forwards else None
 
     def step_end(self, *, clip: float = 1.0, force: bool = False) -> Step | None:
         """The optimizer step is done: record it if it is due, and begin the next.

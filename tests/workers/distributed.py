@@ -1,19 +1,25 @@
-"""One rank of the distributed tests: RANK WORLD STORE OUT. Trains a tiny model plainly, under DDP and under FSDP2 on gloo."""
+"""One rank of the distributed tests: RANK WORLD STORE OUT PORT. A tiny model under DDP, FSDP2 and Trainer, on gloo."""
 
+import os
 import sys
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from transformers.utils import ModelOutput
 
 import tokdyn as td
 from tokdyn.testing import random_chis, tiny
 
-RANK, WORLD, STORE, OUT = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+RANK, WORLD, STORE, OUT, PORT = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5]
 STEPS, LR = 3, 0.05
 PROBE = random_chis([(3, 5), (2, 4)], seed=5)
 
@@ -25,21 +31,24 @@ def batches():
     return [ids[RANK * 4 // WORLD : (RANK + 1) * 4 // WORLD] for ids in whole]
 
 
-def sharded(model):
+def sharded(model, head=False):
+    """FSDP2, a group for each layer; with one for the readout as well, it is sharded again before the backward pass."""
     mesh = init_device_mesh("cpu", (WORLD,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
+    if head:
+        fully_shard(model.lm_head, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     return model
 
 
-def train(kind, probing="tokdyn", every=1):
-    """Losses of every step, and the records."""
+def train(kind, probing="tokdyn", accumulate=1):
+    """Losses of every step, and the records; each step's sequences in so many micro-batches."""
     model = tiny("llama", tied=False).train()
     wrapped = DistributedDataParallel(model) if kind == "ddp" else sharded(model) if kind == "fsdp2" else model
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=LR)
-    monitor = td.Monitor(wrapped, optimizer, probe=PROBE, every=every, on_error="raise") if probing == "tokdyn" else None
+    monitor = td.Monitor(wrapped, optimizer, probe=PROBE, on_error="raise") if probing == "tokdyn" else None
     if monitor is not None:
         monitor.start()
         monitor.step_begin()
@@ -47,8 +56,11 @@ def train(kind, probing="tokdyn", every=1):
     for ids in batches():
         labels = ids.clone()
         labels[:, :3] = -100
-        loss = wrapped(input_ids=ids, labels=labels).loss
-        loss.backward()
+        total = 0.0
+        for x, y in zip(ids.chunk(accumulate), labels.chunk(accumulate), strict=True):
+            loss = wrapped(input_ids=x, labels=y).loss / accumulate
+            loss.backward()
+            total += float(loss.detach())
         if probing == "naive":  # what tokdyn would do without giving the weights back
             with torch.no_grad():
                 wrapped(input_ids=PROBE[0].ids[None])
@@ -57,7 +69,7 @@ def train(kind, probing="tokdyn", every=1):
             monitor.step_end()
             figures.append(monitor.metrics())
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        losses.append(total)
     records = []
     if monitor is not None:
         monitor.close()
@@ -72,21 +84,115 @@ def train(kind, probing="tokdyn", every=1):
     return dict(losses=losses, records=records, figures=figures, dtensor=whole)
 
 
+@dataclass
+class Fused(ModelOutput):
+    """What TRL's fused head returns."""
+
+    log_probs: torch.Tensor = None
+    entropy: torch.Tensor = None
+
+
+def fused(self, input_ids, labels, **_):
+    """A forward pass that never calls the readout's module: its weight is gathered, and sharded when gradients come."""
+    h, W = self.model(input_ids, use_cache=False).last_hidden_state[:, :-1], self.lm_head.weight
+    log_pi = (h @ (W.full_tensor() if isinstance(W, DTensor) else W).T).log_softmax(-1)
+    mask = labels[:, 1:] != -100
+    lp = log_pi.gather(-1, labels[:, 1:].clamp(min=0)[..., None]).squeeze(-1)
+    return Fused(log_probs=lp * mask, entropy=-(log_pi.exp() * log_pi).sum(-1) * mask)
+
+
+def lopsided():
+    """FSDP2 with a readout that is sharded by itself, and losses for which only rank 0 needs its weights once more.
+
+    A gather on one rank alone would wait for ever.
+    """
+    found = {}
+    for name in ("smoothing", "entropy"):
+        model = tiny("llama", tied=False).train()
+        if name == "entropy":
+            model.forward = MethodType(fused, model)
+        model = sharded(model, head=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        steps = []
+        with td.Monitor(model, optimizer, on_error="raise") as monitor:
+            for ids in batches()[:2]:
+                if name == "smoothing":
+                    z = model(input_ids=ids).logits[:, 2:-1]
+                    loss = cross_entropy(z.flatten(0, 1), ids[:, 3:].flatten(), label_smoothing=0.1 * (RANK == 0))
+                else:
+                    out = model(input_ids=ids, labels=torch.where(torch.arange(9) < 3, -100, ids))
+                    loss = -(out.log_probs.sum() + 0.1 * (RANK == 0) * out.entropy.sum()) / (len(ids) * 6)
+                loss.backward()
+                optimizer.step()
+                step = monitor.step_end()
+                optimizer.zero_grad()
+                steps.append(dict(residual=step.residual, c=step.c, force=step.metrics["force"], routes=step.routes))
+        found[name] = steps
+    return found
+
+
+def trainer():
+    """transformers.Trainer with td.attach: c, figures and whether training is as it is without."""
+    import transformers
+
+    if WORLD > 1:
+        os.environ |= dict(
+            RANK=str(RANK), LOCAL_RANK=str(RANK), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=PORT
+        )
+    rows = []
+    for ids in torch.randint(0, 61, (8, 9), generator=torch.Generator().manual_seed(3)):
+        rows.append(dict(input_ids=ids, labels=torch.where(torch.arange(9) < 3, -100, ids)))
+    found = {}
+    for name in ("with", "without"):
+        transformers.set_seed(0)
+        args = transformers.TrainingArguments(
+            output_dir=str(OUT / f"trainer-{name}"), max_steps=2, per_device_train_batch_size=4 // WORLD, logging_steps=1,
+            gradient_accumulation_steps=2, save_strategy="no", report_to="none", use_cpu=True, learning_rate=1e-3,
+            disable_tqdm=True, ddp_backend="gloo" if WORLD > 1 else None,
+        )  # fmt: skip
+        run = transformers.Trainer(
+            model=tiny("llama", tied=False), args=args, train_dataset=rows,
+            data_collator=lambda rows: {k: torch.stack([row[k] for row in rows]) for k in rows[0]},
+        )  # fmt: skip
+        monitor = td.attach(run, probe=PROBE, out=OUT / f"folder-{WORLD}", on_error="raise") if name == "with" else None
+        run.train()
+        logs = [log for log in run.state.log_history if "loss" in log]
+        found[name] = [(log["loss"], log["grad_norm"]) for log in logs]
+        if monitor is not None:
+            assert isinstance(run.model_wrapped, DistributedDataParallel) == (WORLD > 1)
+            steps = monitor.steps
+            found |= dict(
+                figures=[{k: v for k, v in log.items() if k.startswith("tokdyn/")} for log in logs], c=[s.c for s in steps],
+                token_id=[s.tokens["token_id"].to_pylist() for s in steps], actual=[s.actual for s in steps],
+                predicted=[s.predicted for s in steps], accounted=[s.accounted for s in steps],
+                passes=[s.passes for s in steps],
+            )  # fmt: skip
+    return found
+
+
 def main():
     torch.set_num_threads(1)
     if WORLD > 1:
         dist.init_process_group("gloo", init_method=f"file://{STORE}", rank=RANK, world_size=WORLD)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     if WORLD == 1:
         scored = torch.arange(9) >= 3
         update = [td.Chi(row, scored) for row in batches()[0]]
         forces = td.forces(tiny("llama", tied=False), update, PROBE, scope="readout", reduce="observe").vector
-        found = {"plain": train("plain"), "readout forces": forces * LR / len(forces)}
+        found = {
+            "plain": train("plain"),
+            "plain, accumulated": train("plain", accumulate=2),
+            "readout forces": forces * LR / len(forces),
+        }
     else:
         found = {
             "ddp": train("ddp"), "fsdp2": train("fsdp2"),
             "ddp without": train("ddp", probing="none"), "fsdp2 without": train("fsdp2", probing="none"),
             "fsdp2 naive": train("fsdp2", probing="naive"),
+            "ddp, accumulated": train("ddp", accumulate=2), "fsdp2, accumulated": train("fsdp2", accumulate=2),
+            "lopsided": lopsided(),
         }  # fmt: skip
+    found["trainer"] = trainer()
     torch.save(found, OUT / f"{WORLD}-{RANK}.pt")
     if WORLD > 1:
         dist.barrier()

@@ -32,13 +32,19 @@ def attach(trainer: Any, **options: Any) -> Monitor:
     engine = trainer.actor.model
     temperature = float(getattr(trainer.actor, "temperature", 1.0))
     monitor = Monitor(engine, trainer.actor_optim, temperature=temperature, **options)
-    plain = not getattr(trainer.args.actor, "entropy_coef", None) and not getattr(trainer.actor, "packing_samples", False)
+    packed = bool(getattr(trainer.actor, "packing_samples", False))
+    plain = not getattr(trainer.args.actor, "entropy_coef", None) and not packed
     clip = tuple(float(x) for x in trainer.args.actor.eps_clip_low_high)
     level = "sequence" if getattr(trainer.args.actor, "policy_loss_type", "ppo") == "gspo" else "token"
 
     def training_step(original: Any, experience: Any, *args: Any, **kwargs: Any) -> Any:
-        known = dict(advantages=experience.advantages, old_log_probs=experience.action_log_probs, clip=clip, level=level,
-                     mask=experience.action_mask)  # fmt: skip
+        known: dict[str, Any] = {}
+        with monitor.guarded("the experience could not be read"):
+            A, mask = experience.advantages, experience.action_mask
+            if packed:  # documents in a row: what is known of each is its mean advantage
+                known = dict(advantages=(A * mask).sum(1) / mask.sum(1).clamp(min=1))
+            else:
+                known = dict(advantages=A, old_log_probs=experience.action_log_probs, clip=clip, level=level, mask=mask)
         with monitor.micro_batch(**known):
             return original(experience, *args, **kwargs)
 

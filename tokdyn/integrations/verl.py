@@ -5,8 +5,10 @@ Write a module of your own and name it in the job, `actor_rollout_ref.model.exte
     from tokdyn.integrations.verl import install
     install(every=10, out="runs/grpo")
 
-FSDP2 workers and their padded or unpadded batches are covered. c is captured from the logits, and by `td.tap` inside the policy
-loss where that loss is all there is (no entropy bonus, padded batches), with clipped tokens and advantages.
+Two generations of verl's FSDP workers are known: `FSDPEngine` (read in verl 0.9.1) and, before it, `DataParallelPPOActor`.
+Neither was run: tests drive stand-ins with their call protocol. Log-probs go through `td.tap` where they match the model's
+input one to one; elsewhere (padded rows of the engine, entropy bonus of the older actor) c is captured at the logits. Ulysses
+sequence parallelism, Megatron and fused kernels are not covered.
 """
 
 from __future__ import annotations
@@ -16,24 +18,120 @@ from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
 import torch
+from torch import Tensor
 
 from ..capture import tap
 from ..monitor import Monitor
+
+Monitors = Mapping[Any, Monitor]
 
 
 def install(**options: Any) -> None:
     """Make every verl actor of this process record its updates; options are those of `Monitor`.
 
     Raises:
-        ImportError: verl is not installed.
+        ImportError: verl is not installed, or has neither kind of FSDP worker.
     """
-    from verl.workers.actor import dp_actor  # type: ignore[import-not-found]
+    try:
+        from verl.workers.engine.fsdp import transformer_impl  # type: ignore[import-not-found]
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("verl.workers"):
+            raise
+        from verl.workers.actor import dp_actor  # type: ignore[import-not-found]
 
-    instrument(dp_actor, **options)
+        instrument(dp_actor, **options)
+    else:
+        instrument_engine(transformer_impl, **options)
 
 
-def instrument(dp_actor: Any, **options: Any) -> tuple[Mapping[Any, Monitor], Callable[[], None]]:
-    """Wrap DataParallelPPOActor and the policy losses of that module.
+def instrument_engine(engines: Any, **options: Any) -> tuple[Monitors, Callable[[], None]]:
+    """Wrap FSDPEngineWithLMHead.forward_step and FSDPEngine.optimizer_step of that module.
+
+    Returns:
+        The monitors by engine, as they come to be, and what takes the wrapping off.
+    """
+    monitors: WeakKeyDictionary[Any, Monitor] = WeakKeyDictionary()
+    base, head = engines.FSDPEngine, engines.FSDPEngineWithLMHead
+    forward, step = head.forward_step, base.optimizer_step
+
+    def forward_step(self: Any, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
+        if forward_only or loss_function is None:
+            return forward(self, micro_batch, loss_function, forward_only)
+        temperature, monitor = _one_temperature(micro_batch["temperature"]), monitors.get(self)
+        if monitor is None:
+            about: dict[str, Any] = dict(temperature=temperature, scaler=getattr(self, "scaler", None)) | options
+            monitor = monitors[self] = Monitor(self.module, self.optimizer, **about)
+            monitor.start()
+            monitor.step_begin()
+            finalize(self, monitor.close)  # at the end of the process at the latest
+
+        config = getattr(loss_function, "keywords", {}).get("config")  # of functools.partial
+        known = {} if config is None else _clipping(config, config.policy_loss.get("loss_mode", "vanilla"))
+
+        def watched(**given: Any) -> Any:
+            if "model_output" in given:
+                with monitor.guarded("the log-probs could not be read"):
+                    given["model_output"] = _tapped(given["model_output"], given["data"], temperature, monitor, known)
+            return loss_function(**given)
+
+        return forward(self, micro_batch, watched, forward_only)
+
+    def optimizer_step(self: Any) -> Any:
+        norm = step(self)
+        monitor = monitors.get(self)
+        if monitor is not None:
+            monitor.step_end(clip=min(1.0, float(self.optimizer_config.clip_grad) / (float(norm) + 1e-6)), force=True)
+            monitor.step_begin()
+        return norm
+
+    def undo() -> None:
+        head.forward_step, base.optimizer_step = forward, step
+
+    head.forward_step, base.optimizer_step = forward_step, optimizer_step
+    return monitors, undo
+
+
+def _one_temperature(of: Any) -> float:
+    values = torch.as_tensor(of, dtype=torch.float32).flatten().unique()
+    return float(values[0]) if len(values) == 1 else float("nan")  # several in a batch: the self-check will say so
+
+
+def _clipping(config: Any, loss: str) -> dict[str, Any]:
+    """The clip of a policy loss of verl, where it is one of PPO's or GSPO's ratio; others clip otherwise, or not at all."""
+    level = {"vanilla": "token", "gspo": "sequence"}.get(loss)
+    if level is None:
+        return {}
+    both = config.get("clip_ratio", 0.2)
+    low, high = (config.get(f"clip_ratio_{side}") or both for side in ("low", "high"))
+    return dict(clip=(float(low), float(high)), level=level)
+
+
+def _tapped(
+    output: Mapping[str, Any], data: Any, temperature: float, monitor: Monitor, known: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The model's output with its log-probs (and entropies) tapped; they lie in a row, sequence after sequence."""
+    lp, H, latest = output["log_probs"], output.get("entropy"), monitor.latest()
+    if latest is None or "response_mask" not in data or not (lp.is_nested and data["response_mask"].is_nested):
+        return output
+    if latest.layout.real.shape != (1, len(lp.values())):
+        return output
+    row = torch.zeros(3, len(lp.values()), device=lp.device)  # mask, A and log pi_old at the places that score the tokens
+    for i, name in enumerate(("response_mask", "advantages", "old_log_probs")):
+        for end, values in zip(lp.offsets()[1:].tolist(), data[name].unbind(), strict=True):
+            row[i, end - 1 - len(values) : end - 1] = values
+    entropies = H.values() if isinstance(H, Tensor) and H.requires_grad else None
+    flat = lp.values()
+    flat = tap(flat, mask=row[0] > 0, temperature=temperature, entropy=entropies)
+    shifted = row.roll(1, 1)[:, None]  # told by the token's own place
+    monitor.about(advantages=shifted[1], old_log_probs=shifted[2], **known)
+    found = dict(output, log_probs=torch.nested.nested_tensor_from_jagged(flat, lp.offsets()))
+    if entropies is not None:
+        found["entropy"] = torch.nested.nested_tensor_from_jagged(entropies, H.offsets())  # type: ignore[union-attr]
+    return found
+
+
+def instrument(dp_actor: Any, **options: Any) -> tuple[Monitors, Callable[[], None]]:
+    """Wrap DataParallelPPOActor and the policy losses of that module (verl before its engines).
 
     Returns:
         The monitors by actor, as they come to be, and what takes the wrapping off.
@@ -77,9 +175,8 @@ def instrument(dp_actor: Any, **options: Any) -> tuple[Mapping[Any, Monitor], Ca
                 plain = not actor.config.get("use_remove_padding", False) and not actor.config.get("entropy_coeff", 0)
                 if plain:
                     log_prob = tap(log_prob, mask=response_mask, temperature=temperature)
-                    clip = actor.config.get("clip_ratio", 0.2)
-                    low, high = (actor.config.get(f"clip_ratio_{side}") or clip for side in ("low", "high"))
-                    monitor.about(advantages=advantages, old_log_probs=old_log_prob.detach(), clip=(low, high))
+                    known = _clipping(actor.config, name)
+                    monitor.about(advantages=advantages, old_log_probs=old_log_prob.detach(), **known)
                 else:  # documents in a row: what is known of each is its mean advantage
                     mean = (advantages * response_mask).sum(1) / response_mask.sum(1).clamp(min=1)
                     monitor.about(advantages=torch.as_tensor(mean).detach())
