@@ -1,6 +1,7 @@
 # make demo   install, then profile the embedded model: runs/demo/report.html
 # make test   install, then lint, type-check and test
 # make lint   ruff and mypy alone        make wheel   build a wheel and look inside        make clean
+# make studies   every phenomenon of the papers in full, some hours: runs/studies, docs/gallery.md (DATA=folder of texts)
 # make test-matrix   the training tests against TRL 1.12 and PEFT 0.20, in an environment of their own
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(shell $(p) -c \
@@ -12,10 +13,10 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-matrix lint wheel clean
+.PHONY: help install demo studies test test-matrix lint wheel clean
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "tokdyn needs Python 3.11 or 3.12; none found (set PYTHON=...)" >&2; exit 1; }
@@ -37,6 +38,9 @@ install: $(VENV)/.installed
 
 demo: install
 	$(BIN)/tokdyn profile --out $(RUN) --overwrite
+
+studies: install
+	$(BIN)/tokdyn study --all --docs docs $(if $(DATA),--data $(DATA))
 
 lint: install
 	$(BIN)/ruff check .
@@ -63,6 +67,7 @@ test-matrix: $(MATRIX)/.installed
 
 WHEEL_HOLDS := tokdyn/demo/model/model.safetensors tokdyn/demo/model/tokenizer.json tokdyn/demo/pairs.jsonl \
 	tokdyn/report/page.html.jinja tokdyn/report/static/page.css tokdyn/py.typed tokdyn/kernels/token_stats/reference.py \
+	tokdyn/studies/gallery.css tokdyn/studies/squeeze.json \
 	tokdyn/_C.
 
 wheel: install
@@ -78,4 +83,4 @@ wheel: install
 
 clean:
 	rm -rf build dist *.egg-info runs/demo .pytest_cache .ruff_cache .mypy_cache tokdyn/_C.*.so $(VENV)/.installed
-	find tokdyn kernels tests -name __pycache__ -prune -exec rm -rf {} +
+	find tokdyn kernels studies tests -name __pycache__ -prune -exec rm -rf {} +

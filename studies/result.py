@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ class Estimate:
         return f"{value}{' ' + unit if unit else ''} (95%, {self.n} {of})".replace("-", "\N{MINUS SIGN}")
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Iterable[float]) -> Estimate:
     """Mean of independent values and its 95% interval, t_{n-1} s/√n.
 
     Raises:

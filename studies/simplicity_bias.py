@@ -1,9 +1,9 @@
 """Simple mappings are learned faster, because their examples help each other.
 
 Ren, *Learning Dynamics of Deep Learning* (thesis, arXiv 2509.19554), and Ren & Sutherland, *Understanding Simplicity Bias
-towards Compositional Mappings via Learning Dynamics* (arXiv 2409.09626): a world of four objects, two attributes of two values each,
-and messages of two symbols. Of the 24 one-to-one mappings 8 are compositional: each symbol names one attribute. The forces
-between the examples at the start say which mappings will be fast. And among real digits, wrong labels are learned last.
+towards Compositional Mappings via Learning Dynamics* (arXiv 2409.09626): a world of four objects, two attributes of two values
+each, and messages of two symbols. Of the 24 one-to-one mappings 8 are compositional: each symbol names one attribute. The
+forces between the examples at the start say which mappings will be fast. And among real digits, wrong labels are learned last.
 """
 
 from __future__ import annotations
