@@ -23,7 +23,7 @@ from tokdyn.loading import load_model
 from tokdyn.objectives import Objective
 
 from . import sft_dynamics, texts, training
-from .figures import BLUE, COLOURS, GREY, VERMILION, figure
+from .figures import BLUE, COLOURS, GREY, INK, VERMILION, figure
 from .result import Claim, Result, estimate
 
 PAPER = "arXiv 2407.10490 §4.2"
@@ -110,7 +110,7 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
     return Result(
         f"DPO presses the rejected answer down by {-falls['rejected']:.2f} nats a token; the chosen one moves by "
         f"{falls['chosen']:+.2f}, the argmax by {falls['argmax']:+.2f}",
-        claims, {"readings": pa.Table.from_pylist(table)}, {"dpo_decay": _figure(table, at)},
+        claims, {"readings": pa.Table.from_pylist(table)}, {"dpo_decay": _figure(table, at, falls)},
         notes=f"{len(train)} pairs; log-probabilities are means over the tokens of an answer. chosen and rejected are the "
         "answers that a variant trains on; argmax is the most likely token at each position along its rejected answers. "
         "On-policy pairs are two samples of the supervised model, preferred is the one that shares more words with the data's "
@@ -217,9 +217,10 @@ def at_margin(readings: list[dict[str, float]], margin: float) -> dict[str, floa
     return readings[-1]
 
 
-def _figure(table: list[dict[str, Any]], at: dict[str, dict[str, float]]) -> Any:
-    made, (left, right) = figure(1, 2, title="DPO presses the rejected answer down and lifts the argmax", height=3.8, width=10)
-    colour = {"chosen": BLUE, "rejected": VERMILION, "argmax": "black"}
+def _figure(table: list[dict[str, Any]], at: dict[str, dict[str, float]], falls: dict[str, float]) -> Any:
+    title = f"DPO presses the rejected answer down; the chosen moves {falls['chosen']:+.2f}, the argmax {falls['argmax']:+.2f}"
+    made, (left, right) = figure(1, 2, title=title, height=3.8, width=10)
+    colour = {"chosen": BLUE, "rejected": VERMILION, "argmax": INK}
     spare = iter([c for c in COLOURS if c not in colour.values()] * 2)
     for kind in kinds(table):
         left.plot(path(table, "DPO", kind), color=colour.get(kind) or next(spare), label=kind.replace("_", " "),

@@ -8,10 +8,16 @@ pytest.importorskip("matplotlib")
 
 # study -> numbers of the claims that CI asserts; the others are measured and reported as they come
 ROBUST = {
+    "ches_filter": (0,),
     "dpo_decay": (0, 1),
+    "extended_sft": (0,),
+    "grpo_forces": (0, 2),
+    "hallucination": (0, 1, 2),
+    "longer_sft_worse_dpo": (0, 1),
     "readout_vs_exact": (0, 1),
     "sft_dynamics": (0, 1, 4),
     "shared_prefix": (0, 1, 2, 4),
+    "simko": (0, 1),
 }
 
 

@@ -1,0 +1,322 @@
+"""What GRPO's negative gradient does to the right answers it comes with, token by token: does it hold them back?
+
+Deng et al., *On the Effect of Negative Gradient in GRPO* (arXiv 2505.18830): after a step on a group of rollouts the right
+answers' log-probability rises less than it could, or falls (lazy likelihood displacement, LLD), because wrong answers that
+share tokens with right ones are pushed down. Training on the right answers alone (Pos-only) has no LLD; NTHR finds the shared
+tokens by the readout's force and scales their gradient down. Here on sums that the demo model half solves: per prompt, exact
+forces of the right and of the wrong answers' tokens, real steps of GRPO, Pos-only, NTHR and of a control that spares as many
+random tokens; then training with pass@1, pass@K and the mass of the most likely token.
+
+Asserted: NTHR's score is the gradient product it claims to be, and the exact force of the wrong answers ranks prompts by what
+a small real step does to the right ones. Measured: LLD itself. Where right and wrong answers part at one number, pushing the
+wrong one down also makes room for the right one, so the sign depends on the prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokdyn as td
+from tokdyn.interventions import loss, nthr, nthr_scores
+from tokdyn.loading import load_model
+
+from . import arithmetic, training
+from .figures import BLUE, COLOURS, GREEN, GREY, VERMILION, band, figure
+from .result import Claim, Result, estimate
+
+PAPER = "arXiv 2505.18830"
+STEPS = ("GRPO", "Pos-only", "NTHR", "random tokens")
+LIFT = 0.005  # nats a token by which Pos-only lifts the right answers in one step, to first order
+G = 8  # rollouts a prompt
+K = 4  # of pass@K
+
+
+def run(quick: bool = False, seed: int = 0) -> Result:
+    """One step per prompt in four ways, then training in three ways.
+
+    Args:
+        quick: 8 prompts, one seed of 4 small training steps; else 32 prompts, three seeds of 40 steps, a 1,000-token context.
+        seed: of the problems and of the first run.
+    """
+    import pyarrow as pa
+
+    model, tokenizer = load_model()
+    sums = arithmetic.problems(seed, 12 if quick else 48)
+    taught = arithmetic.half_taught(model, tokenizer, sums, seed=seed)
+    rollouts = arithmetic.roll_out(taught, tokenizer, sums, G, seed=seed)
+    solved = rollouts.rewards.mean().item()
+    mixed = [g for g in range(len(sums)) if _mixed(rollouts.of(g))][: 8 if quick else 32]
+    one_step = [{"context": 0, "prompt": g} | _displacement(taught, rollouts.of(g), seed) for g in mixed]
+    if not quick:
+        one_step += _long(taught, tokenizer, sums, seed)
+    curves = []
+    for run_seed in range(seed, seed + (1 if quick else 3)):
+        for name in ("GRPO", "Pos-only", "NTHR"):
+            size = dict(steps=4, every=4, prompts=4, samples=8) if quick else dict(steps=40, every=10, prompts=8, samples=16)
+            rows = train(taught, tokenizer, sums, name, seed=run_seed, **size)
+            curves += [{"method": name, "seed": run_seed} | row for row in rows]
+
+    short = [row for row in one_step if row["context"] == 0]
+    change = {name: [row[name] for row in short] for name in STEPS}
+    held = [a - b for a, b in zip(change["Pos-only"], change["GRPO"], strict=True)]
+    taken = 100 * sum(held) / sum(change["Pos-only"])
+    spared = [a - b for a, b in zip(change["NTHR"], change["GRPO"], strict=True)]
+    control = [a - b for a, b in zip(change["NTHR"], change["random tokens"], strict=True)]
+    gap = _identity(taught, rollouts.of(mixed[0]))
+    order = td.rank_correlation(*(torch.tensor([row[key] for row in short]) for key in ("exact_negative", "real_negative")))
+    ranks = [row["nthr_rank"] for row in one_step if row["nthr_rank"] == row["nthr_rank"]]
+    claims = [
+        Claim(
+            "An NTHR score is a gradient product (identity; theory §3, re-derived from the paper's eq.)",
+            "s_k = <∇_W Σ log pi(right answers), ∇_W log pi(y_k)> with W the readout, to float32 rounding",
+            f"relative difference {gap:.1e}",
+            gap < 1e-4,
+        ),
+        Claim(
+            f"The negative gradient holds the right answers back (LLD; {PAPER} §4)",
+            "after one step right answers have risen more under Pos-only than under GRPO, mean over prompts",
+            f"Pos-only {estimate(change['Pos-only']).words('nats a token', of='prompts')}, GRPO "
+            f"{estimate(change['GRPO']).words('nats a token', of='prompts')}; the negative gradient takes {taken:.0f}% of the "
+            f"lift in the mean and something at {sum(x > 0 for x in held)} of {len(held)} prompts; right answers fall at "
+            f"{sum(x < 0 for x in change['GRPO'])}",
+            estimate(held).low > 0,
+        ),
+        Claim(
+            "The exact force of the wrong answers' tokens says what they do to the right ones (theory §5)",
+            "rank correlation over prompts of the exact negative force with what a real step owes to it: 0.9 or more",
+            f"{order:.3f} over {len(short)} prompts",
+            order >= 0.9,
+        ),
+        Claim(
+            f"NTHR finds the harmful tokens ({PAPER} §5)",
+            "rank correlation of its score with the exact harm (all parameters) over the tokens of wrong answers: above 0",
+            estimate(ranks).words("", of="prompts"),
+            estimate(ranks).low > 0,
+        ),
+        Claim(
+            f"Reweighting NTHR's tokens lowers the displacement ({PAPER} §5; theory §5)",
+            "right answers rise more under NTHR than under GRPO, mean over prompts",
+            f"NTHR minus GRPO {estimate(spared).words('nats a token', of='prompts')}",
+            estimate(spared).low > 0,
+        ),
+        Claim(
+            f"and that because of which tokens it spares ({PAPER}, random control)",
+            "right answers rise more under NTHR than when as many random tokens of wrong answers are spared",
+            f"NTHR minus random {estimate(control).words('nats a token', of='prompts')}",
+            estimate(control).low > 0,
+        ),
+        *_trained(curves, quick),
+    ]
+    return Result(
+        f"Pushing wrong answers down changes the right ones' lift in a GRPO step by {-taken:+.0f}%; it takes from them at "
+        f"{sum(x > 0 for x in held)} of {len(held)} prompts",
+        claims, {"one_step": pa.Table.from_pylist(one_step), "training": pa.Table.from_pylist(curves)},
+        {"grpo_forces": _figure(short, curves)},
+        notes=f"{len(sums)} sums of two numbers, {100 * solved:.0f}% of sampled answers right before GRPO; {len(mixed)} "
+        f"prompts have right and wrong answers among G = {G}. One step has the size at which Pos-only lifts the right answers "
+        f"by {LIFT:g} nats a token, the same for all four ways." + _long_note(one_step),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- one step
+
+
+def _mixed(chis: list[td.Chi]) -> bool:
+    return len({chi.advantage > 0 for chi in chis if chi.advantage}) == 2
+
+
+def _sign(chis: list[td.Chi]) -> Tensor:
+    return torch.cat([torch.full((len(chi),), float(chi.advantage or 0)).sign() for chi in chis])
+
+
+def ways(model: Any, chis: list[td.Chi], seed: int) -> dict[str, Tensor]:
+    """Weights of the update tokens for each way to take the step."""
+    sign = _sign(chis)
+    spare = nthr(model, chis)
+    wrong, n = (sign < 0).nonzero().squeeze(1), int((spare < 1).sum())
+    chance = torch.ones_like(spare)
+    chance[wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))[:n]]] = 0.5
+    return {"GRPO": torch.ones_like(spare), "Pos-only": (sign > 0).float(), "NTHR": spare, "random tokens": chance}
+
+
+def _displacement(model: Any, chis: list[td.Chi], seed: int) -> dict[str, Any]:
+    """Exact forces of right and wrong tokens on the right answers, and what real steps do to those."""
+    objective = td.objectives.GRPO()
+    right = [chi for chi in chis if chi.advantage is not None and chi.advantage > 0]
+    M = sum(len(chi) for chi in right)
+    sign = _sign(chis)
+    F = td.forces(model, chis, right, objective, groups=torch.where(sign > 0, 0, torch.where(sign < 0, 1, -1))).matrix
+    assert F is not None
+    positive, negative = (F.sum(0) / M).tolist()
+    eta = LIFT / abs(positive)
+    before = torch.cat(training.log_probs(model, right)).mean()
+    parameters = list(model.parameters())
+    moved: dict[str, float] = {}
+    for name, weights in ways(model, chis, seed).items():
+        move = torch.autograd.grad(loss(model, chis, objective, weights=weights), parameters)
+        with torch.no_grad():
+            kept = [theta.clone() for theta in parameters]
+            for theta, g in zip(parameters, move, strict=True):
+                theta.sub_(eta * g)
+            moved[name] = float(torch.cat(training.log_probs(model, right)).mean() - before)
+            for theta, old in zip(parameters, kept, strict=True):
+                theta.copy_(old)
+    wrong = [chi for chi in chis if chi.advantage is not None and chi.advantage < 0]
+    scores = nthr_scores(model, chis)[sign < 0]
+    exact = td.forces(model, wrong, right, td.objectives.SFT(), reduce="observe").vector
+    assert exact is not None
+    return moved | {"share_right": len(right) / len(chis), "exact_positive": eta * positive, "exact_negative": eta * negative,
+                    "real_negative": moved["GRPO"] - moved["Pos-only"], "nthr_rank": td.rank_correlation(scores, exact),
+                    "nthr_sign": td.sign_delta(scores, exact), "tokens": int(chis[0].ids.numel())}  # fmt: skip
+
+
+def _long(model: Any, tokenizer: Any, sums: list[arithmetic.Sum], seed: int, n: int = 6) -> list[dict[str, Any]]:
+    """The same behind a context of about 1,000 tokens of solved sums."""
+    others = [s for s in arithmetic.problems(seed + 1, 140) if s not in sums]
+    shown, before = 0, ""
+    while shown < len(others) and len(tokenizer(before).input_ids) < 960:
+        before += others[shown].prompt + others[shown].answer(shown % 3) + "\n\n"
+        shown += 1
+    rollouts = arithmetic.roll_out(model, tokenizer, sums[:16], G, seed=seed, before=before)
+    mixed = [g for g in range(16) if _mixed(rollouts.of(g))][:n]
+    return [{"context": 1, "prompt": g} | _displacement(model, rollouts.of(g), seed) for g in mixed]
+
+
+def _long_note(one_step: list[dict[str, Any]]) -> str:
+    rows = [row for row in one_step if row["context"]]
+    if not rows:
+        return ""
+    kept = {name: sum(row[name] for row in rows) / len(rows) for name in STEPS}
+    return (f"\n\nBehind a context of {rows[0]['tokens']} tokens ({len(rows)} prompts): " + ", ".join(
+        f"{name} {value:+.3f}" for name, value in kept.items()) + " nats a token.")  # fmt: skip
+
+
+def _identity(model: Any, chis: list[td.Chi]) -> float:
+    """NTHR's scores against gradients of the readout taken one by one, hidden states held."""
+    scores = nthr_scores(model, chis)
+    W = model.get_output_embeddings().weight
+    hidden = [model(input_ids=chi.ids[None], output_hidden_states=True, use_cache=False).hidden_states[-1][0] for chi in chis]
+    hidden = [h[chi.scored.nonzero().squeeze(1) - 1].double() for h, chi in zip(hidden, chis, strict=True)]
+    leaf = W.detach().double().requires_grad_()
+
+    def log_pi(i: int) -> Tensor:
+        return (hidden[i] @ leaf.T).log_softmax(1).gather(1, chis[i].ids[chis[i].scored][:, None]).squeeze(1)
+
+    right = sum(log_pi(i).sum() for i, chi in enumerate(chis) if chi.advantage and chi.advantage > 0)
+    (toward,) = torch.autograd.grad(right, leaf)
+    truth = torch.stack([(toward * torch.autograd.grad(value, leaf, retain_graph=True)[0]).sum()
+                         for i in range(2) for value in log_pi(i)])  # fmt: skip
+    return float((scores[: len(truth)] - truth).norm() / truth.norm())
+
+
+# ---------------------------------------------------------------- training
+
+
+def train(
+    model: Any, tokenizer: Any, sums: list[arithmetic.Sum], method: str, *, steps: int, every: int, prompts: int, samples: int,
+    seed: int, lr: float = 3e-5, objective: td.objectives.GRPO | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Readings {step, pass@1, pass@K, top-1 mass, entropy} of a policy trained on its own rollouts, so many prompts a step."""
+    policy = copy.deepcopy(model)
+    optimizer, rows = training.adam(policy, lr), []
+    objective = objective or td.objectives.GRPO()
+    batches = list(training.batches(sums, prompts, seed, epochs=1 + steps * prompts // len(sums)))
+    for n in range(steps + 1):
+        if n % every == 0 or n == steps:
+            rows.append({"step": n} | reading(policy, tokenizer, sums, samples, seed))
+        if n < steps:
+            rollouts = arithmetic.roll_out(policy, tokenizer, batches[n], G, seed=1000 * seed + n).chis
+            learned = [chi for chi in rollouts if chi.advantage]
+            if learned:
+                weights = ways(policy, learned, seed)[method] if method in STEPS else None
+                training.step(policy, optimizer, objective, learned, mean_over=len(batches[n]), weights=weights)
+    return rows
+
+
+@torch.no_grad()
+def reading(model: Any, tokenizer: Any, sums: list[arithmetic.Sum], n: int, seed: int) -> dict[str, float]:
+    """pass@1 and pass@K of n fresh samples, the top-1 mass and the entropy along them, and how many answers differ."""
+    sampled = arithmetic.roll_out(model, tokenizer, sums, n, seed=seed + 10**6)
+    mass, entropy = [], []
+    for start in range(0, len(sampled.chis), 128):
+        some = sampled.chis[start : start + 128]
+        stats = td.ops.token_stats(training.logits(model, some), training.targets(some))
+        mass.append(stats.argmax_log_prob.exp())
+        entropy.append(stats.entropy)
+    texts = {(chi.group, chi.response) for chi in sampled.chis}
+    return {"pass_1": arithmetic.pass_at(sampled.rewards, 1), "pass_K": arithmetic.pass_at(sampled.rewards, K), "K": K,
+            "top_1": float(torch.cat(mass).mean()), "entropy": float(torch.cat(entropy).mean()),
+            "answers": len(texts) / len(sums)}  # fmt: skip
+
+
+def gains(curves: list[dict[str, Any]], method: str, key: str) -> list[float]:
+    """Last minus first reading of each seed."""
+    found: dict[int, list[float]] = {}
+    for row in curves:
+        if row["method"] == method:
+            found.setdefault(row["seed"], []).append(row[key])
+    return [values[-1] - values[0] for values in found.values()]
+
+
+def words(values: list[float]) -> str:
+    """A gain over seeds, or of the one seed."""
+    return estimate(values).words() if len(values) > 1 else f"{values[0]:+.3f} (one seed)"
+
+
+def _trained(curves: list[dict[str, Any]], quick: bool) -> list[Claim]:
+    first, top, many = (gains(curves, "GRPO", key) for key in ("pass_1", "top_1", "pass_K"))
+    other = {name: gains(curves, name, "pass_1") for name in ("Pos-only", "NTHR")}
+    return [
+        Claim(
+            "GRPO raises pass@1 and sharpens: the most likely token's mass grows (arXiv 2510.14807 §3)",
+            "both rise over training, mean over seeds",
+            f"pass@1 {words(first)}, top-1 mass {words(top)}",
+            sum(first) > 0 and sum(top) > 0,
+        ),
+        Claim(
+            "and pays with pass@K (arXiv 2510.14807 §3)",
+            f"pass@{K} falls over training, mean over seeds",
+            f"pass@{K} {words(many)}",
+            sum(many) < 0,
+        ),
+        Claim(
+            f"NTHR trains better than GRPO ({PAPER} §6)",
+            "its pass@1 gain is larger, mean over seeds",
+            f"GRPO {words(first)}, " + ", ".join(f"{name} {words(values)}" for name, values in other.items()),
+            sum(other["NTHR"]) > sum(first),
+        ),
+    ]  # fmt: skip
+
+
+def _figure(one_step: list[dict[str, Any]], curves: list[dict[str, Any]]) -> Any:
+    made, axes = figure(1, 3, title="What GRPO's negative gradient does to the right answers", width=11.5, height=3.6)
+    left, middle, right = axes
+    places = range(len(one_step))
+    ordered = sorted(one_step, key=lambda row: row["GRPO"])
+    for name, colour, marker in (("Pos-only", BLUE, "^"), ("NTHR", GREEN, "s"), ("GRPO", VERMILION, "o")):
+        left.plot(places, [row[name] for row in ordered], marker, color=colour, markersize=4, label=name)
+    left.axhline(0, color=GREY, linewidth=0.8)
+    left.set(xlabel="prompt, in the order of GRPO", ylabel="change of the right answers\n(nats a token)", title="one real step")
+    left.legend()
+    x, y = [row["exact_negative"] for row in one_step], [row["real_negative"] for row in one_step]
+    middle.scatter(x, y, s=14, color=VERMILION)
+    ends = [min(x + y), max(x + y)]
+    middle.plot(ends, ends, color=GREY, linewidth=0.8)
+    middle.set(xlabel="exact force of the wrong answers (nats a token)", ylabel="real change by them (nats a token)",
+               title="predicted, one point a prompt")  # fmt: skip
+    for k, method in enumerate(dict.fromkeys(row["method"] for row in curves)):
+        for key, line in (("pass_1", "-"), ("pass_K", "--")):
+            of: dict[int, list[float]] = {}
+            for row in curves:
+                if row["method"] == method:
+                    of.setdefault(row["seed"], []).append(row[key])
+            steps = sorted({row["step"] for row in curves})
+            band(right, steps, list(of.values()), COLOURS[k], f"{method}, pass@{1 if key == 'pass_1' else K}",
+                 linestyle=line)  # fmt: skip
+    right.set(xlabel="training step", ylabel="share of problems", title="training")
+    right.legend(fontsize=7)
+    return made
