@@ -144,6 +144,19 @@ def test_minus_infinity_is_legal(dtype: torch.dtype):
     assert ours["log_prob"][3] == -math.inf and ours["entropy"][3] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.02, 0.9])
+def test_far_below_the_maximum(dtype: torch.dtype, share: float):
+    """Logits whose exponentials vanish, in few groups of the vector loop or in nearly all, about where each level gives up."""
+    logits, targets = random_logits(40, 3001, dtype)
+    generator = torch.Generator().manual_seed(1)
+    far = torch.rand(logits.shape, generator=generator) < share
+    depth = torch.tensor([80.0, 86.5, 87.5, 95.0, 104.0, 110.5, 300.0, 1e30])[
+        torch.randint(8, logits.shape, generator=generator)
+    ]
+    check(torch.where(far, logits - depth.to(dtype), logits), targets)
+
+
 def test_rows_without_a_softmax(simd: str):
     logits, targets = random_logits(6, 3000, torch.float32)
     clean = cpp.token_stats(logits, targets, simd=simd)

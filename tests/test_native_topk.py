@@ -98,6 +98,17 @@ def test_row_stride_and_padding(dtype: torch.dtype, simd: str):
     assert torch.equal(rows, rows[:1].expand(7, -1))
 
 
+@pytest.mark.parametrize("simd", LEVELS)
+def test_rows_far_apart(simd: str):
+    near, far = torch.randn(50), torch.randn(1 << 22)  # one on the heap, one mapped: a stride far beyond 32 bits
+    low, high = sorted([near, far], key=Tensor.data_ptr)
+    values, ids = torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch.int64)
+    stride = (high.data_ptr() - low.data_ptr()) // 4
+    _C.topk_log_probs(low.data_ptr(), "float32", 2, 50, stride, 5, values.data_ptr(), ids.data_ptr(), threads=2, simd=simd)
+    together = cpp.topk_log_probs(torch.stack([low[:50], high[:50]]), 5, simd=simd)
+    assert torch.equal(values, together[0]) and torch.equal(ids, together[1])
+
+
 def test_bits_do_not_depend_on_the_thread_count():
     logits, before = random_logits(5, 70001, torch.float32), torch.get_num_threads()
     try:

@@ -35,7 +35,7 @@ def bench(
 
     Args:
         device: "cpu" or "cuda".
-        ops: the operators, all when empty.
+        ops: the operators, all when empty; "readout_forces:bfloat16" for the cases of one dtype.
         sides: who takes part ("cpp", "triton", "cuda", "eager", "compile", "liger", ...: how a side's name begins); all when
             empty. A side that does not run is reported with the reason.
         quick: small sizes, to see that everything runs.
@@ -56,9 +56,10 @@ def bench(
     if place.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device}")
     every = cases_on(place, quick)
-    _known("operator", ops, {case.op for case in every})
+    _known("operator", [op.partition(":")[0] for op in ops], {case.op for case in every})
+    _known("dtype", [op.partition(":")[2] for op in ops], {_kind(case) for case in every})
     _known("side", sides, {side.split(",")[0] for case in every for side in case.sides})
-    chosen = [case for case in every if not ops or case.op in ops]
+    chosen = [case for case in every if not ops or case.op in ops or f"{case.op}:{_kind(case)}" in ops]
     about = dict(device=device, quick=quick, rounds=rounds, seconds=seconds, ops=list(ops), sides=list(sides))
     found: dict[str, Any] = dict(
         machine=machine(place), versions=versions(), date=datetime.date.today().isoformat(), settings=about, rows=[], bars=[]
@@ -70,7 +71,7 @@ def bench(
         tflop_per_s={str(dtype).removeprefix("torch."): round(rate / 1e12, 3) for dtype, rate in limits.flops.items()},
     )
     for done, case in enumerate(chosen):
-        stage(f"{case.name} {str(case.dtype).removeprefix('torch.')}", done, len(chosen))
+        stage(f"{case.name} {_kind(case)}", done, len(chosen))
         mine = [name for name in case.sides if not sides or any(name.startswith(side) for side in sides)]
         rows = measured(case, mine, place, limits, rounds, seconds, memory, quick)
         found["rows"] += rows.values()
@@ -116,12 +117,15 @@ def join(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             rows[key] = row | rows[key] if key in rows and rows[key]["ran"] >= row["ran"] else row
     found = dict(runs[0], date=max(run["date"] for run in runs), rows=[], bars=[], parts=parts)
     for case in cases_on(torch.device(runs[0]["settings"]["device"]), runs[0]["settings"]["quick"]):
-        kind = str(case.dtype).removeprefix("torch.")
-        mine = {side: row for (name, dtype, side), row in rows.items() if (name, dtype) == (case.name, kind)}
+        mine = {side: row for (name, dtype, side), row in rows.items() if (name, dtype) == (case.name, _kind(case))}
         found["rows"] += mine.values()
         if mine and not runs[0]["settings"]["quick"]:
             found["bars"] += [held(bar, case, mine) for bar in case.bars]
     return found
+
+
+def _kind(case: Case) -> str:
+    return str(case.dtype).removeprefix("torch.")
 
 
 def _known(what: str, given: Sequence[str], known: set[str]) -> None:
@@ -135,8 +139,7 @@ def measured(
 ) -> dict[str, dict[str, Any]]:
     """One row for each side of a case."""
     inputs = case.make(device)
-    kind = str(case.dtype).removeprefix("torch.")
-    rows = {name: dict(case=case.name, op=case.op, dtype=kind, sizes=case.sizes, side=name, ran=True) for name in names}
+    rows = {name: dict(case=case.name, op=case.op, dtype=_kind(case), sizes=case.sizes, side=name, ran=True) for name in names}
     calls: dict[str, Call] = {}
     repeats, results = {}, {}
     for name in names if case.timed else []:
@@ -214,5 +217,4 @@ def held(bar: Bar, case: Case, rows: dict[str, dict[str, Any]]) -> dict[str, Any
         "mib": (mine.get("peak_mib"), f"at most {bar.limit:g} MiB", False),
     }[bar.measure]
     met = None if value is None else (value >= bar.limit if least else value <= bar.limit)
-    kind = str(case.dtype).removeprefix("torch.")
-    return dict(case=case.name, dtype=kind, side=bar.side, bar=text, value=value, met=met)
+    return dict(case=case.name, dtype=_kind(case), side=bar.side, bar=text, value=value, met=met)

@@ -90,7 +90,7 @@ def floors(device: torch.device, dtypes: tuple[torch.dtype, ...], quick: bool = 
     rates = {}
     for dtype in dtypes:
         a, b = torch.randn(M, K, device=device).to(dtype), torch.randn(N, K, device=device).to(dtype)
-        product = functools.partial(torch.mm, a, b.T)
+        product = functools.partial(torch.mm, a, b.T, out=torch.zeros(M, N, device=device, dtype=dtype))
         once(product, device)
         rates[dtype] = 2.0 * M * N * K / min(once(product, device) for _ in range(tries))
     return Floors(bandwidth, rates)
@@ -140,10 +140,10 @@ def spread(seconds: list[float]) -> tuple[float, float, float]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured on: processor, GPU, threads, and how busy it was at the start."""
+    """What was measured on: processor, whether it multiplies bfloat16 matrices itself, GPU, threads, how busy it was before."""
     found: dict[str, Any] = dict(
         processor=_processor(), system=f"{platform.system()} {platform.machine()}", processors=os.cpu_count(),
-        threads=torch.get_num_threads(), gpu=None,
+        threads=torch.get_num_threads(), gpu=None, bfloat16_matrix_units=torch.cpu._is_amx_tile_supported(),
     )  # fmt: skip
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)

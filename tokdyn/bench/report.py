@@ -48,6 +48,8 @@ def heading(found: dict[str, Any]) -> list[str]:
     parts = [f"Floor, measured in this run: {_floor(part, about['gpu'])}."]
     if "parts" in found:  # several runs: bench.join
         parts = [f"Floor, measured in the run of {', '.join(p['ops'])}: {_floor(p, about['gpu'])}." for p in found["parts"]]
+    units = {True: "with", False: "without", None: ""}[None if about["gpu"] else about.get("bfloat16_matrix_units")]
+    place += f" {units} bfloat16 matrix units" if units else ""
     return [f"{place}; {about['system']}; {found['date']}.", *parts, f"{packages}."]
 
 
