@@ -77,7 +77,8 @@ def run(quick: bool = False, seed: int = 0) -> Result:
         {"adaptation": pa.table(dict(zip(("seed", "probing_steps", *COLUMNS), zip(*rows, strict=True), strict=True)))},
         {"adaptation": draw(energy, distance, cosine, dot)},
         f"Fine-tuning takes {TUNED} full-batch steps of η = {TUNING} for every τ; the loss rose in {int(table[..., 5].sum())} "
-        "of them. h is the input of the head, h₀ its value before fine-tuning; distance and h·h₀ are means over the training "
+        "of them. h is the input of the head, a linear layer's output that may grow freely, h₀ its value before fine-tuning; "
+        "distance and h·h₀ are means over the training "
         "images, the latter relative to ‖h₀‖².",
     )
 
@@ -90,24 +91,23 @@ def one(seed: int) -> tuple[Tensor, float]:
     body, old = network((64, WIDTH, WIDTH), seed), nn.Linear(WIDTH, 5, dtype=torch.float64)
     torch.nn.init.zeros_(old.weight)
     torch.nn.init.zeros_(old.bias)
-    descend(nn.Sequential(body, nn.Tanh(), old), source.x, source.y, ETA, 300)
+    descend(nn.Sequential(body, old), source.x, source.y, ETA, 300)
     start = {name: p.detach().clone() for name, p in body.state_dict().items()}
     head = network((WIDTH, 5), seed + 1)
     with torch.no_grad():
-        h0 = body(target.x).tanh()
+        h0 = body(target.x)
     found, order, done = [], float("nan"), 0
     for tau in PROBED:
         descend(head, h0, target.y, ETA, tau - done)  # probing goes on from the last τ: the features have not moved
         done = tau
         body.load_state_dict(start)
         probed = {name: p.detach().clone() for name, p in head.state_dict().items()}
-        features = nn.Sequential(body, nn.Tanh())
         if tau == PROBED[1]:
-            order = formula_order(features, head, target)
+            order = formula_order(body, head, target)
         with torch.no_grad():
             p = head(h0).softmax(1)
         energy = (p - nn.functional.one_hot(target.y, 5)).norm(dim=1).mean()
-        whole, losses = nn.Sequential(features, head), list[float]()
+        whole, losses = nn.Sequential(body, head), list[float]()
 
         @torch.no_grad()
         def look(step: int, whole: nn.Module = whole, losses: list[float] = losses) -> None:
@@ -115,7 +115,7 @@ def one(seed: int) -> tuple[Tensor, float]:
 
         descend(whole, target.x, target.y, TUNING, TUNED, look)
         with torch.no_grad():
-            h = features(target.x)
+            h = body(target.x)
         head.load_state_dict(probed)
         size = h0.square().sum(1).mean()
         found.append(torch.stack([
