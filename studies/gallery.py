@@ -229,7 +229,7 @@ def _settings(told: dict[str, Any]) -> str:
 
 def _prose(text: str) -> str:
     """A paragraph as HTML; *this* is a title of a work."""
-    return re.sub(r"\*([^*]+)\*", r"<i>\1</i>", escape(" ".join(text.split())))
+    return re.sub(r"(?<![\w*])\*(\S[^*]*)\*(?!\w)", r"<i>\1</i>", escape(" ".join(text.split())))
 
 
 def _cell(text: str) -> str:

@@ -38,7 +38,7 @@ KEPT = 0.01  # a path is kept when it is taken once in a hundred times
 
 def run(quick: bool = False, seed: int = 0) -> Result:
     """Train with each objective from several seeds and count the rewarded paths that survive."""
-    seeds, steps, every = (8, 1000, 20) if quick else (20, 4000, 80)
+    seeds, steps, every = (8, 1000, 20) if quick else (20, 2000, 40)
     found = {name: train(objective, seed, seeds, steps, every) for name, objective in OBJECTIVES.items()}
     accuracy = {name: x.sum(-1) for name, x in found.items()}  # [checkpoint, seed]
     modes = {name: (x > KEPT).sum(-1).double() for name, x in found.items()}

@@ -32,7 +32,7 @@ STRENGTH = 0.5
 def run(quick: bool = False, seed: int = 0) -> Result:
     """The toy oracle, the lemma, the sweeps, and the demo model."""
     sweep = toy_sweep(draws=50 if quick else 400, seed=seed)
-    model = demo_model(pairs=5 if quick else 32, places=1 if quick else 4, seed=seed)
+    model = demo_model(pairs=5 if quick else 32, places=1 if quick else 2, seed=seed)
     claims = [*oracle_claims(), *lemma_claims(1000 if quick else 5000, seed), *sweep_claims(sweep), *model_claims(model)]
     return Result(
         "Pushing an unlikely token down feeds the most likely one; the peakier the distribution, the more of all others pay",

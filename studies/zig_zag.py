@@ -43,7 +43,7 @@ def run(quick: bool = False, seed: int = 0) -> Result:
     seeds = range(seed, seed + (5 if quick else 20))
     found = [learn(s) for s in seeds]
     claims = [*path_claims(found), *force_claims(found), *target_claims(found)]
-    accuracy = [students(s, steps=300 if quick else 3000) for s in seeds]
+    accuracy = [students(s, steps=300 if quick else 1500) for s in seeds]
     claims.append(student_claim(accuracy))
     return Result(
         "Wrongly labelled samples first move to the truth, then to their label; averaging along the path keeps the truth",
@@ -290,7 +290,7 @@ def draw_distance(found: list[Path], accuracy: list[dict[str, float]]) -> Any:
         middle.bar(np.arange(3) + (k - 0.5) * 0.36, pulls[:, k], 0.36, color=colour, label=label)
     middle.axhline(0, color=GREY, linewidth=0.8)
     middle.set_xticks(range(3), [f"step {n}" for n in LOOKS])
-    middle.set(ylabel="force towards the label, away from the true class", yscale="symlog")
+    middle.set(ylabel="force towards the label, nats per unit η", yscale="symlog")
     middle.set_title("Who pulls")
     middle.legend()
     names = [name for name in accuracy[0] if name not in ("seed", "learned")]

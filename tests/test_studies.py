@@ -63,7 +63,7 @@ def test_estimate_is_students_interval():
     x = estimate(values)
     half = 2.7764451 * np.std(values, ddof=1) / 5**0.5  # t of 4 degrees of freedom at 97.5%
     assert x.mean == 5 and x.half == pytest.approx(half, rel=1e-6) and (x.low, x.high) == (5 - x.half, 5 + x.half)
-    assert x.words("nats") == "5.0 ± 5.1 nats (95%, 5 seeds)"
+    assert x.words("nats") == "5.0 ± 5.0 nats (95%, 5 seeds)"
     assert estimate([-0.5, -0.5]).words() == "−0.5 ± 0 (95%, 2 seeds)"
     for bad in ([1.0], [1.0, float("nan")]):
         with pytest.raises(ValueError, match="two or more finite"):
