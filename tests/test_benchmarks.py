@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tokdyn import _native, bench
-from tokdyn.bench import cases, measure
+from tokdyn.bench import cases, measure, report
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -112,3 +112,27 @@ def test_unknown_names_are_refused():
     ):
         with pytest.raises((ValueError, RuntimeError), match=words):
             bench.bench(quick=True, **options)
+
+
+def test_runs_on_one_machine_join():
+    """A row keeps the time of the first run that has it and takes what it lacks from others; floors stay with their runs."""
+    sizes = dict(quick=True, sides=["eager"], rounds=1, memory=False)
+    one, two = (bench.bench(ops=[op], **sizes) for op in ("token_stats:float32", "topk_log_probs"))
+    again = json.loads(json.dumps(one))
+    for row in again["rows"]:
+        row |= dict(median_ms=1e9, peak_mib=3.0)
+    found = bench.join([one, two, again])
+    assert [(row["op"], row["dtype"]) for row in found["rows"]] == [("token_stats", "float32"), ("topk_log_probs", "float32")]
+    assert found["rows"][0]["median_ms"] == one["rows"][0]["median_ms"] and found["rows"][0]["peak_mib"] == 3.0
+    assert [part["floors"] for part in found["parts"]] == [one["floors"], two["floors"], one["floors"]]
+    assert report.markdown(found).count("Floor, measured in the run of") == 3
+    with pytest.raises(ValueError, match="different machines, versions or sizes"):
+        bench.join([one, dict(two, versions={})])
+    with pytest.raises(ValueError, match="at least one run"):
+        bench.join([])
+
+
+def test_compiled_sides_run_where_there_is_a_compiler(tmp_path):
+    found, _ = kernels(tmp_path, "token_stats:float32", "--no-memory", "--side", "compile", "--side", "eager")
+    compiled = next(row for row in found["rows"] if row["side"] == "compile")
+    assert compiled["differs"] < 1e-5 if compiled["ran"] else "compiler" in compiled["why"].lower(), compiled
