@@ -93,7 +93,7 @@ def join(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         raise ValueError("join needs at least one run")
 
     def about(run: dict[str, Any]) -> dict[str, Any]:
-        machine = {key: value for key, value in run["machine"].items() if key != "load"}
+        machine = {key: run["machine"][key] for key in ("processor", "system", "processors", "threads", "gpu")}
         return dict(machine=machine, versions=run["versions"], device=run["settings"]["device"], quick=run["settings"]["quick"])
 
     for run in runs[1:]:
