@@ -1,4 +1,4 @@
-"""Simple mappings are learned faster, because their examples do not contradict each other.
+"""Simple mappings are learned faster, because their examples hardly contradict each other.
 
 Ren, *Learning Dynamics of Deep Learning* (thesis, arXiv 2509.19554), and Ren & Sutherland, *Understanding Simplicity Bias
 towards Compositional Mappings via Learning Dynamics* (arXiv 2409.09626): a world of four objects, two attributes of two values
@@ -102,8 +102,7 @@ def run(quick: bool = False, seed: int = 0) -> Result:
         {"mappings": draw(times, help_, noisy)},
         f"Time to fit: steps until every symbol of every message has a probability above {FIT}. Cooperation: the force of one "
         "example's update on the log-probability of another's message, mean over the 12 ordered pairs. That of a compositional "
-        "mapping is near 0: its "
-        "examples do not hinder each other, more cannot be said of the mean over all pairs.",
+        "mapping is close to 0 beside the others': its examples hardly hinder each other. That they help is not seen in this mean.",
     )
 
 

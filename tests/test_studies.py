@@ -88,14 +88,14 @@ def test_folder_holds_claims_curves_figures_and_pages(tmp_path):
     assert not re.search(r'(src|href)="(?!#|data:)', page.replace("xlink:href", "href")), "the page needs nothing else"
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-    assert gallery.save(made(False), any_study, out, quick=True, seed=3, seconds=1)["claims"][0]["holds"] is False
+    assert gallery.save(made(False), any_study, out, quick=True, seed=3, seconds=1.0)["claims"][0]["holds"] is False
     assert "DOES NOT HOLD" in gallery.verdicts(gallery.read(out))[0]
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="holds no study"):
-        gallery.save(made(), any_study, tmp_path, quick=True, seed=0, seconds=1)
+        gallery.save(made(), any_study, tmp_path, quick=True, seed=0, seconds=1.0)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
     with pytest.raises(ValueError, match=r"no result\.json"):
         gallery.read(tmp_path)
@@ -112,7 +112,7 @@ def test_figures_are_the_same_text_each_time_and_follow_the_page():
 def test_gallery_and_documents_come_from_the_folders_alone(tmp_path):
     for name, holds in (("squeezing", True), ("zig-zag", False)):
         module = studies.load(name)
-        gallery.save(made(holds, f"{name} found"), module, tmp_path / "runs" / name, quick=False, seed=0, seconds=9)
+        gallery.save(made(holds, f"{name} found"), module, tmp_path / "runs" / name, quick=False, seed=0, seconds=9.0)
     folders = gallery.saved(tmp_path / "runs")
     page = gallery.page(folders)
     assert page.count("<svg") == 2 and "1 of 2 claims hold, in 2 studies" in page and "squeezing found" in page
