@@ -98,7 +98,7 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
         f"DPO on the pairs of lowest CHES moves the chosen answers by {sum(by_seed['low CHES']) / len(held):+.2f} nats a "
         f"token, on those of highest by {sum(by_seed['high CHES']) / len(held):+.2f}",
         claims, {"scores": pa.Table.from_pylist(scored), "readings": pa.Table.from_pylist(table)},
-        {"ches_filter": _figure(table)},
+        {"ches_filter": _figure(table, by_seed)},
         notes=f"{len(rows)} pairs in thirds of {third}, {len(held)} seeds, DPO after one pass of SFT. The unnormalised score "
         "grows with length: the thirds differ in that too.",
     )  # fmt: skip
@@ -129,8 +129,10 @@ def _words(values: list[float]) -> str:
     return estimate(values).words()
 
 
-def _figure(table: list[dict[str, Any]]) -> Any:
-    made, axes = figure(1, 2, title="DPO on pairs filtered by CHES", width=10, height=3.6)
+def _figure(table: list[dict[str, Any]], by_seed: dict[str, list[float]]) -> Any:
+    low, high = (sum(by_seed[name]) / len(by_seed[name]) for name in ("low CHES", "high CHES"))
+    title = f"DPO moves the chosen answers {low:+.2f} on pairs of low CHES, {high:+.2f} on pairs of high CHES"
+    made, axes = figure(1, 2, title=title, width=10, height=3.6)
     for panel, key in zip(axes, ("chosen", "rejected"), strict=True):
         for name, colour in (("low CHES", BLUE), ("random", ORANGE), ("high CHES", VERMILION)):
             for n, s in enumerate(sorted({row["seed"] for row in table})):

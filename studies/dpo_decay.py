@@ -40,14 +40,14 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
     """Every variant from one supervised model, read at every pass.
 
     Args:
-        quick: one seed, four variants and 16 pairs instead of five seeds, nine variants and up to 64 pairs.
+        quick: one seed, four variants and 16 pairs instead of five seeds, nine variants and up to 40 pairs.
         seed: of the first run.
         data: the folder of the paper's probe sets, or a preference file; the shipped pairs when absent.
     """
     import pyarrow as pa
 
     model, tokenizer = load_model()
-    rows = texts.pairs(data, 20 if quick else 80, tokenizer=tokenizer, longest=128)
+    rows = texts.pairs(data, 20 if quick else 50, tokenizer=tokenizer, longest=128)
     train, held_out = rows[: len(rows) * 4 // 5], rows[len(rows) * 4 // 5 :]
     table: list[dict[str, Any]] = []
     for run_seed in range(seed, seed + (1 if quick else 5)):

@@ -84,14 +84,16 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
     return Result(
         f"After SFT on both answers DPO moves the chosen one by {change['both answers']:+.2f} nats a token, after SFT on it "
         f"alone by {change['chosen only']:+.2f}, at equal margin",
-        claims, {"readings": pa.Table.from_pylist(table)}, {"extended_sft": _figure(table)},
+        claims, {"readings": pa.Table.from_pylist(table)}, {"extended_sft": _figure(table, change)},
         notes=f"{len(rows)} pairs, {len(seeds)} seeds; both starts take four passes over their data, so that the extended one "
         "takes twice the steps, as in the paper.",
     )  # fmt: skip
 
 
-def _figure(table: list[dict[str, Any]]) -> Any:
-    made, axes = figure(1, 2, title="DPO after supervised training on the chosen or on both answers", width=10, height=3.6)
+def _figure(table: list[dict[str, Any]], change: dict[str, float]) -> Any:
+    both, alone = change["both answers"], change["chosen only"]
+    title = f"DPO moves the chosen answer {both:+.2f} after SFT on both answers, {alone:+.2f} after SFT on it alone"
+    made, axes = figure(1, 2, title=title, width=10, height=3.6)
     for panel, key, label in zip(axes, ("chosen", "argmax"), ("chosen answer", "argmax along the rejected one"), strict=True):
         for name, colour in zip(variants(table), (ORANGE, BLUE), strict=True):
             for n, s in enumerate(sorted({row["seed"] for row in table})):

@@ -9,7 +9,7 @@ random tokens; then training with pass@1, pass@K and the mass of the most likely
 
 Asserted: NTHR's score is the gradient product it claims to be, and the exact force of the wrong answers ranks prompts by what
 a small real step does to the right ones. Measured: LLD itself. Where right and wrong answers part at one number, pushing the
-wrong one down also makes room for the right one, so the sign depends on the prompt.
+wrong one down also makes room for the right one; with shared working the shared tokens are pulled up and pushed down alike.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(quick: bool = False, seed: int = 0) -> Result:
     """One step per prompt in four ways, then training in three ways.
 
     Args:
-        quick: 8 prompts, one seed of 4 small training steps; else 32 prompts, three seeds of 40 steps, a 1,000-token context.
+        quick: 6 prompts, one seed of 3 small training steps; else 32 prompts, three seeds of 40 steps, a 1,000-token context.
         seed: of the problems and of the first run.
     """
     import pyarrow as pa
@@ -49,25 +49,30 @@ def run(quick: bool = False, seed: int = 0) -> Result:
     taught = arithmetic.half_taught(model, tokenizer, sums, seed=seed)
     rollouts = arithmetic.roll_out(taught, tokenizer, sums, G, seed=seed)
     solved = rollouts.rewards.mean().item()
-    mixed = [g for g in range(len(sums)) if _mixed(rollouts.of(g))][: 8 if quick else 32]
-    one_step = [{"context": 0, "prompt": g} | _displacement(taught, rollouts.of(g), seed) for g in mixed]
+    mixed = [g for g in range(len(sums)) if _mixed(rollouts.of(g))][: 6 if quick else 32]
+    one_step = [{"rollouts": "sampled", "prompt": g} | _displacement(taught, rollouts.of(g), seed) for g in mixed]
+    one_step += [{"rollouts": "shared working", "prompt": g} | _displacement(model, worked(tokenizer, s, g), seed)
+                 for g, s in enumerate(sums[: 4 if quick else 24])]  # fmt: skip
     if not quick:
         one_step += _long(taught, tokenizer, sums, seed)
     curves = []
     for run_seed in range(seed, seed + (1 if quick else 3)):
         for name in ("GRPO", "Pos-only", "NTHR"):
-            size = dict(steps=4, every=4, prompts=4, samples=8) if quick else dict(steps=40, every=10, prompts=8, samples=16)
+            size = dict(steps=3, every=3, prompts=4, samples=8) if quick else dict(steps=40, every=10, prompts=8, samples=16)
             rows = train(taught, tokenizer, sums, name, seed=run_seed, **size)
             curves += [{"method": name, "seed": run_seed} | row for row in rows]
 
-    short = [row for row in one_step if row["context"] == 0]
+    short = [row for row in one_step if row["rollouts"] == "sampled"]
+    sharing = [row for row in one_step if row["rollouts"] == "shared working"]
     change = {name: [row[name] for row in short] for name in STEPS}
+    loses = [row["Pos-only"] - row["GRPO"] for row in sharing]
     held = [a - b for a, b in zip(change["Pos-only"], change["GRPO"], strict=True)]
     taken = 100 * sum(held) / sum(change["Pos-only"])
-    spared = [a - b for a, b in zip(change["NTHR"], change["GRPO"], strict=True)]
-    control = [a - b for a, b in zip(change["NTHR"], change["random tokens"], strict=True)]
+    shared = 100 * sum(loses) / sum(row["Pos-only"] for row in sharing)
+    spared = [row["NTHR"] - row["GRPO"] for row in sharing]
+    control = [row["NTHR"] - row["random tokens"] for row in sharing]
     gap = _identity(taught, rollouts.of(mixed[0]))
-    order = td.rank_correlation(*(torch.tensor([row[key] for row in short]) for key in ("exact_negative", "real_negative")))
+    order = td.rank_correlation(*(torch.tensor([row[key] for row in one_step]) for key in ("exact_negative", "real_negative")))
     ranks = [row["nthr_rank"] for row in one_step if row["nthr_rank"] == row["nthr_rank"]]
     claims = [
         Claim(
@@ -86,9 +91,16 @@ def run(quick: bool = False, seed: int = 0) -> Result:
             estimate(held).low > 0,
         ),
         Claim(
+            f"It does so where wrong answers share the working of right ones ({PAPER} §4, its mechanism)",
+            "Pos-only minus GRPO above 0 over constructed rollouts that differ in the last number only",
+            f"{estimate(loses).words('nats a token', of='prompts')} of {LIFT:g} that Pos-only gives at first order: the shared "
+            "working is pulled up and pushed down alike",
+            estimate(loses).low > 0,
+        ),
+        Claim(
             "The exact force of the wrong answers' tokens says what they do to the right ones (theory §5)",
             "rank correlation over prompts of the exact negative force with what a real step owes to it: 0.9 or more",
-            f"{order:.3f} over {len(short)} prompts",
+            f"{order:.3f} over {len(one_step)} prompts",
             order >= 0.9,
         ),
         Claim(
@@ -99,23 +111,23 @@ def run(quick: bool = False, seed: int = 0) -> Result:
         ),
         Claim(
             f"Reweighting NTHR's tokens lowers the displacement ({PAPER} §5; theory §5)",
-            "right answers rise more under NTHR than under GRPO, mean over prompts",
+            "with shared working, right answers rise more under NTHR than under GRPO, mean over prompts",
             f"NTHR minus GRPO {estimate(spared).words('nats a token', of='prompts')}",
             estimate(spared).low > 0,
         ),
         Claim(
             f"and that because of which tokens it spares ({PAPER}, random control)",
-            "right answers rise more under NTHR than when as many random tokens of wrong answers are spared",
+            "with shared working, they rise more under NTHR than when as many random tokens of wrong answers are spared",
             f"NTHR minus random {estimate(control).words('nats a token', of='prompts')}",
             estimate(control).low > 0,
         ),
-        *_trained(curves, quick),
+        *_trained(curves),
     ]
     return Result(
-        f"Pushing wrong answers down changes the right ones' lift in a GRPO step by {-taken:+.0f}%; it takes from them at "
-        f"{sum(x > 0 for x in held)} of {len(held)} prompts",
+        f"Pushing wrong answers down changes the right ones' lift in a GRPO step by {-taken:+.0f}%, and by {-shared:+.0f}% "
+        "where they share their working",
         claims, {"one_step": pa.Table.from_pylist(one_step), "training": pa.Table.from_pylist(curves)},
-        {"grpo_forces": _figure(short, curves)},
+        {"grpo_forces": _figure(short + sharing, curves, taken, shared)},
         notes=f"{len(sums)} sums of two numbers, {100 * solved:.0f}% of sampled answers right before GRPO; {len(mixed)} "
         f"prompts have right and wrong answers among G = {G}. One step has the size at which Pos-only lifts the right answers "
         f"by {LIFT:g} nats a token, the same for all four ways." + _long_note(one_step),
@@ -133,14 +145,17 @@ def _sign(chis: list[td.Chi]) -> Tensor:
     return torch.cat([torch.full((len(chi),), float(chi.advantage or 0)).sign() for chi in chis])
 
 
-def ways(model: Any, chis: list[td.Chi], seed: int) -> dict[str, Tensor]:
-    """Weights of the update tokens for each way to take the step."""
+def weights_of(method: str, chis: list[td.Chi], spare: Tensor, seed: int) -> Tensor:
+    """Weights of the update tokens for one way to take the step; `spare` are NTHR's."""
     sign = _sign(chis)
-    spare = nthr(model, chis)
-    wrong, n = (sign < 0).nonzero().squeeze(1), int((spare < 1).sum())
-    chance = torch.ones_like(spare)
-    chance[wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))[:n]]] = 0.5
-    return {"GRPO": torch.ones_like(spare), "Pos-only": (sign > 0).float(), "NTHR": spare, "random tokens": chance}
+    if method == "Pos-only":
+        return (sign > 0).float()
+    if method == "random tokens":
+        wrong, n = (sign < 0).nonzero().squeeze(1), int((spare < 1).sum())
+        chance = torch.ones_like(spare)
+        chance[wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))[:n]]] = 0.5
+        return chance
+    return spare if method == "NTHR" else torch.ones_like(sign)
 
 
 def _displacement(model: Any, chis: list[td.Chi], seed: int) -> dict[str, Any]:
@@ -156,7 +171,9 @@ def _displacement(model: Any, chis: list[td.Chi], seed: int) -> dict[str, Any]:
     before = torch.cat(training.log_probs(model, right)).mean()
     parameters = list(model.parameters())
     moved: dict[str, float] = {}
-    for name, weights in ways(model, chis, seed).items():
+    spare = nthr(model, chis)
+    for name in STEPS:
+        weights = weights_of(name, chis, spare, seed)
         move = torch.autograd.grad(loss(model, chis, objective, weights=weights), parameters)
         with torch.no_grad():
             kept = [theta.clone() for theta in parameters]
@@ -174,6 +191,16 @@ def _displacement(model: Any, chis: list[td.Chi], seed: int) -> dict[str, Any]:
                     "nthr_sign": td.sign_delta(scores, exact), "tokens": int(chis[0].ids.numel())}  # fmt: skip
 
 
+def worked(tokenizer: Any, s: arithmetic.Sum, group: int) -> list[td.Chi]:
+    """Answers to a sum of three numbers that share their working: four times the right one, and four wrong last numbers."""
+    first, more = s.a + s.b, 3 + group % 4
+    last = first + more
+    prompt = f"Human: What is {s.a} + {s.b} + {more}?\n\nAssistant:"
+    numbers = (*[last] * 4, last + 1, last - 1, last + 2, last - 2)
+    said = [f" {s.a} + {s.b} = {first}. {first} + {more} = {n}." for n in numbers]
+    return td.rollouts(tokenizer, prompt, said, [1.0] * 4 + [0.0] * 4, group=group)
+
+
 def _long(model: Any, tokenizer: Any, sums: list[arithmetic.Sum], seed: int, n: int = 6) -> list[dict[str, Any]]:
     """The same behind a context of about 1,000 tokens of solved sums."""
     others = [s for s in arithmetic.problems(seed + 1, 140) if s not in sums]
@@ -183,11 +210,11 @@ def _long(model: Any, tokenizer: Any, sums: list[arithmetic.Sum], seed: int, n: 
         shown += 1
     rollouts = arithmetic.roll_out(model, tokenizer, sums[:16], G, seed=seed, before=before)
     mixed = [g for g in range(16) if _mixed(rollouts.of(g))][:n]
-    return [{"context": 1, "prompt": g} | _displacement(model, rollouts.of(g), seed) for g in mixed]
+    return [{"rollouts": "long context", "prompt": g} | _displacement(model, rollouts.of(g), seed) for g in mixed]
 
 
 def _long_note(one_step: list[dict[str, Any]]) -> str:
-    rows = [row for row in one_step if row["context"]]
+    rows = [row for row in one_step if row["rollouts"] == "long context"]
     if not rows:
         return ""
     kept = {name: sum(row[name] for row in rows) / len(rows) for name in STEPS}
@@ -232,7 +259,8 @@ def train(
             rollouts = arithmetic.roll_out(policy, tokenizer, batches[n], G, seed=1000 * seed + n).chis
             learned = [chi for chi in rollouts if chi.advantage]
             if learned:
-                weights = ways(policy, learned, seed)[method] if method in STEPS else None
+                spare = nthr(policy, learned) if method == "NTHR" else torch.ones(0)
+                weights = weights_of(method, learned, spare, seed)
                 training.step(policy, optimizer, objective, learned, mean_over=len(batches[n]), weights=weights)
     return rows
 
@@ -267,7 +295,7 @@ def words(values: list[float]) -> str:
     return estimate(values).words() if len(values) > 1 else f"{values[0]:+.3f} (one seed)"
 
 
-def _trained(curves: list[dict[str, Any]], quick: bool) -> list[Claim]:
+def _trained(curves: list[dict[str, Any]]) -> list[Claim]:
     first, top, many = (gains(curves, "GRPO", key) for key in ("pass_1", "top_1", "pass_K"))
     other = {name: gains(curves, name, "pass_1") for name in ("Pos-only", "NTHR")}
     return [
@@ -292,22 +320,26 @@ def _trained(curves: list[dict[str, Any]], quick: bool) -> list[Claim]:
     ]  # fmt: skip
 
 
-def _figure(one_step: list[dict[str, Any]], curves: list[dict[str, Any]]) -> Any:
-    made, axes = figure(1, 3, title="What GRPO's negative gradient does to the right answers", width=11.5, height=3.6)
+def _figure(one_step: list[dict[str, Any]], curves: list[dict[str, Any]], taken: float, shared: float) -> Any:
+    title = f"The negative gradient changes the right answers' lift by {-taken:+.0f}%, with shared working by {-shared:+.0f}%"
+    made, axes = figure(1, 3, title=title, width=11.5, height=3.6)
     left, middle, right = axes
-    places = range(len(one_step))
-    ordered = sorted(one_step, key=lambda row: row["GRPO"])
+    ordered = sorted(one_step, key=lambda row: (row["rollouts"], row["GRPO"]))
     for name, colour, marker in (("Pos-only", BLUE, "^"), ("NTHR", GREEN, "s"), ("GRPO", VERMILION, "o")):
-        left.plot(places, [row[name] for row in ordered], marker, color=colour, markersize=4, label=name)
+        left.plot(range(len(ordered)), [row[name] for row in ordered], marker, color=colour, markersize=4, label=name)
+    left.axvline(sum(row["rollouts"] == "sampled" for row in one_step) - 0.5, color=GREY, linewidth=0.8, linestyle=":")
     left.axhline(0, color=GREY, linewidth=0.8)
-    left.set(xlabel="prompt, in the order of GRPO", ylabel="change of the right answers\n(nats a token)", title="one real step")
+    left.set(xlabel="prompt: sampled rollouts | shared working", ylabel="change of the right answers\n(nats a token)",
+             title="one real step")  # fmt: skip
     left.legend()
-    x, y = [row["exact_negative"] for row in one_step], [row["real_negative"] for row in one_step]
-    middle.scatter(x, y, s=14, color=VERMILION)
-    ends = [min(x + y), max(x + y)]
-    middle.plot(ends, ends, color=GREY, linewidth=0.8)
+    for kind, colour in (("sampled", VERMILION), ("shared working", BLUE)):
+        rows = [row for row in one_step if row["rollouts"] == kind]
+        x, y = [row["exact_negative"] for row in rows], [row["real_negative"] for row in rows]
+        middle.scatter(x, y, s=14, color=colour, label=kind)
+    middle.axline((0, 0), slope=1, color=GREY, linewidth=0.8)
     middle.set(xlabel="exact force of the wrong answers (nats a token)", ylabel="real change by them (nats a token)",
                title="predicted, one point a prompt")  # fmt: skip
+    middle.legend()
     for k, method in enumerate(dict.fromkeys(row["method"] for row in curves)):
         for key, line in (("pass_1", "-"), ("pass_K", "--")):
             of: dict[int, list[float]] = {}

@@ -86,7 +86,7 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
     return Result(
         f"At a margin of {margin:.2f} nats a token the chosen answer has moved {at[names[0]]['chosen']:+.2f} without SFT and "
         f"{at[names[-1]]['chosen']:+.2f} after {names[-1]}",
-        claims, {"readings": pa.Table.from_pylist(table)}, {"longer_sft_worse_dpo": _figure(table)},
+        claims, {"readings": pa.Table.from_pylist(table)}, {"longer_sft_worse_dpo": _figure(table, at)},
         notes=f"{len(rows)} pairs, {len(seeds)} seed(s); DPO with Adam, one learning rate.",
     )  # fmt: skip
 
@@ -103,8 +103,10 @@ def _listed(at: dict[str, dict[str, float]], by_seed: dict[tuple[str, int], dict
     return "; ".join(found) + f" nats a token, at a margin of {margin:.2f}"
 
 
-def _figure(table: list[dict[str, Any]]) -> Any:
-    made, axes = figure(1, 2, title="DPO after supervised training of different length", width=10, height=3.6)
+def _figure(table: list[dict[str, Any]], at: dict[str, dict[str, float]]) -> Any:
+    moved = [f"{reading['chosen']:+.2f} after {name}" for name, reading in at.items()]
+    title = f"At equal margin DPO moves the chosen answer {', '.join(moved)} of SFT"
+    made, axes = figure(1, 2, title=title, width=10, height=3.6)
     for panel, key, label in zip(axes, ("chosen", "argmax"), ("chosen answer", "argmax along the rejected one"), strict=True):
         for k, name in enumerate(variants(table)):
             readings = means(table, name)

@@ -203,7 +203,7 @@ def _pairs(model: Any, tokenizer: Any, rows: list[texts.Row], steps: tuple[str, 
 def _sentences(model: Any, tokenizer: Any, rows: list[texts.Row], length: int = 1000) -> list[dict]:
     """Sentences of one text of 1,000 tokens on the tokens of another: each estimate's correlation with the exact force."""
     text = ["\n\n".join(row["prompt"] + row["chosen"] for row in half) for half in (rows[::2], rows[1::2])]
-    u, o = ([td.encode(tokenizer, "Human:", part, max_length=length, eos=False)] for part in text)
+    u, o = ([td.encode(tokenizer, "Human:", part[6:], max_length=length, eos=False)] for part in text)
     F = {scope: _matrix(model, u, o, scope, groups="sentence") for scope in ("full", "readout", "ch2")}
     F["readout + ch2"] = F["readout"] + F["ch2"]
     return [{"estimate": name, "tokens": len(o[0]), "sentences": F[name].shape[1],

@@ -1,15 +1,15 @@
 """DPO does nothing at a prefix that both answers share, and moves two logits where they part: squeezing needs what follows.
 
 At a position where chosen and rejected answer have the same context and the same token, their gradients at the logits are
-c⁺(pi - e_y) and c⁻(pi - e_y) with c⁺ = -c⁻ = β(1-a), a = σ(βh): they cancel, and so do their exact forces over all parameters,
-since the hidden states are the same too. At the first position where the answers differ, G⁺ + G⁻ = β(1-a)(e₋ - e₊): pi is gone,
-so this position takes no mass from any third token, whatever the features (Ren & Sutherland, arXiv 2407.10490, §3.3, derive
-squeezing for one negative gradient; the cancellation was re-derived for this project). What presses the rejected answer
-into a valley and lifts the argmax must come from the positions behind the divergence.
+c⁺(pi - e_y) and c⁻(pi - e_y) with c⁺ = -c⁻ = β(1-a), a = σ(βh): they cancel, and so do their exact forces over all
+parameters, since the hidden states are the same too. At the first position where the answers differ, G⁺ + G⁻ = β(1-a)(e₋ -
+e₊): pi is gone, so this position takes no mass from any third token, whatever the features (Ren & Sutherland, arXiv
+2407.10490, §3.3, derive squeezing for one negative gradient; the cancellation was re-derived for this project). What presses
+the rejected answer into a valley and lifts the argmax must come from the positions behind the divergence.
 
-Identities, asserted: the prefix's G and force are zero to rounding, the divergence's G has two entries. Also
-asserted, from the table of losses: those whose weights differ in size (SimPO, KTO, SPPO) do not cancel at the prefix. Measured:
-the step on the tokens behind the divergence lifts the argmax more than the step on the divergence.
+Identities, asserted: the prefix's G and force are zero to rounding, the divergence's G has two entries. Also asserted, from
+the table of losses: those whose weights differ in size (SimPO, KTO, SPPO) do not cancel at the prefix. Measured: the step on
+the tokens behind the divergence lifts the argmax more than the step on the divergence.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ ROBUST = {
     "ches_filter": (0,),
     "dpo_decay": (0, 1),
     "extended_sft": (0,),
-    "grpo_forces": (0, 2),
+    "grpo_forces": (0, 2, 3),
     "hallucination": (0, 1, 2),
     "longer_sft_worse_dpo": (0, 1),
     "readout_vs_exact": (0, 1),
