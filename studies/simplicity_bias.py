@@ -102,7 +102,7 @@ def run(quick: bool = False, seed: int = 0) -> Result:
         {"mappings": draw(times, help_, noisy)},
         f"Time to fit: steps until every symbol of every message has a probability above {FIT}. Cooperation: the force of one "
         "example's update on the log-probability of another's message, mean over the 12 ordered pairs. That of a compositional "
-        "mapping is close to 0 beside the others': its examples hardly hinder each other. That they help is not seen in this mean.",
+        "mapping is close to 0 beside the others': its examples hardly hinder each other. That they help is not seen in it.",
     )
 
 
