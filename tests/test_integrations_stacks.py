@@ -162,7 +162,8 @@ class FSDPEngineWithLMHead(FSDPEngine):
         ids, positions = micro_batch["input_ids"], micro_batch["position_ids"]
         row = ids.values()
         if self.padded:
-            mask = torch.nested.to_padded_tensor(torch.nested.nested_tensor_from_jagged(torch.ones_like(row), ids.offsets()), 0)
+            lengths = ids.offsets().diff()
+            mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
             given = dict(input_ids=torch.nested.to_padded_tensor(ids, 0), attention_mask=mask)
             logits = self.module(**given, use_cache=False).logits[mask.bool()]
         else:

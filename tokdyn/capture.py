@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import diagnosis, ops
-from .captured import IGNORED, Forward, Layout, basis, fit, moments, right_aligned, runs, shifted, stats_of_logits
+from .captured import IGNORED, Forward, Layout, basis, fit, moments, right_aligned, shifted, stats_of_logits
 from .kernels.readout_forces.reference import logit_force
 from .ops import TokenStats
 from .trace import Readout
@@ -283,7 +283,7 @@ class Capture:
             with self.guarded():
                 wide = torch.promote_types(G.dtype, torch.float32)
                 G = G.reshape(-1, G.shape[-1])
-                norms = torch.cat([_norms(G[int(run[0]) : int(run[0]) + len(run)], wide) for run in runs(rows)])
+                norms = _norms(G, wide)[rows]
                 g = forward.stats.g_norm.to(wide)
                 c = -T / scale * G[rows, targets].sign() * torch.where(g > 0, norms / g, torch.zeros_like(g))
                 forward.c = c if forward.c is None else forward.c + c
