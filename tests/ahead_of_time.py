@@ -3,7 +3,8 @@
     python tests/ahead_of_time.py [--arch 90] [--jobs 2] [--json out.json] kernels/*/triton.py csrc/cuda/*.cu
 
 A Triton module names its kernels by `variants()`, a CUDA file is one cubin. Of every kernel this prints registers, shared
-memory, instructions of the main loop per element, and its faults; the exit code is 1 if there is one. A fault is:
+memory, instructions of the main loop per element (of those with a budget), and its faults; the exit code is 1 if there is one.
+A fault is:
 
 * local memory: registers that were spilled, or an array that is indexed at run time;
 * more shared memory than the architecture lends a block;
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,6 +28,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -138,15 +141,19 @@ class Kernel:
         return dict(source=str(source), instructions=len(self.code)) | figures | dict(faults=self.faults())
 
 
-def kernels_in(cubin: Path, architecture: int, shared: int | None = None) -> list[Kernel]:
-    """Every kernel of a cubin; `shared` is what a launch asks for where the cubin does not say."""
+def kernels_in(cubin: Path, architecture: int, shared: int | None = None, *, read: bool = True) -> list[Kernel]:
+    """Every kernel of a cubin; `shared` is what a launch asks for where the cubin does not say.
+
+    Without `read` the code is left out: to disassemble takes a quarter of the time of a compilation, and what a kernel uses,
+    local memory too, is in the cubin's own notes.
+    """
     from triton import knobs
 
     def cuobjdump(what: str) -> str:
         return subprocess.run([knobs.nvidia.cuobjdump.path, what, cubin], capture_output=True, text=True, check=True).stdout
 
     code: dict[str, list[Instruction]] = {}
-    for line in cuobjdump("-sass").splitlines():
+    for line in cuobjdump("-sass").splitlines() if read else ():
         if function := re.match(r"\s*Function : (\S+)", line):
             code[function[1]] = []
         elif instruction := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
@@ -155,8 +162,8 @@ def kernels_in(cubin: Path, architecture: int, shared: int | None = None) -> lis
     found = []
     for name, registers, stack, static, local in usage:
         lent = int(static) if shared is None else shared
-        found.append(Kernel(name, architecture, int(registers), int(stack) + int(local), lent, code[name]))
-    if not found or not all(kernel.code for kernel in found):
+        found.append(Kernel(name, architecture, int(registers), int(stack) + int(local), lent, code[name] if read else []))
+    if not found or not all(kernel.code for kernel in found if read):
         raise RuntimeError(f"no machine code found in {cubin}: cuobjdump prints something else than expected")
     return found
 
@@ -179,7 +186,8 @@ def compile_variant(variant: Any, architecture: int) -> Kernel:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        (kernel,) = kernels_in(cubin, architecture, compiled.metadata.shared)
+        looked_at = bool(variant.budget) or "wgmma" in compiled.asm["ptx"]  # for its length or for its form
+        (kernel,) = kernels_in(cubin, architecture, compiled.metadata.shared, read=looked_at)
     per_thread = variant.elements / (32 * variant.num_warps)
     return replace(kernel, name=variant.name, elements=per_thread, budget=variant.budget)
 
@@ -264,14 +272,15 @@ def judge(task: Task) -> list[dict[str, Any]]:
         return [about | dict(faults=[f"{type(error).__name__}: {said}"])]
 
 
-def judge_all(tasks: list[Task], jobs: int) -> list[dict[str, Any]]:
+def judge_all(tasks: list[Task], jobs: int) -> Iterator[dict[str, Any]]:
     """The rows of all tasks in their order, from `jobs` forks of this process, each taking the next task when it is free."""
     if any(task.number is not None for task in tasks):
         from triton.runtime.cache import triton_key
 
         triton_key()  # reads every file of Triton's package: here once, not in each fork
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        return [row for rows in pool.map(judge, tasks, chunksize=1) for row in rows]
+        for rows in pool.imap(judge, tasks):
+            yield from rows
 
 
 def main() -> int:
@@ -284,18 +293,19 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as the versions before 3.10 do unasked
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1"}
         tasks, rows = plan(args.sources, (args.arch,) if args.arch else ARCHITECTURES)
-        rows += judge_all(tasks, args.jobs)
-    for row in rows:
-        figures = {k: row.get(k, "-") for k in ("architecture", "registers", "shared", "main_loop", "per_element", "budget")}
-        print(f"{row['source']}: {row['name']}: " + ", ".join(f"{k} {v}" for k, v in figures.items()))
-        for fault in row["faults"]:
-            print(f"    FAULT {fault}")
+        for row in itertools.chain(rows, judge_all(tasks, args.jobs)):
+            found.append(row)
+            columns = ("architecture", "registers", "shared", "main_loop", "per_element", "budget")
+            print(f"{row['source']}: {row['name']}: " + ", ".join(f"{k} {row.get(k, '-')}" for k in columns), flush=True)
+            for fault in row["faults"]:
+                print(f"    FAULT {fault}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
-    return int(any(row["faults"] for row in rows))
+        args.json.write_text(json.dumps(found, indent=1))
+    return int(any(row["faults"] for row in found))
 
 
 if __name__ == "__main__":

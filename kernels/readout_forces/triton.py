@@ -6,7 +6,7 @@ digits, and the softmax is normalised at the end. README.md beside this file der
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +17,7 @@ from ..launch import adjacent, factors, on_device_of, product, products, require
 from ..token_stats.triton import FLOOR, _exp, _finite_or_zero, _logit
 from ..variant import Variant
 
-BUFFER = 512 << 20  # bytes of the float32 products of both sides that exist at a time
+BUFFER = 1 << 30  # bytes of the float32 products of both sides that exist at a time
 ROOM = 64 << 20  # the same with reduce, where nothing as large as M x L exists, and of the products in the last step
 ROW = dict(BLOCK=1024, num_warps=4, num_stages=1)
 TILE = dict(BM=16, BL=128, num_warps=8, num_stages=1)
@@ -34,7 +34,7 @@ def _slope(z, cap):
     return slope
 
 
-@triton.jit(do_not_specialize=["v0", "K"])
+@triton.jit(do_not_specialize=["v0"])
 def _absorb_kernel(
     Z, Y, E, TOP, SUM, MIX, OWN, F, BIAS, n, v0, K, scale, cap, BLOCK: tl.constexpr, STORE: tl.constexpr
 ):  # fmt: skip
@@ -93,7 +93,7 @@ def _add_kernel(X, P, F_O, F_U, M, L, BM: tl.constexpr, BL: tl.constexpr):
     tl.store(X + at, f * x + tl.load(P + at, mask=inside, other=0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "K"])
+@triton.jit(do_not_specialize=["M"])
 def _finish_kernel(
     X, H, Z_O, Z_U, Y_O, Y_U, BASE_O, INVERSE_O, OWN_O, BASE_U, INVERSE_U, OWN_U, C, BIAS, M, L, K, shift, factor, scale, cap,
     BM: tl.constexpr, BL: tl.constexpr,
@@ -131,7 +131,7 @@ def _finish_kernel(
     tl.store(X + at, x * factor * (tl.load(H + at, mask=inside, other=0.0) + shift), mask=inside)
 
 
-@triton.jit(do_not_specialize=["v0", "K"])
+@triton.jit(do_not_specialize=["v0"])
 def _residual_kernel(
     Z, Y, R, BASE, INVERSE, OWN, C, V, ENTROPY, U, BIAS, n, v0, K, each, scale, cap, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -201,7 +201,7 @@ def readout_forces(
     Raises ValueError for other shapes, dtypes or devices.
 
     Cost: 2 (M + L) V d + 2 M L V + 2 (K + 2) M L d flops, the products of one side alone where h_o and h_u are the same tensor;
-    memory: the result, as much again, and about 1 GiB, or less where M + L is below 10^4. With v or uniform, the logits twice.
+    memory: the result, as much again, and about 1.5 GiB, less where M + L < 2000. With v or uniform, the logits twice.
     With reduce and M L above (M + L) d, nothing of size M L: the summed direction of the weight, a chunk at a time,
     6 (M + L) V d flops and about 256 MiB.
     """
@@ -436,25 +436,29 @@ def variants() -> list[Variant]:
     rows, tiles = (ROW["num_warps"], ROW["num_stages"]), (TILE["num_warps"], TILE["num_stages"])
     sizes = dict(n="i32:16", v0="i32", K="i32", scale="fp32", cap="fp32")
     sums = {key: "*fp32:16" for key in ("TOP", "SUM", "MIX", "OWN", "F")}
-    for name, absent in (("plain", dict(BIAS=None, scale=None, cap=None)), ("bias, softcap", {})):
+
+    def add(what: str, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], shape: tuple[int, int], budget=0.0):
+        signature = {key: kind for key, kind in arguments.items() if key not in constants}
+        elements = constants["BLOCK"] if budget else 0
+        found.append(Variant(f"readout_forces {what}", kernel, signature, constants, *shape, elements, budget))
+
+    # a launch makes a constant of K = 1; with more the loop over the targets is unrolled, and every copy of it counted
+    for name, absent, budget in (("plain", dict(BIAS=None, scale=None, cap=None, K=1), 18.0), ("bias, softcap", {}, 85.0)):
         for stored in ("*bf16:16", "*fp32:16", None):
-            signature = dict(Z="*fp32:16", Y="*i64:16", BIAS="*bf16:16") | sums | sizes
-            signature |= {} if stored is None else dict(E=stored)
+            arguments = dict(Z="*fp32:16", Y="*i64:16", E=stored or "", BIAS="*bf16:16") | sums | sizes
             constants = row | absent | dict(STORE=stored is not None) | ({} if stored else dict(E=None))
             what = "sums" if stored is None else f"chunk {stored[1:5]}"
-            signature = {key: value for key, value in signature.items() if key not in absent}
-            found.append(Variant(f"readout_forces {what}, {name}", _absorb_kernel, signature, constants, *rows))
+            add(f"{what}, {name}", _absorb_kernel, arguments, constants, rows, budget)
         matrices = {key: "*fp32:16" for key in ("X", "H", "Z_O", "Z_U")} | dict(Y_O="*i64:16", Y_U="*i64:16", BIAS="*bf16:16")
         vectors = {f"{key}_{side}": "*fp32:16" for key in ("BASE", "INVERSE", "OWN") for side in "OU"} | dict(C="*fp32:16")
         numbers = dict(M="i32", L="i32:16", K="i32", shift="fp32", factor="fp32", scale="fp32", cap="fp32")
-        signature = {key: value for key, value in (matrices | vectors | numbers).items() if key not in absent}
-        found.append(Variant(f"readout_forces end, {name}", _finish_kernel, signature, tile | absent, *tiles))
-    signature = dict(X="*fp32:16", P="*fp32:16", F_O="*fp32:16", F_U="*fp32:16", M="i32", L="i32:16")
-    found.append(Variant("readout_forces added", _add_kernel, signature, tile, *tiles))
+        add(f"end, {name}", _finish_kernel, matrices | vectors | numbers, tile | absent, tiles)
+    arguments = dict(X="*fp32:16", P="*fp32:16", F_O="*fp32:16", F_U="*fp32:16", M="i32", L="i32:16")
+    add("added", _add_kernel, arguments, tile, tiles)
     for name in ("bf16", "fp32"):
-        signature = {key: "*fp32:16" for key in ("Z", "BASE", "INVERSE", "OWN", "C", "V", "ENTROPY", "U")} | sizes
-        signature |= dict(Y="*i64:16", R=f"*{name}:16", BIAS="*bf16:16", each="fp32")
-        found.append(Variant(f"readout_forces residuals {name}", _residual_kernel, signature, row, *rows))
-        signature = dict(R=f"*{name}:16", P="*fp32:16", SHIFT="*fp32:16", OUT="*fp32:16", n="i32:16")
-        found.append(Variant(f"readout_forces weighed {name}", _weigh_kernel, signature, row, *rows))
+        arguments = {key: "*fp32:16" for key in ("Z", "BASE", "INVERSE", "OWN", "C", "V", "ENTROPY", "U")} | sizes
+        arguments |= dict(Y="*i64:16", R=f"*{name}:16", BIAS="*bf16:16", each="fp32")
+        add(f"residuals {name}", _residual_kernel, arguments, row, rows, 100.0)
+        arguments = dict(R=f"*{name}:16", P="*fp32:16", SHIFT="*fp32:16", OUT="*fp32:16", n="i32:16")
+        add(f"weighed {name}", _weigh_kernel, arguments, row, rows, 8.0)
     return found

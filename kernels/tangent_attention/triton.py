@@ -95,11 +95,12 @@ def _capped(x, scale, cap):
     else:
         u = x * (scale / cap)
         e = tl.exp2(tl.abs(u) * (-2.0 * LOG2E))
-        far = (1.0 - e) / (1.0 + e)
+        r = 1.0 / (1.0 + e)
+        far = (1.0 - e) * r
         u2 = u * u
         near = u + u * u2 * (-1 / 3 + u2 * (2 / 15 + u2 * (-17 / 315 + u2 * (62 / 2835))))  # where 1 - e would cancel
         y = tl.where(tl.abs(u) < 0.3, near, tl.where(u < 0, -far, far)) * (cap * LOG2E)
-        slope = scale * 4.0 * e / ((1.0 + e) * (1.0 + e))
+        slope = scale * 4.0 * e * (r * r)
     return y, slope
 
 

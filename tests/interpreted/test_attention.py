@@ -69,7 +69,8 @@ CASES = [  # mask, softcap, dtype, B, Hk, G, T, S, D, E, n
     ("none", None, torch.float32, 1, 1, 2, 20, 37, 20, 12, 3),
     ("padded", 1.5, torch.float32, 2, 1, 1, 20, 20, 8, 16, 2),
     ("holes", None, torch.float32, 1, 2, 1, 17, 33, 8, 8, 1),
-    ("causal", 1.5, torch.bfloat16, 1, 2, 2, 35, 35, 20, 12, 3),
+    ("causal", 1.5, torch.bfloat16, 1, 1, 2, 35, 35, 20, 12, 3),
+    ("causal", None, torch.bfloat16, 2, 2, 2, 3, 3, 4, 4, 2),
     ("window", None, torch.bfloat16, 1, 1, 1, 40, 40, 16, 16, 2),
     ("packed", None, torch.bfloat16, 1, 1, 2, 40, 40, 16, 8, 1),
     ("causal", None, torch.float16, 1, 1, 1, 1, 1, 1, 1, 1),
@@ -109,7 +110,7 @@ def test_what_nobody_sees_is_not_read():
 
 @pytest.mark.parametrize("by_key", [False, True])
 def test_spans_hold_what_is_seen_and_promise_no_more(by_key):
-    B, T, S, rows, columns = 2, 50, 70, 16, 8
+    B, T, S, rows, columns = 2, 34, 46, 16, 8
     all_masks = [x.expand(B, 1, T, S) for x in masks(B, T, S).values() if x is not None]
     for mask in [*all_masks, torch.zeros(B, 1, T, S, dtype=torch.bool), torch.ones(1, 1, T, S, dtype=torch.bool)]:
         (_, met), _ = tangent.spans(mask, rows, columns, by_key=by_key)
@@ -123,19 +124,69 @@ def test_spans_hold_what_is_seen_and_promise_no_more(by_key):
                 assert inner.all() and inner.shape[1] == (rest - full) * columns
                 if strip.any():
                     assert strip[:, low * columns : (low + 1) * columns].any()
-    causal = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
+    causal = torch.ones(50, 50, dtype=torch.bool).tril()[None, None]
     (_, met), _ = tangent.spans(causal, 16, 8)
     assert met[0].tolist() == [[0, 2, 2, 2], [0, 0, 2, 4], [0, 0, 4, 6], [0, 0, 6, 7]]
 
 
 def test_offsets_pass_two_to_the_31():
     storage = torch.empty((1 << 31) + 4096, dtype=torch.bfloat16)  # pages that nobody touches are not there
-    k = storage.as_strided((2, 1, 5, 4), ((1 << 31) + 7, 20, 4, 1))
-    q, near, v, *_ = problem(2, 1, 1, 5, 5, 4, 4, 1, torch.bfloat16)
-    k.copy_(near)
-    assert torch.equal(
-        ops.attention(q, k, v, None, SCALE, impl="triton"), ops.attention(q, near, v, None, SCALE, impl="triton")
-    )
+    first = iter(range(0, 4096, 256))
+
+    def far(x: Tensor) -> Tensor:
+        """The same numbers, two entries of the first axis further apart than 32 bits."""
+        spread = storage.as_strided(x.shape, ((1 << 31) + 7, *x[0].contiguous().stride()), next(first))
+        return spread.copy_(x)
+
+    q, k, v, dq, dk, dv, do = problem(2, 1, 1, 5, 5, 4, 4, 2, torch.bfloat16)
+    last = (None, SCALE)
+    assert torch.equal(ops.attention(q, far(k), v, *last, impl="triton"), ops.attention(q, k, v, *last, impl="triton"))
+    moved = ops.tangent_attention(q, k, v, far(dq), far(dk), far(dv), *last, impl="triton")
+    assert torch.equal(moved, ops.tangent_attention(q, k, v, dq, dk, dv, *last, impl="triton"))
+    ours = ops.cotangent_attention(far(q), far(k), far(v), far(do), *last, impl="triton")
+    for a, b in zip(ours, ops.cotangent_attention(q, k, v, do, *last, impl="triton"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nan_stays_in_its_row():
+    """A query that is NaN spoils its own row and what its keys collect; the other rows have the same bits."""
+    q, k, v, dq, dk, dv, do = problem(1, 1, 1, 20, 20, 8, 8, 1, torch.float32)
+    last = (masks(1, 20, 20)["causal"], SCALE, None)
+    row = torch.arange(20) == 11
+
+    def everything() -> list[Tensor]:
+        moved = ops.tangent_attention(q, k, v, dq, dk, dv, *last, impl="triton")
+        return [
+            ops.attention(q, k, v, *last, impl="triton"),
+            moved,
+            *ops.cotangent_attention(q, k, v, do, *last, impl="triton"),
+        ]
+
+    clean = everything()
+    q[..., 11, 0] = torch.nan
+    broken = everything()
+    for ours, before in zip(broken[:3], clean[:3], strict=True):
+        assert ours[..., row, :].isnan().all() and torch.equal(ours[..., ~row, :], before[..., ~row, :])
+    assert all(x[..., :12, :].isnan().all() for x in broken[3:])
+    assert torch.equal(broken[4][..., 12:, :], clean[4][..., 12:, :]), "values that it does not see"
+
+
+def test_scores_far_from_zero_and_equal_ones():
+    """What every key adds alike cancels: scores near -120 and -3000 give what scores near 0 give, and equal keys their mean."""
+    q, k, v, dq, dk, dv, do = problem(1, 1, 1, 7, 9, 8, 8, 2, torch.float32)
+    q[..., 0], dq[..., 0], k[..., 0], dk[..., 0] = 1.0, 0.0, 0.0, 0.0
+    near, _ = dense(q, k, v, dq, dk, dv, do, None, None)
+    for offset in (-120.0, -3000.0):
+        k[..., 0] = offset / SCALE
+        ours = ops.tangent_attention(q, k, v, dq, dk, dv, None, SCALE, impl="triton")
+        back = ops.cotangent_attention(q, k, v, do, None, SCALE, impl="triton")
+        rounding = 16 * abs(offset) * EPS  # of a score, to which every result is proportional
+        torch.testing.assert_close(ours.double(), near["do"], rtol=rounding, atol=rounding * float(near["do"].abs().max()))
+        torch.testing.assert_close(back[2].double(), near["dv"], rtol=rounding, atol=rounding * float(near["dv"].abs().max()))
+    k[:] = k[..., :1, :]
+    o = ops.attention(q, k, v, None, SCALE, impl="triton")
+    mean = v.double().mean(-2, keepdim=True)[:, :, None].expand(o.shape)
+    torch.testing.assert_close(o.double(), mean, rtol=0, atol=32 * EPS * float(v.abs().max()))
 
 
 def test_transforms_take_the_kernels(monkeypatch):

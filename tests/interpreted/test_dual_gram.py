@@ -79,6 +79,18 @@ def test_an_infinite_row_stays_in_its_segment(room: int, monkeypatch):
     assert not sums[1].isfinite().any() and sums[torch.arange(8) != 1].isfinite().all()
 
 
+@pytest.mark.parametrize("rank", [0, 999], ids=["cuBLAS", "tiles"])
+def test_nan_stays_in_its_row(rank: int, monkeypatch):
+    monkeypatch.setattr(triton, "RANK", {2: rank, 4: rank})
+    factors = problem(20, 18, 3, 3)
+    clean = ops.dual_gram(*factors, impl="triton")
+    factors[0][7, 1], factors[3][2, 0] = torch.nan, torch.inf
+    gram = ops.dual_gram(*factors, impl="triton")
+    broken = torch.zeros(20, 18, dtype=torch.bool)
+    broken[7] = broken[:, 2] = True
+    assert not gram[broken].isfinite().any() and torch.equal(gram[~broken], clean[~broken])
+
+
 def test_offsets_pass_two_to_the_31():
     storage = torch.empty(20 << 27, dtype=torch.bfloat16)  # pages that nobody touches are not there
     near, a2, d1, d2 = problem(20, 5, 3, 2, torch.bfloat16)

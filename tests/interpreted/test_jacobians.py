@@ -64,8 +64,31 @@ def test_half_precision(op: str, types: tuple[torch.dtype, torch.dtype], agree):
     check(agree, op, random_rows(1, 600, dtype=types[0]), random_rows(1, 600, 2, dtype=types[1], seed=1))
 
 
-def test_several_tiles_and_a_wide_vocabulary(op: str, agree):
-    check(agree, op, random_rows(1, 50257, dtype=torch.bfloat16), random_rows(1, 50257, seed=1))
+@pytest.mark.parametrize("V", [50257, 151936])
+def test_several_tiles_and_a_wide_vocabulary(op: str, V: int, agree):
+    check(agree, op, random_rows(1, V, dtype=torch.bfloat16), random_rows(1, V, seed=1))
+
+
+@pytest.mark.parametrize("offset", [-120.0, -3.0e4])
+def test_offset_logits(op: str, offset: float, agree):
+    check(agree, op, random_rows(2, 501) + offset, random_rows(2, 501, seed=1))
+
+
+def test_equal_logits_take_the_mean_away(op: str):
+    """pi = 1 / V, so that A x = x - mean(x)."""
+    x = random_rows(3, 700, seed=1)
+    exact = x.double() - x.double().mean(1, keepdim=True)
+    ours = FORMS[op][0](torch.full((3, 700), 2.5), x).double() * (700 if op == "softmax_jvp" else 1)
+    assert ((ours - exact).abs() <= 16 * EPS * (x.abs() + x.abs().mean(1, keepdim=True))).all()
+
+
+def test_rows_further_apart_than_32_bits(op: str, agree):
+    apart = (1 << 31) + 12
+    spread = torch.empty(apart + 300, dtype=torch.bfloat16)  # 4 GiB of addresses; only pages that are written come to exist
+    logits, x = spread.as_strided((2, 130), (apart, 1)), spread.as_strided((2, 130), (apart, 1), 150)
+    logits.copy_(random_rows(2, 130))
+    x.copy_(random_rows(2, 130, seed=1))
+    check(agree, op, logits, x)
 
 
 def test_strides(op: str, agree):

@@ -35,7 +35,9 @@ def check(agree):
         plain = dict(zip(NAMES, reference.linear_token_stats(*args, **readout), strict=True))
         truth = reference.linear_token_stats(hidden.double(), weight.double(), targets, **wide)
         exact = dict(zip(NAMES, truth, strict=True))
-        size = float((hidden.double().abs() @ weight.double().abs().T).max()) * abs(readout.get("scale", 1.0))
+        size = float((hidden.double().abs() @ weight.double().abs().T).max())
+        size += 0.0 if "bias" not in readout else float(readout["bias"].abs().nan_to_num(posinf=0.0).max())
+        size *= abs(readout.get("scale", 1.0))
         products = 4 * hidden.shape[1] * EPS * size / readout.get("temperature", 1.0)
         relative = (16 + 4 * (exact["entropy"] - exact["argmax_log_prob"])) * EPS
         for name in NAMES:
@@ -62,6 +64,29 @@ def test_bias_scale_softcap_and_temperature(fused: bool, check):
     bias[7], bias[targets[1] - 1] = -math.inf, 50.0
     check(hidden, weight, targets, fused=fused, bias=bias, scale=0.5, softcap=3.0, temperature=0.7)
     check(hidden[:1], weight, targets[:1], fused=fused, bias=bias, temperature=2.0)
+
+
+@pytest.mark.parametrize("V", [50257, 151936])
+def test_large_vocabularies_far_below_zero(V: int, fused: bool, monkeypatch, check):
+    """A bias of -120 everywhere, and -inf at every 7th token; the target is fifth, where logits lie further apart than their
+    rounding. Wide tiles, of which the interpreter needs few."""
+    monkeypatch.setattr(triton, "_tiles", lambda dtype: dict(BT=16, BV=2048, BD=16, num_warps=4, num_stages=1))
+    hidden, weight, targets = problem(1, V, 3)
+    bias = torch.full((V,), -120.0).index_fill(0, torch.arange(0, V, 7), -math.inf)
+    targets = (hidden.double() @ weight.double().T + bias).topk(5).indices[:, 4]
+    check(hidden, weight, targets, fused=fused, bias=bias)
+
+
+def test_offsets_pass_two_to_the_31(fused: bool):
+    storage = torch.empty(20 << 27, dtype=torch.bfloat16)  # pages that nobody touches are not there
+    hidden, weight, targets = problem(2, 20, 5, torch.bfloat16)
+    far = storage.as_strided((20, 5), (1 << 27, 1))
+    far.copy_(weight)
+    apart = storage.as_strided((2, 5), ((1 << 31) + 7, 1), 64)
+    apart.copy_(hidden)
+    ours = triton.linear_token_stats(apart, far, targets, fused=fused)
+    for a, b in zip(ours, triton.linear_token_stats(hidden, weight, targets, fused=fused), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_small_softcapped_logits_keep_their_digits(fused: bool, check):

@@ -87,18 +87,24 @@ def several_chunks(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reads", [1, 2])
 def test_agrees_with_the_definition(reads: int, dtype: torch.dtype, check):
-    plain = problem(7, 5, 2500, 16, 1, dtype)
-    check(plain | (options(5, 2500, "v") if reads == 2 else {}))
-    everything = options(6, 1030, "bias", *(("v", "uniform") if reads == 2 else ()))
-    check(problem(5, 6, 1030, 9, 3, dtype) | everything | dict(scale=0.7, softcap=2.0, train_bias=True))
+    plain = problem(4, 3, 2100, 16, 1, dtype)
+    check(plain | (options(3, 2100, "v") if reads == 2 else {}))
+    everything = options(4, 1030, "bias", *(("v", "uniform") if reads == 2 else ()))
+    check(problem(3, 4, 1030, 9, 3, dtype) | everything | dict(scale=0.7, softcap=2.0, train_bias=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("reduce", ["update", "observe"])
+def test_several_tiles_of_pairs(check):
+    assert (triton.TILE["BM"], triton.TILE["BL"]) == (16, 128)
+    check(problem(17, 129, 70, 5, 2))
+
+
+@pytest.mark.parametrize(
+    ("reduce", "dtype"), [("update", torch.float32), ("update", torch.bfloat16), ("observe", torch.float32)]
+)
 def test_reductions(reduce: str, dtype: torch.dtype, check):
     """With M L above (M + L) d from the summed direction of the weight, else from the matrix."""
-    wide, narrow = problem(19, 14, 1030, 3, 2, dtype), problem(19, 14, 70, 40, 1, dtype)
-    check(wide | options(14, 1030, "bias", "v", "uniform") | dict(reduce=reduce, softcap=3.0, train_bias=True))
+    wide, narrow = problem(9, 8, 1030, 3, 2, dtype), problem(9, 8, 70, 40, 1, dtype)
+    check(wide | options(8, 1030, "bias", "v", "uniform") | dict(reduce=reduce, softcap=3.0, train_bias=True))
     check(narrow | dict(reduce=reduce, train_bias=True))
 
 
@@ -110,6 +116,28 @@ def test_one_tensor_on_both_sides_is_multiplied_once(reads: int, monkeypatch, ch
     monkeypatch.setattr(triton, "products", lambda hidden, *rest: rows.append(len(hidden)) or multiply(hidden, *rest))
     check(arguments | dict(h_u=arguments["h_o"]))
     assert rows == reads * [5]
+
+
+@pytest.mark.parametrize(("V", "reads"), [(50257, 1), (151936, 1), (50257, 2)])
+def test_large_vocabularies_far_below_zero(V: int, reads: int, monkeypatch, check):
+    """One token on each side, a bias of -120 everywhere and -inf at every 7th token that is no target."""
+    monkeypatch.setattr(triton, "BUFFER", 1 << 30)
+    arguments = problem(1, 1, V, 3, 1)
+    bias = torch.full((V,), -120.0).index_fill(0, torch.arange(3, V, 7), -torch.inf)
+    bias[arguments["y_o"]] = bias[arguments["targets_u"]] = -120.0
+    check(arguments | dict(bias=bias) | ({} if reads == 1 else options(1, V, "uniform")))
+
+
+@pytest.mark.parametrize("reduce", [None, "update"])
+def test_strides(reduce: str | None):
+    """Every second hidden state and target, transposed weights."""
+    plain = problem(4, 5, 40, 6, 2)
+    strided = {key: torch.stack([plain[key], plain[key]], -1)[..., 0] for key in ("h_o", "targets_u", "c", "y_o")}
+    strided["weight"] = plain["weight"].T.contiguous().T
+    assert not any(x.is_contiguous() for x in strided.values())
+    ours = ops.readout_forces(**(plain | strided), reduce=reduce, impl="triton")
+    exact = ops.readout_forces(**plain, reduce=reduce, impl="triton")
+    torch.testing.assert_close(ours, exact, rtol=64 * EPS, atol=64 * EPS * float(exact.abs().max()))  # sums in another order
 
 
 @pytest.mark.parametrize("gap", [10.0, 25.0])
@@ -158,6 +186,10 @@ def test_nothing_to_do_and_mistakes():
     a = problem(3, 2, 40, 4, 1)
     none = a | dict(h_u=a["h_u"][:0], targets_u=a["targets_u"][:0], c=a["c"][:0])
     assert torch.equal(ops.readout_forces(**none, reduce="update", impl="triton"), torch.zeros(3))
+    nobody = a | dict(h_o=a["h_o"][:0], y_o=a["y_o"][:0])
+    assert ops.readout_forces(**nobody, impl="triton").shape == (0, 2)
+    assert torch.equal(ops.readout_forces(**nobody, reduce="update", impl="triton"), torch.zeros(0))
+    assert torch.equal(ops.readout_forces(**nobody, reduce="observe", impl="triton"), torch.zeros(2))
     for match, wrong in (
         ("must share float32, bfloat16 or float16", dict(weight=a["weight"].double())),
         (r"y_o must be \[M\]=\[3\]", dict(y_o=a["y_o"][:2])),

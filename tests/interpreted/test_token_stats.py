@@ -50,6 +50,7 @@ def test_whole_blocks_and_ragged_edges(check):
     logits, targets = random_logits(2, 50257, torch.bfloat16)
     check(logits[1:], targets[1:])
     check(*random_logits(1, 9001, torch.float16))
+    check(*random_logits(1, 151936, torch.bfloat16))
 
 
 def test_few_and_many_rows_give_the_same(monkeypatch, check):

@@ -39,6 +39,7 @@ def test_agrees_with_a_stable_sort(V: int, k: int, dtype: torch.dtype, check):
 
 def test_whole_blocks_and_ragged_edges(check):
     check(random_logits(2, 50257, torch.bfloat16)[1:], 5)
+    check(random_logits(1, 151936), 5)
     check(random_logits(1, 9001, torch.float16), triton.MOST)
 
 
@@ -67,6 +68,19 @@ def test_rows_with_infinities_and_nan(check):
     check(logits, 6)
 
 
+@pytest.mark.parametrize("offset", [-120.0, -3.0e4])
+def test_offset_logits(offset: float, check):
+    check(random_logits(2, 1501) + offset, 7)
+
+
+def test_rows_further_apart_than_32_bits(check):
+    apart = (1 << 31) + 12
+    spread = torch.empty(apart + 500, dtype=torch.bfloat16)  # 4 GiB of addresses; only pages that are written come to exist
+    rows = spread.as_strided((2, 500), (apart, 1))
+    rows.copy_(random_logits(2, 500, torch.bfloat16))
+    check(rows, 4)
+
+
 def test_strides(check):
     wide = torch.full((4, 1100), math.nan)
     view = wide[::2, 37:1038]
@@ -77,6 +91,20 @@ def test_strides(check):
 def test_rows_are_taken_in_blocks(monkeypatch, check):
     monkeypatch.setattr(triton, "BUFFER", 1)
     check(random_logits(3, 500), 4)
+
+
+def test_linear_form_of_a_large_vocabulary_far_below_zero():
+    """A bias of -120 everywhere, -inf at every 7th token, and a row whose hidden state is NaN."""
+    V, g = 50257, torch.Generator().manual_seed(0)
+    h, W = torch.randn(2, 3, generator=g), 3 * torch.randn(V, 3, generator=g)
+    b = torch.full((V,), -120.0).index_fill(0, torch.arange(0, V, 7), -math.inf)
+    h[1, 0] = math.nan
+    values, ids = ops.linear_topk_log_probs(h, W, 5, bias=b, impl="triton")
+    exact, order = reference.linear_topk_log_probs(h[:1].double(), W.double(), 5, bias=b.double())
+    assert values[1].isnan().all() and torch.equal(ids[:1], order)
+    assert (
+        (values[:1] - exact).abs() <= 16 * EPS * (1 + exact.abs()) + 8 * EPS * (120 + 3 * h[0].abs().sum() * W.abs().max())
+    ).all()
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
