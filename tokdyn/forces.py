@@ -285,7 +285,8 @@ def forces(
         raise ValueError(f'scope="ch2" is an estimate in closed form: leave method={method!r} and optimizer out')
     memory = size_in_bytes(memory)
     with trace(model) as tracer:
-        sides = prepare(tracer, update, observe, objective, reference=reference, weights=weights)
+        passes = reduce is not None and method != "naive" and scope not in ("readout", CH2)  # which go over both sides anyway
+        sides = prepare(tracer, update, observe, objective, reference=reference, weights=weights, unseen=passes)
         labels = None if groups is None else group_labels(groups, sides.update)
         uses = {} if scope == CH2 else exact.select(tracer, scope)
         P = preconditioner(optimizer, tracer) if optimizer is not None else None
@@ -320,9 +321,10 @@ def forces(
             move = exact.push_all if method == "tangent" else exact.finite_difference
             vector = move(tracer, sink, direction, uses)
         updated = sides.updated if labels is None else group_table(sides.updated, labels)
+        observed = sides.seen(tracer) if passes else sides.observed
         c = sides.gterm.c
         return Forces(
-            matrix, vector, c[:, 0] if c.dim() == 2 else c, sides.observed, updated, coverage(tracer, uses, scope, rules),
+            matrix, vector, c[:, 0] if c.dim() == 2 else c, observed, updated, coverage(tracer, uses, scope, rules),
             scope, method, reduce, labels, shards, _Live(model, sides, scope, P, labels, fingerprint(tracer)),
         )  # fmt: skip
 

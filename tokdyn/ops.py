@@ -23,6 +23,7 @@ from .kernels.linear_token_stats import reference as _linear_token_stats
 from .kernels.readout_forces import cpp as _readout_forces_cpp
 from .kernels.readout_forces import reference as _readout_forces
 from .kernels.softmax_jvp import reference as _softmax_jvp
+from .kernels.tangent_attention import fused as _fused_attention
 from .kernels.tangent_attention import reference as _tangent_attention
 from .kernels.token_stats import cpp as _token_stats_cpp
 from .kernels.token_stats import cuda as _token_stats_cuda
@@ -293,7 +294,7 @@ def attention(
         mask: True where a key is seen, for every sequence or once for all; None sees everything.
         scale, softcap: scores are cap(x) = softcap tanh(x / softcap) of x = scale q·k, x itself without softcap.
         impl: None, "reference" or "triton" (GPU, heads up to 256 wide, no gradient). None takes triton where it is installed
-            and applies.
+            and applies, and on the CPU without softcap PyTorch's fused kernel.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown impl.
@@ -304,6 +305,8 @@ def attention(
         from .kernels.tangent_attention import triton
 
         return triton.attention(q, k, v, mask, scale, softcap)
+    if impl is None and softcap is None and q.device.type == "cpu":
+        return _fused_attention.attention(q, k, v, mask, scale)
     _require_reference("attention", impl)
     return _tangent_attention.attention(q, k, v, mask, scale, softcap)
 
@@ -345,7 +348,7 @@ def cotangent_attention(
     *,
     impl: str | None = None,
 ) -> tuple[Float[Tensor, "n B Hk G T D"], Float[Tensor, "n B Hk S D"], Float[Tensor, "n B Hk S E"]]:
-    """n cotangents `do` of `attention` pulled back to q, k and v.
+    """n cotangents `do` of `attention` pulled back to q, k and v; the fused kernel takes one of them.
 
     Arguments and errors as in `attention`. Cost: 8 T S D flops a head and cotangent, and the softmax recomputed.
     """
@@ -354,6 +357,8 @@ def cotangent_attention(
         from .kernels.cotangent_attention import triton
 
         return triton.cotangent_attention(q, k, v, do, mask, scale, softcap)
+    if impl is None and softcap is None and len(do) == 1 and q.device.type == "cpu":
+        return _fused_attention.cotangent_attention(q, k, v, do, mask, scale)
     _require_reference("cotangent_attention", impl)
     return _cotangent_attention.cotangent_attention(q, k, v, do, mask, scale, softcap)
 

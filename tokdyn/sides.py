@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import ops
@@ -18,17 +18,40 @@ from .trace import Tracer, trace
 
 
 @dataclass(frozen=True)
+class Seen(Side):
+    """A side that keeps the statistics of the logits it is asked about: a pass over it need not be repeated for them."""
+
+    stats: dict[int, ops.TokenStats] = field(default_factory=dict)  # by batch
+
+    def force(self, b: int, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """As in Side."""
+        if b not in self.stats:
+            self.stats[b] = ops.token_stats(logits.detach(), self.batches[b].targets.to(logits.device))
+        return super().force(b, logits)
+
+
+@dataclass(frozen=True)
 class Sides:
     """Both sides of a decomposition, ready for the engine, with what the update's objective made of it."""
 
     update: Sequence[Chi]
     observe: Sequence[Chi]
     u: Side
-    o: Side
+    o: Seen
     gterm: GTerm
     updated: Any  # pyarrow.Table
-    observed: Any  # pyarrow.Table
+    observed: Any  # the same; None where it is to come from a pass over that side (`seen`)
     y: Int[Tensor, " M"]
+
+    def seen(self, tracer: Tracer) -> Any:
+        """The observed side's row table from a pass that went over it.
+
+        Raises:
+            ValueError: NaN logits.
+        """
+        stats = ops.TokenStats(*map(torch.cat, zip(*(self.o.stats[b] for b in range(len(self.o.batches))), strict=True)))
+        tracer.require_finite(self.o.batches, stats.logsumexp)
+        return row_table(self.o.batches, stats, self.observe)
 
 
 def prepare(
@@ -40,8 +63,9 @@ def prepare(
     reference: nn.Module | None = None,
     weights: Tensor | None = None,
     tokens: int = 2048,
+    unseen: bool = False,
 ) -> Sides:
-    """Score both sides once, ask the objective for c, and lay out the row tables.
+    """Score both sides once (`unseen`: the update alone), ask the objective for c, and lay out the row tables.
 
     Raises:
         ValueError: an empty side, ids outside the vocabulary, NaN logits, sequences that do not fit the objective.
@@ -73,7 +97,11 @@ def prepare(
             strict=True,
         )
     ]
-    seen, seen_stats, _ = _scored(tracer, observe, tokens)
+    if unseen:
+        seen, observed = tracer.batches(observe, tokens), None
+    else:
+        seen, seen_stats, _ = _scored(tracer, observe, tokens)
+        observed = row_table(seen, seen_stats, observe)
     y = torch.cat([batch.targets for batch in seen]).to(tracer.device)
     w = (
         torch.ones(len(y), dtype=tracer.precision, device=tracer.device)
@@ -86,8 +114,7 @@ def prepare(
     o_terms = [GTerm(a, b) for a, b in zip(y.split(o_sizes), w.split(o_sizes), strict=True)]
     return Sides(
         update, observe,
-        Side(batches, terms), Side(seen, o_terms), gterm, row_table(batches, stats, update, gterm.c),
-        row_table(seen, seen_stats, observe), y,
+        Side(batches, terms), Seen(seen, o_terms), gterm, row_table(batches, stats, update, gterm.c), observed, y,
     )  # fmt: skip
 
 

@@ -381,14 +381,19 @@ class Tracer:
             with torch.no_grad():
                 z = self.logits(batch)
                 stats = token_stats(z, batch.targets.to(z.device))
-            bad = ~stats.logsumexp.isfinite()
-            if bool(bad.any()):
-                n = int(bad.nonzero()[0])
-                raise ValueError(
-                    f"the logits of sequence {int(batch.sequence[n])} at position {int(batch.position[n])} hold NaN or inf "
-                    f"although every parameter is finite: the forward pass overflows in {self.dtype}"
-                )
+            self.require_finite([batch], stats.logsumexp)
             yield batch, z, stats
+
+    def require_finite(self, batches: Sequence[Batch], logsumexp: Float[Tensor, " N"]) -> None:
+        """Raises ValueError where a row of logits is no distribution."""
+        bad = ~logsumexp.isfinite()
+        if bool(bad.any()):
+            n = int(bad.nonzero()[0])
+            sequence, position = (int(torch.cat([getattr(b, name) for b in batches])[n]) for name in ("sequence", "position"))
+            raise ValueError(
+                f"the logits of sequence {sequence} at position {position} hold NaN or inf "
+                f"although every parameter is finite: the forward pass overflows in {self.dtype}"
+            )
 
     @torch.no_grad()
     def readout_residual(self, batch: Batch) -> float:

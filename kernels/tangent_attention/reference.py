@@ -26,15 +26,16 @@ def blocks(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: flo
             used = seen.flatten(0, -2).any(0).nonzero()
             keys = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
             seen = seen[:, :, None, :, keys]
-        s = (q[..., rows, :] @ k[:, :, None, keys].mT) * scale
+        s = (q[..., rows, :] * scale) @ k[:, :, None, keys].mT
         slope: Tensor | float = scale
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
             slope = scale * (1 - (s / softcap).square())
         if seen is not None:
-            s = s.masked_fill(~seen, -torch.inf)
-        e = (s - s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)).exp()
-        P = e / e.sum(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)  # a row that sees nothing attends to nothing
+            s = s.masked_fill(~seen, torch.finfo(s.dtype).min)
+        P = s.softmax(-1)
+        if seen is not None and not bool((some := seen.any(-1, keepdim=True)).all()):
+            P = P * some  # a row that sees nothing attends to nothing
         yield rows, keys, P, slope
 
 
