@@ -146,11 +146,11 @@ def _key_kernel(
             go = start.to(tl.int64)
             at = (b * H + h * G + g) * T + go + t
             top = tl.load(TOP + at, mask=row, other=float("inf"))
-            inverse = 1.0 / tl.load(SUM + at, mask=row, other=1.0)
+            sum = tl.load(SUM + at, mask=row, other=1.0)
             x = _tile(Q + g * q_h + go * q_t, q_at, row, d, D, edge, WIDE)
             q = _factor(Q + g * q_h + go * q_t, q_at, row, d, D, edge, CHUNK, WIDE) if CHUNK else x
             y, slope = _capped(_scores(tl.zeros([BN, BM], tl.float32), k, q, inside, row, D, CHUNK, WIDE), scale, cap)
-            p = tl.exp2(y - top[None, :]) * inverse[None, :]
+            p = tl.exp2(y - top[None, :]) / sum[None, :]
             if edge:
                 seen = _seen(MASK, go * m_t, t[None, :], s[:, None], m_t, m_s, row[None, :] & inside[:, None])
                 p = tl.where(seen, p, 0.0)
