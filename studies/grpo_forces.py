@@ -337,6 +337,7 @@ def _figure(one_step: list[dict[str, Any]], curves: list[dict[str, Any]], taken:
         x, y = [row["exact_negative"] for row in rows], [row["real_negative"] for row in rows]
         middle.scatter(x, y, s=14, color=colour, label=kind)
     middle.axline((0, 0), slope=1, color=GREY, linewidth=0.8)
+    middle.locator_params(axis="x", nbins=4)
     middle.set(xlabel="exact force of the wrong answers (nats a token)", ylabel="real change by them (nats a token)",
                title="predicted, one point a prompt")  # fmt: skip
     middle.legend()
