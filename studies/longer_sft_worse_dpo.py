@@ -104,8 +104,8 @@ def _listed(at: dict[str, dict[str, float]], by_seed: dict[tuple[str, int], dict
 
 
 def _figure(table: list[dict[str, Any]], at: dict[str, dict[str, float]]) -> Any:
-    moved = [f"{reading['chosen']:+.2f} after {name}" for name, reading in at.items()]
-    title = f"At equal margin DPO moves the chosen answer {', '.join(moved)} of SFT"
+    first, *_, last = at
+    title = f"DPO moves the chosen answer {at[first]['chosen']:+.2f} without SFT, {at[last]['chosen']:+.2f} after {last}"
     made, axes = figure(1, 2, title=title, width=10, height=3.6)
     for panel, key, label in zip(axes, ("chosen", "argmax"), ("chosen answer", "argmax along the rejected one"), strict=True):
         for k, name in enumerate(variants(table)):
