@@ -102,4 +102,5 @@ def style(root: str) -> str:
     """The CSS variables of all figures for light and for dark, set on one selector."""
     light = "".join(f"--f{colour[1:]}:{colour};" for colour in DARK)
     dark = "".join(f"--f{colour[1:]}:{other};" for colour, other in DARK.items())
-    return f"{root}{{{light}}}@media(prefers-color-scheme:dark){{{root}{{{dark}}}}}"
+    text = f"svg text{{fill:var(--f{INK[1:]})}}"  # legends and labels that name no colour of their own
+    return f"{root}{{{light}}}@media(prefers-color-scheme:dark){{{root}{{{dark}}}}}{text}"

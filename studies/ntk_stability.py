@@ -162,8 +162,8 @@ def draw(norms: Tensor, agreement: Tensor, found: list[dict[str, Tensor]]) -> An
     )
     steps = np.arange(CHECKPOINTS) * EVERY
     band(left, steps[1:], agreement, BLUE, marker="o", markersize=3)
-    left.set(xlabel="training step", ylabel="rank correlation of ‖K‖_F with the previous checkpoint", ylim=(None, 1.005))
-    left.set_title("Neighbouring checkpoints agree")
+    left.set(xlabel="training step", ylabel="rank correlation with the previous one", ylim=(None, 1.005))
+    left.set_title("‖K‖_F of all pairs, neighbouring checkpoints")
     band(middle, steps, norms, VERMILION, marker="o", markersize=3)
     middle.set(xlabel="training step", ylabel="mean ‖K‖_F over pairs of images", ylim=(0, None))
     middle.set_title("The size is not constant")
