@@ -252,7 +252,8 @@ def _store(REAL, WHOLE, row, T, m, a, s, t, q, above, y, z_y, inside):
     S = 1.0 + rest
     weighted = (t + e * tl.maximum(d, FLOOR)) / UNIT
     others = s + one
-    length = tl.sqrt_rn(one * one + q + others * others) / UNIT
+    scale = tl.where(others > 2.0**60, 2.0**-40, 1.0)  # of a flat row the square would pass the largest float
+    length = tl.sqrt_rn((one * one + q) * (scale * scale) + (others * scale) * (others * scale)) / (UNIT * scale)
     broken = (s != s) | (z_y != z_y)
     lost = tl.where(broken | (tl.abs(m) == float("inf")), float("nan"), 0.0)
     tl.store(REAL + row, m + log_S + lost, mask=inside)
