@@ -15,6 +15,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -227,13 +228,10 @@ class Tracer:
         """Hidden states at the scored tokens, and every call of the named modules in the order they were made."""
         calls: list[Call] = []
 
-        def keep(name: str) -> Hook:
-            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-                calls.append(Call(name, module, args, kwargs, output))
+        def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            calls.append(Call(name, module, args, kwargs, output))
 
-            return hook
-
-        with self._hooked({name: keep(name) for name in names}):
+        with self._hooked({name: partial(keep, name) for name in names}):
             return self.hidden(batch), calls
 
     @torch.enable_grad()
@@ -260,36 +258,30 @@ class Tracer:
         def start(x: Tensor) -> Tensor:  # an alias each: no output lies on another's path
             return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
-        def keep(name: str) -> Hook:
-            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-                if bottom is not None and bottom not in given:
-                    return None
-                call = Call(name, module, args, kwargs, output)
-                other = through[name](call) if through and name in through else None
-                calls.append(replace(call, output=_map_floats(start, output if other is None else other)))
-                return calls[-1].output
+        def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if bottom is not None and bottom not in given:
+                return None
+            call = Call(name, module, args, kwargs, output)
+            other = through[name](call) if through and name in through else None
+            calls.append(replace(call, output=_map_floats(start, output if other is None else other)))
+            return calls[-1].output
 
-            return hook
-
-        def enter(name: str) -> Any:
-            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                count[name] = count.get(name, 0) + 1
-                for i, x in enumerate(floats((args, kwargs))):
-                    place = (name, count[name], i)
-                    if places is None or place in places:
-                        given[place] = x
-                    if place == bottom:
-                        x.requires_grad_()
-                    if place == top:
-                        raise _Reached
-
-            return hook
+        def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            count[name] = count.get(name, 0) + 1
+            for i, x in enumerate(floats((args, kwargs))):
+                place = (name, count[name], i)
+                if places is None or place in places:
+                    given[place] = x
+                if place == bottom:
+                    x.requires_grad_()
+                if place == top:
+                    raise _Reached
 
         with contextlib.ExitStack() as hooks:
             for name in entered:
                 module = self.model.get_submodule(name)
-                hooks.callback(module.register_forward_pre_hook(enter(name), with_kwargs=True).remove)
-            hooks.enter_context(self._hooked({name: keep(name) for name in names}))
+                hooks.callback(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True).remove)
+            hooks.enter_context(self._hooked({name: partial(keep, name) for name in names}))
             try:
                 return self.hidden(batch, self.params), calls, given
             except _Reached:
@@ -326,8 +318,8 @@ class Tracer:
                         seen.setdefault(tensors[p], set()).add(tuple(name for name in running if p in inside[name]))
                 return result
 
-        def enter(name: str) -> Any:
-            return lambda module, args: running.append(name)
+        def enter(name: str, module: nn.Module, args: Any) -> None:
+            running.append(name)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             running.pop()
@@ -335,7 +327,7 @@ class Tracer:
         handles = []
         try:
             for name, module in self.model.named_modules():
-                handles.append(module.register_forward_pre_hook(enter(name)))
+                handles.append(module.register_forward_pre_hook(partial(enter, name)))
                 handles.append(module.register_forward_hook(leave))
             for batch in batches:
                 with Watch():

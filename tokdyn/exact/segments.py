@@ -11,6 +11,7 @@ import heapq
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,15 @@ def depths(h: Tensor, leaves: Sequence[Tensor]) -> tuple[dict[Any, int], set[int
     return depth, cuts
 
 
+def _depth(depth: Mapping[Any, int], x: Tensor) -> int | None:
+    return depth.get(torch.autograd.graph.get_gradient_edge(x).node)
+
+
+def _back(top: Tensor, ends: Sequence[Tensor], v: Tensor) -> tuple[Tensor, ...]:
+    grads = torch.autograd.grad(top, ends, v, retain_graph=True, allow_unused=True)
+    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, ends, strict=True))
+
+
 @dataclass(frozen=True)
 class Outline:
     """A backbone unrolled on one sequence, without its tensors: what the modules return, and where it can be cut."""
@@ -64,9 +74,7 @@ class Outline:
         """From what Tracer.unroll gives."""
         depth, cuts = depths(h, [x for call in calls for x in call.outputs if x.is_leaf])
 
-        def at(x: Tensor) -> int | None:
-            return depth.get(torch.autograd.graph.get_gradient_edge(x).node)
-
+        at = partial(_depth, depth)
         found = {key: (at(x), x.shape) for key, x in given.items() if x.requires_grad}
         return cls(
             [call.name for call in calls], [[x.shape for x in call.outputs] for call in calls],
@@ -130,11 +138,7 @@ class Segment:
         outputs = [x for _, tensors in self.inside for x in tensors]
         ends = outputs if self.bottom is None else [*outputs, self.bottom]
 
-        def back(v: Tensor) -> tuple[Tensor, ...]:
-            grads = torch.autograd.grad(self.top, ends, v, retain_graph=True, allow_unused=True)
-            return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, ends, strict=True))
-
-        found = iter(vmap(back)(cotangent))
+        found = iter(vmap(partial(_back, self.top, ends))(cotangent))
         deltas = [[next(found) for _ in tensors] for _, tensors in self.inside]
         return deltas, cotangent.new_empty(0) if self.bottom is None else next(found)
 
@@ -201,9 +205,7 @@ class Cuts:
         end, calls, given = self.unroll(batch, self.keys[max(0, start - 1) : stop], bottom, top)
         depth = depths(end, [x for call in calls for x in call.outputs if x.is_leaf])[0]
 
-        def at(x: Tensor) -> int | None:
-            return depth.get(torch.autograd.graph.get_gradient_edge(x).node)
-
+        at = partial(_depth, depth)
         ends = [depth[torch.autograd.graph.get_gradient_edge(given[key]).node] for key in inner]
         inside: list[list[Call]] = [[] for _ in range(stop - start)]
         for call in calls:
