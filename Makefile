@@ -1,5 +1,5 @@
 # make demo   install, then profile the embedded model: runs/demo/report.html
-# make test   install, then lint, type-check and test
+# make test   install, then lint, type-check and test (all but the studies)        make test-studies   their quick forms
 # make lint   ruff and mypy alone        make wheel   build a wheel and look inside        make clean
 # make studies   every phenomenon of the papers in full, some hours: runs/studies, docs/gallery.md (DATA=folder of texts)
 # make test-matrix   the training tests against TRL 1.12 and PEFT 0.20, in an environment of their own
@@ -13,7 +13,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo studies test test-matrix lint wheel clean
+.PHONY: help install demo studies test test-matrix test-studies lint wheel clean
 
 help:
 	@sed -n '1,5s/^# //p' Makefile
@@ -47,8 +47,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+STUDIES := tests/test_language_studies.py tests/test_studies_classification.py
+XDIST := -n 2 --dist loadfile # two processes of one thread each, a file in one of them
+
 test: lint
-	$(BIN)/pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(STUDIES:%=--ignore=%)
+
+test-studies: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=20 -n 2 $(STUDIES)
 
 MATRIX := .venv-matrix
 OLD := trl==1.12.0 peft==0.20.0 requests # TRL 1.12 imports requests without asking for it

@@ -5,7 +5,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 
 from jaxtyping import install_import_hook
 
-hook = install_import_hook("tokdyn", "beartype.beartype")
+# where a float is expected an integer will do, as PEP 484 has it
+hook = install_import_hook("tokdyn", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 class TritonModules:
