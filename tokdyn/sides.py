@@ -18,7 +18,7 @@ from .trace import Tracer, trace
 
 
 @dataclass(frozen=True)
-class Seen(Side):
+class Noted(Side):
     """A side that keeps the statistics of the logits it is asked about: a pass over it need not be repeated for them."""
 
     stats: dict[int, ops.TokenStats] = field(default_factory=dict)  # by batch
@@ -37,7 +37,7 @@ class Sides:
     update: Sequence[Chi]
     observe: Sequence[Chi]
     u: Side
-    o: Seen
+    o: Noted
     gterm: GTerm
     updated: Any  # pyarrow.Table
     observed: Any  # the same; None where it is to come from a pass over that side (`seen`)
@@ -114,7 +114,7 @@ def prepare(
     o_terms = [GTerm(a, b) for a, b in zip(y.split(o_sizes), w.split(o_sizes), strict=True)]
     return Sides(
         update, observe,
-        Side(batches, terms), Seen(seen, o_terms), gterm, row_table(batches, stats, update, gterm.c), observed, y,
+        Side(batches, terms), Noted(seen, o_terms), gterm, row_table(batches, stats, update, gterm.c), observed, y,
     )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +17,7 @@ DEVICE = "cuda"
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def needs(op: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(not (KERNELS / op / "triton.py").exists(), reason=f"{op} has no Triton form yet")
 
 
 def random(dtype: torch.dtype, *shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -39,7 +33,6 @@ def double(x):
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-@needs("linear_token_stats")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", [1, 37, 300])
 def test_linear_token_stats(agree, T: int, dtype: torch.dtype):
@@ -63,7 +56,7 @@ def test_linear_token_stats(agree, T: int, dtype: torch.dtype):
                 agree(name, value, same, true, size=true.abs() + logits / (64 * 2**-24))
 
 
-@pytest.mark.parametrize("op", [pytest.param(op, marks=needs(op)) for op in ("apply_A", "softmax_jvp")])
+@pytest.mark.parametrize("op", ["apply_A", "softmax_jvp"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("V", [1, 1003, 151936])
 def test_jacobians(agree, V: int, dtype: torch.dtype, op: str):
@@ -78,7 +71,6 @@ def test_jacobians(agree, V: int, dtype: torch.dtype, op: str):
     agree(op, call(z, many, impl="triton"), plain, exact, size=many.double().abs().amax())
 
 
-@needs("readout_forces")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduce", [None, "update", "observe"])
 def test_readout_forces(agree, reduce: str | None, dtype: torch.dtype):
@@ -96,7 +88,6 @@ def test_readout_forces(agree, reduce: str | None, dtype: torch.dtype):
     agree("forces", ours, plain, exact, size=size)
 
 
-@needs("readout_forces")
 def test_readout_forces_of_every_kind_of_loss(agree):
     M, L, K, d, V = 20, 33, 3, 64, 5003
     h_o, h_u, W = (
@@ -113,7 +104,6 @@ def test_readout_forces_of_every_kind_of_loss(agree):
     agree("forces", ops.readout_forces(*inputs, **more, impl="triton"), plain, exact, size=exact.abs().max())
 
 
-@needs("dual_gram")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("M", "L", "p", "q"), [(1, 1, 1, 1), (130, 257, 64, 64), (300, 200, 517, 96)])
 def test_dual_gram(agree, M: int, L: int, p: int, q: int, dtype: torch.dtype):
@@ -138,7 +128,7 @@ def test_dual_gram(agree, M: int, L: int, p: int, q: int, dtype: torch.dtype):
 ATTENTION = ("tangent_attention", "cotangent_attention")
 
 
-@pytest.mark.parametrize("op", [pytest.param(op, marks=needs(op)) for op in ATTENTION])
+@pytest.mark.parametrize("op", ATTENTION)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["full", "causal", "window", "capped"])
 def test_attention(agree, kind: str, dtype: torch.dtype, op: str):
