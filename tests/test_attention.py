@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.func import jvp, vmap
 
+from tokdyn import ops
 from tokdyn.attention import ATTENTION, _Attention, register
 from tokdyn.kernels.cotangent_attention import reference as cotangent
 from tokdyn.kernels.tangent_attention import reference as tangent
@@ -65,6 +66,16 @@ def test_values_tangents_and_cotangents_are_those_of_softmax_attention(name, sof
         cotangent.cotangent_attention(*args, many[0], mask, 0.6, softcap), vmap(pull)(many[0]), strict=True
     ):
         assert torch.allclose(value, gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", masks())
+def test_the_fused_kernel_computes_the_same_attention(name):
+    """What `ops` takes on the CPU for values and a single cotangent; rows that see nothing give 0 and take nothing back."""
+    args, mask, do = inputs(), masks()[name], inputs(5)[0]
+    value, pull = torch.func.vjp(lambda *x: plain(*x, mask, 0.6, None), *args)
+    assert torch.allclose(ops.attention(*args, mask, 0.6), value, atol=1e-13)
+    for found, gradient in zip(ops.cotangent_attention(*args, do[None], mask, 0.6), pull(do), strict=True):
+        assert torch.allclose(found[0], gradient, atol=1e-12)
 
 
 def test_tangents_and_cotangents_are_transposes(blocks):
