@@ -7,6 +7,7 @@ import torch
 
 import tokdyn as td
 from tokdyn import exact
+from tokdyn.calls import Call
 from tokdyn.exact import matrix as matrices_of
 from tokdyn.exact import plan, rules, segments, sweep
 from tokdyn.exact.matrix import matrix
@@ -15,7 +16,7 @@ from tokdyn.exact.norms import Norm
 from tokdyn.objectives import SFT
 from tokdyn.sides import prepare
 from tokdyn.testing import FAMILIES, random_chis, relative_error, tiny
-from tokdyn.trace import Call, trace
+from tokdyn.trace import trace
 
 U, O = random_chis([(3, 5), (2, 6)], seed=1), random_chis([(3, 4), (1, 3), (5, 2)], seed=2)  # noqa: E741
 FP32 = 1e-5

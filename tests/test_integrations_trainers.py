@@ -1,63 +1,40 @@
 """td.attach on real trainers: transformers.Trainer and TRL's SFT, DPO and GRPO train bit for bit as without it."""
 
-import os
-
 import pytest
 import torch
 from packaging.version import Version
+from trainers import PAIRS, save_model, settings, word_tokenizer
 
 import tokdyn as td
 from tokdyn import steps as records
 from tokdyn.objectives import DPO, GRPO
 from tokdyn.sequences import Chi
-from tokdyn.testing import tiny
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 
 EPS = torch.finfo(torch.float32).eps
-WORDS = "what is two plus the sky colour of france paris four five blue green not know answer i do capital today a".split()
-PAIRS = [
-    ("what is two plus two", " two plus two is four", " the answer is five"),
-    ("what is the colour of the sky", " the sky is blue today", " the sky is green"),
-    ("what is the capital of france", " paris", " i do not know"),
-] * 4
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<pad>", "<eos>", *WORDS])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
-    """DPO and GRPO load their reference model from where the policy came from."""
-    path = tmp_path_factory.mktemp("model")
-    model = tiny("llama", tied=False, vocabulary=len(tokenizer))
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return save_model(tmp_path_factory.mktemp("model"), tokenizer)
 
 
 @pytest.fixture
 def build(tokenizer, folder, tmp_path):
     datasets.disable_progress_bars()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def make(kind, *, lora=False, rows=PAIRS, **options):
         transformers.set_seed(0)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        settings = dict(
-            output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, logging_steps=1, save_strategy="no",
-            report_to="none", use_cpu=True, bf16=False, learning_rate=1e-3, disable_tqdm=True, gradient_checkpointing=False,
-        ) | options  # fmt: skip
+        shared = settings(tmp_path / "out", **options)
         peft = None
         if lora:
             from peft import LoraConfig, get_peft_model
@@ -68,17 +45,17 @@ def build(tokenizer, folder, tmp_path):
             data = datasets.Dataset.from_list([{"input_ids": x, "labels": [-100] * 3 + x[3:]} for x in texts])
             return transformers.Trainer(
                 model=model if peft is None else get_peft_model(model, peft),
-                args=transformers.TrainingArguments(**settings),
+                args=transformers.TrainingArguments(**shared),
                 train_dataset=data,
                 data_collator=lambda rows: {k: torch.tensor([row[k] for row in rows]) for k in rows[0]},
             )
         more = dict(model=model, processing_class=tokenizer, peft_config=peft)
         if kind == "sft":
             data = [{"prompt": p, "completion": c} for p, c, _ in rows]
-            return trl.SFTTrainer(args=trl.SFTConfig(**settings), train_dataset=datasets.Dataset.from_list(data), **more)
+            return trl.SFTTrainer(args=trl.SFTConfig(**shared), train_dataset=datasets.Dataset.from_list(data), **more)
         if kind == "dpo":
             data = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in rows]
-            return trl.DPOTrainer(args=trl.DPOConfig(**settings), train_dataset=datasets.Dataset.from_list(data), **more)
+            return trl.DPOTrainer(args=trl.DPOConfig(**shared), train_dataset=datasets.Dataset.from_list(data), **more)
         known = trl.GRPOConfig.__dataclass_fields__
         if missing := [name for name in options if name not in known]:
             pytest.skip(f"this TRL's GRPO has no {missing}")
@@ -86,7 +63,7 @@ def build(tokenizer, folder, tmp_path):
         def reward(completion_ids, **_):
             return [sum(i % 3 == 0 for i in ids) / max(len(ids), 1) for ids in completion_ids]
 
-        config = trl.GRPOConfig(num_generations=4, max_completion_length=6, **settings)
+        config = trl.GRPOConfig(num_generations=4, max_completion_length=6, **shared)
         data = datasets.Dataset.from_list([{"prompt": p} for p, _, _ in rows])
         return trl.GRPOTrainer(args=config, train_dataset=data, reward_funcs=reward, **more)
 
@@ -220,10 +197,10 @@ def test_c_of_dpo_is_that_of_the_objective(build):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 def test_c_of_grpo_is_that_of_the_objective(build):
     """Two iterations on the same rollouts: ratios, the clip and the KL term all act in the second."""
-    settings = dict(beta=0.04, num_iterations=2, loss_type="grpo", learning_rate=0.1, epsilon=0.1, epsilon_high=0.1)
+    options = dict(beta=0.04, num_iterations=2, loss_type="grpo", learning_rate=0.1, epsilon=0.1, epsilon_high=0.1)
     if "use_bias_correction_kl" in trl.GRPOConfig.__dataclass_fields__:
-        settings["use_bias_correction_kl"] = False
-    trainer = build("grpo", rows=PAIRS[:1] * 4, **settings)
+        options["use_bias_correction_kl"] = False
+    trainer = build("grpo", rows=PAIRS[:1] * 4, **options)
     monitor = td.attach(trainer, on_error="raise")
     trainer.train()
     first, second = monitor.steps

@@ -1,61 +1,41 @@
 """Interventions in real trainers: the loss that is asked for is the loss that is trained, the tokens spared are those named."""
 
-import os
-
 import pytest
 import torch
+from trainers import PAIRS, save_model, settings, word_tokenizer
 
 import tokdyn as td
 from tokdyn.integrations.intervene import protect, reweight, sequences_of, train_with
 from tokdyn.objectives import DPO, GRPO, IPO, SFT, SimKO
-from tokdyn.testing import relative_error, tiny
+from tokdyn.testing import relative_error
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 
 EPS = torch.finfo(torch.float32).eps
-WORDS = "what is two plus the sky colour of france paris four five blue green not know answer i do capital today a".split()
-PAIRS = [
-    ("what is two plus two", " two plus two is four", " the answer is five"),
-    ("what is the colour of the sky", " the sky is blue today", " the sky is green"),
-    ("what is the capital of france", " paris", " i do not know"),
-] * 4
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "<pad>", "<eos>", *WORDS])}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    model = tiny("llama", tied=False, vocabulary=len(tokenizer))
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return save_model(tmp_path_factory.mktemp("model"), tokenizer)
 
 
 @pytest.fixture
 def build(tokenizer, folder, tmp_path):
     datasets.disable_progress_bars()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def make(kind, **options):
         transformers.set_seed(0)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        settings = dict(
-            output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, logging_steps=1, save_strategy="no",
-            report_to="none", use_cpu=True, bf16=False, learning_rate=1e-3, disable_tqdm=True, gradient_checkpointing=False,
-        ) | options  # fmt: skip
+        shared = settings(tmp_path / "out", **options)
         rows = {
             "sft": [{"prompt": p, "completion": c} for p, c, _ in PAIRS],
             "dpo": [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS],
@@ -63,14 +43,14 @@ def build(tokenizer, folder, tmp_path):
         }[kind]
         more = dict(model=model, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(rows))
         if kind == "sft":
-            return trl.SFTTrainer(args=trl.SFTConfig(**settings), **more)
+            return trl.SFTTrainer(args=trl.SFTConfig(**shared), **more)
         if kind == "dpo":
-            return trl.DPOTrainer(args=trl.DPOConfig(**settings), **more)
+            return trl.DPOTrainer(args=trl.DPOConfig(**shared), **more)
 
         def reward(completion_ids, **_):
             return [float(i % 4 < 2) for i in range(len(completion_ids))]  # every group has right and wrong ones
 
-        config = trl.GRPOConfig(num_generations=4, max_completion_length=6, loss_type="grpo", scale_rewards="group", **settings)
+        config = trl.GRPOConfig(num_generations=4, max_completion_length=6, loss_type="grpo", scale_rewards="group", **shared)
         return trl.GRPOTrainer(args=config, reward_funcs=reward, **more)
 
     return make

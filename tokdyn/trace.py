@@ -12,25 +12,23 @@ requires_grad, buffers and random state are never written.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, vjp
-from torch.nn.utils import parametrize
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from .attention import ATTENTION, register
+from .calls import Call, floats, map_floats
 from .kernels.readout_forces.reference import readout_logits
 from .ops import TokenStats, token_stats
 from .sequences import Batch, Chi, collate
+from .traceable import traceable
 
 Parameters = Mapping[str, Tensor]
 Hook = Callable[[nn.Module, Any, Any, Any], Any]
@@ -76,31 +74,6 @@ class Readout:
         return slope * force
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of a module: what went in and what came out."""
-
-    name: str
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The tensors that went in, by position and then by keyword."""
-        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        """The tensors of real numbers that came out: what a parameter can move."""
-        return floats(self.output)
-
-    def detached(self) -> Call:
-        """The same call outside the graph it was recorded in."""
-        return Call(self.name, self.module, *_map_floats(Tensor.detach, (self.args, self.kwargs, self.output)))
-
-
 Place = tuple[str, int, int]  # what a module was given: its name, how often it had been called, which of the tensors
 
 
@@ -110,15 +83,6 @@ class _Reached(Exception):
 
 def _join(module: str, parameter: str) -> str:
     return f"{module}.{parameter.rpartition('.')[2]}" if module else parameter
-
-
-def floats(tree: Any) -> list[Tensor]:
-    """The floating-point tensors of a nested structure."""
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
-
-
-def _map_floats(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    return tree_map(lambda x: f(x) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
 
 
 class Tracer:
@@ -263,7 +227,7 @@ class Tracer:
                 return None
             call = Call(name, module, args, kwargs, output)
             other = through[name](call) if through and name in through else None
-            calls.append(replace(call, output=_map_floats(start, output if other is None else other)))
+            calls.append(replace(call, output=map_floats(start, output if other is None else other)))
             return calls[-1].output
 
         def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -293,7 +257,7 @@ class Tracer:
         waiting = iter(additions)
 
         def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            return _map_floats(lambda x: x + next(waiting), output)
+            return map_floats(lambda x: x + next(waiting), output)
 
         with self._hooked(dict.fromkeys(names, add)):
             return self.hidden(batch)
@@ -417,40 +381,11 @@ def trace(model: nn.Module) -> Iterator[Tracer]:
     tracer = Tracer(model)
     try:
         model.eval()
-        implementations = _implementations(model, attention=_traceable_attention(model), experts="eager")
-        with implementations, _forward_derivatives(model), _parameter_adapters(model), torch.inference_mode(False):
+        with traceable(model), torch.inference_mode(False):
             yield tracer
     finally:
         for module, mode in training.items():
             module.training = mode
-
-
-@contextlib.contextmanager
-def _implementations(model: nn.Module, **names: str) -> Iterator[None]:
-    """Choose the implementations of attention and of mixtures of experts (grouped products have no forward derivative).
-
-    They are written to the configurations, where every transformers model reads them at each call; set_attn_implementation
-    refuses some models (Falcon) and reaches no experts.
-    """
-    keys = {"_attn_implementation_internal": names["attention"], "_experts_implementation_internal": names["experts"]}
-    configs = [config for module in model.modules() if hasattr(config := getattr(module, "config", None), "__dict__")]
-    before = [(config, key, vars(config)[key]) for config in configs for key in keys if vars(config).get(key) is not None]
-    try:
-        for config, key, _ in before:
-            setattr(config, key, keys[key])
-        yield
-    finally:
-        for config, key, value in before:
-            setattr(config, key, value)
-
-
-def _traceable_attention(model: Any) -> str:
-    """The tracing attention where the model takes its attention from transformers' interface and has no sinks, else eager."""
-    interface = hasattr(model, "_can_set_attn_implementation") and model._can_set_attn_implementation()
-    if not interface or any(hasattr(module, "sinks") for module in model.modules()):
-        return "eager"
-    register()
-    return ATTENTION
 
 
 def _output_embeddings(model: nn.Module) -> tuple[str, nn.Module]:
@@ -463,82 +398,3 @@ def _output_embeddings(model: nn.Module) -> tuple[str, nn.Module]:
         if module is head:
             return name, head
     raise ValueError(f"the output embeddings of {type(model).__name__} are not one of its modules")
-
-
-@contextlib.contextmanager
-def _forward_derivatives(model: nn.Module) -> Iterator[None]:
-    """Give the custom autograd functions beside the model's modules that have only a backward a forward derivative too."""
-    beside = {type(module).__module__ for module in model.modules()}
-    values = [value for name in beside for value in vars(sys.modules[name]).values() if isinstance(value, type)]
-    old = [
-        f for f in values if issubclass(f, torch.autograd.Function) and f.setup_context is torch.autograd.Function.setup_context
-    ]
-    old = [f for f in old if "apply" not in vars(f) and f is not torch.autograd.Function]
-    try:
-        for f in old:
-            f.apply = _with_transpose(f).apply  # type: ignore[method-assign]
-        yield
-    finally:
-        for f in old:
-            del f.apply
-
-
-@contextlib.contextmanager
-def _parameter_adapters(model: nn.Module) -> Iterator[None]:
-    """Let PEFT's adapters of parameters (expert stacks, routers) run under torch.func.
-
-    In every forward pass they register a parametrization, which writes the frozen tensor onto itself and sets its
-    requires_grad to what it is: torch.func refuses both, although nothing changes.
-    """
-    wrapper = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", ())
-    if not any(isinstance(module, wrapper) for module in model.modules()):
-        yield
-        return
-
-    class SameGrad(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is Tensor.requires_grad_ and args[0].requires_grad == (*args, True)[1]:
-                return args[0]
-            return func(*args, **(kwargs or {}))
-
-    write = parametrize._maybe_set
-    try:
-        parametrize._maybe_set = lambda dest, src: None if dest is src else write(dest, src)
-        with SameGrad():
-            yield
-    finally:
-        parametrize._maybe_set = write
-
-
-def _with_transpose(old: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """A function of tensors with only a backward w -> Jᵀw, as one that torch.func takes: J is the transpose of its backward."""
-
-    def pull(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Callable[..., Any]]:
-        context = SimpleNamespace(needs_input_grad=(True,) * len(inputs), saved_tensors=())
-        context.save_for_backward = lambda *saved: setattr(context, "saved_tensors", saved)
-        output = old.forward(context, *inputs)
-        return output, lambda w: old.backward(context, w)
-
-    class New(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*inputs: Tensor) -> Tensor:  # type: ignore[override]
-            return pull(inputs)[0]
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            ctx.save_for_backward(*inputs)
-            ctx.save_for_forward(*inputs)
-
-        @staticmethod
-        def backward(ctx: Any, w: Tensor) -> Any:  # type: ignore[override]
-            return pull(ctx.saved_tensors)[1](w)
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor) -> Tensor:  # type: ignore[override]
-            output, back = pull(ctx.saved_tensors)
-            given = tangents if len(tangents) > 1 else tangents[0]
-            return vjp(back, torch.zeros_like(output))[1](given)[0]
-
-    return New

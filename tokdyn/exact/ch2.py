@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import ops
+from ..calls import Call
 from ..sequences import Batch
-from ..trace import Call, Tracer
+from ..trace import Tracer
 from .motions import Side
 from .norms import Norm
 from .plan import BLOCK, residual_of

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..trace import Call
+from ..calls import Call
 
 
 class _Pulled(torch.autograd.Function):

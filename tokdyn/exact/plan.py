@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..calls import Call
 from ..kernels.readout_forces.reference import logit_force
 from ..objectives import GTerm
 from ..sequences import Batch
-from ..trace import Call, Place, Tracer
+from ..trace import Place, Tracer
 from .motions import Direction, Side
 from .norms import Norm
 from .rules import Embedding, NotAlone, Rule, Scale, Unsupported, rule_for

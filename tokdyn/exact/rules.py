@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
-from ..trace import Call, floats
+from ..calls import Call, floats
 from .motions import Direction, scaled
 
 Outputs = list[list[Tensor]]  # per call, per tensor it returns: [b, *shape]

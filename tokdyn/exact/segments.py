@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from ..calls import Call
 from ..sequences import Batch
-from ..trace import Call, Place
+from ..trace import Place
 from .rules import Unsupported
 
 

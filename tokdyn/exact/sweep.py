@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import ops
+from ..calls import Call
 from ..sequences import Batch
-from ..trace import Call
 from .motions import Direction, scaled
 from .plan import Plan, Watched
 from .rules import Embedding, Linear, Outputs, Rule, Unsupported

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from ..trace import Call, Tracer
+from ..calls import Call
+from ..trace import Tracer
 from .plan import Plan, Watched
 from .rules import Embedding, Outputs, Rule
 from .sweep import cut, tied
