@@ -247,11 +247,16 @@ def _shapes(calls: Sequence[Call]) -> list[list[torch.Size]]:
 
 
 def _rows(calls: Sequence[Call]) -> Float[Tensor, "S p"]:
-    return torch.cat([call.inputs[0].flatten(0, -2) for call in calls])
+    return _end_to_end([call.inputs[0].flatten(0, -2) for call in calls], 0)
 
 
 def _flat(delta: Outputs) -> Float[Tensor, "b S q"]:
-    return torch.cat([x.flatten(1, -2) for (x,) in delta], 1)
+    return _end_to_end([x.flatten(1, -2) for (x,) in delta], 1)
+
+
+def _end_to_end(parts: list[Tensor], dim: int) -> Tensor:
+    """torch.cat, which copies a single tensor."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 Rule = Linear | Embedding | Scale | Local

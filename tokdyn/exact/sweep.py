@@ -91,7 +91,7 @@ class Strip:
         whole = self.together
         every = torch.arange(len(self.positions), device=whole.device)
         where = every if whole.dim() == 2 else self.positions  # before the first segment there are only the tokens
-        for part in every.split(chunk):
+        for part in every.tensor_split(-(-len(every) // chunk)):
             alone = whole.new_zeros(len(part), *whole.shape)
             alone.flatten(1, -2)[every[: len(part)], where[part]] = whole.flatten(0, -2)[where[part]]
             self.cotangents.append(alone)
