@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +36,17 @@ class Call:
 
 
 Place = tuple[str, int, int]  # what a module was given: its name, how often it had been called, which of the tensors
+
+
+@dataclass(frozen=True)
+class Joined(Call):
+    """Calls of several modules as one, which returns a tensor w that each number of their outputs acts on by itself."""
+
+    parts: tuple[tuple[Call, Tensor], ...] = ()  # each with the slope ∂w/∂output
+
+    def detached(self) -> Joined:
+        """The same calls outside the graph they were recorded in."""
+        return replace(self, output=self.output.detach(), parts=tuple((call.detached(), A) for call, A in self.parts))
 
 
 def floats(tree: Any) -> list[Tensor]:

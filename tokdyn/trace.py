@@ -204,6 +204,7 @@ class Tracer:
         batch: Batch,
         names: Collection[str],
         through: Mapping[str, Callable[[Call], Tensor | None]] | None = None,
+        instead: Mapping[Place, Callable[[Tensor, list[Call]], Tensor]] | None = None,
         places: Collection[Place] | None = None,
         bottom: Place | None = None,
         top: Place | None = None,
@@ -211,13 +212,16 @@ class Tracer:
         """Hidden states at the scored tokens in a graph that starts at the named modules' outputs, and their calls.
 
         Also what was given to modules at some places, or at all: where the graph can be cut. `through` gives modules whose
-        output is to be taken with another graph than the one they made. With `bottom` the graph starts at the tensor that was
+        output is to be taken with another graph than the one they made, `instead` what to give at some places instead of a
+        tensor; it is told the calls so far and may change the list. With `bottom` the graph starts at the tensor that was
         given there, with `top` the pass ends at that one, and returns it; both are among the places.
         """
         calls: list[Call] = []
         given: dict[Place, Tensor] = {}
         count: dict[str, int] = {}
-        entered = [name for name, _ in self.model.named_modules()] if places is None else {name for name, _, _ in places}
+        instead = instead or {}
+        everywhere = [name for name, _ in self.model.named_modules()]
+        entered = everywhere if places is None else {name for name, _, _ in [*places, *instead]}
 
         def start(x: Tensor) -> Tensor:  # an alias each: no output lies on another's path
             return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
@@ -230,16 +234,21 @@ class Tracer:
             calls.append(replace(call, output=map_floats(start, output if other is None else other)))
             return calls[-1].output
 
-        def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
             count[name] = count.get(name, 0) + 1
+            now: dict[int, Tensor] = {}
             for i, x in enumerate(floats((args, kwargs))):
                 place = (name, count[name], i)
+                if place in instead and x.requires_grad:
+                    old, x = x, instead[place](x, calls)
+                    now[id(old)] = x
                 if places is None or place in places:
                     given[place] = x
                 if place == bottom:
                     x.requires_grad_()
                 if place == top:
                     raise _Reached
+            return map_floats(lambda x: now.get(id(x), x), (args, kwargs)) if now else None
 
         with contextlib.ExitStack() as hooks:
             for name in entered:

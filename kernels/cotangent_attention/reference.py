@@ -22,6 +22,8 @@ def cotangent_attention(
     dq = q.new_zeros(B, Hk, n, G, T, k.shape[-1])  # n beside the heads that share k and v: products of many rows, no copies
     dk, dv = k.new_zeros(B, Hk, n, *k.shape[2:]), v.new_zeros(B, Hk, n, *v.shape[2:])
     for rows, keys, P, slope in blocks(q, k, mask, scale, softcap, n):
+        if not bool(do[..., rows, :].any()):
+            continue  # of the last attention of a model every token's cotangent is at its own query
         near, values = k[:, :, keys], v[:, :, keys]
         P, slope = P.flatten(2, 3), slope.flatten(2, 3) if isinstance(slope, Tensor) else slope
         x, g = q[..., rows, :].flatten(2, 3), do[..., rows, :].flatten(3, 4).movedim(0, 2)  # [B, Hk, n, G t, D]

@@ -123,13 +123,15 @@ def _backbone(
     """The closed part and the backbone's into out, looped over the side with fewer tokens; returns each module's rule."""
     if len(o) < len(u):
         o, u, closed, out = u, o, closed.T, out.T
-    size = _Size.of(tracer, p, [*o.batches, *u.batches])
+    longest = _longest([*o.batches, *u.batches])
+    joined = p.joined(tracer, longest)
+    size = _Size.of(tracer, joined, longest)
     kept, streamed = (size.blocks(one_by_one(side), memory // 8) for side in (o, u))
     pulled = len(streamed) * len(o) + len(kept) * len(u)
     if engine is None:
         engine = "sweep" if pulled <= (1 + FORWARD) * len(u) else "tangents"
     if engine == "sweep":
-        return _sweep(tracer, p, (o, kept), (u, streamed), closed, out, progress, size.budget(memory))
+        return _sweep(tracer, joined, (o, kept), (u, streamed), closed, out, progress, size.budget(memory))
     return _tangents(tracer, p, o, u, closed, out, progress, memory)
 
 
@@ -145,11 +147,8 @@ class _Size:
     widest: int  # the largest of all of them
 
     @classmethod
-    def of(cls, tracer: Tracer, p: Plan, batches: Sequence[Batch]) -> _Size:
-        longest = max(batches, key=lambda batch: batch.ids.shape[1])
-        ids = longest.ids[:1]
-        last = torch.tensor([ids.shape[1] - 1])
-        outline = Outline.of(*p.unroll(tracer, Batch(ids, last, ids[0, -1:], last * 0, last)))
+    def of(cls, tracer: Tracer, p: Plan, sequence: Batch) -> _Size:
+        outline = Outline.of(*p.unroll(tracer, sequence))
         keys = common_cuts([outline])
         tops = [outline.top.numel(), *(outline.cuts[key][1].numel() for key in keys)]
         values, item = outline.values(keys), tracer.dtype.itemsize
@@ -176,6 +175,13 @@ class _Size:
                 blocks[-1].append((b, slice(start, stop)))
                 room, start = room - (stop - start), stop
         return blocks
+
+
+def _longest(batches: Sequence[Batch]) -> Batch:
+    """The longest sequence, with its last token."""
+    ids = max(batches, key=lambda batch: batch.ids.shape[1]).ids[:1]
+    last = torch.tensor([ids.shape[1] - 1])
+    return Batch(ids, last, ids[0, -1:], last * 0, last)
 
 
 def _places(side: Side) -> list[int]:
@@ -213,7 +219,7 @@ def _sweep(
     for rows in o[1]:
         kept = watched(0, rows)
         rules = {id(w): p.rules(w.calls) for w, _ in kept}
-        labels |= {name: rule.label for of in rules.values() for name, rule in of.items()}
+        labels |= {module: rule.label for of in rules.values() for name, rule in of.items() for module in name.split(" + ")}
         for columns in u[1]:
             mine, theirs = (sweep.strips(cuts, side) for side in (kept, watched(1, columns)))
             tile = sweep.tile(p, mine, theirs, rules, budget, clock.tick)

@@ -9,14 +9,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..calls import Call
+from ..calls import Call, Joined
 from ..kernels.readout_forces.reference import logit_force
 from ..objectives import GTerm
 from ..sequences import Batch
 from ..trace import Place, Tracer
+from .joints import Joint, joints
 from .motions import Direction, Side
 from .norms import Norm
-from .rules import Embedding, NotAlone, Rule, Scale, Unsupported, rule_for
+from .rules import Embedding, Linear, NotAlone, Rule, Scale, Together, Unsupported, rule_for
 
 BLOCK = 1 << 26  # elements of logits held at a time
 
@@ -32,6 +33,7 @@ class Plan:
     lookup: str | None  # the module whose lookup shares the readout's weight, when both move
     P: dict[str, Direction]  # module -> the preconditioner of its moving parameters, named from there; empty without one
     norms: dict[str, Norm]  # moving modules whose cotangent has a closed form
+    joints: tuple[Joint, ...] = ()  # moving modules that go as one
 
     @property
     def names(self) -> list[str]:
@@ -48,10 +50,30 @@ class Plan:
         of: dict[str, list[Call]] = {}
         for call in calls:
             of.setdefault(call.name, []).append(call)
-        rules = {name: rule_for(mine, self.moves[name], self.P.get(name)) for name, mine in of.items()}
+        rules = {name: self._rule(mine) for name, mine in of.items()}
         if self.lookup is not None and not isinstance(rules.get(self.lookup), Embedding):
             raise Unsupported(f"the readout's weight is tied to {self.lookup}, which is no plain lookup")
         return rules
+
+    def _rule(self, calls: list[Call]) -> Rule:
+        if isinstance(calls[0], Joined):
+            return Together(calls[0], [Linear([of], self.moves[of.name]) for of, _ in calls[0].parts])
+        return rule_for(calls, self.moves[calls[0].name], self.P.get(calls[0].name))
+
+    def joined(self, tracer: Tracer, batch: Batch) -> Plan:
+        """The same with the modules as one that have a joint, of those whose directions are longer than their cotangents."""
+        h, calls, given = self.unroll(tracer, batch)
+        rules = self.rules([call.detached() for call in calls])
+        half = batch.ids.shape[1] // 2
+        fit = [name for name, rule in rules.items() if isinstance(rule, Linear) and not rule.is_short(half)]
+        return replace(self, joints=tuple(joints(h, calls, given, fit)))
+
+    def record(self, tracer: Tracer, batch: Batch) -> tuple[Tensor, list[Call]]:
+        """Tracer.record at the moving modules."""
+        if not self.joints:
+            return tracer.record(batch, self.names)
+        h, calls, _ = self.unroll(tracer, batch)
+        return h.detach(), [call.detached() for call in calls]
 
     def unroll(
         self,
@@ -62,7 +84,7 @@ class Plan:
         top: Place | None = None,
     ) -> tuple[Tensor, list[Call], dict[Place, Tensor]]:
         """Tracer.unroll at the moving modules."""
-        return tracer.unroll(batch, self.names, self.norms, places, bottom, top)
+        return tracer.unroll(batch, self.names, self.norms, {joint.place: joint for joint in self.joints}, places, bottom, top)
 
     def labels(self, tracer: Tracer, uses: dict[str, str], rules: dict[str, str]) -> dict[str, str]:
         """The rule of every moving parameter."""
@@ -157,7 +179,7 @@ class Watched:
 def watch(tracer: Tracer, p: Plan, side: Side, b: int, start: int, ids: Int[Tensor, " I"]) -> Watched:
     """Record one batch of a side. The logits are made and left again in blocks of rows."""
     batch, term, head = side.batches[b], side.terms[b], tracer.readout
-    h, calls = tracer.record(batch, p.names)
+    h, calls = p.record(tracer, batch)
     weight = head.weight.to(tracer.precision)
     kept, parts = ids if p.lookup is not None else ids[:0], []
     for rows in torch.arange(len(h), device=h.device).split(max(1, BLOCK // len(weight))):

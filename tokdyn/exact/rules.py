@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
-from ..calls import Call, floats
+from ..calls import Call, Joined, floats
 from .motions import Direction, scaled
 
 Outputs = list[list[Tensor]]  # per call, per tensor it returns: [b, *shape]
@@ -242,6 +242,55 @@ class Local:
         return [along(call) for call in self.o]
 
 
+class Together:
+    """The modules of a joint (joints.py), each by its own rule: E_l = Σ_i A_i ⊙ E_{l,i}, E_{l,i} from δ_i = A_i ⊙ δ."""
+
+    label = Linear.label
+
+    def __init__(self, o: Joined, parts: Sequence[Linear]) -> None:
+        self.outputs = _shapes([o])
+        self.parts, self.slopes = parts, [A for _, A in o.parts]
+        self.size = self.written = 0
+
+    def is_short(self, positions: int) -> bool:
+        """Never: modules whose directions are shorter than their cotangents are not joined."""
+        return False
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether `factors` exist."""
+        return all(rule.is_separable for rule in self.parts)
+
+    def factors(self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool) -> Factors:
+        """Of the tokens at these positions, each with its δ at its own: those of all modules."""
+        assert isinstance(call, Joined)
+        own = zip(self.parts, call.parts, strict=True)
+        return [x for rule, (of, A) in own for x in rule.factors(of, delta * A.flatten(0, -2), at, preconditioned)]
+
+    def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
+        """Not made: see is_short."""
+        raise AssertionError("modules are joined where their directions are not written down")
+
+    def tangent(self, u: Sequence[Call], delta: Outputs) -> Outputs:
+        """E for the observed call."""
+        E = delta[0][0].new_empty(len(delta[0][0]), *self.outputs[0][0])
+        self.fill(u, delta, [E])
+        return [[E]]
+
+    def fill(self, u: Sequence[Call], delta: Outputs, outs: Sequence[Tensor]) -> bool:
+        """Write E of the observed call where it is wanted."""
+        (whole,), ((d,),), (E,) = u, delta, outs
+        assert isinstance(whole, Joined)
+        for i, (rule, (call, A), slope) in enumerate(zip(self.parts, whole.parts, self.slopes, strict=True)):
+            part = E if i == 0 else torch.empty_like(E)
+            rule.fill([call], [[A * d]], [part])
+            if i == 0:
+                E *= slope
+            else:
+                E.addcmul_(part, slope)
+        return True
+
+
 def _shapes(calls: Sequence[Call]) -> list[list[torch.Size]]:
     return [[x.shape for x in call.outputs] for call in calls]
 
@@ -259,7 +308,7 @@ def _end_to_end(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-Rule = Linear | Embedding | Scale | Local
+Rule = Linear | Embedding | Scale | Local | Together
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ from ..sequences import Batch
 from ..trace import Place
 from .rules import Unsupported
 
+OTHERWISE = "not every sequence passes through the same modules"
+
 
 def depths(h: Tensor, leaves: Sequence[Tensor]) -> tuple[dict[Any, int], set[int]]:
     """The nodes between h and the leaves with their depth, and the depths of those through which all deeper ones are reached.
@@ -51,7 +53,8 @@ def depths(h: Tensor, leaves: Sequence[Tensor]) -> tuple[dict[Any, int], set[int
     return depth, cuts
 
 
-def _depth(depth: Mapping[Any, int], x: Tensor) -> int | None:
+def depth_of(depth: Mapping[Any, int], x: Tensor) -> int | None:
+    """Of a tensor's node; None where nothing depends on it."""
     return depth.get(torch.autograd.graph.get_gradient_edge(x).node)
 
 
@@ -75,7 +78,7 @@ class Outline:
         """From what Tracer.unroll gives."""
         depth, cuts = depths(h, [x for call in calls for x in call.outputs if x.is_leaf])
 
-        at = partial(_depth, depth)
+        at = partial(depth_of, depth)
         found = {key: (at(x), x.shape) for key, x in given.items() if x.requires_grad}
         return cls(
             [call.name for call in calls], [[x.shape for x in call.outputs] for call in calls],
@@ -160,7 +163,7 @@ class Cuts:
 
     unroll: Callable[..., tuple[Tensor, list[Call], dict[Place, Tensor]]]  # of a batch, from one place to another
     keys: tuple[Place, ...]  # from the readout down
-    outlines: dict[tuple[int, ...], Outline] = field(default_factory=dict)  # by the ids of a sequence
+    outlines: dict[int, Outline] = field(default_factory=dict)  # by the length of a sequence
 
     @classmethod
     def of(cls, unroll: Callable[..., Any], batches: Sequence[Batch]) -> Cuts:
@@ -188,13 +191,13 @@ class Cuts:
         return cls(unroll, found, whole.outlines)
 
     def outline(self, batch: Batch) -> Outline:
-        """Of a sequence. One that is made in another way than those seen first is beyond this method."""
-        ids = tuple(batch.ids.flatten().tolist())
-        if ids not in self.outlines:
-            self.outlines[ids] = Outline.of(*self.unroll(batch))
-        if not set(self.keys) <= set(self.outlines[ids].cuts):
-            raise Unsupported("not every sequence passes through the same modules")
-        return self.outlines[ids]
+        """Of a sequence of this length; `segments` sees to it that all of them have the same."""
+        length = batch.ids.shape[1]
+        if length not in self.outlines:
+            self.outlines[length] = Outline.of(*self.unroll(batch))
+        if not set(self.keys) <= set(self.outlines[length].cuts):
+            raise Unsupported(OTHERWISE)
+        return self.outlines[length]
 
     def __len__(self) -> int:
         return len(self.keys) + 1
@@ -206,7 +209,7 @@ class Cuts:
         end, calls, given = self.unroll(batch, self.keys[max(0, start - 1) : stop], bottom, top)
         depth = depths(end, [x for call in calls for x in call.outputs if x.is_leaf])[0]
 
-        at = partial(_depth, depth)
+        at = partial(depth_of, depth)
         ends = [depth[torch.autograd.graph.get_gradient_edge(given[key]).node] for key in inner]
         inside: list[list[Call]] = [[] for _ in range(stop - start)]
         for call in calls:
@@ -214,5 +217,16 @@ class Cuts:
             if reached:
                 inside[bisect_left(ends, max(reached))].append(call)
         cut = [given[key] for key in inner]
+        if len(self.outlines) and not self._foreseen(batch, start, inside):
+            raise Unsupported(OTHERWISE)
         tops, bottoms = [end, *cut], [*cut, None if bottom is None else given[bottom]]
         return [Segment.of(*of) for of in zip(tops, inside, bottoms, strict=True)]
+
+    def _foreseen(self, batch: Batch, start: int, inside: list[list[Call]]) -> bool:
+        """Whether these segments hold what the outline of a sequence of this length says."""
+        outline = self.outline(batch)
+        return all(
+            [(call.name, [x.shape for x in call.outputs]) for call in calls]
+            == [(outline.names[i], outline.shapes[i]) for i in which]
+            for calls, which in zip(inside, outline.segments(self.keys)[start:], strict=False)
+        )

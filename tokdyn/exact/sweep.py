@@ -25,7 +25,7 @@ from ..calls import Call
 from ..sequences import Batch
 from .motions import Direction, scaled
 from .plan import Plan, Watched
-from .rules import Embedding, Linear, Outputs, Rule, Unsupported
+from .rules import Embedding, Linear, Outputs, Rule, Together, Unsupported
 from .segments import Cuts, Outline, Segment
 
 Found = dict[str, tuple[list[Call], Outputs]]  # module -> its calls and the cotangents at their outputs
@@ -402,7 +402,7 @@ def _meet(p: Plan, F: Float[Tensor, "M b"], held: Held, rules: dict[str, Rule], 
         flat = desk.arrays([(columns, shape.numel()) for call in rule.outputs for shape in call], dtype)
         E = [[next(flat).view(-1, *shape) for shape in call] for call in rule.outputs]
         for at, _, _, found in group:
-            if not (isinstance(rule, Linear) and rule.fill(*found[name], [e[at] for (e,) in E])):
+            if not (isinstance(rule, Linear | Together) and rule.fill(*found[name], [e[at] for (e,) in E])):
                 for call, tangents in zip(E, rule.tangent(*found[name]), strict=True):
                     for e, tangent in zip(call, tangents, strict=True):
                         e[at] = tangent
