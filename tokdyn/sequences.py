@@ -90,6 +90,12 @@ class Batch:
     sequence: Int[Tensor, " N"]
     position: Int[Tensor, " N"]
 
+    def upto(self, rows: slice) -> Batch:
+        """Some tokens of a single sequence, which ends behind the last of them."""
+        at = self.rows[rows]
+        ids = self.ids[:, : int(at.max()) + 1]
+        return Batch(ids, at, self.targets[rows], self.sequence[rows], self.position[rows])
+
 
 def collate(chis: Sequence[Chi], first: int = 0) -> Batch:
     """Stack sequences into one batch; `first` is the number of its first sequence in a longer list."""

@@ -18,20 +18,23 @@ def cotangent_attention(
     q [B, Hk, G, T, D], k and v [B, Hk, S, D], do [n, B, Hk, G, T, D] -> like dq, dk, dv of tangent_attention.
     """
     B, Hk, G, T, D = q.shape
-    n = len(do)
-    dq = q.new_zeros(B, Hk, n, G, T, k.shape[-1])  # n beside the heads that share k and v: products of many rows, no copies
-    dk, dv = k.new_zeros(B, Hk, n, *k.shape[2:]), v.new_zeros(B, Hk, n, *v.shape[2:])
+    n, S, E = len(do), *v.shape[2:]
+    # of a head's memory [queries, n, width]: each of the products below is one of two matrices
+    dq, dk = q.new_zeros(B, Hk, G, T, n, D), k.new_zeros(B, Hk, n, S, D)
+    dv = v.new_zeros(B, Hk, S, n, E + 1)
+    values = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # dO Vᵀ - rowsum(dO ⊙ O) in one product
     for rows, keys, P, slope in blocks(q, k, mask, scale, softcap, n):
-        if not bool(do[..., rows, :].any()):
+        if not bool(do[..., rows, 0].any()) and not bool(do[..., rows, :].any()):
             continue  # of the last attention of a model every token's cotangent is at its own query
-        near, values = k[:, :, keys], v[:, :, keys]
         P, slope = P.flatten(2, 3), slope.flatten(2, 3) if isinstance(slope, Tensor) else slope
-        x, g = q[..., rows, :].flatten(2, 3), do[..., rows, :].flatten(3, 4).movedim(0, 2)  # [B, Hk, n, G t, D]
-        dv[..., keys, :] += (P.mT @ g.transpose(2, 3).flatten(3)).unflatten(3, (n, -1)).transpose(2, 3)
-        mean = (g * (P @ values)[:, :, None]).sum(-1, keepdim=True)
-        ones = torch.ones_like(values[..., :1])  # g Vᵀ - mean in one product
-        dP = torch.cat([g, -mean], -1).flatten(2, 3) @ torch.cat([values, ones], -1).mT
-        dS = dP.unflatten(2, (n, -1)) * (slope * P)[:, :, None]
-        dq[..., rows, :] = (dS.flatten(2, 3) @ near).unflatten(2, (n, G, -1))
-        dk[..., keys, :] += dS.mT @ x[:, :, None]
-    return dq.movedim(2, 0), dk.movedim(2, 0), dv.movedim(2, 0)
+        x, near = q[..., rows, :].flatten(2, 3), k[:, :, keys]
+        g = do.new_empty(B, Hk, G, x.shape[2] // G, n, E + 1)
+        g[..., :E] = do[..., rows, :].movedim(0, -2)
+        g = g.flatten(2, 3)
+        torch.sum(g[..., :E] * (P @ -v[:, :, keys])[..., None, :], -1, out=g[..., E])
+        dv[:, :, keys] += (P.mT @ g.flatten(3)).unflatten(3, (n, -1))
+        dS = (g.flatten(2, 3) @ values[:, :, keys].mT).unflatten(2, (-1, n))
+        dS *= (slope * P)[..., None, :]
+        dq[..., rows, :, :] = (dS.flatten(2, 3) @ near).unflatten(2, (G, -1, n))
+        dk[..., keys, :] += (dS.flatten(3).mT @ x).unflatten(2, (n, -1))
+    return dq.movedim(-2, 0), dk.movedim(2, 0), dv[..., :E].movedim(-2, 0)

@@ -1,6 +1,6 @@
 """Modules that act on one tensor number by number: in a sweep that tensor stands for all of them.
 
-    w = f(y_1, ..., y_k) elementwise, nothing else reads the y_i     =>     δ_{y_i} = A_i ⊙ δ_w,   A_i = ∂w/∂y_i
+    w = f(y_1, ..., y_k) elementwise, all that the y_i act on     =>     δ_{y_i} = A_i ⊙ δ_w,   A_i = ∂w/∂y_i
     what the parameters behind all y_i do to w together:                    E = Σ_i A_i ⊙ E_i
 
 A gated MLP's gate and up are such a pair, w what the down projection takes. One cotangent is kept instead of two, and met once.
@@ -83,7 +83,7 @@ def joints(h: Tensor, calls: Sequence[Call], given: Mapping[Place, Tensor], fit:
             w = given[places[d]]
             behind = [i for i in free if outline.shapes[i][0] == w.shape and (outline.depth[i][0] or 0) > d]
             names = _elementwise(h, w, [calls[i] for i in behind], cotangent) if len(behind) > 1 else ()
-            if len(names) > 1:
+            if len(names) > 1 and _made_of(w, [calls[i].output for i in behind if calls[i].name in names]):
                 found.append(Joint(places[d], names))
                 free = [i for i in free if calls[i].name not in names]
     return found
@@ -100,3 +100,18 @@ def _elementwise(h: Tensor, w: Tensor, calls: Sequence[Call], cotangent: Tensor)
         for call, A, delta in zip(calls, slopes, deltas, strict=True)
         if A is not None and delta is not None and bool((delta - A * whole).norm() <= eps * delta.norm())
     )
+
+
+def _made_of(w: Tensor, ys: Sequence[Tensor]) -> bool:
+    """Whether w depends on these tensors alone: an adapter's output is added to that of a frozen layer, which leads deeper."""
+    ends = {torch.autograd.graph.get_gradient_edge(y).node for y in ys}
+    waiting, seen = [torch.autograd.graph.get_gradient_edge(w).node], set()
+    while waiting:
+        node = waiting.pop()
+        if node in ends or node in seen:
+            continue
+        if hasattr(node, "variable"):
+            return False
+        seen.add(node)
+        waiting += [deeper for deeper, _ in node.next_functions if deeper is not None]
+    return True

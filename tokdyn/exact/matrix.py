@@ -158,7 +158,7 @@ class _Size:
         """How much is done at a time. Several copies of a segment's cotangents are alive while it is pulled through."""
         chunk = min(CHUNK, PIECE // self.widest, memory // 8 // (2 * (self.cut + self.segment)))
         group = min(GROUP, memory // 6 // self.segment)
-        return sweep.Budget(max(1, chunk), max(1, group), kept=memory // 3, graphs=memory // 4)
+        return sweep.Budget(max(1, chunk), max(1, group), kept=memory // 3, graphs=memory // 8)
 
     def blocks(self, side: Side, memory: int) -> list[Block]:
         """A side's tokens in blocks whose cotangents between segments fit."""

@@ -23,6 +23,7 @@ from ..sequences import Batch
 from ..trace import Place
 from .rules import Unsupported
 
+TRIED = 32  # tokens on which the cuts are tried
 OTHERWISE = "not every sequence passes through the same modules"
 
 
@@ -170,7 +171,7 @@ class Cuts:
         """The places that all these sequences share and at which a segment made by itself is that of the whole graph."""
         whole = cls(unroll, ())
         keys = common_cuts([whole.outline(batch) for batch in batches])
-        batch = min(batches, key=lambda batch: batch.ids.shape[1])
+        batch = min(batches, key=lambda batch: batch.ids.shape[1]).upto(slice(0, TRIED))
         h, calls, given = unroll(batch)
         outline = Outline.of(h, calls, given)
 

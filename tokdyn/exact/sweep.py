@@ -30,7 +30,7 @@ from .segments import Cuts, Outline, Segment
 
 Found = dict[str, tuple[list[Call], Outputs]]  # module -> its calls and the cotangents at their outputs
 SAVED = 2  # what a segment's graph keeps for its backward pass beside the outputs of its modules
-SHORTEST = 32
+SHORTEST = 64
 LENGTHS = 8  # a sequence is unrolled at so many lengths at most: a token needs nothing behind itself
 
 
@@ -132,18 +132,11 @@ def strips(cuts: Cuts, tokens: Sequence[tuple[Watched, slice]]) -> list[Strip]:
         length = -(-n // max(1, min(LENGTHS, n // SHORTEST)))
         for a in range(rows.start, rows.stop, length):
             part = slice(a, min(a + length, rows.stop))
-            batch = cut(w.batch, part)
+            batch = w.batch.upto(part)
             at = slice(start, start + len(batch.rows))
             found.append(Strip(w, part, at, batch, cuts, cuts.outline(batch), w.u[part].to(w.dtype)))
             start = at.stop
     return found
-
-
-def cut(batch: Batch, rows: slice) -> Batch:
-    """Some tokens of a sequence, which ends behind the last of them."""
-    at = batch.rows[rows]
-    ids = batch.ids[:, : int(at.max()) + 1]
-    return Batch(ids, at, batch.targets[rows], batch.sequence[rows], batch.position[rows])
 
 
 def tile(

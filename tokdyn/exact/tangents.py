@@ -21,7 +21,7 @@ from ..calls import Call
 from ..trace import Tracer
 from .plan import Plan, Watched
 from .rules import Embedding, Outputs, Rule
-from .sweep import cut, tied
+from .sweep import tied
 
 Deltas = dict[str, tuple[list[Call], Outputs]]
 
@@ -49,7 +49,7 @@ def _cotangents(tracer: Tracer, p: Plan, source: Watched, rows: slice) -> Deltas
 
     The sequence is cut behind the chunk's last token: nothing later takes part.
     """
-    h, calls, _ = p.unroll(tracer, cut(source.batch, rows))
+    h, calls, _ = p.unroll(tracer, source.batch.upto(rows))
     b, d = h.shape
     cotangent = torch.zeros(b, b, d, dtype=h.dtype, device=h.device)
     index = torch.arange(b, device=h.device)
