@@ -36,7 +36,7 @@ from .stepped import Seen, log_probs, steps_of, through_readout
 from .steps import Step
 from .trace import Tracer, trace
 
-TOKENS = 1024  # padded positions looked at together: several [TOKENS, V] at a time
+TOKENS = 512  # padded positions looked at together: several [TOKENS, V] at a time
 
 
 @dataclass(frozen=True)
@@ -197,15 +197,16 @@ class Probe:
                 table, torch.cat(before), after, torch.cat(predicted).cpu(),
                 torch.cat(readout) if readout else None,
             )  # fmt: skip
+            direction.clear()  # of the model's size
             try:
-                self._blame(tracer, optimizer, forwards, scale, uses, direction, seen)
+                self._blame(tracer, optimizer, forwards, scale, uses, seen)
             except ValueError as error:
                 seen.problem = f"no forces of single update tokens: {error}"
         return seen
 
     def _blame(
         self, tracer: Tracer, optimizer: torch.optim.Optimizer, forwards: Sequence[Forward], scale: float,
-        uses: dict[str, str], direction: exact.Direction, seen: Seen,
+        uses: dict[str, str], seen: Seen,
     ) -> None:  # fmt: skip
         """Σ over each blamed group, pulled back once, pushed over the update: one backward and one tangent pass a group."""
         P, update = steps_of(optimizer, tracer), [self._update(tracer, f, scale) for f in forwards]
@@ -214,15 +215,17 @@ class Probe:
             batches = tracer.batches(self.groups[group], TOKENS)
             ones = [torch.ones(len(b.targets), dtype=tracer.precision, device=tracer.device) for b in batches]
             terms = [GTerm(b.targets.to(tracer.device), one) for b, one in zip(batches, ones, strict=True)]
-            pulled = exact.pull(tracer, exact.Side(batches, terms), uses)
-            D = {name: P[name] * x for name, x in pulled.items()}
+            D = exact.pull(tracer, exact.Side(batches, terms), uses)
+            if group == self.blamed[0]:
+                seen.own = sum(float(-(P[name] * grads[name] * x).double().sum()) for name, x in D.items() if name in grads)
+                moved = {name: p.detach() for name, p in tracer.model.named_parameters()}
+                along = sum(float(((moved[name] - self._saved[name]) * x).double().sum()) for name, x in D.items())
+                seen.carried = along - seen.own
+            for name, x in D.items():
+                x *= P[name]
             parts = [exact.push_all(tracer, side, D, uses) for side in update]
             seen.forces[group] = torch.cat(parts).cpu() if parts else torch.zeros(0)
             if group == self.blamed[0]:
-                seen.own = sum(
-                    float(-(P[name] * grads[name] * x).double().sum()) for name, x in pulled.items() if name in grads
-                )
-                seen.carried = sum(float((direction[name] * x).double().sum()) for name, x in pulled.items()) - seen.own
                 seen.total = float(seen.forces[group].double().sum())
 
     @staticmethod
