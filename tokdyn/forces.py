@@ -207,7 +207,9 @@ class _Live:
 
 def fingerprint(tracer: Tracer) -> Tensor:
     """A checksum of all parameters, to notice that a model has moved."""
-    return torch.stack([torch.stack([p.double().sum(), p.double().square().sum()]) for p in tracer.params.values()])
+    wide = torch.float64
+    own = (tracer.params[name] for name, owner in tracer.owner.items() if name == owner)
+    return torch.stack([torch.stack([p.sum(dtype=wide), torch.linalg.vector_norm(p, dtype=wide)]) for p in own])
 
 
 def coverage(tracer: Tracer, uses: dict[str, str], scope: str, rules: dict[str, str] | None = None) -> dict[str, str]:
