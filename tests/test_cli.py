@@ -1,6 +1,7 @@
 """The command line as a user meets it: the main job, and one clear sentence for every mistake."""
 
 import contextlib
+import functools
 import json
 import os
 import pty
@@ -134,7 +135,8 @@ def test_control_c_leaves_a_readable_partial_run(tmp_path):
     tokdyn = Path(sys.executable).with_name("tokdyn")
     command = [tokdyn, "profile", "--rows", "8", "--held-out", "8", "--out", tmp_path / "run"]
     leader, follower = pty.openpty()
-    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, close_fds=True)
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell starts what runs behind it deaf to it
+    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, close_fds=True, preexec_fn=hear)
     os.close(follower)
     seen = ""
     while "force matrix" not in seen:  # ends with the process: read() then fails
