@@ -36,7 +36,7 @@ from .stepped import Seen, log_probs, steps_of, through_readout
 from .steps import Step
 from .trace import Tracer, trace
 
-TOKENS = 512  # padded positions looked at together: several [TOKENS, V] at a time
+TOKENS = 768  # padded positions looked at together: several [TOKENS, V] at a time
 
 
 @dataclass(frozen=True)
