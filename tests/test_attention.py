@@ -137,3 +137,21 @@ def test_padded_and_packed_batches_reach_the_attention():
             left = model(ids, attention_mask=padding).logits
             outs.append((left[0, 3:], left[1], model(ids[:1], position_ids=packed, use_cache=False).logits))
     assert all(relative_error(b, a) < 1e-5 for a, b in zip(*outs, strict=True))
+
+
+def test_the_specification_of_cotangents_is_differentiable_where_they_are_zero():
+    """dQ, dK, dV are linear in dO: their derivative by it does not vanish where it does."""
+    from tokdyn import ops
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, *shape, 4, dtype=torch.float64, generator=generator) for shape in ((1, 5), (5,), (5,)))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+
+    def pulled(do):
+        return ops.cotangent_attention(q, k, v, do, mask, 0.5, impl="reference")
+
+    zero = torch.zeros(1, 1, 2, 1, 5, 4, dtype=torch.float64)
+    jacobians = torch.autograd.functional.jacobian(pulled, zero)
+    do = torch.randn(zero.shape, dtype=torch.float64, generator=generator)
+    for J, value in zip(jacobians, pulled(do), strict=True):
+        torch.testing.assert_close((J.flatten(value.dim()) @ do.flatten()), value)

@@ -35,9 +35,6 @@ class Call:
         return Call(self.name, self.module, *map_floats(Tensor.detach, (self.args, self.kwargs, self.output)))
 
 
-Place = tuple[str, int, int]  # what a module was given: its name, how often it had been called, which of the tensors
-
-
 @dataclass(frozen=True)
 class Joined(Call):
     """Calls of several modules as one, which returns a tensor w that each number of their outputs acts on by itself."""

@@ -24,14 +24,14 @@ def cotangent_attention(
     dv = v.new_zeros(B, Hk, S, n, E + 1)
     values = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # dO Vᵀ - rowsum(dO ⊙ O) in one product
     for rows, keys, P, slope in blocks(q, k, mask, scale, softcap, n):
-        if not bool(do[..., rows, 0].any()) and not bool(do[..., rows, :].any()):
+        if not do.requires_grad and not bool(do[..., rows, 0].any()) and not bool(do[..., rows, :].any()):
             continue  # of the last attention of a model every token's cotangent is at its own query
         P, slope = P.flatten(2, 3), slope.flatten(2, 3) if isinstance(slope, Tensor) else slope
         x, near = q[..., rows, :].flatten(2, 3), k[:, :, keys]
         g = do.new_empty(B, Hk, G, x.shape[2] // G, n, E + 1)
         g[..., :E] = do[..., rows, :].movedim(0, -2)
         g = g.flatten(2, 3)
-        torch.sum(g[..., :E] * (P @ -v[:, :, keys])[..., None, :], -1, out=g[..., E])
+        g[..., E] = (g[..., :E] * (P @ -v[:, :, keys])[..., None, :]).sum(-1)
         dv[:, :, keys] += (P.mT @ g.flatten(3)).unflatten(3, (n, -1))
         dS = (g.flatten(2, 3) @ values[:, :, keys].mT).unflatten(2, (-1, n))
         dS *= (slope * P)[..., None, :]

@@ -206,6 +206,7 @@ def _sweep(
     at = [_places(side) for side in sides]
     cuts = Cuts.of(partial(p.unroll, tracer), [*sides[0].batches, *sides[1].batches])
     labels: dict[str, str] = {}
+    joined = {joint.name: joint.modules for joint in p.joints}
     clock = _Clock(progress, len(o[1]) * len(u[1]), out.shape[1])
 
     def watched(which: int, block: Block) -> list[tuple[Watched, slice]]:
@@ -219,7 +220,9 @@ def _sweep(
     for rows in o[1]:
         kept = watched(0, rows)
         rules = {id(w): p.rules(w.calls) for w, _ in kept}
-        labels |= {module: rule.label for of in rules.values() for name, rule in of.items() for module in name.split(" + ")}
+        labels |= {
+            module: rule.label for of in rules.values() for name, rule in of.items() for module in joined.get(name, (name,))
+        }
         for columns in u[1]:
             mine, theirs = (sweep.strips(cuts, side) for side in (kept, watched(1, columns)))
             tile = sweep.tile(p, mine, theirs, rules, budget, clock.tick)
