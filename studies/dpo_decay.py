@@ -24,7 +24,7 @@ from tokdyn.objectives import Objective
 
 from . import sft_dynamics, texts, training
 from .figures import BLUE, COLOURS, GREY, INK, VERMILION, figure
-from .result import Claim, Result, estimate
+from .result import Claim, Estimate, Result, estimate
 
 PAPER = "arXiv 2407.10490 §4.2"
 LOSS = td.objectives
@@ -61,50 +61,50 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
             for row in follow(tuned, tokenizer, pairs, watched, loss, epochs=4 if quick else 10, seed=run_seed):
                 table.append({"variant": name, "seed": run_seed} | row)
 
-    dpo = {kind: final(table, "DPO", kind) for kind in kinds(table)}
-    falls = {kind: sum(values) / len(values) for kind, values in dpo.items()}
+    end = {kind: estimate(path(table, "DPO", kind, s)[-1] for s in seeds(table)) for kind in kinds(table)}
+    falls = {kind: value.mean for kind, value in end.items()}
     chosen = path(table, "DPO", "chosen")
-    margin = min(max(x["margin"] for x in means(table, name)) for name in variants(table))
-    at = {name: at_margin(means(table, name), margin) for name in variants(table)}
-    weaker = [name for name in at if name != "DPO"]
+    gained = {name: estimate(means(table, name, s)[-1]["margin"] for s in seeds(table)) for name in variants(table)}
+    margin, at = at_equal_margin(table)
+    argmax = {name: beyond(at, name, "DPO", "argmax") for name in at if name != "DPO"}
+    keeps = beyond(at, "on-policy DPO", "DPO", "chosen")
     claims = [
         Claim(
             f"Off-policy DPO presses the rejected answer down most ({PAPER})",
-            "the change of the rejected answer's log-probability is the lowest of all kinds, and below 0",
-            "; ".join(f"{kind} {falls[kind]:+.2f}" for kind in sorted(falls, key=lambda k: falls[k])) + " nats a token",
-            min(falls, key=lambda k: falls[k]) == "rejected" and falls["rejected"] < 0,
+            "the change of the rejected answer's log-probability is the lowest of all kinds, and below 0, its interval too",
+            f"rejected {end['rejected'].words('nats a token')}; "
+            + "; ".join(f"{kind} {falls[kind]:+.2f}" for kind in sorted(falls, key=lambda k: falls[k]) if kind != "rejected"),
+            min(falls, key=lambda k: falls[k]) == "rejected" and end["rejected"].high < 0,
         ),
         Claim(
             "The margin between chosen and rejected answer grows (the loss is minimised)",
-            "chosen minus rejected rises in every variant",
-            "; ".join(f"{name} {means(table, name)[-1]['margin']:+.2f}" for name in at) + " nats a token",
-            all(means(table, name)[-1]["margin"] > 0 for name in at),
+            "chosen minus rejected rises in every variant, its interval too",
+            "; ".join(f"{name} {value.words()}" for name, value in gained.items()) + " nats a token",
+            all(value.low > 0 for value in gained.values()),
         ),
         Claim(
             f"The chosen answer falls late ({PAPER})",
-            "its last reading lies below its highest one and below its start",
-            f"{chosen[0]:+.3f} at the start, highest {max(chosen):+.3f}, last {chosen[-1]:+.3f} nats a token; "
-            f"over prompts {estimate(dpo['chosen']).words('nats a token', of='answers')}",
-            chosen[-1] < max(chosen) and chosen[-1] < 0,
+            "its last reading lies below its highest one, and below its start with its interval",
+            f"highest {max(chosen):+.3f} against the start, last {end['chosen'].words('nats a token')}",
+            chosen[-1] < max(chosen) and end["chosen"].high < 0,
         ),
         Claim(
             f"The argmax rises while everything that is watched falls: squeezing ({PAPER})",
-            "log-probability of the most likely token along the rejected answers rises over DPO",
-            f"{estimate(final(table, 'DPO', 'argmax')).words('nats a token', of='answers')}",
-            estimate(final(table, "DPO", "argmax")).low > 0,
+            "log-probability of the most likely token along the rejected answers rises over DPO, its interval above 0",
+            end["argmax"].words("nats a token"),
+            end["argmax"].low > 0,
         ),
         Claim(
             f"On-policy DPO squeezes less than off-policy DPO ({PAPER} and §3.3)",
-            "at equal margin its argmax rises less and its chosen answer keeps more",
-            f"at {margin:.2f} nats a token: argmax {at['on-policy DPO']['argmax']:+.3f} against {at['DPO']['argmax']:+.3f}, "
-            f"chosen {at['on-policy DPO']['chosen']:+.3f} against {at['DPO']['chosen']:+.3f}",
-            at["on-policy DPO"]["argmax"] < at["DPO"]["argmax"] and at["on-policy DPO"]["chosen"] > at["DPO"]["chosen"],
+            "at equal margin its argmax rises less and its chosen answer keeps more, intervals of both differences beside 0",
+            f"at {margin:.2f} nats a token: argmax {argmax['on-policy DPO'].words()}, chosen {keeps.words()} against DPO",
+            argmax["on-policy DPO"].high < 0 < keeps.low,
         ),
         Claim(
             f"So do the other losses, and SPIN ({PAPER}; theory §5)",
-            "at equal margin the argmax rises less than in off-policy DPO, in every variant",
-            f"at {margin:.2f} nats a token: " + ", ".join(f"{name} {at[name]['argmax']:+.3f}" for name in at),
-            all(at[name]["argmax"] < at["DPO"]["argmax"] for name in weaker),
+            "at equal margin the argmax rises less than in off-policy DPO, in every variant, intervals of the differences too",
+            f"at {margin:.2f} nats a token, against DPO: " + ", ".join(f"{name} {x.words()}" for name, x in argmax.items()),
+            all(difference.high < 0 for difference in argmax.values()),
         ),
     ]  # fmt: skip
     return Result(
@@ -184,24 +184,23 @@ def kinds(table: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["kind"] for row in table))
 
 
-def final(table: list[dict[str, Any]], variant: str, kind: str) -> list[float]:
-    """Change of each answer at the last reading, over all seeds."""
-    last = max(row["epoch"] for row in table)
-    return [row["change"] for row in table if (row["variant"], row["kind"], row["epoch"]) == (variant, kind, last)]
+def seeds(table: list[dict[str, Any]]) -> list[int]:
+    """In the order they were run."""
+    return list(dict.fromkeys(row["seed"] for row in table))
 
 
-def path(table: list[dict[str, Any]], variant: str, kind: str) -> list[float]:
-    """Mean change over answers and seeds at every reading."""
+def path(table: list[dict[str, Any]], variant: str, kind: str, seed: int | None = None) -> list[float]:
+    """Mean change over answers at every reading, of one seed or over all."""
     found: dict[int, list[float]] = {}
     for row in table:
-        if (row["variant"], row["kind"]) == (variant, kind):
+        if (row["variant"], row["kind"]) == (variant, kind) and seed in (None, row["seed"]):
             found.setdefault(row["epoch"], []).append(row["change"])
     return [sum(values) / len(values) for values in found.values()]
 
 
-def means(table: list[dict[str, Any]], variant: str) -> list[dict[str, float]]:
-    """Mean changes of chosen, rejected and argmax at every reading, and the margin."""
-    columns = {kind: path(table, variant, kind) for kind in ("chosen", "rejected", "argmax")}
+def means(table: list[dict[str, Any]], variant: str, seed: int | None = None) -> list[dict[str, float]]:
+    """Mean changes of chosen, rejected and argmax at every reading, and the margin; of one seed or over all."""
+    columns = {kind: path(table, variant, kind, seed) for kind in ("chosen", "rejected", "argmax")}
     return [
         dict(zip(columns, values, strict=True)) | {"margin": values[0] - values[1]}
         for values in zip(*columns.values(), strict=True)
@@ -217,7 +216,19 @@ def at_margin(readings: list[dict[str, float]], margin: float) -> dict[str, floa
     return readings[-1]
 
 
-def _figure(table: list[dict[str, Any]], at: dict[str, dict[str, float]], falls: dict[str, float]) -> Any:
+def at_equal_margin(table: list[dict[str, Any]]) -> tuple[float, dict[str, list[dict[str, float]]]]:
+    """The widest margin that every training reaches, and where each stands there: variant -> one reading a seed."""
+    runs = {name: [means(table, name, s) for s in seeds(table)] for name in variants(table)}
+    margin = min(max(reading["margin"] for reading in run) for of in runs.values() for run in of)
+    return margin, {name: [at_margin(run, margin) for run in of] for name, of in runs.items()}
+
+
+def beyond(at: dict[str, list[dict[str, float]]], name: str, other: str, key: str) -> Estimate:
+    """How much more of a change one variant shows than another at the margin, over seeds."""
+    return estimate(a[key] - b[key] for a, b in zip(at[name], at[other], strict=True))
+
+
+def _figure(table: list[dict[str, Any]], at: dict[str, list[dict[str, float]]], falls: dict[str, float]) -> Any:
     title = f"DPO presses the rejected answer down; the chosen moves {falls['chosen']:+.2f}, the argmax {falls['argmax']:+.2f}"
     made, (left, right) = figure(1, 2, title=title, height=3.8, width=10)
     colour = {"chosen": BLUE, "rejected": VERMILION, "argmax": INK}

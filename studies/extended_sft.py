@@ -19,7 +19,7 @@ from tokdyn.interventions import both_answers
 from tokdyn.loading import load_model
 
 from . import texts, training
-from .dpo_decay import at_margin, follow, means, variants
+from .dpo_decay import at_equal_margin, beyond, follow, means, seeds, variants
 from .figures import BLUE, GREY, ORANGE, figure
 from .result import Claim, Result, estimate
 
@@ -38,46 +38,38 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
 
     model, tokenizer = load_model()
     rows = texts.pairs(data, 12 if quick else 64, tokenizer=tokenizer, longest=128)
-    seeds = range(seed, seed + (2 if quick else 5))
     both = [td.encode(tokenizer, row["prompt"], row["completion"]) for row in both_answers(rows)]
     starts = {"chosen only": texts.chis(tokenizer, rows, "chosen"), "both answers": both}
     table: list[dict[str, Any]] = []
-    for run_seed in seeds:
+    for run_seed in range(seed, seed + (2 if quick else 5)):
         for name, chis in starts.items():
             tuned = copy.deepcopy(model)
             training.sft(tuned, chis, epochs=4, lr=1e-4, seed=run_seed)
             watched = {kind: texts.chis(tokenizer, rows, kind) for kind in ("chosen", "rejected")}
             readings = follow(tuned, tokenizer, rows, watched, td.objectives.DPO(), epochs=4 if quick else 10, seed=run_seed)
             table += [{"variant": name, "seed": run_seed} | row for row in readings]
-    names = variants(table)
-    runs = {name: [means([row for row in table if row["seed"] == s], name) for s in seeds] for name in names}
-    margin = min(max(reading["margin"] for reading in of) for each in runs.values() for of in each)
-    at = {name: [at_margin(of, margin) for of in each] for name, each in runs.items()}
-    first = [row for row in table if row["kind"] == "rejected" and row["epoch"] == 0]
-    begin = {name: [row["log_prob"] for row in first if row["variant"] == name] for name in names}
-    lifted = [b - a for a, b in zip(begin["chosen only"], begin["both answers"], strict=True)]
-
-    def kept(key: str) -> list[float]:
-        return [b[key] - a[key] for a, b in zip(at["chosen only"], at["both answers"], strict=True)]
-
+    margin, at = at_equal_margin(table)
+    chosen, argmax = (beyond(at, "both answers", "chosen only", key) for key in ("chosen", "argmax"))
+    alone, extended = (_start(table, name, len(rows)) for name in starts)
+    lifted = estimate(b - a for a, b in zip(alone, extended, strict=True))
     claims = [
         Claim(
             f"Training on both answers lifts the rejected ones out of the valley ({PAPER})",
             "log-probability of the rejected answers at the start of DPO: higher than after SFT on the chosen ones alone",
-            estimate(lifted).words("nats a token", of="answers"),
-            estimate(lifted).low > 0,
+            lifted.words("nats a token", of="answers"),
+            lifted.low > 0,
         ),
         Claim(
             f"The chosen answers then decay less in DPO ({PAPER})",
             "their change at equal margin is higher than after SFT on the chosen ones alone",
-            f"{estimate(kept('chosen')).words('nats a token')} at a margin of {margin:.2f}",
-            estimate(kept("chosen")).low > 0,
+            f"{chosen.words('nats a token')} at a margin of {margin:.2f}",
+            chosen.low > 0,
         ),
         Claim(
             f"and the argmax rises less ({PAPER})",
             "its change along the rejected answers at equal margin is lower",
-            f"{estimate(kept('argmax')).words('nats a token')} at a margin of {margin:.2f}",
-            estimate(kept("argmax")).high < 0,
+            f"{argmax.words('nats a token')} at a margin of {margin:.2f}",
+            argmax.high < 0,
         ),
     ]
     change = {name: sum(x["chosen"] for x in of) / len(of) for name, of in at.items()}
@@ -85,9 +77,15 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
         f"After SFT on both answers DPO moves the chosen one by {change['both answers']:+.2f} nats a token, after SFT on it "
         f"alone by {change['chosen only']:+.2f}, at equal margin",
         claims, {"readings": pa.Table.from_pylist(table)}, {"extended_sft": _figure(table, change)},
-        notes=f"{len(rows)} pairs, {len(seeds)} seeds; both starts take four passes over their data, so that the extended one "
-        "takes twice the steps, as in the paper.",
+        notes=f"{len(rows)} pairs, {len(seeds(table))} seeds; both starts take four passes over their data, so that the "
+        "extended one takes twice the steps, as in the paper.",
     )  # fmt: skip
+
+
+def _start(table: list[dict[str, Any]], variant: str, n: int) -> list[float]:
+    """Log-probability of each rejected answer before DPO, mean over seeds."""
+    first = [row for row in table if (row["variant"], row["kind"], row["epoch"]) == (variant, "rejected", 0)]
+    return [sum(values) / len(values) for values in ([row["log_prob"] for row in first if row["row"] == i] for i in range(n))]
 
 
 def _figure(table: list[dict[str, Any]], change: dict[str, float]) -> Any:
@@ -96,8 +94,8 @@ def _figure(table: list[dict[str, Any]], change: dict[str, float]) -> Any:
     made, axes = figure(1, 2, title=title, width=10, height=3.6)
     for panel, key, label in zip(axes, ("chosen", "argmax"), ("chosen answer", "argmax along the rejected one"), strict=True):
         for name, colour in zip(variants(table), (ORANGE, BLUE), strict=True):
-            for n, s in enumerate(sorted({row["seed"] for row in table})):
-                readings = means([row for row in table if row["seed"] == s], name)
+            for n, s in enumerate(seeds(table)):
+                readings = means(table, name, s)
                 panel.plot([r["margin"] for r in readings], [r[key] for r in readings], "o-", markersize=2.5, color=colour,
                            alpha=0.7, label=None if n else f"SFT on {name}")  # fmt: skip
         panel.axhline(0, color=GREY, linewidth=0.8)

@@ -19,7 +19,7 @@ import tokdyn as td
 from tokdyn.loading import load_model
 
 from . import texts, training
-from .dpo_decay import at_margin, follow, means, variants
+from .dpo_decay import at_equal_margin, beyond, follow, means, seeds, variants
 from .figures import COLOURS, GREY, figure
 from .result import Claim, Result, estimate
 
@@ -39,10 +39,10 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
 
     model, tokenizer = load_model()
     rows = texts.pairs(data, 12 if quick else 64, tokenizer=tokenizer, longest=128)
-    seeds, passes = range(seed, seed + (1 if quick else 5)), (0, 2, 6) if quick else (0, 2, 6, 12)
+    passes = (0, 2, 6) if quick else (0, 2, 6, 12)
     table: list[dict[str, Any]] = []
     peak: dict[int, list[float]] = {n: [] for n in passes}
-    for run_seed in seeds:
+    for run_seed in range(seed, seed + (1 if quick else 5)):
         tuned, done = copy.deepcopy(model), 0
         for n in passes:
             training.sft(tuned, texts.chis(tokenizer, rows, "chosen"), epochs=n - done, lr=1e-4, seed=100 * run_seed + n)
@@ -52,42 +52,43 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
             readings = follow(tuned, tokenizer, rows, watched, td.objectives.DPO(), epochs=3 if quick else 8, seed=run_seed)
             table += [{"variant": f"{n} passes", "seed": run_seed} | row for row in readings]
     names = variants(table)
-    margin = min(max(x["margin"] for x in means(table, name)) for name in names)
-    at = {name: at_margin(means(table, name), margin) for name in names}
-    by_seed = {
-        (name, s): at_margin(means([row for row in table if row["seed"] == s], name), margin) for name in names for s in seeds
-    }
+    margin, at = at_equal_margin(table)
+    mean = {key: [sum(run[key] for run in at[name]) / len(at[name]) for name in names] for key in ("chosen", "argmax")}
+    chosen, argmax = (beyond(at, names[-1], names[0], key) for key in mean)
+    peakier = estimate(b - a for a, b in zip(peak[passes[0]], peak[passes[-1]], strict=True))
+    gained = [estimate(means(table, name, s)[-1]["margin"] for s in seeds(table)) for name in names]
     claims = [
         Claim(
             f"Supervised training makes the model peakier ({PAPER})",
             "the argmax's log-probability along the rejected answers is higher the longer the SFT",
-            "; ".join(f"{n} passes {sum(values) / len(values):+.3f} nats a token" for n, values in peak.items()),
-            all(sum(peak[b]) > sum(peak[a]) for a, b in zip(passes, passes[1:], strict=False)),
+            "; ".join(f"{n} passes {sum(values) / len(values):+.3f} nats a token" for n, values in peak.items())
+            + f"; last minus first {peakier.words()}",
+            peakier.low > 0 and _falling([-sum(values) for values in peak.values()]),
         ),
         Claim(
             "DPO widens the margin after each (the loss is minimised)",
             "chosen minus rejected rises",
-            "; ".join(f"{name} {means(table, name)[-1]['margin']:+.2f}" for name in names) + " nats a token",
-            all(means(table, name)[-1]["margin"] > 0 for name in names),
+            "; ".join(f"{name} {value.words()}" for name, value in zip(names, gained, strict=True)) + " nats a token",
+            all(value.low > 0 for value in gained),
         ),
         Claim(
             f"The longer the SFT, the more the chosen answer loses in DPO ({PAPER})",
-            "its change at equal margin falls with the length of SFT",
-            _listed(at, by_seed, "chosen", margin),
-            _falling([at[name]["chosen"] for name in names]),
+            "its change at equal margin falls with the length of SFT, last minus first with its interval below 0",
+            _listed(at, "chosen", margin) + f"; last minus first {chosen.words()}",
+            chosen.high < 0 and _falling(mean["chosen"]),
         ),
         Claim(
             f"and the more the argmax rises ({PAPER})",
-            "its change at equal margin rises with the length of SFT",
-            _listed(at, by_seed, "argmax", margin),
-            _falling([-at[name]["argmax"] for name in names]),
+            "its change at equal margin rises with the length of SFT, last minus first with its interval above 0",
+            _listed(at, "argmax", margin) + f"; last minus first {argmax.words()}",
+            argmax.low > 0 and _falling([-value for value in mean["argmax"]]),
         ),
     ]
     return Result(
-        f"At a margin of {margin:.2f} nats a token the chosen answer has moved {at[names[0]]['chosen']:+.2f} without SFT and "
-        f"{at[names[-1]]['chosen']:+.2f} after {names[-1]}",
-        claims, {"readings": pa.Table.from_pylist(table)}, {"longer_sft_worse_dpo": _figure(table, at)},
-        notes=f"{len(rows)} pairs, {len(seeds)} seed(s); DPO with Adam, one learning rate.",
+        f"At a margin of {margin:.2f} nats a token the chosen answer has moved {mean['chosen'][0]:+.2f} without SFT and "
+        f"{mean['chosen'][-1]:+.2f} after {names[-1]}",
+        claims, {"readings": pa.Table.from_pylist(table)}, {"longer_sft_worse_dpo": _figure(table, mean["chosen"])},
+        notes=f"{len(rows)} pairs, {len(seeds(table))} seed(s); DPO with Adam, one learning rate.",
     )  # fmt: skip
 
 
@@ -95,17 +96,13 @@ def _falling(values: list[float]) -> bool:
     return all(b < a for a, b in zip(values, values[1:], strict=False))
 
 
-def _listed(at: dict[str, dict[str, float]], by_seed: dict[tuple[str, int], dict[str, float]], key: str, margin: float) -> str:
-    found = []
-    for name, reading in at.items():
-        values = [of[key] for (variant, _), of in by_seed.items() if variant == name]
-        found.append(f"{name} " + (estimate(values).words() if len(values) > 1 else f"{reading[key]:+.3f}"))
+def _listed(at: dict[str, list[dict[str, float]]], key: str, margin: float) -> str:
+    found = [f"{name} {estimate(run[key] for run in of).words()}" for name, of in at.items()]
     return "; ".join(found) + f" nats a token, at a margin of {margin:.2f}"
 
 
-def _figure(table: list[dict[str, Any]], at: dict[str, dict[str, float]]) -> Any:
-    first, *_, last = at
-    title = f"DPO moves the chosen answer {at[first]['chosen']:+.2f} without SFT, {at[last]['chosen']:+.2f} after {last}"
+def _figure(table: list[dict[str, Any]], chosen: list[float]) -> Any:
+    title = f"DPO moves the chosen answer {chosen[0]:+.2f} without SFT, {chosen[-1]:+.2f} after {variants(table)[-1]}"
     made, axes = figure(1, 2, title=title, width=10, height=3.6)
     for panel, key, label in zip(axes, ("chosen", "argmax"), ("chosen answer", "argmax along the rejected one"), strict=True):
         for k, name in enumerate(variants(table)):

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+MINUS = "\N{MINUS SIGN}"
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -46,7 +48,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over independent runs and the half width of its 95% interval (Student's t); n is their number."""
+    """A mean over independent runs and the half width of its 95% interval (Student's t); n is their number.
+
+    One run alone has no interval: its half width is 0 and `words` says that it is one.
+    """
 
     mean: float
     half: float
@@ -67,6 +72,8 @@ class Estimate:
 
     def words(self, unit: str = "", digits: int = 3, of: str = "seeds") -> str:
         """As '0.52 ± 0.03 nats (95%, 5 seeds)', rounded to the digits that the interval leaves."""
+        if self.n == 1:
+            return f"{self.mean:+.{digits}f}{' ' + unit if unit else ''} (one {of.removesuffix('s')})".replace("-", MINUS)
         if 0 < self.half < 1e-6:
             value = f"{self.mean:.{digits}g} ± {self.half:.1g}"
         elif self.half > 0:
@@ -74,18 +81,20 @@ class Estimate:
             value = f"{self.mean:.{places}f} ± {self.half:.{places}f}"
         else:
             value = f"{self.mean:.{digits}g} ± 0"
-        return f"{value}{' ' + unit if unit else ''} (95%, {self.n} {of})".replace("-", "\N{MINUS SIGN}")
+        return f"{value}{' ' + unit if unit else ''} (95%, {self.n} {of})".replace("-", MINUS)
 
 
 def estimate(values: Iterable[float]) -> Estimate:
-    """Mean of independent values and its 95% interval, t_{n-1} s/√n.
+    """Mean of independent values and its 95% interval, t_{n-1} s/√n; of one value, the value.
 
     Raises:
-        ValueError: fewer than two values, or one that is not finite.
+        ValueError: no value, or one that is not finite.
     """
     values = [float(value) for value in values]
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        raise ValueError(f"an interval needs two or more finite values, got {values}")
+    if not values or not all(map(math.isfinite, values)):
+        raise ValueError(f"an estimate needs finite values, got {values}")
+    if len(values) == 1:
+        return Estimate(values[0], 0.0, 1)
     from scipy.stats import t
 
     n = len(values)

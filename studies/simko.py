@@ -11,7 +11,6 @@ with ẽ = (1-α)e_y + (α/N) Σ e_candidates. Measured, over seeds: pass@1, pas
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,11 +22,13 @@ from tokdyn.objectives import Scores
 
 from . import arithmetic, training
 from .figures import BLUE, VERMILION, band, figure
-from .grpo_forces import G, K, gains, train, words
-from .result import Claim, Result
+from .grpo_forces import G, K, gained, gains, train
+from .result import Claim, Estimate, Result, estimate
 
 PAPER = "arXiv 2510.14807 §4"
 LOSSES = {"GRPO": td.objectives.GRPO(), "SimKO": td.objectives.SimKO()}
+PANELS = {"pass_1": "pass@1", "pass_K": f"pass@{K}", "top_1": "mass of the most likely token",
+          "answers": "different answers a problem"}  # fmt: skip
 
 
 def run(quick: bool = False, seed: int = 0) -> Result:
@@ -51,10 +52,8 @@ def run(quick: bool = False, seed: int = 0) -> Result:
         for name, objective in LOSSES.items()
         for row in train(taught, tokenizer, sums, name, seed=s, objective=objective, **size)
     ]
-
-    def more(key: str) -> list[float]:
-        return [b - a for a, b in zip(gains(curves, "GRPO", key), gains(curves, "SimKO", key), strict=True)]
-
+    more = {key: gained(curves, "SimKO", "GRPO", key) for key in PANELS}
+    change = {key: [f"{name} {estimate(gains(curves, name, key)).words()}" for name in LOSSES] for key in PANELS}
     claims = [
         Claim(
             f"SimKO's ratio has the value of GRPO's (identity; {PAPER})",
@@ -70,27 +69,26 @@ def run(quick: bool = False, seed: int = 0) -> Result:
         ),
         Claim(
             f"SimKO keeps more of pass@K than GRPO ({PAPER})",
-            f"its change of pass@{K} over training is higher, mean over seeds",
-            f"SimKO {words(gains(curves, 'SimKO', 'pass_K'))}, GRPO {words(gains(curves, 'GRPO', 'pass_K'))}, difference "
-            f"{words(more('pass_K'))}",
-            sum(more("pass_K")) > 0,
+            f"its change of pass@{K} over training is higher than GRPO's with the same seed, interval above 0",
+            f"{', '.join(change['pass_K'])}, difference {more['pass_K'].words()}",
+            more["pass_K"].low > 0,
         ),
         Claim(
             f"at no cost in pass@1 ({PAPER})",
-            "its change of pass@1 is at least GRPO's, mean over seeds",
-            f"SimKO {words(gains(curves, 'SimKO', 'pass_1'))}, GRPO {words(gains(curves, 'GRPO', 'pass_1'))}",
-            sum(more("pass_1")) >= 0,
+            "its change of pass@1 is not below GRPO's: the difference's interval reaches 0 or lies above it",
+            f"{', '.join(change['pass_1'])}, difference {more['pass_1'].words()}",
+            more["pass_1"].high >= 0,
         ),
         Claim(
             f"because it concentrates less ({PAPER})",
-            "its change of the top-1 mass is lower, mean over seeds",
-            f"SimKO {words(gains(curves, 'SimKO', 'top_1'))}, GRPO {words(gains(curves, 'GRPO', 'top_1'))}",
-            sum(more("top_1")) < 0,
+            "its change of the top-1 mass is lower than GRPO's with the same seed, interval below 0",
+            f"{', '.join(change['top_1'])}, difference {more['top_1'].words()}",
+            more["top_1"].high < 0,
         ),
     ]
     return Result(
-        f"With the paper's constants SimKO changes pass@{K} by {sum(more('pass_K')) / len(more('pass_K')):+.3f} and the top-1 "
-        f"mass by {sum(more('top_1')) / len(more('top_1')):+.3f} against GRPO",
+        f"With the paper's constants SimKO changes pass@{K} by {more['pass_K'].mean:+.3f} and the top-1 mass by "
+        f"{more['top_1'].mean:+.3f} against GRPO",
         claims, {"training": pa.Table.from_pylist(curves)}, {"simko": _figure(curves, more)},
         notes=f"{len(sums)} sums, G = {G} rollouts, {size['steps']} steps; α = .01, λ = 1.1, N = 3, forking tokens above the "
         ".8 quantile of an answer's entropy.",
@@ -115,14 +113,11 @@ def _identities(model: Any, chis: list[td.Chi]) -> tuple[float, float]:
     return float((a - b).abs()) / size, float((shared[forked] - truth).norm() / truth.norm())
 
 
-def _figure(curves: list[dict[str, Any]], more: Callable[[str], list[float]]) -> Any:
-    panels = {"pass_1": "pass@1", "pass_K": f"pass@{K}", "top_1": "mass of the most likely token",
-              "answers": "different answers a problem"}  # fmt: skip
-    gap = {key: sum(more(key)) / len(more(key)) for key in ("pass_1", "pass_K")}
-    title = f"SimKO against GRPO on half-solved sums: pass@1 {gap['pass_1']:+.3f}, pass@{K} {gap['pass_K']:+.3f}"
+def _figure(curves: list[dict[str, Any]], more: dict[str, Estimate]) -> Any:
+    title = f"SimKO against GRPO on half-solved sums: pass@1 {more['pass_1'].mean:+.3f}, pass@{K} {more['pass_K'].mean:+.3f}"
     made, axes = figure(1, 4, title=title, width=12, height=3.2)
     steps = sorted({row["step"] for row in curves})
-    for axis, (key, label) in zip(axes, panels.items(), strict=True):
+    for axis, (key, label) in zip(axes, PANELS.items(), strict=True):
         for name, colour in (("GRPO", VERMILION), ("SimKO", BLUE)):
             of: dict[int, list[float]] = {}
             for row in curves:

@@ -65,8 +65,10 @@ def test_estimate_is_students_interval():
     assert x.mean == 5 and x.half == pytest.approx(half, rel=1e-6) and (x.low, x.high) == (5 - x.half, 5 + x.half)
     assert x.words("nats") == "5.0 ± 5.0 nats (95%, 5 seeds)"
     assert estimate([-0.5, -0.5]).words() == "−0.5 ± 0 (95%, 2 seeds)"
-    for bad in ([1.0], [1.0, float("nan")]):
-        with pytest.raises(ValueError, match="two or more finite"):
+    alone = estimate([-0.25])  # one run has no interval and says so
+    assert (alone.low, alone.high, alone.words("nats")) == (-0.25, -0.25, "−0.250 nats (one seed)")
+    for bad in ([], [float("nan")], [1.0, float("inf")]):
+        with pytest.raises(ValueError, match="finite values"):
             estimate(bad)
 
 
