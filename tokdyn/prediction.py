@@ -30,9 +30,10 @@ from .captured import Forward
 from .kernels.readout_forces.reference import logit_force
 from .objectives import GTerm
 from .ops import TokenStats, token_stats
+from .rows import blocks, log_probs
 from .sequences import Batch, Chi, token_texts
 from .sides import row_table
-from .stepped import Seen, log_probs, steps_of, through_readout
+from .stepped import Seen, steps_of, through_readout
 from .steps import Step
 from .trace import Tracer, trace
 
@@ -45,9 +46,8 @@ class Tempered(exact.Side):
 
     temperature: float = 1.0
 
-    def force(self, b: int, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    def gamma(self, term: GTerm, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """-∂L/∂z."""
-        term = self.terms[b]
         return logit_force(logits / self.temperature, term.targets, term.c, term.v, term.uniform) / self.temperature
 
 
@@ -174,7 +174,8 @@ class Probe:
         lm, forwards = capture.lm, capture.take()
         with _without_autocast(lm), _NoRequiresGrad(), trace(lm) as tracer:
             batches = tracer.batches(self.chis, TOKENS)
-            after = torch.cat([log_probs(tracer.logits(batch), batch) for batch in batches])
+            with torch.no_grad():
+                after = torch.cat([log_probs(tracer.logits(batch), batch.targets) for batch in batches])
             direction = {name: tracer.params[name] - old for name, old in self._saved.items()}
             for use, tensor in tracer.owner.items():
                 tracer.params[use] = self._saved.get(tensor, tracer.params[use])  # from here on the model is θ
@@ -185,17 +186,18 @@ class Probe:
             for batch in batches:
                 z, velocity, h = _pushed(tracer, capture.head, batch, direction, uses)
                 y = batch.targets.to(z.device)
-                force = logit_force(z, y, torch.ones(len(y), dtype=z.dtype, device=z.device))
-                before.append(log_probs(z, batch))
-                predicted.append((force * velocity.to(force.dtype)).double().sum(1))
+                before.append(log_probs(z, y))
                 stats.append(token_stats(z, y))
-                if moved is not None:
-                    shift = None if head.bias_name is None else direction.get(tracer.owner[head.bias_name])
-                    readout.append(through_readout(old, h, z, force, moved, shift))
+                shift = None if head.bias_name is None else direction.get(tracer.owner[head.bias_name])
+                for rows in blocks(z):
+                    force = logit_force(z[rows], y[rows], torch.ones_like(z[rows, 0]))
+                    predicted.append((force * velocity[rows].to(force.dtype)).double().sum(1))
+                    if moved is not None:
+                        readout.append(through_readout(old, h[rows], z[rows], force, moved, shift))
             table = row_table(batches, TokenStats(*map(torch.cat, zip(*stats, strict=True))), self.chis)
             seen = Seen(
-                table, torch.cat(before), after, torch.cat(predicted).cpu(),
-                torch.cat(readout) if readout else None,
+                table, torch.cat(before).cpu(), after.cpu(), torch.cat(predicted).cpu(),
+                torch.cat(readout).cpu() if readout else None,
             )  # fmt: skip
             direction.clear()  # of the model's size
             try:

@@ -208,7 +208,7 @@ def _whole_step(tracer: Tracer, sides: Sides, direction: exact.Direction, uses: 
     force, rising, falling = [], [], []
     for b, batch in enumerate(sides.o.batches):
         z, velocity = exact.push(tracer, batch, direction, uses)
-        force.append((sides.o.force(b, z) * velocity).sum(1))
+        force.append(sides.o.work(b, z, velocity))
         moved = ops.apply_A(z, velocity)
         rising.append(moved.topk(k))
         falling.append(moved.topk(k, largest=False))

@@ -18,9 +18,10 @@ from .capture import Capture
 from .captured import ROWS, Forward
 from .kernels.readout_forces.reference import logit_force
 from .ops import token_stats
+from .rows import log_probs
 from .sequences import Chi, collate
 from .sides import row_table
-from .stepped import Seen, log_probs, steps_of, through_readout
+from .stepped import Seen, steps_of, through_readout
 from .trace import Readout
 from .wrapped import is_sharded, whole
 
@@ -45,7 +46,7 @@ def read(model: nn.Module, capture: Capture, chis: Sequence[Chi]) -> Read:
             ids = batch.ids.to(capture.head.weight.device)
             with torch.no_grad():
                 z = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[batch.rows.to(ids.device)].float()
-            parts.append((log_probs(z, batch), kept.pop().flatten(0, 1)[batch.rows.to(ids.device)], z))
+            parts.append((log_probs(z, batch.targets).cpu(), kept.pop().flatten(0, 1)[batch.rows.to(ids.device)], z))
     finally:
         handle.remove()
         for module, mode in modes.items():
@@ -84,7 +85,7 @@ def mirrored(
     if name:
         head = capture.readout()
         old = replace(head, weight=whole(saved[name]))
-        seen.readout = through_readout(old, h, z, force, whole(new[name]) - old.weight, None)
+        seen.readout = through_readout(old, h, z, force, whole(new[name]) - old.weight, None).cpu()
         seen.problem = "the model is sharded: forces of single update tokens are the readout's part alone"
         try:
             P = whole(steps_of(optimizer, SimpleNamespace(model=capture.lm, trainable=frozenset(named)))[name])

@@ -25,9 +25,17 @@ class Noted(Side):
 
     def force(self, b: int, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """As in Side."""
+        self._note(b, logits)
+        return super().force(b, logits)
+
+    def work(self, b: int, logits: Float[Tensor, "N V"], velocity: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """As in Side."""
+        self._note(b, logits)
+        return super().work(b, logits, velocity)
+
+    def _note(self, b: int, logits: Float[Tensor, "N V"]) -> None:
         if b not in self.stats:
             self.stats[b] = ops.token_stats(logits.detach(), self.batches[b].targets.to(logits.device))
-        return super().force(b, logits)
 
 
 @dataclass(frozen=True)

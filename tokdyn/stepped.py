@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .precondition import preconditioner
-from .sequences import Batch
 from .trace import Readout
 
 
@@ -53,15 +52,11 @@ def steps_of(optimizer: torch.optim.Optimizer, tracer: Any) -> dict[str, Tensor]
     return P
 
 
+@torch.no_grad()
 def through_readout(
     readout: Readout, h: Tensor, z: Tensor, force: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Float[Tensor, " N"]:
     """<force, ż> where only W and b move: ż is slope ⊙ (Ẇ h + ḃ)."""
     pulled = readout.pull_back(z.to(force.dtype), force)
     moved = h.to(force.dtype) @ weight.to(force.dtype).T + (0 if bias is None else bias)
-    return (pulled * moved).double().sum(1).cpu()
-
-
-def log_probs(z: Tensor, batch: Batch) -> Float[Tensor, " N"]:
-    """log pi of the scored tokens, in float64 on the CPU."""
-    return z.detach().double().log_softmax(1).gather(1, batch.targets.to(z.device)[:, None]).squeeze(1).cpu()
+    return (pulled * moved).double().sum(1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import exact
 from .objectives import SFT, Objective
 from .precondition import preconditioner
+from .rows import log_probs
 from .sequences import Chi
 from .sides import Sides, prepare
 from .trace import Tracer, trace
@@ -98,14 +99,13 @@ def against_steps(
         )
     eta = move / strongest if eta is None else eta
 
-    def log_probs(step: float) -> Tensor:
+    def at(step: float) -> Tensor:
         params = tracer.stepped(direction, uses, step)
-        rows = [(tracer.logits(batch, params), batch.targets.to(tracer.device)) for batch in sides.o.batches]
-        return torch.cat([z.double().log_softmax(1).gather(1, y[:, None]).squeeze(1) for z, y in rows])
+        return torch.cat([log_probs(tracer.logits(batch, params), batch.targets) for batch in sides.o.batches])
 
-    before = log_probs(0.0)
+    before = at(0.0)
     etas = [eta / 2**i for i in range(HALVINGS)]
-    actual = [log_probs(step) - before for step in etas]
+    actual = [at(step) - before for step in etas]
     force = force.double()
     residuals = [float((change - step * force).norm()) for change, step in zip(actual, etas, strict=True)]
     predicted = eta * force

@@ -18,6 +18,7 @@ from torch.func import jvp
 
 from ..kernels.readout_forces.reference import logit_force
 from ..objectives import GTerm
+from ..rows import blocks
 from ..sequences import Batch
 from ..trace import Tracer
 
@@ -47,7 +48,18 @@ class Side:
 
     def force(self, b: int, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """Γ of the tokens of batch b, in float32 at least."""
+        out = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
+        for rows in blocks(logits):
+            out[rows] = self.gamma(self.terms[b].rows(rows), logits[rows])
+        return out
+
+    def work(self, b: int, logits: Float[Tensor, "N V"], velocity: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """<Γ_n, ż_n> of the tokens of batch b; their Γ are never held at once."""
         term = self.terms[b]
+        return torch.cat([(self.gamma(term.rows(rows), logits[rows]) * velocity[rows]).sum(1) for rows in blocks(logits)])
+
+    def gamma(self, term: GTerm, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """Γ of some tokens."""
         return logit_force(logits, term.targets, term.c, term.v, term.uniform)
 
 
@@ -157,7 +169,7 @@ def push_all(tracer: Tracer, side: Side, direction: Direction, uses: dict[str, s
     parts = []
     for b, batch in enumerate(side.batches):
         z, velocity = push(tracer, batch, direction, uses)
-        parts.append((side.force(b, z) * velocity).sum(1))
+        parts.append(side.work(b, z, velocity))
     return torch.cat(parts)
 
 
@@ -191,7 +203,7 @@ def finite_difference(
 
     def slope(step: float) -> Tensor:
         plus, minus = at(step), at(-step)
-        work = [(side.force(b, z) * (p - q)).sum(1) for b, (z, p, q) in enumerate(zip(still, plus, minus, strict=True))]
+        work = [side.work(b, z, p - q) for b, (z, p, q) in enumerate(zip(still, plus, minus, strict=True))]
         return torch.cat(work) / (2 * step)
 
     return (4 * slope(h / 2) - slope(h)) / 3

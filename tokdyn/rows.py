@@ -1,0 +1,24 @@
+"""Rows of logits, some at a time: what makes several [N, V] on its way to a number a row stays in the caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CACHED, LARGE = 2**18, 2**26  # entries of a block on a CPU, whose caches hold some of it, and on a device
+
+
+def blocks(z: Float[Tensor, "N V"]) -> Iterator[slice]:
+    """Slices of rows that together are all of z."""
+    n = max(1, (CACHED if z.device.type == "cpu" else LARGE) // max(1, z.shape[1]))
+    return (slice(start, start + n) for start in range(0, max(1, len(z)), n))
+
+
+@torch.no_grad()
+def log_probs(z: Float[Tensor, "N V"], y: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """log pi(y_n) in float64: differences of it over one small step keep their digits."""
+    y = y.to(z.device)[:, None]
+    return torch.cat([z[rows].double().log_softmax(1).gather(1, y[rows]).squeeze(1) for rows in blocks(z)])
