@@ -126,15 +126,16 @@ def measure_time(args: argparse.Namespace) -> dict[str, list[float]]:
     return found
 
 
-def measure_memory(args: argparse.Namespace) -> dict[str, float]:
-    """Peak MiB by way."""
-    context, peak = multiprocessing.get_context("spawn"), {}
-    for way in ("off", "recorded", "probe"):
-        queue = context.Queue()
-        process = context.Process(target=memory, args=(way, args, queue))
-        process.start()
-        peak[way] = queue.get()
-        process.join()
+def measure_memory(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Peak MiB by way, one of each round: what the allocator keeps of freed memory differs from process to process."""
+    context, peak = multiprocessing.get_context("spawn"), {"off": [], "recorded": [], "probe": []}
+    for _ in range(args.rounds):
+        for way, found in peak.items():
+            queue = context.Queue()
+            process = context.Process(target=memory, args=(way, args, queue))
+            process.start()
+            found.append(queue.get())
+            process.join()
     return peak
 
 
@@ -168,9 +169,10 @@ def main() -> None:
             print(f"{way:22}{statistics.median(over):12.1f}{f'{min(over):.1f} to {max(over):.1f}':>18}{cpu:14.1f}")
     if args.part != "time":
         peak = figures["peak MiB"] = measure_memory(args)
-        print(f"{'memory':22}{'peak MiB':>12}{'more %':>18}")
+        print(f"{'memory':22}{'median MiB':>12}{'range MiB':>18}{'more %':>14}")
         for way, MiB in peak.items():
-            print(f"{way:22}{MiB:12.0f}{100 * (MiB / peak['off'] - 1):18.1f}")
+            more = 100 * (statistics.median(MiB) / statistics.median(peak["off"]) - 1)
+            print(f"{way:22}{statistics.median(MiB):12.0f}{f'{min(MiB):.0f} to {max(MiB):.0f}':>18}{more:14.1f}")
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k != "json"}
         args.json.write_text(json.dumps(dict(settings=settings, figures=figures), indent=1))

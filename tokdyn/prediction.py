@@ -14,6 +14,8 @@ one see sharded.py.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,6 +113,8 @@ class Probe:
                 self._seen = self._tangent(capture, optimizer, scale)
         finally:
             self._saved, self._start = {}, None
+            if capture.head.weight.device.type == "cpu":
+                _trim()
             total = ranks.total(torch.tensor(0.0 if self._seen is None else self._seen.total, dtype=torch.float64))
             if self._seen is not None:
                 self._seen.total = float(total)
@@ -260,6 +264,14 @@ def _pushed(
         return z, velocity, h
     finally:
         handle.remove()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system where the C library keeps it in pieces: the next step's would come on top of it."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+        if trim is not None:
+            trim(0)
 
 
 def _spelled(chi: Chi, tokenizer: Any) -> Chi:
