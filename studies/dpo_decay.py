@@ -40,14 +40,14 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
     """Every variant from one supervised model, read at every pass.
 
     Args:
-        quick: one seed, four variants and 16 pairs instead of five seeds, nine variants and up to 40 pairs.
+        quick: one seed, four variants, 12 pairs, four passes instead of five seeds, nine variants, 24 pairs, eight passes.
         seed: of the first run.
         data: the folder of the paper's probe sets, or a preference file; the shipped pairs when absent.
     """
     import pyarrow as pa
 
     model, tokenizer = load_model()
-    rows = texts.pairs(data, 20 if quick else 50, tokenizer=tokenizer, longest=128)
+    rows = texts.pairs(data, 15 if quick else 30, tokenizer=tokenizer, longest=128)
     train, held_out = rows[: len(rows) * 4 // 5], rows[len(rows) * 4 // 5 :]
     table: list[dict[str, Any]] = []
     for run_seed in range(seed, seed + (1 if quick else 5)):
@@ -58,7 +58,7 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
             pairs = sampled(tuned, tokenizer, train, source, run_seed)
             watched = sft_dynamics.probe(tokenizer, pairs, held_out, run_seed, 8 if quick else 16)
             watched = {kind: watched[kind] for kind in (watched if name == "DPO" else ("chosen", "rejected"))}
-            for row in follow(tuned, tokenizer, pairs, watched, loss, epochs=4 if quick else 10, seed=run_seed):
+            for row in follow(tuned, tokenizer, pairs, watched, loss, epochs=4 if quick else 8, seed=run_seed):
                 table.append({"variant": name, "seed": run_seed} | row)
 
     end = {kind: estimate(path(table, "DPO", kind, s)[-1] for s in seeds(table)) for kind in kinds(table)}

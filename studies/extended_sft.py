@@ -30,14 +30,14 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
     """DPO after SFT on the chosen answers, and after SFT on both.
 
     Args:
-        quick: 12 pairs, two seeds, four passes of DPO instead of 64 pairs, five seeds, ten passes.
+        quick: 8 pairs, two seeds, four passes of DPO instead of 48 pairs, five seeds, ten passes.
         seed: of the first run.
         data: texts instead of the shipped pairs (`texts.pairs`).
     """
     import pyarrow as pa
 
     model, tokenizer = load_model()
-    rows = texts.pairs(data, 12 if quick else 64, tokenizer=tokenizer, longest=128)
+    rows = texts.pairs(data, 8 if quick else 48, tokenizer=tokenizer, longest=128)
     both = [td.encode(tokenizer, row["prompt"], row["completion"]) for row in both_answers(rows)]
     starts = {"chosen only": texts.chis(tokenizer, rows, "chosen"), "both answers": both}
     table: list[dict[str, Any]] = []

@@ -30,7 +30,7 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
     """DPO from one model after no, few and many passes of SFT.
 
     Args:
-        quick: 12 pairs, one seed, three passes of DPO after 0, 2 or 6 passes of SFT; else 64 pairs, five seeds and eight passes
+        quick: 12 pairs, one seed, three passes of DPO after 0, 2 or 6 passes of SFT; else 40 pairs, five seeds and eight passes
             after 0, 2, 6 or 12.
         seed: of the first run.
         data: texts instead of the shipped pairs (`texts.pairs`).
@@ -38,7 +38,7 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
     import pyarrow as pa
 
     model, tokenizer = load_model()
-    rows = texts.pairs(data, 12 if quick else 64, tokenizer=tokenizer, longest=128)
+    rows = texts.pairs(data, 12 if quick else 40, tokenizer=tokenizer, longest=128)
     passes = (0, 2, 6) if quick else (0, 2, 6, 12)
     table: list[dict[str, Any]] = []
     peak: dict[int, list[float]] = {n: [] for n in passes}
