@@ -24,8 +24,6 @@ def cotangent_attention(
     dv = v.new_zeros(B, Hk, S, n, E + 1)
     values = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # dO Vᵀ - rowsum(dO ⊙ O) in one product
     for rows, keys, P, slope in blocks(q, k, mask, scale, softcap, n):
-        if not do.requires_grad and not bool(do[..., rows, 0].any()) and not bool(do[..., rows, :].any()):
-            continue  # of the last attention of a model every token's cotangent is at its own query
         P, slope = P.flatten(2, 3), slope.flatten(2, 3) if isinstance(slope, Tensor) else slope
         x, near = q[..., rows, :].flatten(2, 3), k[:, :, keys]
         g = do.new_empty(B, Hk, G, x.shape[2] // G, n, E + 1)

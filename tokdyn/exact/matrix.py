@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -210,8 +210,7 @@ def _sweep(
     clock = _Clock(progress, len(o[1]) * len(u[1]), out.shape[1])
 
     def watched(which: int, block: Block) -> list[tuple[Watched, slice]]:
-        seen = ((watch(tracer, p, sides[which], b, at[which][b], ids[1 - which]), rows) for b, rows in block)
-        return [(w if which == 0 else replace(w, calls=[]), rows) for w, rows in seen]
+        return [(watch(tracer, p, sides[which], b, at[which][b], ids[1 - which], calls=which == 0), rows) for b, rows in block]
 
     def place(which: int, block: Block) -> slice:
         (first, a), (last, z) = block[0], block[-1]

@@ -176,17 +176,17 @@ class Watched:
 
 
 @torch.no_grad()
-def watch(tracer: Tracer, p: Plan, side: Side, b: int, start: int, ids: Int[Tensor, " I"]) -> Watched:
-    """Record one batch of a side. The logits are made and left again in blocks of rows."""
+def watch(tracer: Tracer, p: Plan, side: Side, b: int, start: int, ids: Int[Tensor, " I"], calls: bool = True) -> Watched:
+    """Look at one batch of a side, with the calls or without. The logits are made and left again in blocks of rows."""
     batch, term, head = side.batches[b], side.terms[b], tracer.readout
-    h, calls = p.record(tracer, batch)
+    h, made = p.record(tracer, batch) if calls else (tracer.hidden(batch), [])
     weight = head.weight.to(tracer.precision)
     kept, parts = ids if p.lookup is not None else ids[:0], []
     for rows in torch.arange(len(h), device=h.device).split(max(1, BLOCK // len(weight))):
         residual = residual_of(tracer, h[rows], term, rows)
         parts.append((residual @ weight, residual[:, kept]))
     u, residual = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Watched(batch, h.to(u.dtype), u, kept, residual, calls, slice(start, start + len(h)), h.dtype)
+    return Watched(batch, h.to(u.dtype), u, kept, residual, made, slice(start, start + len(h)), h.dtype)
 
 
 def residual_of(tracer: Tracer, h: Float[Tensor, "n d"], term: GTerm, rows: Tensor) -> Float[Tensor, "n V"]:

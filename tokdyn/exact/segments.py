@@ -180,7 +180,7 @@ class Cuts:
             which = outline.segments(ends)[len(keys)] if len(outline.segments(ends)) > len(keys) else []
             whole = Segment.of(given[top] if top else h, [calls[i] for i in which], given[bottom] if bottom else None)
             try:
-                return whole.agrees(cls(unroll, ends).segments(batch, len(keys), len(keys) + 1)[0])
+                return whole.agrees(cls(unroll, ends)._cut(batch, len(keys), len(keys) + 1)[0][0])
             except (RuntimeError, KeyError):  # a leaf changed in place, a place that is not come by
                 return False
 
@@ -204,7 +204,21 @@ class Cuts:
         return len(self.keys) + 1
 
     def segments(self, batch: Batch, start: int, stop: int) -> list[Segment]:
-        """Some of them on a sequence, from the readout down, in one graph."""
+        """Some of them on a sequence, from the readout down, in one graph.
+
+        Raises:
+            Unsupported: they hold other modules than in the sequence of this length that was looked at before.
+        """
+        found, inside = self._cut(batch, start, stop)
+        outline = self.outline(batch)
+        for calls, which in zip(inside, outline.segments(self.keys)[start:], strict=False):
+            foreseen = [(outline.names[i], outline.shapes[i]) for i in which]
+            if [(call.name, [x.shape for x in call.outputs]) for call in calls] != foreseen:
+                raise Unsupported(OTHERWISE)
+        return found
+
+    def _cut(self, batch: Batch, start: int, stop: int) -> tuple[list[Segment], list[list[Call]]]:
+        """The segments, and the calls in each."""
         top, bottom = (self.keys[i] if 0 <= i < len(self.keys) else None for i in (start - 1, stop - 1))
         inner = self.keys[start : stop - 1]
         end, calls, given = self.unroll(batch, self.keys[max(0, start - 1) : stop], bottom, top)
@@ -218,16 +232,5 @@ class Cuts:
             if reached:
                 inside[bisect_left(ends, max(reached))].append(call)
         cut = [given[key] for key in inner]
-        if len(self.outlines) and not self._foreseen(batch, start, inside):
-            raise Unsupported(OTHERWISE)
         tops, bottoms = [end, *cut], [*cut, None if bottom is None else given[bottom]]
-        return [Segment.of(*of) for of in zip(tops, inside, bottoms, strict=True)]
-
-    def _foreseen(self, batch: Batch, start: int, inside: list[list[Call]]) -> bool:
-        """Whether these segments hold what the outline of a sequence of this length says."""
-        outline = self.outline(batch)
-        return all(
-            [(call.name, [x.shape for x in call.outputs]) for call in calls]
-            == [(outline.names[i], outline.shapes[i]) for i in which]
-            for calls, which in zip(inside, outline.segments(self.keys)[start:], strict=False)
-        )
+        return [Segment.of(*of) for of in zip(tops, inside, bottoms, strict=True)], inside
