@@ -32,7 +32,7 @@ def folder(tokenizer, tmp_path_factory):
 def build(tokenizer, folder, tmp_path):
     datasets.disable_progress_bars()
 
-    def make(kind, **options):
+    def make(kind, lora=None, **options):
         transformers.set_seed(0)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         shared = settings(tmp_path / "out", **options)
@@ -41,7 +41,7 @@ def build(tokenizer, folder, tmp_path):
             "dpo": [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS],
             "grpo": [{"prompt": p} for p, _, _ in PAIRS],
         }[kind]
-        more = dict(model=model, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(rows))
+        more = dict(model=model, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(rows), peft_config=lora)
         if kind == "sft":
             return trl.SFTTrainer(args=trl.SFTConfig(**shared), **more)
         if kind == "dpo":
@@ -177,22 +177,34 @@ def test_precomputed_references_serve(build):
 # ---------------------------------------------------------------- protection
 
 
+CHECKPOINTED = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+@pytest.mark.parametrize("form", ["full", "checkpointed", "LoRA", "LoRA checkpointed", "accumulated"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_protection_spares_the_tokens_whose_force_is_worst(build, probe, kind):
+def test_protection_spares_the_tokens_whose_force_is_worst(build, probe, kind, form):
     """Recorded with and without: c is 0 on the worst tokens by td.Monitor's own forces, and as it was on the others."""
+    options = CHECKPOINTED if "checkpointed" in form else dict(gradient_accumulation_steps=2) if form == "accumulated" else {}
     records = []
     for guard in (False, True):
-        trainer = build(kind, max_steps=1, optim="sgd", max_grad_norm=0.0)
+        if "LoRA" in form:
+            peft = pytest.importorskip("peft")
+            lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+            options = options | dict(lora=lora)
+        trainer = build(kind, max_steps=1, optim="sgd", max_grad_norm=0.0, **options)
         if guard:
             protect(trainer, probe, share=0.25)
         monitor = td.attach(trainer, probe={"protected": probe}, on_error="raise")
         trainer.train()
         records.append(monitor.steps[0])
     plain, guarded = records
-    F, n = plain.forces, len(plain.c)
-    worst = F.argsort()[: int(0.25 * n)]
-    spared = torch.zeros(n, dtype=torch.bool)
-    spared[worst[F[worst] < 0]] = True
+    F, batch = plain.forces, torch.tensor(plain.tokens["micro_batch"].to_pylist())
+    spared = torch.zeros(len(F), dtype=torch.bool)
+    for b in batch.unique():
+        own = (batch == b).nonzero().squeeze(1)
+        worst = own[F[own].argsort()[: int(0.25 * len(own))]]
+        spared[worst[F[worst] < 0]] = True
+    assert len(batch.unique()) == (2 if form == "accumulated" else 1)
     assert bool(spared.any()) and torch.equal(guarded.c == 0, spared | (plain.c == 0))
     torch.testing.assert_close(guarded.c[~spared], plain.c[~spared], rtol=1e3 * EPS, atol=0)
     # the theorem, as it came out: predicted by the forces, and measured on the probe after the step
