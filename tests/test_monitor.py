@@ -1,4 +1,4 @@
-"""Monitor: figures are what they say, predictions are those of td.forces under the real optimizer step, training is unmoved."""
+"""Monitor: figures are what they say, and training is unmoved."""
 
 import json
 import subprocess
@@ -7,82 +7,13 @@ import warnings
 
 import pytest
 import torch
-from torch.nn.functional import logsigmoid
+from loops import EPS, PROBE, PROMPT, V, answers, data, dpo, grpo, labelled, sft, train
 
 import tokdyn as td
 from tokdyn import steps as records
 from tokdyn.sequences import Chi
 from tokdyn.squeeze import step as readout_step
-from tokdyn.testing import random_chis, tiny, tiny_lora
-
-V, PROMPT = 61, 4
-EPS = torch.finfo(torch.float32).eps
-
-
-def data(B=4, T=9, seed=0):
-    return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
-def labelled(ids):
-    labels = ids.clone()
-    labels[:, :PROMPT] = -100
-    return labels
-
-
-def sft(model, ids):
-    return model(input_ids=ids, labels=labelled(ids)).loss
-
-
-def answers(model, ids):
-    """log pi and H of the response tokens, [B, n]."""
-    log_pi = model(input_ids=ids).logits.log_softmax(-1)[:, PROMPT - 1 : -1]
-    H = -(log_pi.exp() * log_pi).sum(-1)
-    return log_pi.gather(-1, ids[:, PROMPT:, None]).squeeze(-1), H
-
-
-def dpo(model, ids):
-    plus, minus = answers(model, ids)[0].sum(1).chunk(2)
-    return -logsigmoid(0.1 * (plus - minus)).mean()
-
-
-def grpo(model, ids):
-    lp, H = answers(model, ids)
-    td.tap(lp, ids[:, PROMPT:], entropy=H)
-    A = torch.tensor([1.0, -1.0, 0.5, -0.5])[:, None]
-    ratio = (lp - lp.detach()).exp()
-    return -(torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A) + 0.01 * H).mean()
-
-
-PROBE = {"near": random_chis([(3, 5), (2, 4)], seed=5), "far": random_chis([(3, 3)], seed=6)}
-
-
-def train(loss_of, *, family="llama", lora=False, monitor=True, steps=3, accumulate=1, optimizer=None, max_norm=1.0, **options):
-    """Loss and gradient norm of every step, the parameters at the end, and the monitor."""
-    model = (tiny_lora if lora else tiny)(family).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    opt = optimizer(parameters) if optimizer else torch.optim.AdamW(parameters, lr=1e-3)
-    torch.manual_seed(7)
-    watch = td.Monitor(model, opt, on_error="raise", **({"probe": PROBE} | options)) if monitor else None
-    figures = []
-    if watch is not None:
-        watch.start()
-        watch.step_begin()
-    for n in range(steps):
-        for k in range(accumulate):
-            loss = loss_of(model, data(seed=10 * n + k)) / accumulate
-            loss.backward()
-            if watch is not None and k + 1 < accumulate:
-                assert watch.step_end() is None
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        opt.step()
-        figures.append((loss.item(), norm.item()))
-        if watch is not None:
-            watch.step_end(clip=min(1.0, max_norm / (norm.item() + 1e-6)))
-        opt.zero_grad()
-    if watch is not None:
-        watch.close()
-    return figures, parameters, watch
-
+from tokdyn.testing import random_chis, tiny
 
 # ---------------------------------------------------------------- training is untouched
 
@@ -148,114 +79,6 @@ def test_an_exception_in_the_loop_takes_everything_off(tmp_path):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not opt._optimizer_step_pre_hooks
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "interrupted"
-
-
-# ---------------------------------------------------------------- predictions
-
-
-def first_step(lr, *, family="llama", probe=PROBE, loss_of=sft, dtype=torch.float32):
-    """One plain SGD step: the record, the model before it, and the update as sequences."""
-    model = tiny(family).to(dtype)
-    opt = torch.optim.SGD(model.parameters(), lr=lr)
-    ids = data()
-    with td.Monitor(model, opt, probe=probe, on_error="raise") as monitor:
-        loss_of(model, ids).backward()
-        opt.step()
-        step = monitor.step_end()
-    scored = torch.arange(9) >= PROMPT
-    return step, tiny(family).to(dtype), [Chi(row, scored, group=i) for i, row in enumerate(ids)]
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe"])
-def test_a_plain_step_is_what_td_forces_says(family):
-    """predicted = eta Σ_l F[m,l]/N and forces = eta Σ_m F[m,l]/N over the blamed group, by td.forces on the model before."""
-    lr, N = 1.0, 20  # a step far above the weights' last digit, which Δθ = θ' - θ is rounded to
-    step, model, update = first_step(lr, family=family)
-    observe = [chi for chis in PROBE.values() for chi in chis]
-    F = td.forces(model, update, observe, reduce="update").vector.double() * lr / N
-    blamed = td.forces(model, update, PROBE["near"], reduce="observe").vector.double() * lr / N
-    exact = tiny(family).double()
-    with td.testing.float64():
-        F64 = td.forces(exact, update, observe, reduce="update").vector * lr / N
-        blamed64 = td.forces(exact, update, PROBE["near"], reduce="observe").vector * lr / N
-    for found, same, truth in ((step.predicted, F, F64), (step.forces.double(), blamed, blamed64)):
-        band = 100 * EPS * float(truth.norm())  # Δθ of 1e-2 beside weights of 0.5
-        assert float((found - truth).norm()) <= 2 * float((same - truth).norm()) + band
-
-
-def test_predicted_and_actual_differ_by_second_order():
-    """Halving eta quarters the difference."""
-    gaps = []
-    for lr in (0.08, 0.04, 0.02):
-        step = first_step(lr)[0]
-        gaps.append(float((step.actual - step.predicted).norm()))
-        assert step.linearity == pytest.approx(float(step.predicted @ step.actual / (step.predicted @ step.predicted)))
-    assert 3 < gaps[0] / gaps[1] < 5 and 3 < gaps[1] / gaps[2] < 5
-
-
-OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.02),
-    "sgd with nesterov momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
-    "adam with amsgrad": lambda p: torch.optim.Adam(p, lr=1e-3, weight_decay=0.01, amsgrad=True),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5, centered=True),
-}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_step_is_the_tokens_forces_and_what_was_carried_over(name):
-    """Σ_l F_l + carried = Σ_m predicted_m of the blamed group: a tangent pass over the update, one over the probe, and Δθ.
-
-    And Σ_l F_l is what the optimizer's own gradient does, clipping included: every token of the loss was captured.
-    """
-    _, _, monitor = train(sft, optimizer=OPTIMIZERS[name], max_norm=0.5, accumulate=2)
-    blamed = sum(len(chi) for chi in PROBE["near"])
-    for step in monitor.steps:
-        total = float(step.predicted[:blamed].sum())
-        size = float(step.predicted[:blamed].abs().sum()) + abs(step.carried) + float(step.forces.abs().sum())
-        # eps·Σ|terms| per inner product over 1e4 parameters, whose rounding grows with its root
-        assert abs(float(step.forces.double().sum()) + step.carried - total) < 100 * EPS * size
-        assert abs(step.accounted - 1) * abs(total - step.carried) < 100 * EPS * size
-        assert step.notes == []
-    if name == "sgd":
-        assert abs(monitor.steps[-1].carried) < 1e-3 * float(monitor.steps[-1].predicted.abs().sum())
-
-
-def test_an_unclipped_report_is_noticed():
-    """Clipping that nobody told of: the tokens' forces are too large by its factor, and the record says so."""
-    model = tiny("llama")
-    opt = torch.optim.SGD(model.parameters(), lr=0.02)
-    with td.Monitor(model, opt, probe=PROBE, on_error="raise") as monitor:
-        sft(model, data()).backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
-        opt.step()
-        step = monitor.step_end()
-    assert step.accounted == pytest.approx(norm / 0.5, rel=1e-3) and "was clipped" in step.notes[0]
-
-
-def test_forces_need_a_known_optimizer():
-    model = tiny("llama")
-    opt = torch.optim.Adagrad(model.parameters(), lr=1e-3)
-    with td.Monitor(model, opt, probe=PROBE, on_error="raise") as monitor:
-        sft(model, data()).backward()
-        opt.step()
-        step = monitor.step_end()
-    assert step.forces is None and "optimizer must be Adam" in step.notes[0]
-    assert 0.9 < step.linearity < 1.1  # Δθ needs no formula
-
-
-def test_the_readouts_share_of_a_step():
-    """With only the readout trainable it is all of it."""
-    model = tiny("gemma2", tied=False)
-    for name, p in model.named_parameters():
-        p.requires_grad = "lm_head" in name
-    opt = torch.optim.AdamW(model.lm_head.parameters(), lr=1e-3)
-    with td.Monitor(model, opt, probe=PROBE, on_error="raise") as monitor:
-        sft(model, data()).backward()
-        opt.step()
-        step = monitor.step_end()
-    readout = torch.tensor(step.observed["predicted_readout"].to_pylist(), dtype=torch.float64)
-    assert float((readout - step.predicted).norm()) < 100 * EPS * float(step.predicted.norm())
 
 
 # ---------------------------------------------------------------- figures

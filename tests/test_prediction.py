@@ -1,0 +1,114 @@
+"""Predictions of a probe are those of td.forces under the real optimizer step, and every token's share of it is known."""
+
+import pytest
+import torch
+from loops import EPS, PROBE, PROMPT, data, sft, train
+
+import tokdyn as td
+from tokdyn.sequences import Chi
+from tokdyn.testing import tiny
+
+
+def first_step(lr, *, family="llama", probe=PROBE, loss_of=sft, dtype=torch.float32):
+    """One plain SGD step: the record, the model before it, and the update as sequences."""
+    model = tiny(family).to(dtype)
+    opt = torch.optim.SGD(model.parameters(), lr=lr)
+    ids = data()
+    with td.Monitor(model, opt, probe=probe, on_error="raise") as monitor:
+        loss_of(model, ids).backward()
+        opt.step()
+        step = monitor.step_end()
+    scored = torch.arange(9) >= PROMPT
+    return step, tiny(family).to(dtype), [Chi(row, scored, group=i) for i, row in enumerate(ids)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe"])
+def test_a_plain_step_is_what_td_forces_says(family):
+    """predicted = eta Σ_l F[m,l]/N and forces = eta Σ_m F[m,l]/N over the blamed group, by td.forces on the model before."""
+    lr, N = 1.0, 20  # a step far above the weights' last digit, which Δθ = θ' - θ is rounded to
+    step, model, update = first_step(lr, family=family)
+    observe = [chi for chis in PROBE.values() for chi in chis]
+    F = td.forces(model, update, observe, reduce="update").vector.double() * lr / N
+    blamed = td.forces(model, update, PROBE["near"], reduce="observe").vector.double() * lr / N
+    exact = tiny(family).double()
+    with td.testing.float64():
+        F64 = td.forces(exact, update, observe, reduce="update").vector * lr / N
+        blamed64 = td.forces(exact, update, PROBE["near"], reduce="observe").vector * lr / N
+    for found, same, truth in ((step.predicted, F, F64), (step.forces.double(), blamed, blamed64)):
+        band = 100 * EPS * float(truth.norm())  # Δθ of 1e-2 beside weights of 0.5
+        assert float((found - truth).norm()) <= 2 * float((same - truth).norm()) + band
+
+
+def test_predicted_and_actual_differ_by_second_order():
+    """Halving eta quarters the difference."""
+    gaps = []
+    for lr in (0.08, 0.04, 0.02):
+        step = first_step(lr)[0]
+        gaps.append(float((step.actual - step.predicted).norm()))
+        assert step.linearity == pytest.approx(float(step.predicted @ step.actual / (step.predicted @ step.predicted)))
+    assert 3 < gaps[0] / gaps[1] < 5 and 3 < gaps[1] / gaps[2] < 5
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.02),
+    "sgd with nesterov momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+    "adam with amsgrad": lambda p: torch.optim.Adam(p, lr=1e-3, weight_decay=0.01, amsgrad=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5, centered=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_step_is_the_tokens_forces_and_what_was_carried_over(name):
+    """Σ_l F_l + carried = Σ_m predicted_m of the blamed group: a tangent pass over the update, one over the probe, and Δθ.
+
+    And Σ_l F_l is what the optimizer's own gradient does, clipping included: every token of the loss was captured.
+    """
+    _, _, monitor = train(sft, optimizer=OPTIMIZERS[name], max_norm=0.5, accumulate=2)
+    blamed = sum(len(chi) for chi in PROBE["near"])
+    for step in monitor.steps:
+        total = float(step.predicted[:blamed].sum())
+        size = float(step.predicted[:blamed].abs().sum()) + abs(step.carried) + float(step.forces.abs().sum())
+        # eps·Σ|terms| per inner product over 1e4 parameters, whose rounding grows with its root
+        assert abs(float(step.forces.double().sum()) + step.carried - total) < 100 * EPS * size
+        assert abs(step.accounted - 1) * abs(total - step.carried) < 100 * EPS * size
+        assert step.notes == []
+    if name == "sgd":
+        assert abs(monitor.steps[-1].carried) < 1e-3 * float(monitor.steps[-1].predicted.abs().sum())
+
+
+def test_an_unclipped_report_is_noticed():
+    """Clipping that nobody told of: the tokens' forces are too large by its factor, and the record says so."""
+    model = tiny("llama")
+    opt = torch.optim.SGD(model.parameters(), lr=0.02)
+    with td.Monitor(model, opt, probe=PROBE, on_error="raise") as monitor:
+        sft(model, data()).backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+        opt.step()
+        step = monitor.step_end()
+    assert step.accounted == pytest.approx(norm / 0.5, rel=1e-3) and "was clipped" in step.notes[0]
+
+
+def test_forces_need_a_known_optimizer():
+    model = tiny("llama")
+    opt = torch.optim.Adagrad(model.parameters(), lr=1e-3)
+    with td.Monitor(model, opt, probe=PROBE, on_error="raise") as monitor:
+        sft(model, data()).backward()
+        opt.step()
+        step = monitor.step_end()
+    assert step.forces is None and "optimizer must be Adam" in step.notes[0]
+    assert 0.9 < step.linearity < 1.1  # Δθ needs no formula
+
+
+def test_the_readouts_share_of_a_step():
+    """With only the readout trainable it is all of it."""
+    model = tiny("gemma2", tied=False)
+    for name, p in model.named_parameters():
+        p.requires_grad = "lm_head" in name
+    opt = torch.optim.AdamW(model.lm_head.parameters(), lr=1e-3)
+    with td.Monitor(model, opt, probe=PROBE, on_error="raise") as monitor:
+        sft(model, data()).backward()
+        opt.step()
+        step = monitor.step_end()
+    readout = torch.tensor(step.observed["predicted_readout"].to_pylist(), dtype=torch.float64)
+    assert float((readout - step.predicted).norm()) < 100 * EPS * float(step.predicted.norm())
