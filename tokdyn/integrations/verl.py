@@ -5,10 +5,10 @@ Write a module of your own and name it in the job, `actor_rollout_ref.model.exte
     from tokdyn.integrations.verl import install
     install(every=10, out="runs/grpo")
 
-Two generations of verl's FSDP workers are known: `FSDPEngine`, whose own code of verl 0.9.1 the tests drive on a CPU, sharded by
-FSDP2, and before it `DataParallelPPOActor`, of which they drive a stand-in with its call protocol. Log-probs go through `td.tap` where they match the model's
-input one to one; elsewhere (padded rows of the engine, entropy bonus of the older actor) c is captured at the logits. Ulysses
-sequence parallelism, Megatron and fused kernels are not covered.
+Two generations of verl's FSDP workers are known: `FSDPEngine`, whose own code in verl 0.9.1 the tests drive on a CPU under
+FSDP2, and before it `DataParallelPPOActor`, of which they drive a stand-in with its call protocol. Log-probs go through
+`td.tap` where they match the model's input one to one; elsewhere (padded rows of the engine, entropy bonus of the older actor)
+c is captured at the logits. Ulysses sequence parallelism, Megatron and fused kernels are not covered.
 """
 
 from __future__ import annotations
