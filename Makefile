@@ -2,7 +2,7 @@
 # make test   install, then lint, type-check and test (all but the studies)        make test-studies   their quick forms
 # make lint   ruff and mypy alone        make wheel   build a wheel and look inside        make clean
 # make studies   every phenomenon of the papers in full, some hours: runs/studies, docs/gallery.md (DATA=folder of texts)
-# make test-matrix   the training tests against TRL 1.12, PEFT 0.20 and verl, in an environment of their own
+# make test-matrix   the training tests against TRL 1.12, PEFT 0.20, verl and OpenRLHF, in an environment of their own
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(shell $(p) -c \
 	'import sys; (3, 11) <= sys.version_info < (3, 13) and print("$(p)")' 2>/dev/null)))
@@ -58,17 +58,17 @@ test-studies: install
 
 MATRIX := .venv-matrix
 OLD := trl==1.12.0 peft==0.20.0 requests # TRL 1.12 imports requests without asking for it
-VERL := verl==0.9.1 # alone: it asks for a GPU's packages; its FSDP engine imports with these
-VERL_NEEDS := ray==2.60.0 tensordict==0.15.3 codetiming omegaconf orjson
+STACKS := verl==0.9.1 openrlhf==0.11.2 # alone: they ask for a GPU's packages; what is tested of them runs with these
+STACKS_NEED := ray==2.60.0 tensordict==0.15.3 codetiming omegaconf orjson
 
 $(MATRIX)/.installed: constraints.txt pyproject.toml setup.py tokdyn/_version.py
 	@test -n "$(PYTHON)" || { echo "tokdyn needs Python 3.11 or 3.12; none found (set PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv $(MATRIX)
 	@grep -vE '^(trl|peft)==' constraints.txt > $(MATRIX)/constraints.txt
-	@echo "installing tokdyn with $(OLD) $(VERL) into $(MATRIX)"
+	@echo "installing tokdyn with $(OLD) $(STACKS) into $(MATRIX)"
 	@$(MATRIX)/bin/python -m pip install --disable-pip-version-check -q -c $(MATRIX)/constraints.txt torch
-	@$(MATRIX)/bin/python -m pip install --disable-pip-version-check -q -c $(MATRIX)/constraints.txt -e '.[dev]' $(OLD) $(VERL_NEEDS)
-	@$(MATRIX)/bin/python -m pip install --disable-pip-version-check -q --no-deps $(VERL)
+	@$(MATRIX)/bin/python -m pip install --disable-pip-version-check -q -c $(MATRIX)/constraints.txt -e '.[dev]' $(OLD) $(STACKS_NEED)
+	@$(MATRIX)/bin/python -m pip install --disable-pip-version-check -q --no-deps $(STACKS)
 	@touch $@
 
 test-matrix: $(MATRIX)/.installed
