@@ -6,7 +6,8 @@ Theory says that this is weaker where the rejected answer is likely: in on-polic
 and in SPIN, where the rejected one is. Losses that stop pushing (IPO, SLiC, SPPO) or protect the chosen answer (DPOP) squeeze
 less too.
 
-Variants are compared at one margin, the widest that all of them reach: chosen minus rejected has then grown as much in each.
+A variant is compared with off-policy DPO at the widest margin that both reach: chosen minus rejected has then grown as much in
+each.
 
 Robust, asserted: the rejected answer falls most of all kinds, and the margin grows. Measured: the rest, over seeds and
 prompts.
@@ -44,8 +45,6 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
         seed: of the first run.
         data: the folder of the paper's probe sets, or a preference file; the shipped pairs when absent.
     """
-    import pyarrow as pa
-
     model, tokenizer = load_model()
     rows = texts.pairs(data, 15 if quick else 30, tokenizer=tokenizer, longest=128)
     train, held_out = rows[: len(rows) * 4 // 5], rows[len(rows) * 4 // 5 :]
@@ -60,14 +59,21 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
             watched = {kind: watched[kind] for kind in (watched if name == "DPO" else ("chosen", "rejected"))}
             for row in follow(tuned, tokenizer, pairs, watched, loss, epochs=4 if quick else 8, seed=run_seed):
                 table.append({"variant": name, "seed": run_seed} | row)
+    return conclude(table, len(train))
+
+
+def conclude(table: list[dict[str, Any]], pairs: int) -> Result:
+    """What the readings say."""
+    import pyarrow as pa
 
     end = {kind: estimate(path(table, "DPO", kind, s)[-1] for s in seeds(table)) for kind in kinds(table)}
     falls = {kind: value.mean for kind, value in end.items()}
     chosen = path(table, "DPO", "chosen")
     gained = {name: estimate(means(table, name, s)[-1]["margin"] for s in seeds(table)) for name in variants(table)}
-    margin, at = at_equal_margin(table)
-    argmax = {name: beyond(at, name, "DPO", "argmax") for name in at if name != "DPO"}
-    keeps = beyond(at, "on-policy DPO", "DPO", "chosen")
+    others = [name for name in variants(table) if name != "DPO"]
+    argmax = {name: beyond(table, name, "DPO", "argmax") for name in others}
+    margin = {name: estimate(common(table, name, "DPO")).mean for name in others}
+    keeps = beyond(table, "on-policy DPO", "DPO", "chosen")
     claims = [
         Claim(
             f"Off-policy DPO presses the rejected answer down most ({PAPER})",
@@ -97,24 +103,26 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
         Claim(
             f"On-policy DPO squeezes less than off-policy DPO ({PAPER} and §3.3)",
             "at equal margin its argmax rises less and its chosen answer keeps more, intervals of both differences beside 0",
-            f"at {margin:.2f} nats a token: argmax {argmax['on-policy DPO'].words()}, chosen {keeps.words()} against DPO",
+            f"at {margin['on-policy DPO']:.2f} nats a token: argmax {argmax['on-policy DPO'].words()}, chosen {keeps.words()} "
+            "against DPO",
             argmax["on-policy DPO"].high < 0 < keeps.low,
         ),
         Claim(
             f"So do the other losses, and SPIN ({PAPER}; theory §5)",
             "at equal margin the argmax rises less than in off-policy DPO, in every variant, intervals of the differences too",
-            f"at {margin:.2f} nats a token, against DPO: " + ", ".join(f"{name} {x.words()}" for name, x in argmax.items()),
+            "nats a token against DPO: " + ", ".join(f"{name} {x.words()} at {margin[name]:.2f}" for name, x in argmax.items()),
             all(difference.high < 0 for difference in argmax.values()),
         ),
     ]  # fmt: skip
     return Result(
         f"DPO presses the rejected answer down by {-falls['rejected']:.2f} nats a token; the chosen one moves by "
         f"{falls['chosen']:+.2f}, the argmax by {falls['argmax']:+.2f}",
-        claims, {"readings": pa.Table.from_pylist(table)}, {"dpo_decay": _figure(table, at, falls)},
-        notes=f"{len(train)} pairs; log-probabilities are means over the tokens of an answer. chosen and rejected are the "
-        "answers that a variant trains on; argmax is the most likely token at each position along its rejected answers. "
-        "On-policy pairs are two samples of the supervised model, preferred is the one that shares more words with the data's "
-        "chosen answer. Adam with one learning rate for all; variants differ in speed, so they are compared at one margin.",
+        claims, {"readings": pa.Table.from_pylist(table)}, {"dpo_decay": _figure(table, falls)},
+        notes=f"{pairs} pairs, {len(seeds(table))} seed(s); log-probabilities are means over the tokens of an answer. chosen "
+        "and rejected are the answers that a variant trains on; argmax is the most likely token at each position along its "
+        "rejected answers. On-policy pairs are two samples of the supervised model, preferred is the one that shares more words "
+        "with the data's chosen answer. Adam with one learning rate for all; variants differ in speed, so each is compared with "
+        "DPO at the widest margin that both reach with a seed.",
     )  # fmt: skip
 
 
@@ -216,19 +224,24 @@ def at_margin(readings: list[dict[str, float]], margin: float) -> dict[str, floa
     return readings[-1]
 
 
-def at_equal_margin(table: list[dict[str, Any]]) -> tuple[float, dict[str, list[dict[str, float]]]]:
-    """The widest margin that every training reaches, and where each stands there: variant -> one reading a seed."""
-    runs = {name: [means(table, name, s) for s in seeds(table)] for name in variants(table)}
-    margin = min(max(reading["margin"] for reading in run) for of in runs.values() for run in of)
-    return margin, {name: [at_margin(run, margin) for run in of] for name, of in runs.items()}
+def common(table: list[dict[str, Any]], *names: str) -> list[float]:
+    """The widest margin that all these variants reach, for each seed."""
+    return [min(max(reading["margin"] for reading in means(table, name, s)) for name in names) for s in seeds(table)]
 
 
-def beyond(at: dict[str, list[dict[str, float]]], name: str, other: str, key: str) -> Estimate:
-    """How much more of a change one variant shows than another at the margin, over seeds."""
-    return estimate(a[key] - b[key] for a, b in zip(at[name], at[other], strict=True))
+def standing(table: list[dict[str, Any]], name: str, margins: list[float]) -> list[dict[str, float]]:
+    """Where a variant's training stands at a margin, for each seed."""
+    return [at_margin(means(table, name, s), margin) for s, margin in zip(seeds(table), margins, strict=True)]
 
 
-def _figure(table: list[dict[str, Any]], at: dict[str, list[dict[str, float]]], falls: dict[str, float]) -> Any:
+def beyond(table: list[dict[str, Any]], name: str, other: str, key: str) -> Estimate:
+    """How much more of a change one variant shows than another at the widest margin that both reach, over seeds."""
+    margins = common(table, name, other)
+    mine, theirs = (standing(table, variant, margins) for variant in (name, other))
+    return estimate(a[key] - b[key] for a, b in zip(mine, theirs, strict=True))
+
+
+def _figure(table: list[dict[str, Any]], falls: dict[str, float]) -> Any:
     title = f"DPO presses the rejected answer down; the chosen moves {falls['chosen']:+.2f}, the argmax {falls['argmax']:+.2f}"
     made, (left, right) = figure(1, 2, title=title, height=3.8, width=10)
     colour = {"chosen": BLUE, "rejected": VERMILION, "argmax": INK}
@@ -239,7 +252,7 @@ def _figure(table: list[dict[str, Any]], at: dict[str, list[dict[str, float]]], 
     left.axhline(0, color=GREY, linewidth=0.8)
     left.set(xlabel="passes over the pairs", ylabel="change of log-probability (nats a token)", title="off-policy DPO")
     left.legend(ncols=2, fontsize=7)
-    for k, name in enumerate(at):
+    for k, name in enumerate(variants(table)):
         readings = means(table, name)
         right.plot([r["margin"] for r in readings], [r["argmax"] for r in readings], color=COLOURS[k % len(COLOURS)],
                    linestyle="-" if k < len(COLOURS) else ":", marker="o", markersize=2.5, label=name)  # fmt: skip

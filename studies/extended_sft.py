@@ -19,7 +19,7 @@ from tokdyn.interventions import both_answers
 from tokdyn.loading import load_model
 
 from . import texts, training
-from .dpo_decay import at_equal_margin, beyond, follow, means, seeds, variants
+from .dpo_decay import beyond, common, follow, means, seeds, standing, variants
 from .figures import BLUE, GREY, ORANGE, figure
 from .result import Claim, Result, estimate
 
@@ -34,8 +34,6 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
         seed: of the first run.
         data: texts instead of the shipped pairs (`texts.pairs`).
     """
-    import pyarrow as pa
-
     model, tokenizer = load_model()
     rows = texts.pairs(data, 8 if quick else 48, tokenizer=tokenizer, longest=128)
     both = [td.encode(tokenizer, row["prompt"], row["completion"]) for row in both_answers(rows)]
@@ -48,9 +46,18 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
             watched = {kind: texts.chis(tokenizer, rows, kind) for kind in ("chosen", "rejected")}
             readings = follow(tuned, tokenizer, rows, watched, td.objectives.DPO(), epochs=4 if quick else 10, seed=run_seed)
             table += [{"variant": name, "seed": run_seed} | row for row in readings]
-    margin, at = at_equal_margin(table)
-    chosen, argmax = (beyond(at, "both answers", "chosen only", key) for key in ("chosen", "argmax"))
-    alone, extended = (_start(table, name, len(rows)) for name in starts)
+    return conclude(table, len(rows))
+
+
+def conclude(table: list[dict[str, Any]], pairs: int) -> Result:
+    """What the readings say."""
+    import pyarrow as pa
+
+    names = variants(table)
+    margins = common(table, *names)
+    margin = estimate(margins).mean
+    chosen, argmax = (beyond(table, "both answers", "chosen only", key) for key in ("chosen", "argmax"))
+    alone, extended = (_start(table, name, pairs) for name in names)
     lifted = estimate(b - a for a, b in zip(alone, extended, strict=True))
     claims = [
         Claim(
@@ -72,12 +79,12 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
             argmax.high < 0,
         ),
     ]
-    change = {name: sum(x["chosen"] for x in of) / len(of) for name, of in at.items()}
+    change = {name: estimate(x["chosen"] for x in standing(table, name, margins)).mean for name in names}
     return Result(
         f"After SFT on both answers DPO moves the chosen one by {change['both answers']:+.2f} nats a token, after SFT on it "
         f"alone by {change['chosen only']:+.2f}, at equal margin",
         claims, {"readings": pa.Table.from_pylist(table)}, {"extended_sft": _figure(table, change)},
-        notes=f"{len(rows)} pairs, {len(seeds(table))} seeds; both starts take four passes over their data, so that the "
+        notes=f"{pairs} pairs, {len(seeds(table))} seeds; both starts take four passes over their data, so that the "
         "extended one takes twice the steps, as in the paper.",
     )  # fmt: skip
 

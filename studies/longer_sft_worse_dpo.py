@@ -19,7 +19,7 @@ import tokdyn as td
 from tokdyn.loading import load_model
 
 from . import texts, training
-from .dpo_decay import at_equal_margin, beyond, follow, means, seeds, variants
+from .dpo_decay import beyond, common, follow, means, seeds, standing, variants
 from .figures import COLOURS, GREY, figure
 from .result import Claim, Result, estimate
 
@@ -35,33 +35,38 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
         seed: of the first run.
         data: texts instead of the shipped pairs (`texts.pairs`).
     """
-    import pyarrow as pa
-
     model, tokenizer = load_model()
     rows = texts.pairs(data, 12 if quick else 40, tokenizer=tokenizer, longest=128)
     passes = (0, 2, 6) if quick else (0, 2, 6, 12)
     table: list[dict[str, Any]] = []
-    peak: dict[int, list[float]] = {n: [] for n in passes}
     for run_seed in range(seed, seed + (1 if quick else 5)):
         tuned, done = copy.deepcopy(model), 0
         for n in passes:
             training.sft(tuned, texts.chis(tokenizer, rows, "chosen"), epochs=n - done, lr=1e-4, seed=100 * run_seed + n)
             done = n
             watched = {kind: texts.chis(tokenizer, rows, kind) for kind in ("chosen", "rejected")}
-            peak[n].append(float(training.read(tuned, watched["rejected"]).argmax.mean()))
             readings = follow(tuned, tokenizer, rows, watched, td.objectives.DPO(), epochs=3 if quick else 8, seed=run_seed)
             table += [{"variant": f"{n} passes", "seed": run_seed} | row for row in readings]
+    return conclude(table, len(rows))
+
+
+def conclude(table: list[dict[str, Any]], pairs: int) -> Result:
+    """What the readings say."""
+    import pyarrow as pa
+
     names = variants(table)
-    margin, at = at_equal_margin(table)
-    mean = {key: [sum(run[key] for run in at[name]) / len(at[name]) for name in names] for key in ("chosen", "argmax")}
-    chosen, argmax = (beyond(at, names[-1], names[0], key) for key in mean)
-    peakier = estimate(b - a for a, b in zip(peak[passes[0]], peak[passes[-1]], strict=True))
+    margins = common(table, *names)
+    margin, at = estimate(margins).mean, {name: standing(table, name, margins) for name in names}
+    mean = {key: [estimate(run[key] for run in at[name]).mean for name in names] for key in ("chosen", "argmax")}
+    chosen, argmax = (beyond(table, names[-1], names[0], key) for key in mean)
+    peak = {name: _peak(table, name) for name in names}
+    peakier = estimate(b - a for a, b in zip(peak[names[0]], peak[names[-1]], strict=True))
     gained = [estimate(means(table, name, s)[-1]["margin"] for s in seeds(table)) for name in names]
     claims = [
         Claim(
             f"Supervised training makes the model peakier ({PAPER})",
             "the argmax's log-probability along the rejected answers is higher the longer the SFT",
-            "; ".join(f"{n} passes {sum(values) / len(values):+.3f} nats a token" for n, values in peak.items())
+            "; ".join(f"{name} {estimate(values).words('nats a token')}" for name, values in peak.items())
             + f"; last minus first {peakier.words()}",
             peakier.low > 0 and _falling([-sum(values) for values in peak.values()]),
         ),
@@ -88,8 +93,15 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
         f"At a margin of {margin:.2f} nats a token the chosen answer has moved {mean['chosen'][0]:+.2f} without SFT and "
         f"{mean['chosen'][-1]:+.2f} after {names[-1]}",
         claims, {"readings": pa.Table.from_pylist(table)}, {"longer_sft_worse_dpo": _figure(table, mean["chosen"])},
-        notes=f"{len(rows)} pairs, {len(seeds(table))} seed(s); DPO with Adam, one learning rate.",
+        notes=f"{pairs} pairs, {len(seeds(table))} seed(s); DPO with Adam, one learning rate.",
     )  # fmt: skip
+
+
+def _peak(table: list[dict[str, Any]], variant: str) -> list[float]:
+    """Log-probability of the argmax along the rejected answers before DPO, mean over answers, for each seed."""
+    first = [row for row in table if (row["variant"], row["kind"], row["epoch"]) == (variant, "argmax", 0)]
+    of = [[row["log_prob"] for row in first if row["seed"] == s] for s in seeds(table)]
+    return [sum(values) / len(values) for values in of]
 
 
 def _falling(values: list[float]) -> bool:
