@@ -118,11 +118,11 @@ def conclude(table: list[dict[str, Any]], pairs: int) -> Result:
         f"DPO presses the rejected answer down by {-falls['rejected']:.2f} nats a token; the chosen one moves by "
         f"{falls['chosen']:+.2f}, the argmax by {falls['argmax']:+.2f}",
         claims, {"readings": pa.Table.from_pylist(table)}, {"dpo_decay": _figure(table, falls)},
-        notes=f"{pairs} pairs, {len(seeds(table))} seed(s); log-probabilities are means over the tokens of an answer. chosen "
-        "and rejected are the answers that a variant trains on; argmax is the most likely token at each position along its "
-        "rejected answers. On-policy pairs are two samples of the supervised model, preferred is the one that shares more words "
-        "with the data's chosen answer. Adam with one learning rate for all; variants differ in speed, so each is compared with "
-        "DPO at the widest margin that both reach with a seed.",
+        notes=f"{pairs} pairs, {len(seeds(table))} seed(s); log-probabilities are means over the tokens of an answer. "
+        "chosen and rejected are the answers that a variant trains on; argmax is the most likely token at each position "
+        "along its rejected answers. On-policy pairs are two samples of the supervised model, preferred is the one that "
+        "shares more words with the data's chosen answer. Adam with one learning rate for all; variants differ in speed, "
+        "so each is compared with DPO at the widest margin that both reach with a seed.",
     )  # fmt: skip
 
 
