@@ -243,12 +243,13 @@ def beyond(table: list[dict[str, Any]], name: str, other: str, key: str) -> Esti
 
 def _figure(table: list[dict[str, Any]], falls: dict[str, float]) -> Any:
     title = f"DPO presses the rejected answer down; the chosen moves {falls['chosen']:+.2f}, the argmax {falls['argmax']:+.2f}"
-    made, (left, right) = figure(1, 2, title=title, height=3.8, width=10)
+    made, (left, right) = figure(1, 2, title=title, height=3.8, width=11)
     colour = {"chosen": BLUE, "rejected": VERMILION, "argmax": INK}
-    spare = iter([c for c in COLOURS if c not in colour.values()] * 2)
+    spare = [c for c in COLOURS if c not in colour.values()]
+    others = iter([(c, dashes) for dashes in ("--", ":", "-.") for c in spare])  # a pair of its own for each kind
     for kind in kinds(table):
-        left.plot(path(table, "DPO", kind), color=colour.get(kind) or next(spare), label=kind.replace("_", " "),
-                  linestyle="-" if kind in colour else "--")  # fmt: skip
+        c, dashes = (colour[kind], "-") if kind in colour else next(others)
+        left.plot(path(table, "DPO", kind), color=c, label=kind.replace("_", " "), linestyle=dashes)
     left.axhline(0, color=GREY, linewidth=0.8)
     left.set(xlabel="passes over the pairs", ylabel="change of log-probability (nats a token)", title="off-policy DPO")
     left.legend(ncols=2, fontsize=7)
@@ -259,5 +260,5 @@ def _figure(table: list[dict[str, Any]], falls: dict[str, float]) -> Any:
     right.axhline(0, color=GREY, linewidth=0.8)
     right.set(xlabel="margin gained: chosen minus rejected (nats a token)", ylabel="change of the argmax (nats a token)",
               title="squeezing at equal margin")  # fmt: skip
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return made

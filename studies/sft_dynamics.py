@@ -147,12 +147,11 @@ def _figure(curves: dict[str, dict[int, list[float]]], title: str) -> Any:
     made, axes = figure(title=title, height=4)
     colour = {"chosen": BLUE, "rejected": VERMILION, "random_nonhum": GREY, "random_permute": PURPLE, "irr_train": GREEN}
     spare = [c for c in COLOURS if c not in colour.values()]
+    others = iter([(c, dashes) for dashes in ("--", ":", "-.") for c in spare])  # a pair of its own for each kind
     for kind, runs in curves.items():
         lines = torch.tensor(list(runs.values()))
-        band(axes, range(lines.shape[1]), (lines - lines[:, :1]).numpy(), colour.get(kind, spare[0]), kind.replace("_", " "),
-             linestyle="-" if kind in colour else "--")  # fmt: skip
-        if kind not in colour:
-            spare = spare[1:] + spare[:1]
+        c, dashes = (colour[kind], "-") if kind in colour else next(others)
+        band(axes, range(lines.shape[1]), (lines - lines[:, :1]).numpy(), c, kind.replace("_", " "), linestyle=dashes)
     axes.set(xlabel="passes over the training data", ylabel="change of log-probability (nats a token)",
              title="mean over prompts; band: 95% over seeds")  # fmt: skip
     axes.axhline(0, color=GREY, linewidth=0.8)
