@@ -33,7 +33,7 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
     """DPO on pairs chosen by their score.
 
     Args:
-        quick: 24 pairs, two seeds, three passes instead of up to 128 pairs, five seeds, eight passes.
+        quick: 24 pairs, two seeds, two passes instead of up to 128 pairs, five seeds, eight passes.
         seed: of the first run.
         data: texts instead of the shipped pairs (`texts.pairs`).
     """
@@ -53,7 +53,7 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
         for name, members in thirds.items():
             kept = [rows[i] for i in members]
             watched = {kind: texts.chis(tokenizer, kept, kind) for kind in ("chosen", "rejected")}
-            readings = follow(tuned, tokenizer, kept, watched, td.objectives.DPO(), epochs=3 if quick else 8, seed=s)
+            readings = follow(tuned, tokenizer, kept, watched, td.objectives.DPO(), epochs=2 if quick else 8, seed=s)
             table += [{"variant": name, "seed": s, "pair": members[row["row"]]} | row for row in readings]
     seeds = sorted({row["seed"] for row in table})
     by_seed = {

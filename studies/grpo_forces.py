@@ -40,7 +40,7 @@ def run(quick: bool = False, seed: int = 0) -> Result:
     """One step per prompt in four ways, then training in three ways.
 
     Args:
-        quick: 6 prompts, one seed of 3 small training steps; else 24 prompts, five seeds of 30 steps, a 1,000-token context.
+        quick: 4 prompts, one seed of 2 small training steps; else 24 prompts, five seeds of 30 steps, a 1,000-token context.
         seed: of the problems and of the first run.
     """
     import pyarrow as pa
@@ -50,16 +50,16 @@ def run(quick: bool = False, seed: int = 0) -> Result:
     taught = arithmetic.half_taught(model, tokenizer, sums, seed=seed)
     rollouts = arithmetic.roll_out(taught, tokenizer, sums, G, seed=seed)
     solved = rollouts.rewards.mean().item()
-    mixed = [g for g in range(len(sums)) if _mixed(rollouts.of(g))][: 6 if quick else 24]
+    mixed = [g for g in range(len(sums)) if _mixed(rollouts.of(g))][: 4 if quick else 24]
     one_step = [{"rollouts": "sampled", "prompt": g} | _displacement(taught, rollouts.of(g), seed) for g in mixed]
     one_step += [{"rollouts": "shared working", "prompt": g} | _displacement(model, worked(tokenizer, s, g), seed)
-                 for g, s in enumerate(sums[: 4 if quick else 24])]  # fmt: skip
+                 for g, s in enumerate(sums[: 3 if quick else 24])]  # fmt: skip
     if not quick:
         one_step += _long(taught, tokenizer, sums, seed)
     curves = []
     for run_seed in range(seed, seed + (1 if quick else 5)):
         for name in ("GRPO", "Pos-only", "NTHR"):
-            size = dict(steps=3, every=3, prompts=4, samples=8) if quick else dict(steps=30, every=10, prompts=8, samples=16)
+            size = dict(steps=2, every=2, prompts=4, samples=8) if quick else dict(steps=30, every=10, prompts=8, samples=16)
             rows = train(taught, tokenizer, sums, name, seed=run_seed, **size)
             curves += [{"method": name, "seed": run_seed} | row for row in rows]
 
