@@ -423,7 +423,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512], help="for --scaling")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3, help="rounds")
-    parser.add_argument("--memory", type=int, default=896, help="MiB that tokdyn may take for cotangents and tangents")
+    parser.add_argument("--memory", type=int, default=832, help="MiB that tokdyn may take for cotangents and tangents")
     parser.add_argument("--naive-memory", type=int, default=12288, help="MiB of gradients that the naive side may keep")
     parser.add_argument("--peer-tokens", type=int, help="tokens in a batch of a peer: 2048 for bergson, 8192 for kronfluence")
     parser.add_argument("--whole", action="store_true", help="do not cut the peers' examples behind their loss token")

@@ -172,15 +172,17 @@ def tile(
         for part in parts:
             own = [rules[id(strips[0].w)] for strips in part]
             held = _reserve([_layout(strips, depth, of) for strips, of in zip(part, own, strict=True)], room, kept[0].w.dtype)
-            looked_up = [_hold(*of, p.lookup) for of in zip(part, [depth] * len(part), own, held, strict=True)]
+            sequences = list(zip(part, own, held, strict=True))
+            for mine, of, blocks in sequences:
+                _hold(mine, depth, of, blocks)
             for columns, group in _groups(streamed, depth, budget.group, last=part is parts[-1]):
-                for of, blocks, rows in zip(own, held, looked_up, strict=True):
+                for mine, of, blocks in sequences:
                     _meet(p, F[:, columns], blocks, of, group, desk)
-                    if p.lookup is not None and rows:
-                        _meet_tied(of[p.lookup], p.lookup, F[:, columns], rows, group)
+                    if p.lookup is not None and p.lookup in blocks:
+                        _meet_tied(of[p.lookup], p.lookup, F[:, columns], mine, group)
                 tick((depth + columns.stop / F.shape[1]) / len(cuts))
                 del group  # before the next one is pulled
-            del held
+            del sequences, held
     return F
 
 
@@ -276,7 +278,6 @@ class Block:
 
 
 Held = dict[str, list[Block]]  # by module
-LookedUp = list[tuple[Strip, tuple[list[Call], Outputs]]]
 
 
 def _layout(strips: list[Strip], depth: int, rules: dict[str, Rule]) -> Held:
@@ -313,17 +314,12 @@ def _reserve(layouts: list[Held], room: Room, dtype: torch.dtype) -> list[Held]:
 
 
 @torch.no_grad()
-def _hold(strips: list[Strip], depth: int, rules: dict[str, Rule], held: Held, lookup: str | None) -> LookedUp:
-    """Pull kept tokens of one sequence through a segment into what is held; returns what the tied lookup found as it was."""
-    looked_up: LookedUp = []
+def _hold(strips: list[Strip], depth: int, rules: dict[str, Rule], held: Held) -> None:
+    """Pull kept tokens of one sequence through a segment into what is held."""
     for strip in strips:
-        seen = []
         for at, found in strip.pull(depth):
             for name, (calls, delta) in found.items():
                 _keep(held[name], rules[name], calls, delta, at)
-            seen += [found[lookup]] if lookup is not None and lookup in found else []
-        looked_up += [(strip, _joined(seen))] if seen else []
-    return looked_up
 
 
 def _keep(blocks: list[Block], rule: Rule, calls: list[Call], delta: Outputs, at: slice) -> None:
@@ -341,12 +337,6 @@ def _keep(blocks: list[Block], rule: Rule, calls: list[Call], delta: Outputs, at
 
 def _join(direction: Direction, out: Float[Tensor, "n K"]) -> None:
     torch.cat([direction[name].flatten(1) for name in sorted(direction)], 1, out=out)
-
-
-def _joined(parts: list[tuple[list[Call], Outputs]]) -> tuple[list[Call], Outputs]:
-    """Chunks of the same calls as one."""
-    calls, deltas = parts[0][0], [delta for _, delta in parts]
-    return calls, [[torch.cat(same) for same in zip(*call, strict=True)] for call in zip(*deltas, strict=True)]
 
 
 def _between(before: torch.Size | None, shape: torch.Size) -> list[tuple[slice, ...]]:
@@ -399,6 +389,11 @@ def _meet(p: Plan, F: Float[Tensor, "M b"], held: Held, rules: dict[str, Rule], 
                 for call, tangents in zip(E, rule.tangent(*found[name]), strict=True):
                     for e, tangent in zip(call, tangents, strict=True):
                         e[at] = tangent
+        if name == p.lookup:
+            assert isinstance(rule, Embedding)
+            for at, strip, rows, _ in group:
+                for ids, (e,) in zip(rule.o_ids, E, strict=True):
+                    e[at] += rule.looked_up(strip.w.residual_at(ids)[rows], strip.w.h[rows], ids).view_as(e[at])
         for block in blocks:
             assert block.where is not None
             of, output, part = block.where
@@ -406,17 +401,13 @@ def _meet(p: Plan, F: Float[Tensor, "M b"], held: Held, rules: dict[str, Rule], 
 
 
 @torch.no_grad()
-def _meet_tied(rule: Rule, lookup: str, F: Float[Tensor, "M b"], kept: LookedUp, group: Group) -> None:
-    """Add what one tensor does as lookup of one side and as readout of the other."""
+def _meet_tied(rule: Rule, lookup: str, F: Float[Tensor, "M b"], kept: list[Strip], group: Group) -> None:
+    """Add what the lookup of streamed tokens does where the same tensor is the readout of kept ones."""
     assert isinstance(rule, Embedding)
     for at, _, _, found in group:
         ids, d = rule.rows(*found[lookup])
-        for o, _ in kept:
-            F[o.at, at] += tied(o.w.h[o.rows], o.w.residual_at(ids)[o.rows], d).T
-    h = torch.cat([strip.w.h[rows] for _, strip, rows, _ in group])
-    for o, theirs in kept:
-        ids, d = rule.rows(*theirs)
-        F[o.at] += tied(h, torch.cat([strip.w.residual_at(ids)[rows] for _, strip, rows, _ in group]), d)
+        for strip in kept:
+            F[strip.at, at] += tied(strip.w.h[strip.rows], strip.w.residual_at(ids)[strip.rows], d).T
 
 
 def tied(h: Float[Tensor, "n d"], residual: Float[Tensor, "n S"], rows: Float[Tensor, "k S d"]) -> Float[Tensor, "k n"]:
