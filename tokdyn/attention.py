@@ -67,7 +67,9 @@ class _Cotangent(torch.autograd.Function):
         with torch.no_grad():
             seen = mask if mask is None else mask[..., rows, :]
             dq, dk, dv = cotangent_attention(q[..., rows, :], k, v, do[..., rows, :], seen, scale, softcap)
-            return (torch.nn.functional.pad(dq, (0, 0, rows.start, T - rows.stop)), dk, dv), (0, 0, 0)
+            if dq.shape[-2] < T:
+                dq = torch.nn.functional.pad(dq, (0, 0, rows.start, T - rows.stop))
+            return (dq, dk, dv), (0, 0, 0)
 
 
 class _Attention(torch.autograd.Function):

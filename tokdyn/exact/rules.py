@@ -174,10 +174,10 @@ class Scale:
 
     def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
         """Σ_s δ_s ⊙ â_s and Σ_s δ_s."""
-        d = torch.cat([x.reshape(len(x), -1, *self.shape) for (x,) in delta], 1)
+        d = _end_to_end([x.reshape(len(x), -1, *self.shape) for (x,) in delta], 1)
         found = {}
         if "weight" in self.moves:
-            a = torch.cat([_normalised(call).reshape(-1, *self.shape) for call in calls])
+            a = _end_to_end([_normalised(call).reshape(-1, *self.shape) for call in calls], 0)
             found["weight"] = (d * a).sum(1)
         if "bias" in self.moves:
             found["bias"] = d.sum(1)
@@ -391,11 +391,11 @@ def _is_lookup(call: Call) -> bool:
     return _close(output, (scale * own["weight"][ids]).reshape_as(output))
 
 
+@torch.no_grad()
 def _normalised(call: Call) -> Tensor:
-    """∂output/∂weight of a module that is elementwise affine in its weight, in the layout of its output."""
-    own = _own(call)
-    tangent = {name: torch.ones_like(p) if name == "weight" else torch.zeros_like(p) for name, p in own.items()}
-    return jvp(_of(call), (own,), (tangent,))[1][0]
+    """∂output/∂weight of a module that is elementwise affine in its weight, in the layout of its output: f(1) - f(0)."""
+    f, nothing = _of(call), {name: torch.zeros_like(p) for name, p in _own(call).items()}
+    return f(nothing | {"weight": torch.ones_like(nothing["weight"])})[0] - f(nothing)[0]
 
 
 def _is_gain(call: Call) -> bool:
