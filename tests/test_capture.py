@@ -11,7 +11,8 @@ import tokdyn as td
 from tokdyn.capture import Capture, tap
 from tokdyn.dynamics import G as G_of
 from tokdyn.testing import tiny, tiny_lora
-from tokdyn.wrapped import scale_and_cap, unwrap
+from tokdyn.trace import Tracer, scale_and_cap
+from tokdyn.wrapped import unwrap
 
 V, PROMPT = 61, 4
 EPS = torch.finfo(torch.float32).eps
@@ -641,6 +642,8 @@ def test_copies_of_a_model_on_several_devices_are_refused():
     ],
 )
 def test_every_name_of_a_scale_and_a_softcap(names, scale, cap):
-    model = torch.nn.Module()
+    """As a capture reads them and as a trace does."""
+    model = tiny("llama")
     model.config = SimpleNamespace(**names)
-    assert scale_and_cap(model) == (scale, cap)
+    readout = Tracer(model).readout
+    assert scale_and_cap(model) == (readout.scale, readout.softcap) == (scale, cap)

@@ -26,8 +26,8 @@ from . import diagnosis, ops
 from .captured import IGNORED, Forward, Layout, basis, fit, moments, right_aligned, shifted, stats_of_logits
 from .kernels.readout_forces.reference import logit_force
 from .ops import TokenStats
-from .trace import Readout
-from .wrapped import backbone, base_layer, is_sharded, readout_of, scale_and_cap, unwrap
+from .trace import Readout, scale_and_cap
+from .wrapped import backbone, base_layer, is_sharded, readout_of, unwrap
 
 SAMPLE = 32  # tokens of a forward pass on which a capture checks itself
 SAMPLED_LOGITS = 1 << 22  # at most so many of their logits, where the check is made at the logits

@@ -116,15 +116,7 @@ class Tracer:
                 raise ValueError(f"parameter {name} holds NaN or inf: the model cannot be traced")
 
     def _find_readout(self) -> Readout:
-        config = getattr(self.model, "config", None)
-        if config is not None and hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-        scale = 1.0
-        for name, divide in (("logit_scale", False), ("logits_scaling", True), ("output_multiplier", False),
-                             ("lm_head_multiplier", False)):  # fmt: skip
-            value = getattr(config, name, None)
-            if value:
-                scale *= 1 / value if divide else value
+        scale, softcap = scale_and_cap(self.model)
         weight_name, bias_name = f"{self._head_name}.weight", f"{self._head_name}.bias"
         if weight_name not in self.params:
             raise ValueError(f"the output embedding {self._head_name} has no weight of its own: its forces cannot be resolved")
@@ -133,7 +125,7 @@ class Tracer:
             weight=self.params[weight_name],
             bias=self.params.get(bias_name),
             scale=scale,
-            softcap=getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None) or None,
+            softcap=softcap,
             weight_name=weight_name,
             bias_name=bias_name if bias_name in self.params else None,
             tied=tied,
@@ -395,6 +387,18 @@ def trace(model: nn.Module) -> Iterator[Tracer]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def scale_and_cap(lm: nn.Module) -> tuple[float, float | None]:
+    """Scale and softcap of the logits, as the configuration names them."""
+    config: Any = getattr(lm, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = 1.0
+    for name in ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"):
+        if value := getattr(config, name, None):
+            divides = name == "logits_scaling" and getattr(config, "model_type", "") != "hyperclovax"  # that one multiplies
+            scale *= 1 / value if divides else value
+    return scale, getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None) or None
 
 
 def _output_embeddings(model: nn.Module) -> tuple[str, nn.Module]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .trace import Readout
+from .trace import Readout, scale_and_cap
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, list[nn.Module], nn.Module | None]:
@@ -63,18 +63,6 @@ def readout_of(lm: nn.Module, adapted: bool) -> Readout:
 def base_layer(head: Any) -> Any:
     """The layer that an adapter wraps, or the layer itself."""
     return head.base_layer if hasattr(head, "base_layer") else head
-
-
-def scale_and_cap(lm: nn.Module) -> tuple[float, float | None]:
-    """Scale and softcap of the logits, as the configuration names them."""
-    config: Any = getattr(lm, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = 1.0
-    for name in ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"):
-        if value := getattr(config, name, None):
-            divides = name == "logits_scaling" and getattr(config, "model_type", "") != "hyperclovax"  # that one multiplies
-            scale *= 1 / value if divides else value
-    return scale, getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None) or None
 
 
 def whole(weight: Tensor) -> Tensor:
