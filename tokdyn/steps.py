@@ -87,11 +87,19 @@ class Step:
         self._tokens = None
 
     def sequences(self) -> Any:
-        """One row per sequence of the update (pyarrow): tokens, sums of c and force, means of the statistics."""
+        """One row per sequence of the update (pyarrow): how many tokens; sums of c, force, force_up and cancelled; means.
+
+        force_up is the force where c > 0. Means are those of the statistics and, as the share of clipped tokens, of clipped.
+        """
+        import pyarrow.compute as pc
+
+        tokens = self.tokens
+        tokens = tokens.append_column("force_up", pc.if_else(pc.greater(tokens["c"], 0.0), tokens["force"], 0.0))
         keys = ["sequence", "micro_batch", "role", "group"]
-        means = ["log_prob", "entropy", "collision", "g_norm", "p_argmax"]
-        wanted = [("c", "count"), ("c", "sum"), ("force", "sum")] + [(name, "mean") for name in means]
-        return self.tokens.group_by(keys, use_threads=False).aggregate(wanted)
+        sums = ["c", "force", "force_up", "cancelled"]
+        means = ["log_prob", "p_target", "p_argmax", "entropy", "collision", "g_norm", "clipped"]
+        wanted = [("c", "count")] + [(name, "sum") for name in sums] + [(name, "mean") for name in means]
+        return tokens.group_by(keys, use_threads=False).aggregate(wanted)
 
 
 def columns(forwards: Sequence[Forward], scale: float) -> dict[str, Any]:
@@ -104,6 +112,7 @@ def columns(forwards: Sequence[Forward], scale: float) -> dict[str, Any]:
         zero = torch.zeros_like(f.c)
         p, top = f.stats.log_prob.exp(), f.stats.argmax_log_prob.exp()
         rate = top * (top - f.stats.collision + p) * (f.stats.argmax != f.targets)
+        stats = f.stats._asdict()
         values: dict[str, Any] = dict(
             micro_batch=torch.full_like(f.targets, numbers.index(f.micro_batch)),
             sequence=first + f.sequence,
@@ -117,7 +126,8 @@ def columns(forwards: Sequence[Forward], scale: float) -> dict[str, Any]:
             p_argmax=top,
             squeezing=rate * (f.c < 0),
             h_square=zero if f.square is None else f.square,
-        ) | f.stats._asdict()  # fmt: skip
+            token_rank=stats.pop("rank"),  # rank is the process's
+        ) | stats  # fmt: skip
         more = f.metadata
         A = None if more.get("advantages") is None else f.of_rows(torch.as_tensor(more["advantages"]))
         values["advantage"] = zero * math.nan if A is None else A.float()
@@ -137,10 +147,11 @@ def columns(forwards: Sequence[Forward], scale: float) -> dict[str, Any]:
         for name, value in values.items():
             parts.setdefault(name, []).append(value)
         first += n
-    return {
+    of = {
         name: sum(part, []) if isinstance(part[0], list) else torch.cat([x.detach() for x in part]).cpu()
         for name, part in parts.items()
     }
+    return of | dict(cancelled=cancelled(of, forwards))
 
 
 def _mean_of_each(values: Float[Tensor, " N"], sequence: Tensor, n: int) -> Float[Tensor, " N"]:
@@ -161,11 +172,16 @@ def table(of: Mapping[str, Any]) -> Any:
     return pa.table(arrays)
 
 
-def shared_prefix(of: Mapping[str, Any], forwards: Sequence[Forward]) -> tuple[float, float]:
-    """Force that the pairs' shared prefixes cancel, Σ (|c⁺| + |c⁻| - |c⁺ + c⁻|) ‖pi - e_y‖, and all force of the pairs.
+def cancelled(of: Mapping[str, Any], forwards: Sequence[Forward]) -> Float[Tensor, " N"]:
+    """Force of each token that the other answer of its pair cancels; NaN outside pairs.
 
-    Where chosen and rejected answer begin alike, so do their hidden states, and G⁺ + G⁻ = -(c⁺ + c⁻)(e_y - pi).
+    Where chosen and rejected answer begin alike, so do their hidden states, and G⁺ + G⁻ = -(c⁺ + c⁻)(e_y - pi)/temperature:
+    (|c⁺| + |c⁻| - |c⁺ + c⁻|) ‖pi - e_y‖/temperature is lost, half of it on either side.
     """
+    c, T = of["c"], torch.cat([torch.full_like(f.c, f.temperature) for f in forwards if f.c is not None]).cpu()
+    found = torch.full_like(c, math.nan)
+    if "chosen" not in of["role"]:
+        return found
     ids: dict[int, list[int]] = {}
     first = 0
     for f in forwards:
@@ -173,38 +189,38 @@ def shared_prefix(of: Mapping[str, Any], forwards: Sequence[Forward]) -> tuple[f
             for s in range(f.layout.sequences):
                 ids[first + s] = f.layout.ids[(f.layout.sequence == s) & f.layout.real].tolist()
         first += f.layout.sequences
-    rows: dict[tuple[int, str], dict[int, tuple[float, float]]] = {}
+    rows: dict[tuple[int, str], dict[int, int]] = {}
     where: dict[tuple[int, str], int] = {}
-    numbers = (of[name].tolist() for name in ("sequence", "position", "c", "g_norm"))
-    for group, role, s, t, c, g in zip(of["group"], of["role"], *numbers, strict=True):
-        if role in ("chosen", "rejected"):
-            rows.setdefault((group, role), {})[t] = (c, g)
-            where[group, role] = s
-    cancelled = total = 0.0
+    numbers = (of[name].tolist() for name in ("sequence", "position"))
+    for row, (group, role, s, t) in enumerate(zip(of["group"], of["role"], *numbers, strict=True)):
+        rows.setdefault((group, role), {})[t] = row
+        where[group, role] = s
     for (group, role), plus in rows.items():
         minus = rows.get((group, "rejected"))
         if role != "chosen" or minus is None or where[group, role] not in ids:
             continue
+        found[[*plus.values(), *minus.values()]] = 0.0
         a, b = ids[where[group, "chosen"]], ids[where[group, "rejected"]]
         same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        cancelled += sum(
-            (abs(c) + abs(minus[t][0]) - abs(c + minus[t][0])) * g for t, (c, g) in plus.items() if t < same and t in minus
-        )
-        total += sum(abs(c) * g for side in (plus, minus) for c, g in side.values())
-    return cancelled, total
+        shared = [t for t in plus if t < same and t in minus]
+        up, down = [plus[t] for t in shared], [minus[t] for t in shared]
+        half = (c[up].abs() + c[down].abs() - (c[up] + c[down]).abs()) / 2
+        for side in (up, down):
+            found[side] = half * of["g_norm"][side] / T[side]
+    return found
 
 
 def sums(of: Mapping[str, Any], forwards: Sequence[Forward]) -> dict[str, float]:
     """The quantities that figures are ratios of; they add over ranks and steps."""
     c, force = of["c"].double(), of["force"].double()
     push = (-c).clamp(min=0)
-    clipped = of["clipped"]
-    cancelled, paired = shared_prefix(of, forwards) if "chosen" in of["role"] else (0.0, 0.0)
+    clipped, lost = of["clipped"], of["cancelled"].double()
     weight = [(f.residual, f.scored + f.astray) for f in forwards if f.scored == f.scored]
     values = dict(
         steps=1.0, tokens=float(len(c)), c_up=float(c.clamp(min=0).sum()), c_down=float(push.sum()),
         force=float(force.sum()), force_up=float(force[c > 0].sum()),
-        pushed=float(push.sum()), squeezed=float((push * of["squeezing"]).sum()), shared=cancelled, paired=paired,
+        pushed=float(push.sum()), squeezed=float((push * of["squeezing"]).sum()),
+        shared=float(lost.nansum()), paired=float(force[~lost.isnan()].sum()),
         clipped=float(clipped.nansum()), clippable=float((~clipped.isnan()).sum()),
         explained=float(sum(r * r * w for r, w in weight)), checked=float(sum(w for _, w in weight)),
     )  # fmt: skip
