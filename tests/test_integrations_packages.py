@@ -62,8 +62,10 @@ def test_verls_engine(model, tmp_path, form, entropy):
 @pytest.mark.parametrize("entropy", [0.0, 0.05], ids=["", "entropy bonus"])
 def test_openrlhfs_training_step(model, tmp_path, entropy):
     off, on = without_and_with("openrlhf_actor.py", model, entropy, out=tmp_path / "found")
+    assert min(on["norms"]) > 0.2  # clipped to half and less
     for step, slopes, ids in zip(on["steps"], off["slopes"], off["ids"], strict=True):
         assert step["routes"] == (("least squares",) if entropy else ("tap",)) and len(step["rows"]) == 9
+        assert step["accounted"] == pytest.approx(1, abs=1e-3)
         for row in step["rows"]:
             assert row["token_id"] == int(ids[row["sequence"], row["position"]])
             c = float(slopes[row["sequence"], row["position"] - 3])  # responses begin behind three tokens

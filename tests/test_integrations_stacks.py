@@ -93,11 +93,12 @@ class DataParallelPPOActor:
         return norms
 
 
-def update_with_verl(on, unpadded, entropy):
+def update_with_verl(on, unpadded, entropy, **options):
     kind = type("DataParallelPPOActor", (DataParallelPPOActor,), {})
     module = SimpleNamespace(DataParallelPPOActor=kind, get_policy_loss_fn=lambda name: vanilla)
     config = Config(use_remove_padding=unpadded, entropy_coeff=entropy, grad_clip=1.0, clip_ratio=0.2, clip_ratio_high=0.28)
-    monitors, undo = verl.instrument(module, probe=PROBE, on_error="raise") if on else ({}, None)
+    options = dict(probe=PROBE, on_error="raise") | options
+    monitors, undo = verl.instrument(module, **options) if on else ({}, None)
     actor = kind(module, config, tiny("llama"))
     norms = [
         actor.update_policy(SimpleNamespace(batches=[batch(2 * n), batch(2 * n + 1)], meta_info={"temperature": T}))
@@ -210,12 +211,13 @@ def engine_batch(seed, entropy):
     return b, dict(found, temperature=T, calculate_entropy=bool(entropy))
 
 
-def update_with_engine(on, padded, entropy):
+def update_with_engine(on, padded, entropy, **options):
     base = type("FSDPEngine", (FSDPEngine,), {})
     kind = type("FSDPEngineWithLMHead", (FSDPEngineWithLMHead, base), {})
     module = SimpleNamespace(FSDPEngine=base, FSDPEngineWithLMHead=kind)
     base.optimizer_step, kind.forward_step = FSDPEngine.optimizer_step, FSDPEngineWithLMHead.forward_step
-    monitors, undo = verl.instrument_engine(module, probe=PROBE, on_error="raise") if on else ({}, None)
+    options = dict(probe=PROBE, on_error="raise") | options
+    monitors, undo = verl.instrument_engine(module, **options) if on else ({}, None)
     engine = kind(tiny("llama"), padded)
     config = Config(entropy_coeff=entropy, clip_ratio=0.2, clip_ratio_high=0.28, policy_loss={})
     norms = []
@@ -263,6 +265,18 @@ def test_verl_engines_are_captured_and_unchanged(padded, entropy):
                     assert row["v"] == pytest.approx(-entropy / N, rel=1e-5)
 
 
+@pytest.mark.parametrize("update", [update_with_verl, update_with_engine])
+def test_verl_trains_on_where_tokdyn_cannot_start(update, tmp_path):
+    """A job that is started again finds its folder taken: the same training, one warning, nothing recorded."""
+    (tmp_path / "taken").touch()
+    with pytest.warns(UserWarning, match="tokdyn is not attached: .* exists already") as caught:
+        norms, weights, monitor = update(True, False, 0.0, out=tmp_path, on_error="warn")
+    plain_norms, plain_weights, _ = update(False, False, 0.0)
+    assert norms == plain_norms and all(torch.equal(a, b) for a, b in zip(weights, plain_weights, strict=True))
+    assert len(monitor.problems) == len(caught) == 1 and monitor.steps == []
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
 class Actor(torch.nn.Module):
     """OpenRLHF's wrapper of a causal LM."""
 
@@ -287,10 +301,12 @@ class PolicyTrainer:
     def __init__(self, temperature):
         self.actor = Actor(tiny("llama"), temperature)
         self.actor_optim = torch.optim.AdamW(self.actor.parameters(), lr=1e-2)
-        self.args = SimpleNamespace(actor=SimpleNamespace(eps_clip_low_high=(0.2, 0.28), entropy_coef=None))
-        self.strategy = SimpleNamespace(optimizer_step=self._step)
+        self.args = SimpleNamespace(actor=SimpleNamespace(eps_clip_low_high=(0.2, 0.28), entropy_coef=None, max_norm=0.1))
+        self.strategy = SimpleNamespace(optimizer_step=self._step, get_grad_norm=lambda actor: self.norm)
 
     def _step(self, optimizer, model, scheduler, name=""):
+        self.norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.actor.max_norm).item()
+        assert self.norm > 2 * self.args.actor.max_norm
         optimizer.step()
         optimizer.zero_grad()
 
@@ -336,6 +352,26 @@ def test_openrlhf_steps_are_captured_and_unchanged(temperature):
                 assert torch.equal(clipped, step.c == 0) and 0 < int(clipped.sum()) < len(clipped)
         found.append((losses, [p.detach() for p in trainer.actor.parameters()]))
     assert found[0][0] == found[1][0] and all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_openrlhf_trains_on_where_tokdyn_cannot_start(tmp_path):
+    (tmp_path / "taken").touch()
+    trainer = PolicyTrainer(1.0)
+    with pytest.warns(UserWarning, match="tokdyn is not attached: .* exists already"):
+        monitor = openrlhf.attach(trainer, out=tmp_path)
+    b = batch()
+    trainer.training_step(SimpleNamespace(
+        sequences=b["input_ids"], attention_mask=b["attention_mask"], advantages=b["advantages"],
+        action_mask=b["response_mask"], action_log_probs=b["old_log_probs"],
+    ))  # fmt: skip
+    assert len(monitor.problems) == 1 and monitor.steps == []
+
+
+def test_options_of_verl_are_looked_at_before_training():
+    with pytest.raises(ValueError, match="every must be at least 1"):
+        verl.instrument(SimpleNamespace(), every=0)
+    with pytest.raises(ValueError, match="every must be at least 1"):
+        verl.instrument_engine(SimpleNamespace(), every=0)
 
 
 def test_anything_else_is_refused():

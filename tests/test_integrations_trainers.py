@@ -322,6 +322,21 @@ def test_the_trainer_is_itself_again_afterwards(build):
         assert td.capture._active == []
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_training_goes_on_where_tokdyn_cannot_start(build, probe, tmp_path):
+    """A run that is started again finds its folder taken: the same training, one warning, the folder as it was."""
+    without, trainer = build("trainer"), build("trainer")
+    without.train()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "taken").touch()
+    monitor = td.attach(trainer, probe=probe, out=tmp_path / "run")
+    with pytest.warns(UserWarning, match="tokdyn is not attached: .* exists already"):
+        trainer.train()
+    assert logged(trainer) == logged(without)
+    assert len(monitor.problems) == 1 and monitor.steps == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["taken"]
+
+
 def test_anything_but_a_trainer_is_refused():
     with pytest.raises(ValueError, match="needs a transformers.Trainer, got Linear"):
         td.attach(torch.nn.Linear(2, 2))

@@ -155,6 +155,13 @@ class Monitor:
         """Gradients are averaged over so many ranks, from the next `start` on."""
         self._ranks = ranks
 
+    def clipped_to(self, limit: Any, norm: Any) -> None:
+        """This step's gradients, of that norm, were clipped to a limit as `clip_grad_norm_` does; None or 0 is no limit."""
+        with self.guarded("the gradient's norm could not be read"):
+            if self.due and limit:
+                norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+                self.clip = min(1.0, float(limit) / (float(norm) + 1e-6))
+
     def close(self, status: str = "complete") -> None:
         """Take every hook off and write what is left. Safe to call twice."""
         while self._handles:

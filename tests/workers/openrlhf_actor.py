@@ -16,7 +16,7 @@ import torch.distributed as dist
 import transformers  # noqa: F401
 
 MODEL, ENTROPY, OUT = sys.argv[1], float(sys.argv[2]), sys.argv[3]
-STEPS, TEMPERATURE, LIMIT = 3, 0.7, 1.0
+STEPS, TEMPERATURE, LIMIT = 3, 0.7, 0.1
 
 
 class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -45,7 +45,7 @@ class Strategy:
     def __init__(self):
         train = SimpleNamespace(max_epochs=1, dynamic_batch_enable=False, colocate_all=False, async_enable=False)
         actor = SimpleNamespace(eps_clip_low_high=(0.2, 0.28), dual_clip=None, loss_agg_mode="token-mean", aux_loss_coef=0.0,
-                                policy_loss_type="ppo", entropy_coef=ENTROPY or None)  # fmt: skip
+                                policy_loss_type="ppo", entropy_coef=ENTROPY or None, max_norm=LIMIT)  # fmt: skip
         kl = SimpleNamespace(use_loss=False, init_coef=0.0)
         advantage = SimpleNamespace(is_correction_level="off", is_correction_mode="mask", is_correction_gating="ratio",
                                     is_correction_threshold=(0.5, 5.0))  # fmt: skip
@@ -118,9 +118,9 @@ def train(watched):
     if monitor is not None:
         monitor.close()
         steps = [
-            dict(step=s.step, routes=s.routes, residual=s.residual, linearity=s.linearity, rows=s.tokens.to_pylist())
-            for s in monitor.steps
-        ]
+            dict(step=s.step, routes=s.routes, residual=s.residual, linearity=s.linearity, accounted=s.accounted,
+                 rows=s.tokens.to_pylist()) for s in monitor.steps
+        ]  # fmt: skip
     weights = torch.cat([p.detach().flatten() for p in actor.parameters()])
     return dict(norms=norms, weights=weights, slopes=slopes, ids=ids, steps=steps)
 

@@ -57,10 +57,15 @@ def attach(trainer: Any, **options: Any) -> Monitor:
         ends = getattr(engine, "is_gradient_accumulation_boundary", lambda: True)()
         result = original(*args, **kwargs)
         if ends:
+            with monitor.guarded("the clipping of the gradients could not be read"):
+                monitor.clipped_to(trainer.args.actor.max_norm, trainer.strategy.get_grad_norm(trainer.actor))
             monitor.step_end(force=True)
             monitor.step_begin()
         return result
 
+    with monitor.guarded("tokdyn is not attached"):
+        monitor.start()
+    monitor.step_begin()
     undos = [
         wrap(trainer, "training_step", training_step),
         wrap(trainer, "actor_loss_fn", actor_loss_fn),
@@ -73,7 +78,5 @@ def attach(trainer: Any, **options: Any) -> Monitor:
         while undos:
             undos.pop()()
 
-    monitor.start()
-    monitor.step_begin()
     monitor.close = closing  # type: ignore[method-assign]
     return monitor

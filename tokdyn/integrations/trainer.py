@@ -80,10 +80,7 @@ def attach(
 
     def clip(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         norm = original(*args, **kwargs)
-        if monitor.due and trainer.args.max_grad_norm:
-            with monitor.guarded("the gradient's norm could not be read"):
-                found = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-                monitor.clip = min(1.0, trainer.args.max_grad_norm / (float(found) + 1e-6))
+        monitor.clipped_to(trainer.args.max_grad_norm, norm)
         return norm
 
     undos = [wrap(trainer, "train", train), wrap(trainer, "compute_loss", compute_loss)]

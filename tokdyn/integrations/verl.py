@@ -30,7 +30,7 @@ def install(**options: Any) -> None:
     """Make every verl actor of this process record its updates; options are those of `Monitor`.
 
     Raises:
-        ImportError: verl is not installed, or has neither kind of FSDP worker.
+        ImportError: verl is not installed, or has neither kind of FSDP worker. ValueError: an option that does not fit.
     """
     try:
         from verl.workers.engine.fsdp import transformer_impl  # type: ignore[import-not-found]
@@ -49,28 +49,29 @@ def instrument_engine(engines: Any, **options: Any) -> tuple[Monitors, Callable[
 
     Returns:
         The monitors by engine, as they come to be, and what takes the wrapping off.
+
+    Raises:
+        ValueError: an option that does not fit.
     """
     monitors: WeakKeyDictionary[Any, Monitor] = WeakKeyDictionary()
+    Monitor(None, **options)  # what does not fit is said before training
     base, head = engines.FSDPEngine, engines.FSDPEngineWithLMHead
     forward, step = head.forward_step, base.optimizer_step
 
     def forward_step(self: Any, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
         if forward_only or loss_function is None:
             return forward(self, micro_batch, loss_function, forward_only)
-        temperature, monitor = _one_temperature(micro_batch["temperature"]), monitors.get(self)
+        monitor = monitors.get(self)
         if monitor is None:
-            about: dict[str, Any] = dict(temperature=temperature, scaler=getattr(self, "scaler", None)) | options
-            monitor = monitors[self] = Monitor(self.module, self.optimizer, **about)
-            monitor.start()
+            monitor = monitors[self] = _attached(self, self.module, self.optimizer, micro_batch, options)
             monitor.step_begin()
-            finalize(self, monitor.close)  # at the end of the process at the latest
-
-        config = getattr(loss_function, "keywords", {}).get("config")  # of functools.partial
-        known = {} if config is None else _clipping(config, config.policy_loss.get("loss_mode", "vanilla"))
 
         def watched(**given: Any) -> Any:
             if "model_output" in given:
                 with monitor.guarded("the log-probs could not be read"):
+                    config = getattr(loss_function, "keywords", {}).get("config")  # of functools.partial
+                    known = {} if config is None else _clipping(config, config.policy_loss.get("loss_mode", "vanilla"))
+                    temperature = _one_temperature(micro_batch)
                     given["model_output"] = _tapped(given["model_output"], given["data"], temperature, monitor, known)
             return loss_function(**given)
 
@@ -80,7 +81,8 @@ def instrument_engine(engines: Any, **options: Any) -> tuple[Monitors, Callable[
         norm = step(self)
         monitor = monitors.get(self)
         if monitor is not None:
-            monitor.step_end(clip=min(1.0, float(self.optimizer_config.clip_grad) / (float(norm) + 1e-6)), force=True)
+            monitor.clipped_to(self.optimizer_config.clip_grad, norm)
+            monitor.step_end(force=True)
             monitor.step_begin()
         return norm
 
@@ -91,8 +93,18 @@ def instrument_engine(engines: Any, **options: Any) -> tuple[Monitors, Callable[
     return monitors, undo
 
 
-def _one_temperature(of: Any) -> float:
-    values = torch.as_tensor(of, dtype=torch.float32).flatten().unique()
+def _attached(worker: Any, model: Any, optimizer: Any, about: Any, options: Mapping[str, Any]) -> Monitor:
+    """A monitor at work on a worker's model until that is gone; where it cannot start, one that does nothing."""
+    monitor = Monitor(None, **{"scaler": getattr(worker, "scaler", None), **options})
+    with monitor.guarded("tokdyn is not attached"):
+        monitor.temperature = options.get("temperature") or _one_temperature(about)
+        monitor.start(model, optimizer)
+    finalize(worker, monitor.close)  # at the end of the process at the latest
+    return monitor
+
+
+def _one_temperature(about: Any) -> float:
+    values = torch.as_tensor(about["temperature"], dtype=torch.float32).flatten().unique()
     return float(values[0]) if len(values) == 1 else float("nan")  # several in a batch: the self-check will say so
 
 
@@ -135,22 +147,22 @@ def instrument(dp_actor: Any, **options: Any) -> tuple[Monitors, Callable[[], No
 
     Returns:
         The monitors by actor, as they come to be, and what takes the wrapping off.
+
+    Raises:
+        ValueError: an option that does not fit.
     """
     actors: WeakKeyDictionary[Any, Monitor] = WeakKeyDictionary()
-    at_work: list[tuple[Any, Monitor, float]] = []
+    at_work: list[tuple[Any, Monitor, Any]] = []
+    Monitor(None, **options)  # what does not fit is said before training
     kind = dp_actor.DataParallelPPOActor
     update, step, losses = kind.update_policy, kind._optimizer_step, dp_actor.get_policy_loss_fn
 
     def update_policy(self: Any, data: Any) -> Any:
-        temperature = float(data.meta_info["temperature"])
         monitor = actors.get(self)
         if monitor is None:
-            about: dict[str, Any] = dict(temperature=temperature, scaler=getattr(self, "scaler", None)) | options
-            monitor = actors[self] = Monitor(self.actor_module, self.actor_optimizer, **about)
-            monitor.start()
-            finalize(self, monitor.close)  # at the end of the process at the latest
+            monitor = actors[self] = _attached(self, self.actor_module, self.actor_optimizer, data.meta_info, options)
         monitor.step_begin()
-        at_work.append((self, monitor, temperature))
+        at_work.append((self, monitor, data.meta_info))
         try:
             return update(self, data)
         finally:
@@ -161,8 +173,8 @@ def instrument(dp_actor: Any, **options: Any) -> tuple[Monitors, Callable[[], No
         norm = step(self)
         monitor = actors.get(self)
         if monitor is not None and at_work:
-            limit = float(self.config.grad_clip)
-            monitor.step_end(clip=min(1.0, limit / (float(norm) + 1e-6)), force=True)
+            monitor.clipped_to(self.config.grad_clip, norm)
+            monitor.step_end(force=True)
             monitor.step_begin()
         return norm
 
@@ -171,15 +183,16 @@ def instrument(dp_actor: Any, **options: Any) -> tuple[Monitors, Callable[[], No
 
         def policy_loss(*, old_log_prob: Any, log_prob: Any, advantages: Any, response_mask: Any, **more: Any) -> Any:
             if at_work:
-                actor, monitor, temperature = at_work[-1]
-                plain = not actor.config.get("use_remove_padding", False) and not actor.config.get("entropy_coeff", 0)
-                if plain:
-                    log_prob = tap(log_prob, mask=response_mask, temperature=temperature)
-                    known = _clipping(actor.config, name)
-                    monitor.about(advantages=advantages, old_log_probs=old_log_prob.detach(), **known)
-                else:  # documents in a row: what is known of each is its mean advantage
-                    mean = (advantages * response_mask).sum(1) / response_mask.sum(1).clamp(min=1)
-                    monitor.about(advantages=torch.as_tensor(mean).detach())
+                actor, monitor, about = at_work[-1]
+                with monitor.guarded("the log-probs could not be read"):
+                    plain = not actor.config.get("use_remove_padding", False) and not actor.config.get("entropy_coeff", 0)
+                    if plain:
+                        known = _clipping(actor.config, name)
+                        log_prob = tap(log_prob, mask=response_mask, temperature=_one_temperature(about))
+                        monitor.about(advantages=advantages, old_log_probs=old_log_prob.detach(), **known)
+                    else:  # documents in a row: what is known of each is its mean advantage
+                        mean = (advantages * response_mask).sum(1) / response_mask.sum(1).clamp(min=1)
+                        monitor.about(advantages=torch.as_tensor(mean).detach())
             return loss(
                 old_log_prob=old_log_prob, log_prob=log_prob, advantages=advantages, response_mask=response_mask, **more
             )
