@@ -55,6 +55,7 @@ test: lint
 
 test-studies: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=20 -n 2 $(STUDIES)
+	$(BIN)/tokdyn study --all --quick --out runs/quick
 
 MATRIX := .venv-matrix
 OLD := trl==1.12.0 peft==0.20.0 requests # TRL 1.12 imports requests without asking for it

@@ -74,7 +74,7 @@ def run(quick: bool = False, seed: int = 0) -> Result:
         {"influence": pa.table(dict(zip(columns, zip(*rows, strict=True), strict=True)))},
         {"influence": draw(I)},
         f"Test accuracy after {STAGES[-1]} steps: {estimate([float(a) for a in accuracy]).words()}. Similarity is the cosine "
-        "between the mean images of two classes, less the mean of all images; it knows nothing of the network.\n\n"
+        "between the mean images of two classes; it knows nothing of the network.\n\n"
         "That a 4 lifts a 9 rests largely on pixels that are not negative, as in the paper: all images then overlap. With the "
         "mean image taken off, Δ log p(4 | a 9) is much smaller: "
         f"{listed([estimate(centred[:, k].tolist()) for k in range(len(STAGES))], 'nats')} per unit learning rate.",

@@ -1,4 +1,4 @@
-"""Preference training presses the rejected answer down, takes the chosen one with it, and lifts what was most likely anyway.
+"""What preference training does to the chosen answer, the rejected one, and what was most likely anyway.
 
 Ren & Sutherland, *Learning Dynamics of LLM Finetuning* (arXiv 2407.10490), §3.3 and §4.2: in off-policy DPO the rejected
 answer falls most, the chosen answer falls after a while, and the mass goes to the argmax of every position (squeezing).
@@ -9,8 +9,8 @@ less too.
 A variant is compared with off-policy DPO at the widest margin that both reach: chosen minus rejected has then grown as much in
 each.
 
-Robust, asserted: the rejected answer falls most of all kinds, and the margin grows. Measured: the rest, over seeds and
-prompts.
+Robust, asserted: the rejected answer falls most of all kinds, and the margin grows. Measured: the rest, over seeds, which set
+the order of the pairs and not which pairs they are.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ tokens by the readout's force and scales their gradient down. Here on sums that 
 forces of the right and of the wrong answers' tokens, real steps of GRPO, Pos-only, NTHR and of a control that spares as many
 random tokens; then training with pass@1, pass@K and the mass of the most likely token.
 
-Asserted: NTHR's score is the gradient product it claims to be, and the exact force of the wrong answers ranks prompts by what
-a small real step does to the right ones. Measured: LLD itself. Where right and wrong answers part at one number, pushing the
-wrong one down also makes room for the right one; with shared working the shared tokens are pulled up and pushed down alike.
+Asserted: NTHR's score is the gradient product it claims to be. Measured, for sampled answers and for constructed ones that
+share their working: LLD, what the exact force of the wrong answers foretells, and what sparing NTHR's tokens changes. Where
+right and wrong answers part at one number, pushing the wrong one down also makes room for the right one; with shared working
+the shared tokens are pulled up and pushed down alike.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 import tokdyn as td
 from tokdyn.interventions import loss, nthr, nthr_scores
 from tokdyn.loading import load_model
+from tokdyn.testing import float64
 
 from . import arithmetic, training
 from .figures import BLUE, COLOURS, GREEN, GREY, VERMILION, band, figure
@@ -30,6 +32,7 @@ from .result import Claim, Estimate, Result, estimate
 
 PAPER = "arXiv 2505.18830"
 STEPS = ("GRPO", "Pos-only", "NTHR", "random tokens")
+SAMPLED, SHARED, FAR = KINDS = ("sampled", "shared working", "long context")
 LIFT = 0.005  # nats a token by which Pos-only lifts the right answers in one step, to first order
 G = 8  # rollouts a prompt
 K = 4  # of pass@K
@@ -43,16 +46,13 @@ def run(quick: bool = False, seed: int = 0) -> Result:
         quick: 4 prompts, one seed of 2 small training steps; else 24 prompts, five seeds of 30 steps, a 1,000-token context.
         seed: of the problems and of the first run.
     """
-    import pyarrow as pa
-
     model, tokenizer = load_model()
     sums = arithmetic.problems(seed, 12 if quick else 48)
     taught = arithmetic.half_taught(model, tokenizer, sums, seed=seed)
     rollouts = arithmetic.roll_out(taught, tokenizer, sums, G, seed=seed)
-    solved = rollouts.rewards.mean().item()
     mixed = [g for g in range(len(sums)) if _mixed(rollouts.of(g))][: 4 if quick else 24]
-    one_step = [{"rollouts": "sampled", "prompt": g} | _displacement(taught, rollouts.of(g), seed) for g in mixed]
-    one_step += [{"rollouts": "shared working", "prompt": g} | _displacement(model, worked(tokenizer, s, g), seed)
+    one_step = [{"rollouts": SAMPLED, "prompt": g} | _displacement(taught, rollouts.of(g), seed) for g in mixed]
+    one_step += [{"rollouts": SHARED, "prompt": g} | _displacement(taught, worked(tokenizer, s, g), seed)
                  for g, s in enumerate(sums[: 3 if quick else 24])]  # fmt: skip
     if not quick:
         one_step += _long(taught, tokenizer, sums, seed)
@@ -62,77 +62,97 @@ def run(quick: bool = False, seed: int = 0) -> Result:
             size = dict(steps=2, every=2, prompts=4, samples=8) if quick else dict(steps=30, every=10, prompts=8, samples=16)
             rows = train(taught, tokenizer, sums, name, seed=run_seed, **size)
             curves += [{"method": name, "seed": run_seed} | row for row in rows]
+    with float64():
+        gap = _identity(copy.deepcopy(taught).double(), rollouts.of(mixed[0]))
+    return conclude(one_step, curves, gap, f"{len(sums)} sums of two numbers, {rollouts.rewards.mean():.0%} of sampled answers "
+                    "right before GRPO")  # fmt: skip
 
-    short = [row for row in one_step if row["rollouts"] == "sampled"]
-    sharing = [row for row in one_step if row["rollouts"] == "shared working"]
-    change = {name: [row[name] for row in short] for name in STEPS}
-    loses = [row["Pos-only"] - row["GRPO"] for row in sharing]
-    held = [a - b for a, b in zip(change["Pos-only"], change["GRPO"], strict=True)]
-    taken = 100 * sum(held) / sum(change["Pos-only"])
-    shared = 100 * sum(loses) / sum(row["Pos-only"] for row in sharing)
-    spared = [row["NTHR"] - row["GRPO"] for row in sharing]
-    control = [row["NTHR"] - row["random tokens"] for row in sharing]
-    gap = _identity(taught, rollouts.of(mixed[0]))
-    order = td.rank_correlation(*(torch.tensor([row[key] for row in one_step]) for key in ("exact_negative", "real_negative")))
-    ranks = [row["nthr_rank"] for row in one_step if row["nthr_rank"] == row["nthr_rank"]]
+
+def conclude(one_step: list[dict[str, Any]], curves: list[dict[str, Any]], gap: float, about: str) -> Result:
+    """What the readings say."""
+    import pyarrow as pa
+
+    of = {kind: [row for row in one_step if row["rollouts"] == kind] for kind in KINDS}
+    of = {kind: rows for kind, rows in of.items() if rows}
+    both = {kind: of[kind] for kind in (SAMPLED, SHARED)}
+    lift = {kind: {name: estimate(row[name] for row in rows) for name in STEPS} for kind, rows in of.items()}
+    held = {kind: estimate(row["Pos-only"] - row["GRPO"] for row in rows) for kind, rows in of.items()}
+    taken = {kind: 100 * held[kind].mean / lift[kind]["Pos-only"].mean for kind in of}
+    against = {other: {kind: estimate(row["NTHR"] - row[other] for row in rows) for kind, rows in both.items()}
+               for other in ("GRPO", "random tokens")}  # fmt: skip
+    order = {kind: td.rank_correlation(*(torch.tensor([row[f"{how}_negative"] for row in rows]) for how in ("exact", "real")))
+             for kind, rows in both.items()}  # fmt: skip
+    ranks = {kind: estimate(row["nthr_rank"] for row in rows if row["nthr_rank"] == row["nthr_rank"])
+             for kind, rows in both.items()}  # fmt: skip
+    fell = sum(row["GRPO"] < 0 for row in of[SAMPLED])
     claims = [
         Claim(
             "An NTHR score is a gradient product (identity; theory §3, re-derived from the paper's eq.)",
-            "s_k = <∇_W Σ log pi(right answers), ∇_W log pi(y_k)> with W the readout, to float32 rounding",
+            "s_k = <∇_W Σ log pi(right answers), ∇_W log pi(y_k)> with W the readout, in float64 to 1e-12",
             f"relative difference {gap:.1e}",
-            gap < 1e-4,
+            gap < 1e-12,
         ),
         Claim(
             f"The negative gradient holds the right answers back (LLD; {PAPER} §4)",
-            "after one step right answers have risen more under Pos-only than under GRPO, mean over prompts",
-            f"Pos-only {estimate(change['Pos-only']).words('nats a token', of='prompts')}, GRPO "
-            f"{estimate(change['GRPO']).words('nats a token', of='prompts')}; the negative gradient takes {taken:.0f}% of the "
-            f"lift in the mean and something at {sum(x > 0 for x in held)} of {len(held)} prompts; right answers fall at "
-            f"{sum(x < 0 for x in change['GRPO'])}",
-            estimate(held).low > 0,
+            "after one step on sampled answers the right ones rose more under Pos-only than under GRPO, mean over prompts",
+            f"Pos-only {_words(lift[SAMPLED]['Pos-only'])}, GRPO {_words(lift[SAMPLED]['GRPO'])}; the negative gradient takes "
+            f"{taken[SAMPLED]:.0f}% of the lift in the mean and something at "
+            f"{sum(row['Pos-only'] > row['GRPO'] for row in of[SAMPLED])} of {len(of[SAMPLED])} prompts; right answers fall at "
+            f"{fell}",
+            held[SAMPLED].low > 0,
         ),
         Claim(
-            f"It does so where wrong answers share the working of right ones ({PAPER} §4, its mechanism)",
-            "Pos-only minus GRPO above 0 over constructed rollouts that differ in the last number only",
-            f"{estimate(loses).words('nats a token', of='prompts')} of {LIFT:g} that Pos-only gives at first order: the shared "
-            "working is pulled up and pushed down alike",
-            estimate(loses).low > 0,
+            f"Where wrong answers share the working of right ones it takes the lift away ({PAPER} §4, its mechanism)",
+            "Pos-only minus GRPO above 0 over constructed answers that differ in the last number only; the pushes on all "
+            "other tokens cancel by construction",
+            f"{_words(held[SHARED])} of {LIFT:g} that Pos-only gives at first order",
+            held[SHARED].low > 0,
         ),
         Claim(
             "The exact force of the wrong answers' tokens says what they do to the right ones (theory §5)",
-            "rank correlation over prompts of the exact negative force with what a real step owes to it: 0.9 or more",
-            f"{order:.3f} over {len(one_step)} prompts",
-            order >= 0.9,
+            "rank correlation over prompts of the exact negative force with what a real step owes to it: 0.9 or more, for each "
+            "kind of answers",
+            "; ".join(f"{kind} {order[kind]:.3f} over {len(rows)} prompts" for kind, rows in both.items()),
+            all(value >= 0.9 for value in order.values()),
         ),
         Claim(
             f"NTHR finds the harmful tokens ({PAPER} §5)",
-            "rank correlation of its score with the exact harm (all parameters) over the tokens of wrong answers: above 0",
-            estimate(ranks).words("", of="prompts"),
-            estimate(ranks).low > 0,
+            "rank correlation of its score with the exact harm (all parameters) over the tokens of wrong answers: above 0, for "
+            "each kind of answers",
+            _each(ranks),
+            all(value.low > 0 for value in ranks.values()),
         ),
         Claim(
             f"Reweighting NTHR's tokens lowers the displacement ({PAPER} §5; theory §5)",
-            "with shared working, right answers rise more under NTHR than under GRPO, mean over prompts",
-            f"NTHR minus GRPO {estimate(spared).words('nats a token', of='prompts')}",
-            estimate(spared).low > 0,
+            "right answers rise more under NTHR than under GRPO, mean over prompts, for each kind of answers",
+            f"NTHR minus GRPO: {_each(against['GRPO'], 'nats a token')}",
+            all(value.low > 0 for value in against["GRPO"].values()),
         ),
         Claim(
             f"and that because of which tokens it spares ({PAPER}, random control)",
-            "with shared working, they rise more under NTHR than when as many random tokens of wrong answers are spared",
-            f"NTHR minus random {estimate(control).words('nats a token', of='prompts')}",
-            estimate(control).low > 0,
+            "they rise more under NTHR than when as many random tokens of wrong answers are spared, for each kind of answers",
+            f"NTHR minus random: {_each(against['random tokens'], 'nats a token')}",
+            all(value.low > 0 for value in against["random tokens"].values()),
         ),
+        *_far(of.get(FAR, [])),
         *_trained(curves),
     ]
     return Result(
-        f"Pushing wrong answers down changes the right ones' lift in a GRPO step by {-taken:+.0f}%, and by {-shared:+.0f}% "
-        "where they share their working",
+        f"Pushing wrong answers down changes the right ones' lift in a GRPO step by {-taken[SAMPLED]:+.0f}%, and by "
+        f"{-taken[SHARED]:+.0f}% where they share their working",
         claims, {"one_step": pa.Table.from_pylist(one_step), "training": pa.Table.from_pylist(curves)},
-        {"grpo_forces": _figure(short + sharing, curves, taken, shared)},
-        notes=f"{len(sums)} sums of two numbers, {100 * solved:.0f}% of sampled answers right before GRPO; {len(mixed)} "
-        f"prompts have right and wrong answers among G = {G}. One step has the size at which Pos-only lifts the right answers "
-        f"by {LIFT:g} nats a token, the same for all four ways." + _long_note(one_step),
+        {"grpo_forces": _figure(of[SAMPLED] + of[SHARED], curves, taken[SAMPLED], taken[SHARED])},
+        notes=f"{about}; {len(of[SAMPLED])} prompts have right and wrong answers among G = {G}. One step has the size at which "
+        f"Pos-only lifts the right answers by {LIFT:g} nats a token, the same for all four ways.",
     )  # fmt: skip
+
+
+def _words(value: Estimate) -> str:
+    return value.words("nats a token", of="prompts")
+
+
+def _each(values: dict[str, Estimate], unit: str = "") -> str:
+    return "; ".join(f"{kind} {value.words(unit, of='prompts')}" for kind, value in values.items())
 
 
 # ---------------------------------------------------------------- one step
@@ -211,16 +231,24 @@ def _long(model: Any, tokenizer: Any, sums: list[arithmetic.Sum], seed: int, n: 
         shown += 1
     rollouts = arithmetic.roll_out(model, tokenizer, sums[:16], G, seed=seed, before=before)
     mixed = [g for g in range(16) if _mixed(rollouts.of(g))][:n]
-    return [{"rollouts": "long context", "prompt": g} | _displacement(model, rollouts.of(g), seed) for g in mixed]
+    return [{"rollouts": FAR, "prompt": g} | _displacement(model, rollouts.of(g), seed) for g in mixed]
 
 
-def _long_note(one_step: list[dict[str, Any]]) -> str:
-    rows = [row for row in one_step if row["rollouts"] == "long context"]
+def _far(rows: list[dict[str, Any]]) -> list[Claim]:
+    """Of the steps behind a long context, in the full form."""
     if not rows:
-        return ""
-    kept = {name: sum(row[name] for row in rows) / len(rows) for name in STEPS}
-    return (f"\n\nBehind a context of {rows[0]['tokens']} tokens ({len(rows)} prompts): " + ", ".join(
-        f"{name} {value:+.3f}" for name, value in kept.items()) + " nats a token.")  # fmt: skip
+        return []
+    off = [abs(row["exact_positive"] + row["exact_negative"] - row["GRPO"]) / abs(row["GRPO"]) for row in rows]
+    lift = {name: estimate(row[name] for row in rows) for name in STEPS}
+    return [
+        Claim(
+            "Behind a context of 1,000 tokens the exact forces predict the step as well (theory §5)",
+            "positive and negative force together give GRPO's real change of the right answers within a tenth, at every prompt",
+            f"off by at most {100 * max(off):.1f}% at {len(rows)} prompts behind {rows[0]['tokens']} tokens; "
+            + ", ".join(f"{name} {_words(value)}" for name, value in lift.items()),
+            max(off) <= 0.1,
+        )
+    ]
 
 
 def _identity(model: Any, chis: list[td.Chi]) -> float:
@@ -299,17 +327,22 @@ def gained(curves: list[dict[str, Any]], method: str, other: str, key: str) -> E
 def _trained(curves: list[dict[str, Any]]) -> list[Claim]:
     first, top, many = (estimate(gains(curves, "GRPO", key)) for key in ("pass_1", "top_1", "pass_K"))
     other = {name: gained(curves, name, "GRPO", "pass_1") for name in ("Pos-only", "NTHR")}
+
+    def others(key: str) -> list[tuple[str, Estimate]]:
+        return [(name, estimate(gains(curves, name, key))) for name in other]
+
     return [
         Claim(
             "GRPO raises pass@1 and sharpens: the most likely token's mass grows (arXiv 2510.14807 §3)",
             "both rise over training, intervals above 0",
-            f"pass@1 {first.words()}, top-1 mass {top.words()}",
+            f"pass@1 {first.words()}, top-1 mass {top.words()}; top-1 mass under "
+            + ", ".join(f"{name} {value.words()}" for name, value in others("top_1")),
             first.low > 0 and top.low > 0,
         ),
         Claim(
             "and pays with pass@K (arXiv 2510.14807 §3)",
             f"pass@{K} falls over training, its interval below 0",
-            f"pass@{K} {many.words()}",
+            f"pass@{K} {many.words()}; " + ", ".join(f"{name} {value.words()}" for name, value in others("pass_K")),
             many.high < 0,
         ),
         Claim(
@@ -323,8 +356,8 @@ def _trained(curves: list[dict[str, Any]]) -> list[Claim]:
 
 def _figure(one_step: list[dict[str, Any]], curves: list[dict[str, Any]], taken: float, shared: float) -> Any:
     title = f"The negative gradient changes the right answers' lift by {-taken:+.0f}%, with shared working by {-shared:+.0f}%"
-    made, axes = figure(1, 3, title=title, width=11.5, height=3.6)
-    left, middle, right = axes
+    made, axes = figure(1, 4, title=title, width=14.5, height=3.6)
+    left, middle, right, mass = axes
     ordered = sorted(one_step, key=lambda row: (row["rollouts"], row["GRPO"]))
     for name, colour, marker in (("Pos-only", BLUE, "^"), ("NTHR", GREEN, "s"), ("GRPO", VERMILION, "o")):
         left.plot(range(len(ordered)), [row[name] for row in ordered], marker, color=colour, markersize=4, label=name)
@@ -342,15 +375,17 @@ def _figure(one_step: list[dict[str, Any]], curves: list[dict[str, Any]], taken:
     middle.set(xlabel="exact force of the wrong answers (nats a token)", ylabel="real change by them (nats a token)",
                title="predicted, one point a prompt")  # fmt: skip
     middle.legend()
+    steps = sorted({row["step"] for row in curves})
+    shown = ((right, "pass_1", "-", ", pass@1"), (right, "pass_K", "--", f", pass@{K}"), (mass, "top_1", "-", ""))
     for k, method in enumerate(dict.fromkeys(row["method"] for row in curves)):
-        for key, line in (("pass_1", "-"), ("pass_K", "--")):
+        for panel, key, line, label in shown:
             of: dict[int, list[float]] = {}
             for row in curves:
                 if row["method"] == method:
                     of.setdefault(row["seed"], []).append(row[key])
-            steps = sorted({row["step"] for row in curves})
-            band(right, steps, list(of.values()), COLOURS[k], f"{method}, pass@{1 if key == 'pass_1' else K}",
-                 linestyle=line)  # fmt: skip
+            band(panel, steps, list(of.values()), COLOURS[k], method + label, linestyle=line)
     right.set(xlabel="training step", ylabel="share of problems", title="training")
-    right.legend(fontsize=7)
+    mass.set(xlabel="training step", ylabel="probability", title="mass of the most likely token")
+    for panel in (right, mass):
+        panel.legend(fontsize=7)
     return made

@@ -77,7 +77,8 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
     return Result(
         f"Behind a foreign prompt a trained answer rises by {100 * share:.0f}% of what it rises behind its own",
         claims, {"log_probs": pa.Table.from_pylist(table)}, {"hallucination": _figure(table)},
-        notes=f"{len(train)} prompts trained on, {n} watched.",
+        notes=f"{len(train)} prompts trained on, {n} watched. The force on an unseen prompt's answer is above 0 too, and yet "
+        "it falls: before the first step forces tell the order of the three, not what a whole training does.",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The longer the supervised training before it, the more DPO squeezes.
+"""Does DPO cost the chosen answer more, and squeeze more, the longer the supervised training before it?
 
 Ren & Sutherland, *Learning Dynamics of LLM Finetuning* (arXiv 2407.10490), §4.2: supervised training makes the model's
 distributions peakier and the rejected answers, which it does not see, less likely; a negative gradient then presses on a

@@ -1,4 +1,4 @@
-"""Who influences whom settles early in training: the empirical NTK becomes stable enough for one-step forces to be followed.
+"""Who influences whom settles in training: how stable the empirical NTK becomes, on digits and in fine-tuning a language model.
 
 Ren & Sutherland, *Learning Dynamics of LLM Finetuning* (arXiv 2407.10490), §3 and the appendix on the relative stability of the
 eNTK. On real digits with a small network, at checkpoints a fixed number of steps apart: ‖K‖_F, how the ranking of all

@@ -79,9 +79,10 @@ def conclude(table: list[dict[str, Any]], prompts: int) -> Result:
         ),
         Claim(
             f"and then fall again ({PAPER})",
-            f"{', '.join(similar)}: last reading below the highest in every run",
-            "; ".join(f"{kind} {_words(peak[kind])} below its peak" for kind in similar),
-            all(min(peak[kind]) > 0 for kind in similar),
+            f"{', '.join(similar)}: last reading below the highest, and that one after the first, in every run",
+            "; ".join(f"{kind} {_words(peak[kind])} below its peak, after a rise in {sum(x > 0 for x in rise[kind])} of "
+                      f"{len(rise[kind])} runs" for kind in similar),
+            all(min(peak[kind]) > 0 and min(rise[kind]) > 0 for kind in similar),
         ),
         Claim(
             f"Random words fall ({PAPER})",
