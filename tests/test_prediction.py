@@ -100,6 +100,56 @@ def test_forces_need_a_known_optimizer():
     assert 0.9 < step.linearity < 1.1  # Δθ needs no formula
 
 
+class MasterWeights:
+    """An optimizer around one of float32 copies, which it writes back when that has stepped: as DeepSpeed's ZeRO-1 and 2."""
+
+    def __init__(self, parameters, lr):
+        self.parameters = list(parameters)
+        self.copies = [p.detach().clone() for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(self.copies, lr=lr)
+
+    def step(self):
+        for copy, p in zip(self.copies, self.parameters, strict=True):
+            copy.grad = p.grad.clone()
+        self.optimizer.step()
+        for copy, p in zip(self.copies, self.parameters, strict=True):
+            p.detach().copy_(copy)
+
+
+@pytest.mark.parametrize(
+    "make, dtype, cause",
+    [
+        (MasterWeights, torch.float32, "AdamW holds copies that are written back later"),
+        (torch.optim.SGD, torch.bfloat16, "lost in the rounding of torch.bfloat16"),
+    ],
+)
+def test_a_step_that_moves_nothing_is_named(make, dtype, cause):
+    """Weights as before with gradients that are not zero: no Δ log π of 0 is recorded, the forces of the update are."""
+    model = tiny("llama").to(dtype)
+    opt = make(model.parameters(), lr=1e-3 if make is MasterWeights else 1e-9)
+    start = [p.detach().clone() for p in model.parameters()]
+    with td.Monitor(model, opt, probe=PROBE) as monitor:
+        sft(model, data()).backward()
+        with pytest.warns(UserWarning, match=f"weights did not move inside optimizer.step.* {cause}"):
+            opt.step()
+        step = monitor.step_end()
+    assert step.observed is None and step.actual is None and len(step.c) == 20 and len(monitor.problems) == 1
+    stayed = all(torch.equal(p, old) for p, old in zip(model.parameters(), start, strict=True))
+    assert stayed == (make is torch.optim.SGD)
+
+
+@pytest.mark.parametrize("nothing", ["learning rate", "gradient"])
+def test_a_step_of_zero_is_no_problem(nothing):
+    """Under a warm-up that begins at 0, or without a gradient, the probe does not move and is said not to."""
+    model = tiny("llama")
+    opt = torch.optim.SGD(model.parameters(), lr=0.0 if nothing == "learning rate" else 0.1)
+    with td.Monitor(model, opt, probe=PROBE, on_error="raise") as monitor:
+        (sft(model, data()) * (nothing != "gradient")).backward()
+        opt.step()
+        step = monitor.step_end()
+    assert monitor.problems == [] and not step.actual.any() and not step.predicted.any()
+
+
 def test_the_readouts_share_of_a_step():
     """With only the readout trainable it is all of it."""
     model = tiny("gemma2", tied=False)

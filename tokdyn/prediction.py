@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from .sides import row_table
 from .stepped import Seen, steps_of, through_readout
 from .steps import Step
 from .trace import Tracer, trace
+from .wrapped import local
 
 TOKENS = 768  # padded positions looked at together: several [TOKENS, V] at a time
 
@@ -104,8 +106,13 @@ class Probe:
             self._start = sharded.read(model, capture, self.chis)
 
     def after(self, model: nn.Module, capture: Capture, optimizer: torch.optim.Optimizer, scale: float) -> None:
-        """θ has moved. `scale` brings c to the units of the optimizer step. Every rank must call this."""
+        """θ has moved. `scale` brings c to the units of the optimizer step. Every rank must call this.
+
+        Raises:
+            ValueError: θ has not moved, though the optimizer had gradients and a learning rate.
+        """
         try:
+            self._look_for_a_step(capture.lm, optimizer)
             if self._saved and self._start is not None:
                 blamed = {name: torch.tensor([group == name for group in self.group]) for name in self.blamed}
                 self._seen = sharded.mirrored(model, capture, optimizer, scale, self.chis, blamed, self._saved, self._start)
@@ -118,6 +125,24 @@ class Probe:
             total = ranks.total(torch.tensor(0.0 if self._seen is None else self._seen.total, dtype=torch.float64))
             if self._seen is not None:
                 self._seen.total = float(total)
+
+    def _look_for_a_step(self, lm: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        named = {name: p for name, p in lm.named_parameters() if name in self._saved}
+        moved = any(not torch.equal(local(p), local(self._saved[name])) for name, p in named.items())
+        stuck = bool(named) and not moved and _drives(optimizer)
+        anywhere = ranks.total(torch.tensor([moved, stuck], dtype=torch.float64))
+        if anywhere[0] or not anywhere[1]:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) in held for p in named.values()):
+            dtypes = ", ".join(sorted({str(p.dtype) for p in named.values()}))
+            cause = f"it is lost in the rounding of {dtypes}. Raise the learning rate, or keep the weights in float32"
+        else:
+            cause = (
+                f"{type(optimizer).__name__} holds copies that are written back later (DeepSpeed ZeRO-1 and 2, master weights)"
+                ". A probe needs an optimizer of the model's own parameters, as in plain torch or FSDP2; leave it out here"
+            )
+        raise ValueError(f"the weights did not move inside optimizer.step() though their gradients are not zero: {cause}")
 
     def into(self, step: Step, clip: float) -> dict[str, float]:
         """Write what was found into the record, and give the sums of its figures."""
@@ -264,6 +289,12 @@ def _pushed(
         return z, velocity, h
     finally:
         handle.remove()
+
+
+def _drives(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it has finite gradients that are not zero and a learning rate for them."""
+    driven = [p.grad for group in optimizer.param_groups if group.get("lr") != 0 for p in group["params"]]
+    return 0 < math.hypot(*(float(local(g).norm(dtype=torch.float32)) for g in driven if g is not None)) < math.inf
 
 
 def _trim() -> None:

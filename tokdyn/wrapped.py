@@ -70,6 +70,11 @@ def whole(weight: Tensor) -> Tensor:
     return weight.detach().full_tensor() if is_sharded(weight) else weight.detach()  # type: ignore[attr-defined]
 
 
+def local(weight: Tensor) -> Tensor:
+    """What this rank holds of a weight, detached."""
+    return weight.detach().to_local() if is_sharded(weight) else weight.detach()  # type: ignore[attr-defined]
+
+
 def is_sharded(p: Tensor) -> bool:
     """Whether a parameter is a DTensor; where nobody has loaded that module (40 MB), none is."""
     module = sys.modules.get("torch.distributed.tensor")
