@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.functional import cross_entropy, logsigmoid
 
 import tokdyn as td
@@ -628,6 +629,24 @@ def test_a_model_without_readout_is_refused():
 def test_copies_of_a_model_on_several_devices_are_refused():
     with pytest.raises(ValueError, match="DataParallel runs copies of the model"):
         Capture(torch.nn.DataParallel(tiny("llama")))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
+@pytest.mark.parametrize("what", ["whole", "layer"])
+def test_fsdp1_is_refused(what):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny("llama")
+        if what == "whole":
+            model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        else:
+            model.model.layers[0] = FullyShardedDataParallel(model.model.layers[0], device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match="FSDP1 .* use FSDP2"):
+            Capture(model)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,15 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, list[nn.Module], nn.Module | No
     """The causal LM inside, PEFT's wrappers around it, and torch.compile's wrapper if there is one.
 
     Raises:
-        ValueError: none of the wrapped modules has output embeddings, or they are replicated over devices in one process.
+        ValueError: none of the wrapped modules has output embeddings, they are replicated over devices in one process, or
+            FSDP1 keeps their weights elsewhere.
     """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody has wrapped a model who has not loaded it
+    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "FSDP1 (FullyShardedDataParallel) keeps the weights elsewhere between the calls of its modules: use FSDP2 "
+            "(torch.distributed.fsdp.fully_shard; fsdp_version 2 in accelerate, strategy fsdp2 in verl)"
+        )
     outer: list[nn.Module] = []
     compiled, inner = None, model
     while True:
@@ -30,7 +37,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, list[nn.Module], nn.Module | No
             outer.append(inner)
             inner = inner.get_base_model()  # type: ignore[operator]
         elif not hasattr(type(inner), "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
-            inner = inner.module  # type: ignore[assignment]  # DDP; FSDP1 and DeepSpeed forward attributes too
+            inner = inner.module  # type: ignore[assignment]  # DDP; DeepSpeed forwards attributes too
         else:
             break
     head = getattr(inner, "get_output_embeddings", lambda: None)()
@@ -54,9 +61,7 @@ def readout_of(lm: nn.Module, adapted: bool) -> Readout:
         for name in head.active_adapters:
             weight = weight + whole(head.get_delta_weight(name)) if name in head.lora_A else weight
     if weight.numel() == 0:
-        raise ValueError(
-            "the output embedding is empty here (DeepSpeed ZeRO-3 and FSDP1 keep it elsewhere): use ZeRO-2 or FSDP2"
-        )
+        raise ValueError("the output embedding is empty here (DeepSpeed ZeRO-3 keeps it elsewhere): use ZeRO-2 or FSDP2")
     return Readout(weight, None if bias is None else whole(bias), *scale_and_cap(lm), "", None, ())
 
 
