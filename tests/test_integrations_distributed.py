@@ -109,6 +109,14 @@ def test_no_rank_waits_for_a_gather_that_the_others_do_not_make(runs, loss):
             torch.testing.assert_close(step["c"], torch.full((12,), expected), rtol=2e4 * EPS, atol=0)
 
 
+def test_fsdp_that_shards_nothing_is_named(runs):
+    """On CPUs a Trainer with fsdp trains under DDP; both ranks say so, and that of nothing else."""
+    for rank in runs[1]:
+        ((step, text),) = rank["trainer"]["of fsdp"]
+        assert step == 0 and "args.fsdp is set and no parameter of the DistributedDataParallel" in text
+        assert rank["trainer"]["fsdp"] == rank["trainer"]["without"]
+
+
 def test_a_trainer_on_two_ranks(runs):
     """td.attach under DDP with accumulation: one rank's c, figures and Δ log pi, and losses and norms as without it."""
     alone, ranks = runs[0]["trainer"], [rank["trainer"] for rank in runs[1]]

@@ -5,7 +5,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import ModelOutput
 
 import tokdyn as td
+from tokdyn.integrations.trainer import _look_for_shards
 from tokdyn.testing import random_chis, tiny
 
 RANK, WORLD, STORE, OUT, PORT = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5]
@@ -132,7 +133,7 @@ def lopsided():
 
 
 def trainer():
-    """transformers.Trainer with td.attach: c, figures and whether training is as it is without."""
+    """transformers.Trainer with td.attach: c, figures and whether training is as it is without; what is said of fsdp."""
     import transformers
 
     if WORLD > 1:
@@ -143,22 +144,26 @@ def trainer():
     for ids in torch.randint(0, 61, (8, 9), generator=torch.Generator().manual_seed(3)):
         rows.append(dict(input_ids=ids, labels=torch.where(torch.arange(9) < 3, -100, ids)))
     found = {}
-    for name in ("with", "without"):
+    for name in ("with", "without", *["fsdp"] * (WORLD > 1)):
         transformers.set_seed(0)
         args = transformers.TrainingArguments(
             output_dir=str(OUT / f"trainer-{name}"), max_steps=2, per_device_train_batch_size=4 // WORLD, logging_steps=1,
             gradient_accumulation_steps=2, save_strategy="no", report_to="none", use_cpu=True, learning_rate=1e-3,
-            disable_tqdm=True, ddp_backend="gloo" if WORLD > 1 else None,
+            disable_tqdm=True, ddp_backend="gloo" if WORLD > 1 else None, fsdp=True if name == "fsdp" else None,
         )  # fmt: skip
         run = transformers.Trainer(
             model=tiny("llama", tied=False), args=args, train_dataset=rows,
             data_collator=lambda rows: {k: torch.stack([row[k] for row in rows]) for k in rows[0]},
         )  # fmt: skip
-        monitor = td.attach(run, probe=PROBE, out=OUT / f"folder-{WORLD}", on_error="raise") if name == "with" else None
+        options = {"with": dict(probe=PROBE, out=OUT / f"folder-{WORLD}", on_error="raise"), "fsdp": {}}
+        monitor = td.attach(run, **options[name]) if name in options else None
         run.train()
         logs = [log for log in run.state.log_history if "loss" in log]
         found[name] = [(log["loss"], log["grad_norm"]) for log in logs]
-        if monitor is not None:
+        if name == "fsdp":
+            found["of fsdp"] = monitor.problems
+            _look_for_shards(SimpleNamespace(args=run.args, model_wrapped=sharded(tiny("llama"))))  # has nothing to say
+        if name == "with":
             assert isinstance(run.model_wrapped, DistributedDataParallel) == (WORLD > 1)
             steps = monitor.steps
             found |= dict(

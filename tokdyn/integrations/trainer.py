@@ -9,6 +9,7 @@ from typing import Any
 
 from ..monitor import Monitor
 from ..sequences import Chi
+from ..wrapped import is_sharded
 from .trl import about_batch
 
 
@@ -119,6 +120,8 @@ def _callback(trainer: Any, monitor: Monitor) -> Any:
                 monitor.scaler = getattr(trainer.accelerator, "scaler", None)
                 monitor.averaged_over(trainer.accelerator.num_processes // _parallel(trainer))
                 monitor.start(trainer.model_wrapped, trainer.optimizer)
+                with monitor.guarded("fsdp does nothing here"):
+                    _look_for_shards(trainer)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             monitor.step_begin(state.global_step + 1)
@@ -136,6 +139,20 @@ def _callback(trainer: Any, monitor: Monitor) -> Any:
                     state.log_history[-1].update(found)
 
     return TokdynCallback()
+
+
+def _look_for_shards(trainer: Any) -> None:
+    """A request for FSDP was granted.
+
+    Raises:
+        ValueError: it was not.
+    """
+    model = trainer.model_wrapped
+    if getattr(trainer.args, "fsdp", None) and not any(is_sharded(p) for p in model.parameters()):
+        raise ValueError(
+            f"args.fsdp is set and no parameter of the {type(model).__name__} that trains is sharded, so every rank holds all "
+            "of it (accelerate shards on GPUs and other accelerators, not on a CPU): train there, or leave fsdp out"
+        )
 
 
 def _parallel(trainer: Any) -> int:
