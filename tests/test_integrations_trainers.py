@@ -85,6 +85,7 @@ WAYS = {
     "trainer, LoRA, accumulation": ("trainer", dict(lora=True, gradient_accumulation_steps=2)),
     "trainer, checkpointing, bf16": ("trainer", dict(gradient_checkpointing=True, bf16=True)),
     "trainer, label smoothing": ("trainer", dict(label_smoothing_factor=0.1)),
+    "trainer, torch.compile": ("trainer", dict(torch_compile=True, torch_compile_backend="aot_eager")),
     "sft": ("sft", {}),
     "sft, LoRA, accumulation, checkpointing": (
         "sft",
@@ -101,13 +102,14 @@ WAYS = {
     "dpo, checkpointing, precomputed reference": ("dpo", dict(gradient_checkpointing=True, precompute_ref_log_probs=True)),
     "grpo": ("grpo", {}),
     "grpo, LoRA, accumulation": ("grpo", dict(lora=True, gradient_accumulation_steps=2)),
-    "grpo, entropy bonus, KL, temperature, iterations": (
+    "grpo, entropy bonus, KL, temperature, iterations, checkpointing": (
         "grpo",
         dict(beta=0.04, entropy_coef=0.05, temperature=0.7, num_iterations=2, gradient_checkpointing=True),
     ),
     "grpo, KL, temperature": ("grpo", dict(beta=0.04, temperature=0.7)),
     "grpo, bf16, checkpointing": ("grpo", dict(bf16=True, gradient_checkpointing=True)),
-    "grpo, ratios of sequences": (
+    "grpo, torch.compile": ("grpo", dict(torch_compile=True, torch_compile_backend="aot_eager")),
+    "grpo, ratios of sequences, iterations": (
         "grpo",
         dict(importance_sampling_level="sequence", loss_type="grpo", num_iterations=2),
     ),
@@ -121,26 +123,72 @@ def test_training_is_bit_identical_and_every_step_is_captured(build, probe, way)
     without = build(kind, **options)
     without.train()
     trainer = build(kind, **options)
-    hidden = way == "sft, torch.compile" and Version(trl.__version__) < Version("1.15")  # a loss inside the model
+    inside = kind == "trainer" or kind == "sft" and Version(trl.__version__) < Version("1.15")  # where the loss is made
+    hidden = "torch.compile" in way and inside
+    seen = watched(trainer, compiled="torch.compile" in way)
     monitor = td.attach(trainer, probe=probe, on_error="warn" if hidden else "raise")
     trainer.train()
+    seen["hook"].remove()
     assert logged(trainer) == logged(without)
     mine, plain = dict(trainer.model.named_parameters()), dict(without.model.named_parameters())
     assert all(torch.equal(p, plain[name]) for name, p in mine.items())
+    assert (torch._dynamo.utils.counters["frames"]["ok"] > 0) == ("torch.compile" in way)
     if hidden:
         assert "the loss is computed inside the compiled model" in monitor.problems[0][1] and not monitor.steps
         return
     assert [step.step for step in monitor.steps] == [1, 2]
+    for names, on in features(trainer, monitor.steps, **seen).items():
+        assert on == any(name in way for name in names), names
     for step in monitor.steps:
         half = "bf16" in way
         assert step.residual < (4 * torch.finfo(torch.bfloat16).eps if half else 2e-5)
         # every token of the loss was captured: their forces add up to what the optimizer's gradient does
-        total, forces = float(step.forces.double().sum()), float(step.forces.double().abs().sum())
+        F, total = step.forces.double(), float(step.forces.double().sum())
         own = total / step.accounted
-        bound = 8 * torch.finfo(torch.bfloat16).eps * forces if half else 2e-3 * abs(own)  # of the gradient, pulled in bfloat16
-        assert abs(total - own) < bound
+        # in bfloat16 each token's part is off by √(30 products) roundings, about one eps of it, apart from the others'
+        bound = 8 * torch.finfo(torch.bfloat16).eps * float(F.norm()) if half else 2e-3 * abs(own)
+        assert abs(total - own) < bound < float(F.abs().max()) / 2  # so that a single token could not be missing
         assert 0.7 < step.linearity < 1.3
     assert hooks(trainer.model) == hooks(without.model)  # gradient checkpointing leaves one of its own
+
+
+def watched(trainer, compiled):
+    """What a training really does, seen without tokdyn: its batches, and dtype and recomputation at a layer's calls."""
+    batches, calls, original = [], [], trainer.compute_loss
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        batches.append(inputs)
+        return original(model, inputs, *args, **kwargs)
+
+    def look(module, args, output):
+        calls.append((output.dtype, torch._C._current_graph_task_id() != -1))  # -1 outside a backward pass
+
+    trainer.compute_loss = compute_loss
+    layer = next(m for name, m in trainer.model.named_modules() if name.endswith("mlp.up_proj"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return dict(batches=batches, calls=calls, hook=(torch.nn.Module() if compiled else layer).register_forward_hook(look))
+
+
+def features(trainer, steps, batches, calls, hook):
+    """Whether what the words in a way's name stand for was at work."""
+    first, last = (step.tokens for step in steps)
+    positions, rows = batches[-1].get("position_ids"), len(next(iter(batches[-1].values())))
+    u, v = (any(any(step.tokens[name].to_pylist()) for step in steps) for name in "uv")
+    return {
+        ("LoRA",): any("lora_" in name for name, p in trainer.model.named_parameters() if p.requires_grad),
+        ("accumulation",): steps[0].passes == 2,
+        ("checkpointing",): any(again for _, again in calls),
+        ("bf16",): any(dtype is torch.bfloat16 for dtype, _ in calls),
+        ("packing", "padding-free"): positions is not None
+        and bool((positions[:, 1:] == 0).any())
+        and len(set(last["sequence"].to_pylist())) > rows,
+        ("label smoothing",): u,
+        ("label smoothing", "entropy bonus"): v,
+        ("precomputed reference",): "ref_chosen_logps" in batches[-1],
+        ("KL",): batches[-1].get("ref_per_token_logps") is not None,
+        ("iterations",): first["token_id"].equals(last["token_id"]),
+    }
 
 
 def hooks(model):
