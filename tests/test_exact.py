@@ -13,20 +13,20 @@ from tokdyn.exact import plan, rules, segments, sweep
 from tokdyn.exact.matrix import matrix
 from tokdyn.exact.naive import naive_matrix
 from tokdyn.exact.norms import Norm
-from tokdyn.objectives import SFT
+from tokdyn.objectives import GRPO, SFT
 from tokdyn.sides import prepare
 from tokdyn.testing import FAMILIES, random_chis, relative_error, tiny
-from tokdyn.trace import trace
+from tokdyn.trace import Tracer, trace
 
 U, O = random_chis([(3, 5), (2, 6)], seed=1), random_chis([(3, 4), (1, 3), (5, 2)], seed=2)  # noqa: E741
 FP32 = 1e-5
 ENGINES = ["sweep", "tangents"]
 
 
-def matrices(model, scope="full", update=U, observe=O, P=None, **options):
+def matrices(model, scope="full", update=U, observe=O, P=None, objective=None, **options):
     """The naive matrix, the fast one, and its rules."""
     with trace(model) as tracer:
-        sides = prepare(tracer, update, observe, SFT())
+        sides = prepare(tracer, update, observe, objective or SFT())
         uses = exact.select(tracer, scope)
         P = P(tracer) if P else None
         naive, fast = (torch.full((len(sides.o), len(sides.u)), torch.nan) for _ in range(2))
@@ -52,6 +52,66 @@ def test_strips_of_different_lengths_meet(monkeypatch):
     monkeypatch.setattr(matrices_of, "CHUNK", 2)
     long = random_chis([(2, 21), (4, 9)], seed=3), random_chis([(3, 19)], seed=4)
     naive, fast, _ = matrices(tiny("gemma2"), update=long[0], observe=long[1], engine="sweep")
+    assert relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parts_of_a_tile_add_up(tied, monkeypatch):
+    """What does not fit is done in parts, and the streamed side is pulled through the segment once for each."""
+    monkeypatch.setattr(matrices_of._Size, "budget", lambda size, memory: sweep.Budget(2, 3, kept=1, graphs=1))
+    monkeypatch.setattr(sweep, "SHORTEST", 2)
+    naive, fast, _ = matrices(tiny("qwen2", tied=tied), engine="sweep")
+    assert relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 1, 0), (1, 2, 0)])
+def test_sequences_may_stand_in_any_order(engine, order):
+    """One of a single token, which leaves attention nothing to mix, among them."""
+    observe = [*random_chis([(3, 4)], seed=2), *random_chis([(1, 1)], seed=3), *random_chis([(2, 5)], seed=4)]
+    naive, fast, _ = matrices(tiny("qwen2"), update=U[:1], observe=[observe[i] for i in order], engine=engine)
+    assert relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("advantages", [(1.0, -1.0, 0.0), (0.0, 1.0, -1.0)])
+def test_tokens_without_a_force_say_nothing_of_the_others(engine, advantages):
+    """A rollout of advantage 0 among others: its cotangents are zero, which looks as if nothing were mixed."""
+    rollouts = [chi.with_(group=0, advantage=a) for chi, a in zip(random_chis([(2, 5)] * 3, seed=5), advantages, strict=True)]
+    naive, fast, _ = matrices(tiny("qwen2"), update=rollouts, observe=U[:1], objective=GRPO(), engine=engine)
+    assert relative_error(fast, naive) < FP32
+    assert not fast[:, 5 * advantages.index(0.0) :][:, :5].any()
+
+
+class Experts(torch.nn.Module):
+    """A list of layers, each called for the tokens of its kind alone, by token or every other one first."""
+
+    def __init__(self, width, by_token):
+        super().__init__()
+        self.each = torch.nn.ModuleList(torch.nn.Linear(width, width, bias=False) for _ in range(3))
+        self.by_token = by_token
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)
+        kind, out = (7 * flat[:, :3]).argmax(1), torch.zeros_like(flat)
+        for i, expert in enumerate(self.each):
+            rows = (kind == i).nonzero().squeeze(1)
+            rows = rows if self.by_token else torch.cat([rows[::2], rows[1::2]])
+            if len(rows):
+                out = out.index_add(0, rows, expert(flat[rows]))
+        return out.view_as(x)
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+@pytest.mark.parametrize("shortest", [4, 64])
+def test_modules_that_only_some_tokens_call(by_token, shortest, monkeypatch):
+    """Experts one by one: a sequence may leave one out, and return a module's rows in an order that its length changes."""
+    monkeypatch.setattr(sweep, "SHORTEST", shortest)
+    model = tiny("llama", tied=False)
+    torch.manual_seed(0)
+    model.model.layers[1].mlp = Experts(model.config.hidden_size, by_token)
+    update, observe = random_chis([(1, 1), (2, 3)], seed=6), random_chis([(3, 12), (1, 2)], seed=7)
+    naive, fast, _ = matrices(model, update=update, observe=observe, engine="sweep")
     assert relative_error(fast, naive) < FP32
 
 
@@ -112,6 +172,16 @@ def test_a_tensor_in_two_modules_takes_the_slower_exact_way_and_says_so():
     result = td.forces(model, U, O, SFT())
     assert relative_error(result.matrix, naive) < FP32
     assert all("one direction per token" in rule and "one tensor in two modules" in rule for rule in result.coverage.values())
+
+
+def test_a_weight_that_no_module_was_seen_to_use_is_not_left_out(monkeypatch):
+    """A kernel of somebody's own may take a weight out of sight; its gradient tells."""
+    seen = Tracer.usage
+    hidden = "model.norm.weight"
+    monkeypatch.setattr(Tracer, "usage", lambda *of: {name: by for name, by in seen(*of).items() if name != hidden})
+    naive, fast, by = matrices(tiny("llama", tied=False))
+    assert relative_error(fast, naive) < FP32
+    assert all(f"no module was seen to use {hidden}" in rule for rule in by.values())
 
 
 def test_a_gain_is_recognised_by_what_it_does():

@@ -53,6 +53,7 @@ def matrix(
     """
     try:
         p = plan(tracer, uses, P, [*o.batches, *u.batches])
+        _nothing_unseen(tracer, p, o, uses)
         closed = readout_matrix(tracer, o, u, uses, P)
         if p.moves:
             labels = _backbone(tracer, p, o, u, closed, out, progress, memory, engine)
@@ -63,6 +64,18 @@ def matrix(
     except Unsupported as reason:
         tangent_matrix(tracer, o, u, uses, P, out, progress)
         return dict.fromkeys(uses, f"one direction per token ({reason})")
+
+
+def _nothing_unseen(tracer: Tracer, p: Plan, side: Side, uses: dict[str, str]) -> None:
+    """See that what no module uses in the forward pass has no gradient either.
+
+    Raises:
+        Unsupported: it has; an autograd.Function is given its weights out of sight.
+    """
+    unseen = {use: tensor for use, tensor in uses.items() if p.is_unseen(tracer, use)}
+    moved = {tensor for tensor, step in pull(tracer, side, unseen).items() if bool(step.any())} if unseen else set[str]()
+    if moved:
+        raise Unsupported(f"no module was seen to use {' and '.join(use for use in unseen if unseen[use] in moved)}")
 
 
 def grouped_matrix(

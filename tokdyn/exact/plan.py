@@ -86,6 +86,10 @@ class Plan:
         """Tracer.unroll at the moving modules."""
         return tracer.unroll(batch, self.names, self.norms, {joint.place: joint for joint in self.joints}, places, bottom, top)
 
+    def is_unseen(self, tracer: Tracer, use: str) -> bool:
+        """Whether no module was seen to use this tensor, nor the readout."""
+        return use not in self.module and use not in (tracer.readout.weight_name, tracer.readout.bias_name)
+
     def labels(self, tracer: Tracer, uses: dict[str, str], rules: dict[str, str]) -> dict[str, str]:
         """The rule of every moving parameter."""
         head = (tracer.readout.weight_name, tracer.readout.bias_name)

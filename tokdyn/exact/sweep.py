@@ -26,7 +26,7 @@ from ..sequences import Batch
 from .motions import Direction, scaled
 from .plan import Plan, Watched
 from .rules import Embedding, Linear, Outputs, Rule, Together, Unsupported
-from .segments import Cuts, Outline, Segment
+from .segments import OTHERWISE, Cuts, Outline, Segment
 
 Found = dict[str, tuple[list[Call], Outputs]]  # module -> its calls and the cotangents at their outputs
 SAVED = 2  # what a segment's graph keeps for its backward pass beside the outputs of its modules
@@ -162,9 +162,10 @@ def tile(
         strip.graph = max(1, budget.graphs // (SAVED * values * strip.w.dtype.itemsize))
     F = both[0].w.u.new_zeros(kept[-1].at.stop, streamed[-1].at.stop)
     room, desk = Room(F.device), Room(F.device)
-    alone = _unmixed(kept[-1], rules[id(kept[-1].w)])
+    some = rules[id(kept[-1].w)]
+    alone = _unmixed(max(both, key=lambda strip: strip.batch.ids.shape[1]), some)
     for depth in range(alone):
-        _meet_alone(F, kept, streamed, rules[id(kept[-1].w)], depth)
+        _meet_alone(F, kept, streamed, some, depth)
     for strip in both:
         strip.spread(budget.chunk)
     for depth in range(alone, len(cuts)):
@@ -182,7 +183,7 @@ def tile(
                         _meet_tied(of[p.lookup], p.lookup, F[:, columns], mine, group)
                 tick((depth + columns.stop / F.shape[1]) / len(cuts))
                 del group  # before the next one is pulled
-            del sequences, held
+            del sequences, held, blocks
     return F
 
 
@@ -209,11 +210,15 @@ def _fitting(kept: list[Strip], depth: int, rules: dict[int, dict[str, Rule]], m
 
 @torch.no_grad()
 def _unmixed(strip: Strip, rules: dict[str, Rule]) -> int:
-    """How many segments from the readout down leave a token's cotangent at its own position, seen on three tokens."""
+    """How many segments from the readout down leave a cotangent at its own position, seen on random ones at three positions.
+
+    The strip is the longest there is: in a sequence of one token there is nowhere else to go.
+    """
     whole, positions = strip.together, strip.positions
     tokens = torch.tensor(sorted({0, len(whole) // 2, len(whole) - 1}), device=whole.device)
     cotangent = whole.new_zeros(len(tokens), *whole.shape)
-    cotangent[torch.arange(len(tokens)), tokens] = whole[tokens]
+    random = torch.randn(len(tokens), *whole.shape[1:], generator=torch.Generator().manual_seed(0))
+    cotangent[torch.arange(len(tokens)), tokens] = random.to(whole)
     elsewhere = torch.ones(len(tokens), int(positions[-1]) + 1, dtype=torch.bool, device=whole.device)
     elsewhere[torch.arange(len(tokens)), positions[tokens]] = False
     for depth in range(len(strip.cuts)):
@@ -221,7 +226,9 @@ def _unmixed(strip: Strip, rules: dict[str, Rule]) -> int:
         names = [call.name for call, _ in segment.inside]
         deltas, cotangent = segment.pull(cotangent)
         seen = [x for delta in deltas for x in delta] + [cotangent]
-        if len(set(names)) < len(names) or not all(rules[name].is_separable for name in names) or not cotangent.numel():
+        if len(set(names)) < len(names) or not all(name in rules and rules[name].is_separable for name in names):
+            return depth
+        if not cotangent.numel():
             return depth
         if any(x.dim() != 4 or x.shape[1:3] != (1, elsewhere.shape[1]) or bool(x[:, 0][elsewhere].any()) for x in seen):
             return depth
@@ -284,6 +291,8 @@ def _layout(strips: list[Strip], depth: int, rules: dict[str, Rule]) -> Held:
     """What is to be kept of a segment's modules for tokens of one sequence, still without values."""
     first, last = strips[0].at.start, strips[-1].at.stop
     shapes = [strip.shapes(depth) for strip in strips]
+    if any([name for name, _ in of] != [name for name, _ in shapes[0]] for of in shapes):
+        raise Unsupported(OTHERWISE)
     calls_of: dict[str, list[int]] = {}
     for i, (name, _) in enumerate(shapes[0]):
         calls_of.setdefault(name, []).append(i)
@@ -317,9 +326,30 @@ def _reserve(layouts: list[Held], room: Room, dtype: torch.dtype) -> list[Held]:
 def _hold(strips: list[Strip], depth: int, rules: dict[str, Rule], held: Held) -> None:
     """Pull kept tokens of one sequence through a segment into what is held."""
     for strip in strips:
+        _see_prefix(strip, depth)
         for at, found in strip.pull(depth):
             for name, (calls, delta) in found.items():
                 _keep(held[name], rules[name], calls, delta, at)
+
+
+def _see_prefix(strip: Strip, depth: int) -> None:
+    """A strip's cotangents meet tangents made for the whole sequence: its modules must return what begins theirs.
+
+    Raises:
+        Unsupported: they do not (the rows of a module may be in another order).
+    """
+    if strip.batch.ids.shape == strip.w.batch.ids.shape:
+        return
+    near = max(1e-3, torch.finfo(strip.w.dtype).eps ** 0.5)
+    whole: dict[str, Iterator[Tensor]] = {}
+    for call, _ in strip.segment(depth).inside:
+        if call.name not in whole:
+            whole[call.name] = iter([x for of in strip.w.calls if of.name == call.name for x in of.outputs])
+        for x in call.outputs:
+            begin = next(whole[call.name], x.new_empty(0))
+            begin = begin[tuple(slice(0, n) for n in x.shape)] if begin.dim() == x.dim() else begin
+            if begin.shape != x.shape or not bool((begin - x).norm() <= near * x.norm()):
+                raise Unsupported(f"{call.name} returns something else for the beginning of a sequence than for all of it")
 
 
 def _keep(blocks: list[Block], rule: Rule, calls: list[Call], delta: Outputs, at: slice) -> None:
@@ -379,13 +409,19 @@ def _meet(p: Plan, F: Float[Tensor, "M b"], held: Held, rules: dict[str, Rule], 
         if blocks[0].where is None:
             (right,) = desk.arrays([(columns, rule.size)], dtype)
             for at, _, _, found in group:
-                _join(scaled(rule.direction(*found[name]), p.P.get(name)), right[at])
+                if name in found:
+                    _join(scaled(rule.direction(*found[name]), p.P.get(name)), right[at])
+                else:
+                    right[at] = 0
             F[blocks[0].at] += inner(blocks[0].values, right)
             continue
         flat = desk.arrays([(columns, shape.numel()) for call in rule.outputs for shape in call], dtype)
         E = [[next(flat).view(-1, *shape) for shape in call] for call in rule.outputs]
         for at, _, _, found in group:
-            if not (isinstance(rule, Linear | Together) and rule.fill(*found[name], [e[at] for (e,) in E])):
+            if name not in found:
+                for e in (e for call in E for e in call):
+                    e[at] = 0
+            elif not (isinstance(rule, Linear | Together) and rule.fill(*found[name], [e[at] for (e,) in E])):
                 for call, tangents in zip(E, rule.tangent(*found[name]), strict=True):
                     for e, tangent in zip(call, tangents, strict=True):
                         e[at] = tangent
