@@ -76,7 +76,9 @@ test-matrix: $(MATRIX)/.installed
 	OMP_NUM_THREADS=1 $(MATRIX)/bin/pytest -q --durations=10 -n 2 tests/test_capture.py tests/test_monitor.py tests/test_prediction.py tests/test_integrations_*.py
 
 WHEEL_HOLDS := tokdyn/demo/model/model.safetensors tokdyn/demo/model/tokenizer.json tokdyn/demo/pairs.jsonl \
-	tokdyn/report/page.html.jinja tokdyn/report/static/page.css tokdyn/py.typed tokdyn/kernels/token_stats/reference.py \
+	tokdyn/report/page.html.jinja tokdyn/report/static/page.css tokdyn/report/static/main.js \
+	tokdyn/report/training.html.jinja tokdyn/report/static/training/training.css \
+	$(wildcard tokdyn/report/static/training/*.js) tokdyn/py.typed tokdyn/kernels/token_stats/reference.py \
 	tokdyn/studies/gallery.css tokdyn/studies/squeeze.json \
 	tokdyn/_C.
 

@@ -1,6 +1,6 @@
 """What tokdyn costs a training of the demo model: on and off in turn, in one run.
 
-    python benchmarks/overhead.py [--loss dpo|sft|fused] [--rounds 5] [--part time|memory] [--json FILE] [--quick]
+    python benchmarks/overhead.py [--loss dpo|sft|fused] [--rounds 5] [--part time|memory|both] [--json FILE] [--quick]
 
 One round trains some steps without tokdyn, as many that are recorded, as many between two records, and one recorded with a
 probe. Writing the folder is counted at the rate it happens, once in 20 records. Overhead is the ratio to the steps without
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps of a kind in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--part", choices=("time", "memory"), help="only this one")
+    parser.add_argument("--part", choices=("time", "memory", "both"), default="both")
     parser.add_argument("--quick", action="store_true", help="a small size, to see that it runs")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()

@@ -24,6 +24,29 @@ def test_exact_forces_runs_and_both_sides_agree(tmp_path):
     assert "structured tangents:" in done.stdout and set(found["figures"]) == {"naive", "tangent"}
 
 
+def overhead(*options):
+    return subprocess.run([sys.executable, BENCHMARKS / "overhead.py", *options], capture_output=True, text=True)
+
+
+def test_overhead_of_recording_is_timed(tmp_path):
+    """By the clock and in processor time; the other part, peak memory, takes three more processes."""
+    pytest.importorskip("trl")
+    done = overhead("--quick", "--part", "time", "--loss", "fused", "--json", str(tmp_path / "o.json"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "o.json").read_text())
+    ways = {"every step", "every 10th, probe"}
+    assert set(found["figures"]["time"]) == ways | {f"{way} processor" for way in ways} | {"seconds per step, off"}
+    assert all(len(values) == 1 for values in found["figures"]["time"].values())
+
+
+def test_results_of_overhead_were_made_with_settings_that_it_takes():
+    files = sorted((BENCHMARKS / "results").glob("overhead-*.json"))
+    settings = [json.loads(file.read_text())["settings"] for file in files]
+    names = ("loss", "batch", "length", "probe", "steps", "rounds", "threads", "part")
+    done = overhead(*[f"--{name}={of[name]}" for of in settings for name in names], "--help")  # looks at those before it
+    assert files and done.returncode == 0, done.stderr
+
+
 def kernels(folder, *options):
     command = [sys.executable, BENCHMARKS / "kernels.py", "--quick", "--device", "cpu", "--rounds", "2", *options]
     command += ["--json", folder / "k.json", "--markdown", folder / "k.md"]
