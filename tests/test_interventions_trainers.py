@@ -6,7 +6,8 @@ from trainers import PAIRS, save_model, settings, word_tokenizer
 
 import tokdyn as td
 from tokdyn.integrations.intervene import protect, reweight, sequences_of, train_with
-from tokdyn.objectives import DPO, GRPO, IPO, SFT, SimKO
+from tokdyn.interventions import both_answers
+from tokdyn.objectives import DPO, GRPO, IPO, LLDS, SFT, SimKO
 from tokdyn.testing import relative_error
 
 trl = pytest.importorskip("trl")
@@ -32,15 +33,18 @@ def folder(tokenizer, tmp_path_factory):
 def build(tokenizer, folder, tmp_path):
     datasets.disable_progress_bars()
 
-    def make(kind, lora=None, **options):
+    def make(kind, lora=None, rows=None, **options):
         transformers.set_seed(0)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         shared = settings(tmp_path / "out", **options)
-        rows = {
-            "sft": [{"prompt": p, "completion": c} for p, c, _ in PAIRS],
-            "dpo": [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS],
-            "grpo": [{"prompt": p} for p, _, _ in PAIRS],
-        }[kind]
+        rows = (
+            rows
+            or {
+                "sft": [{"prompt": p, "completion": c} for p, c, _ in PAIRS],
+                "dpo": [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS],
+                "grpo": [{"prompt": p} for p, _, _ in PAIRS],
+            }[kind]
+        )
         more = dict(model=model, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(rows), peft_config=lora)
         if kind == "sft":
             return trl.SFTTrainer(args=trl.SFTConfig(**shared), **more)
@@ -162,6 +166,74 @@ def test_simko_trains_in_a_grpo_trainer_and_differs_from_grpo(build):
         found[name] = torch.tensor(logged(trainer))
     assert bool(found["simko"].isfinite().all())
     assert float((found["simko"][0, 1] - found["grpo"][0, 1]).abs()) > 1e-4  # another gradient
+
+
+def test_llds_trains_on_the_trainers_old_and_reference_log_probs(build, folder):
+    """Two iterations on each of two rollouts, with KL: loss and c are the objective's on log-probs gathered beside the trainer.
+
+    pi_old is the policy at the rollout, one step ago in every second step, and pi_ref the model that training started from.
+    """
+    T, objective = 0.7, LLDS(clip=0.1, beta=0.3, lam=0.5)
+    trainer, batches = build("grpo", max_steps=4, num_iterations=2, beta=0.3, temperature=T, learning_rate=0.02), []
+    start = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    train_with(trainer, objective)
+    ours = trainer.compute_loss
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        assert bool(inputs["prompt_mask"].all())  # one prompt a batch, so that no sequence begins with padding
+        with torch.no_grad():
+            logits = [m(ids).logits[:, inputs["prompt_ids"].shape[1] - 1 : -1] / T for m in (model, start)]
+        chosen = [z.log_softmax(2).gather(2, inputs["completion_ids"][:, :, None]).squeeze(2) for z in logits]
+        batches.append((ids, inputs["completion_mask"].bool(), inputs["advantages"], *chosen))
+        return ours(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    monitor = td.attach(trainer, on_error="raise")
+    trainer.train()
+
+    def expected(n, swapped=False):
+        ids, mask, A, now, reference = batches[n]
+        old = batches[n - n % 2][3]
+        old, reference = (reference, old) if swapped else (old, reference)
+        scored = torch.cat([torch.zeros(len(ids), ids.shape[1] - mask.shape[1], dtype=torch.bool), mask], 1)
+        real = scored | (torch.arange(ids.shape[1]) < ids.shape[1] - mask.shape[1])
+        chis = [
+            td.Chi(ids[b][real[b]], scored[b][real[b]], advantage=float(A[b]), old_log_probs=old[b][mask[b]],
+                   reference_log_probs=reference[b][mask[b]])
+            for b in range(len(ids))
+        ]  # fmt: skip
+        log_probs = now[mask]
+        return [f(log_probs, chis) for f in (objective.loss, objective.g_terms, GRPO(clip=0.1, beta=0.3).loss)]
+
+    losses = [loss for loss, _ in logged(trainer)]
+    for n, step in enumerate(monitor.steps):
+        loss, term, plain = expected(n)
+        # log-probs of size 10, each off by an eps of that, in a sum over at most 24 tokens
+        assert losses[n] == pytest.approx(float(loss), abs=100 * EPS * 10, rel=1e-5)
+        if n % 2:  # at the rollout itself log-probs equal the old ones but for rounding, which decides on max(0, .)'s slope
+            torch.testing.assert_close(step.c, term.c, rtol=1e-4, atol=100 * EPS)
+            assert float(loss) > float(plain) + 0.01  # something was lost since the rollout
+    assert torch.equal(batches[2][0], batches[3][0]) and relative_error(batches[2][3], batches[2][4]) > 0.01
+    assert abs(float(expected(3, swapped=True)[0]) - losses[3]) > 0.01
+
+
+def test_extended_sft_trains_both_answers(build, tokenizer):
+    """Every answer of every pair is a completion with c = 1/N, and the loss is the mean of -log pi over all their tokens."""
+    pairs = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS]
+    trainer = build("sft", rows=both_answers(pairs), max_steps=1, per_device_train_batch_size=2 * len(pairs))
+    monitor = td.attach(trainer, on_error="raise")
+    trainer.train()
+    step = monitor.steps[0]
+    rows = {}
+    for row in step.tokens.to_pylist():
+        rows.setdefault(row["sequence"], []).append(row["token_id"])
+    answers = [
+        tokenizer(pair[name])["input_ids"] + [tokenizer.eos_token_id] for pair in pairs for name in ("chosen", "rejected")
+    ]
+    assert sorted(rows.values()) == sorted(answers)
+    torch.testing.assert_close(step.c, torch.full_like(step.c, 1 / len(step.c)), rtol=1e3 * EPS, atol=0)
+    assert logged(trainer)[0][0] == pytest.approx(-step.metrics["log_prob"], rel=1e-5)
 
 
 def test_precomputed_references_serve(build):
