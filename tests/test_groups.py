@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import tokdyn as td
+from tokdyn import ops
+from tokdyn.exact import readout
 from tokdyn.exact.matrix import size_in_bytes
 from tokdyn.groups import group_labels
 from tokdyn.objectives import GRPO, SFT
@@ -124,3 +126,24 @@ def test_groups_survive_the_disk(tmp_path):
     again = td.Forces.load(tmp_path / "run")
     assert torch.equal(again.groups, found.groups) and torch.equal(again.matrix, found.matrix)
     assert again.updated.num_rows == 2 and "size" not in again.observed.column_names
+
+
+def test_the_readouts_groups_and_weighted_reductions_make_no_whole_matrix(monkeypatch):
+    """[M, L] may be larger than memory where neither answer is: rows are taken a few at a time."""
+    sizes, forces = [], ops.readout_forces
+
+    def spy(*args, **options):
+        found = forces(*args, **options)
+        sizes.append(found.numel() if found.dim() == 2 else 0)
+        return found
+
+    model = tiny("qwen2")
+    whole = td.forces(model, U, O, scope="readout").matrix
+    weights = torch.rand(len(whole))
+    monkeypatch.setattr(readout.ops, "readout_forces", spy)
+    monkeypatch.setattr(readout, "BLOCK", 2 * whole.shape[1])
+    vector = td.forces(model, U, O, scope="readout", reduce="observe", weights=weights).vector
+    assert relative_error(vector, weights @ whole) < FP32
+    few = td.forces(model, U, O, scope="readout", groups="sequence", memory=2 * 4 * 4 * whole.shape[1])
+    assert relative_error(few.matrix, summed(whole, group_labels("sequence", U))) < FP32
+    assert max(sizes) < whole.numel()

@@ -355,6 +355,13 @@ def _fill(
         if labels is None:
             return exact_matrix(tracer, o, u, uses, P, out, progress, memory)
         return grouped_matrix(tracer, o, u, uses, P, labels, out, progress, memory)
+    if labels is not None and _closed(tracer, method, scope, o, uses, P):
+        start = 0
+        for part in _row_blocks(o, max(1, memory // 4 // (len(u) * out.element_size()))):
+            F = readout_matrix(tracer, part, u, uses, None)
+            _grouped(F, labels, out[start : start + len(F)])
+            start += len(F)
+        return dict.fromkeys(uses, "readout in closed form")
     F = out if labels is None else torch.zeros(len(o), len(u), dtype=out.dtype, device=out.device)
     rules: dict[str, str] = {}
     if scope == CH2:
@@ -367,9 +374,14 @@ def _fill(
     else:
         naive_matrix(tracer, o, u, uses, P, F, progress, memory)
     if labels is not None:
-        member = (labels >= 0).to(out.device)
-        out.zero_().index_add_(1, labels.to(out.device)[member], F[:, member])
+        _grouped(F, labels, out)
     return rules
+
+
+def _grouped(F: Tensor, labels: Tensor, out: Tensor) -> None:
+    """Columns of F added up by group."""
+    member = (labels >= 0).to(out.device)
+    out.zero_().index_add_(1, labels.to(out.device)[member], F[:, member].to(out))
 
 
 def _row_blocks(o: Side, rows: int) -> Iterator[Side]:

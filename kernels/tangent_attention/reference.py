@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 ELEMENTS = 1 << 20  # scores of all tangents held at a time; rows of queries are taken in blocks of that size
+ROWS = 32  # but so many at least
 
 
 def blocks(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None, n: int = 1) -> Iterator[tuple]:
@@ -17,7 +18,7 @@ def blocks(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: flo
     """
     B, Hk, G, T, _ = q.shape
     S = k.shape[-2]
-    step = min(T, max(32, ELEMENTS // max(1, n * B * Hk * G * S)))
+    step = min(T, max(ROWS, ELEMENTS // max(1, n * B * Hk * G * S)))
     for start in range(0, T, step):
         rows, keys = slice(start, min(T, start + step)), slice(0, S)
         seen = None

@@ -39,12 +39,20 @@ def readout_matrix(
         term = _joined(u.terms, tracer)
         y = torch.cat([batch.targets for batch in o.batches]).to(tracer.device)
         c = torch.cat([t.c for t in o.terms])
-        wide = reduce == "observe" and not bool((c == 1).all())
-        F = ops.readout_forces(
-            hidden(tracer, o), y, hidden(tracer, u), term.targets, term.c, head.weight, v=term.v, uniform=term.uniform,
-            train_bias=bias, reduce=None if wide else reduce, **head.options,
-        )  # fmt: skip
-        return c @ F if wide else F if reduce == "observe" else F * (c if reduce else c[:, None])
+        h_o, h_u = hidden(tracer, o), hidden(tracer, u)
+
+        def forces(rows: slice | Tensor, reduce: str | None) -> Tensor:
+            return ops.readout_forces(
+                h_o[rows], y[rows], h_u, term.targets, term.c, head.weight, v=term.v, uniform=term.uniform,
+                train_bias=bias, reduce=reduce, **head.options,
+            )  # fmt: skip
+
+        if reduce != "observe":
+            return forces(slice(None), reduce) * (c if reduce else c[:, None])
+        if bool((c == 1).all()):
+            return forces(slice(None), reduce)
+        some = torch.arange(len(c), device=c.device).split(max(1, BLOCK // len(term.targets)))
+        return torch.stack([c[rows] @ forces(rows, None) for rows in some]).sum(0)
     F = torch.cat([torch.cat([_dense(tracer, x, y, uses, P) for y in _residuals(tracer, u)], 1) for x in _residuals(tracer, o)])
     return F if reduce is None else F.sum({"update": 1, "observe": 0}[reduce])
 

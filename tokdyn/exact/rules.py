@@ -128,7 +128,7 @@ class Embedding:
     def rows(self, calls: Sequence[Call], delta: Outputs) -> tuple[Int[Tensor, " S"], Float[Tensor, "b S q"]]:
         """The rows that the calls look up and the step there: P ⊙ scale · δ, nothing in the padding row."""
         ids, d = torch.cat([_lookup(call)[0] for call in calls]), _flat(delta)
-        d = d * (self.scale * ids.ne(self.padding)).to(d.dtype)[:, None]
+        d = d * (ids.ne(self.padding).to(d.dtype) * self.scale)[:, None]
         return ids, d if self.P is None else d * self.P["weight"][ids]
 
     def tangent(self, u: Sequence[Call], delta: Outputs) -> Outputs:
@@ -139,7 +139,7 @@ class Embedding:
 
     def looked_up(self, residual: Float[Tensor, "b S"], h: Float[Tensor, "b d"], ids: Int[Tensor, " S"]) -> Tensor:
         """What a step residual hᵀ of a tied readout does to the lookups at `ids`, [b, S, d]."""
-        found = (residual * (self.scale * ids.ne(self.padding)))[..., None] * h[:, None]
+        found = (residual * (ids.ne(self.padding).to(residual.dtype) * self.scale))[..., None] * h[:, None]
         return found if self.P is None else found * self.P["weight"][ids]
 
 
