@@ -203,7 +203,9 @@ def bench(
 def study(
     name: Annotated[str | None, typer.Argument(help="one study; without a name they are listed")] = None,
     all_: Annotated[bool, typer.Option("--all", help="all of them, and one page of them")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="a small form of about 20 s, which judges the same claims on less data")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="a small form of about 20 s, which judges the same claims on less data")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="the first seed")] = 0,
     data: Annotated[
         Path | None, typer.Option(help="folder of texts for the studies that take one; the shipped pairs if not")
