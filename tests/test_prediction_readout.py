@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loops import EPS, PROBE, PROMPT, data, sft
+from loops import EPS, PROBE, PROMPT, answers, data, sft
 from torch.func import functional_call, jvp
 
 import tokdyn as td
@@ -46,3 +46,33 @@ def test_the_readouts_share_of_a_plain_step_is_what_td_forces_says(family, tied)
     found = torch.tensor(step.observed["predicted_readout"].to_pylist(), dtype=torch.float64)
     assert float((found - truth).norm()) < 100 * EPS * float(truth.norm())  # Δθ of 1e-2 beside weights of 0.5
     assert float((step.predicted - truth).norm()) > float(truth.norm())  # most of the step is elsewhere
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "options, wrapper",
+    [
+        (dict(target_modules=["q_proj", "lm_head"]), "Linear"),
+        (dict(target_modules=["q_proj"], modules_to_save=["lm_head"]), "ModulesToSaveWrapper"),
+    ],
+)
+def test_an_adapted_readout_is_captured_and_its_probe_is_refused_by_name(options, wrapper):
+    """Every probe step says why; c = 1/N and log pi of every step are those of the adapted model all the same."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    torch.manual_seed(0)
+    model, ids = peft.get_peft_model(tiny("llama", tied=False), config), data()
+    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with td.Monitor(model, opt, probe=PROBE) as monitor:
+        with pytest.warns(UserWarning, match=f"lm_head is a {wrapper} with no weight of its own: .* leave it out of PEFT's"):
+            for _ in range(2):
+                with torch.no_grad():
+                    log_probs = answers(model, ids)[0].flatten()
+                sft(model, ids).backward()
+                opt.step()
+                step = monitor.step_end()
+                opt.zero_grad()
+                torch.testing.assert_close(step.c, torch.full((20,), 1 / 20), rtol=100 * EPS, atol=0)
+                torch.testing.assert_close(torch.tensor(step.tokens["log_prob"].to_pylist()), log_probs, rtol=0, atol=100 * EPS)
+                assert step.residual < 1e-5 and step.observed is None
+    assert [number for number, _ in monitor.problems] == [1, 2]

@@ -119,7 +119,10 @@ class Tracer:
         scale, softcap = scale_and_cap(self.model)
         weight_name, bias_name = f"{self._head_name}.weight", f"{self._head_name}.bias"
         if weight_name not in self.params:
-            raise ValueError(f"the output embedding {self._head_name} has no weight of its own: its forces cannot be resolved")
+            raise ValueError(
+                f"the output embedding {self._head_name} is a {type(self._head).__name__} with no weight of its own: its "
+                "forces cannot be resolved; leave it out of PEFT's target_modules and modules_to_save, or merge the adapter"
+            )
         tied = tuple(n for n, o in self.owner.items() if o == self.owner[weight_name] and n != weight_name)
         return Readout(
             weight=self.params[weight_name],
