@@ -14,15 +14,17 @@ if TYPE_CHECKING:
 
 def nothing(capture: Capture) -> str:
     """The likely cause when a step left no capture."""
+    if capture.seen and capture.seen == capture.excluded:
+        return f"all {capture.seen} forward passes ran without gradients (generation, reference or evaluation)"
+    if getattr(capture.lm, "_compiled_call_impl", None) is not None:
+        return (
+            "the model was compiled in place (model.compile()), where hooks see no gradients: use torch.compile(model) instead"
+        )
     if not capture.seen:
-        if getattr(capture.lm, "_compiled_call_impl", None) is not None:
-            return "the model was compiled in place (model.compile()), which hides its hooks: use torch.compile(model) instead"
         return (
             f"no forward pass of {type(capture.lm).__name__} was seen: the loss is computed with another copy or a wrapper "
             "compiled earlier (hooks added later do not fire inside); give tokdyn the module that the loop calls"
         )
-    if capture.seen == capture.excluded:
-        return f"all {capture.seen} forward passes ran without gradients (generation, reference or evaluation)"
     if not capture.captured and capture.compiled is None:
         return capture.blind
     if capture.compiled is not None:
