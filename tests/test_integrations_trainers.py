@@ -174,7 +174,7 @@ def features(trainer, steps, batches, calls, hook):
     """Whether what the words in a way's name stand for was at work."""
     first, last = (step.tokens for step in steps)
     positions, rows = batches[-1].get("position_ids"), len(next(iter(batches[-1].values())))
-    u, v = (any(any(step.tokens[name].to_pylist()) for step in steps) for name in "uv")
+    beside_c = any(any(step.tokens[name].to_pylist()) for step in steps for name in "vu")
     return {
         ("LoRA",): any("lora_" in name for name, p in trainer.model.named_parameters() if p.requires_grad),
         ("accumulation",): steps[0].passes == 2,
@@ -183,8 +183,7 @@ def features(trainer, steps, batches, calls, hook):
         ("packing", "padding-free"): positions is not None
         and bool((positions[:, 1:] == 0).any())
         and len(set(last["sequence"].to_pylist())) > rows,
-        ("label smoothing",): u,
-        ("label smoothing", "entropy bonus"): v,
+        ("label smoothing", "entropy bonus"): beside_c,
         ("precomputed reference",): "ref_chosen_logps" in batches[-1],
         ("KL",): batches[-1].get("ref_per_token_logps") is not None,
         ("iterations",): first["token_id"].equals(last["token_id"]),
