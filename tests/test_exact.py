@@ -13,7 +13,7 @@ from tokdyn.exact import plan, rules, segments, sweep
 from tokdyn.exact.matrix import matrix
 from tokdyn.exact.naive import naive_matrix
 from tokdyn.exact.norms import Norm
-from tokdyn.objectives import GRPO, SFT
+from tokdyn.objectives import GRPO, PPO, SFT, SimKO
 from tokdyn.sides import prepare
 from tokdyn.testing import FAMILIES, random_chis, relative_error, tiny
 from tokdyn.trace import Tracer, trace
@@ -81,6 +81,17 @@ def test_tokens_without_a_force_say_nothing_of_the_others(engine, advantages):
     naive, fast, _ = matrices(tiny("qwen2"), update=rollouts, observe=U[:1], objective=GRPO(), engine=engine)
     assert relative_error(fast, naive) < FP32
     assert not fast[:, 5 * advantages.index(0.0) :][:, :5].any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("objective", [SFT(label_smoothing=0.1), PPO(entropy=0.3), SimKO()], ids=lambda of: type(of).__name__)
+def test_both_engines_take_every_form_of_force(engine, objective):
+    """The uniform part of smoothing, a dense v of the entropy, several targets a token; update tokens in the majority."""
+    some = zip(random_chis([(2, 5), (3, 4), (1, 6)], seed=5), (1.0, -1.0, 0.5), strict=True)
+    update = [chi.with_(group=0, advantage=advantage) for chi, advantage in some]
+    for observe in (U[:1], [*O, *U]):
+        naive, fast, _ = matrices(tiny("qwen2"), update=update, observe=observe, objective=objective, engine=engine)
+        assert relative_error(fast, naive) < FP32
 
 
 class Experts(torch.nn.Module):
