@@ -70,3 +70,20 @@ def test_openrlhfs_training_step(model, tmp_path, entropy):
             assert row["token_id"] == int(ids[row["sequence"], row["position"]])
             c = float(slopes[row["sequence"], row["position"] - 3])  # responses begin behind three tokens
             assert row["c"] == pytest.approx(c, rel=1e-4, abs=1e-6)
+
+
+@needs("verl")
+def test_verl_finds_a_module_named_in_the_job(model, tmp_path):
+    """`actor_rollout_ref.model.external_lib`: verl's own model settings import it, and the engine's passes are then recorded."""
+    (tmp_path / "my_tokdyn.py").write_text("from tokdyn.integrations.verl import install\n\ninstall(every=10)\n")
+    job = (
+        "import sys\n"
+        "from verl.workers.config import HFModelConfig\n"
+        "from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead as engine\n"
+        "before = engine.forward_step\n"
+        "HFModelConfig(path=sys.argv[1], external_lib='my_tokdyn', use_remove_padding=False)\n"
+        "assert engine.forward_step is not before\n"
+    )
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", job, str(model)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
