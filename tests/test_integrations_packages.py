@@ -74,7 +74,7 @@ def test_openrlhfs_training_step(model, tmp_path, entropy):
 
 @needs("verl")
 def test_verl_finds_a_module_named_in_the_job(model, tmp_path):
-    """`actor_rollout_ref.model.external_lib`: verl's own model settings import it, and the engine's passes are then recorded."""
+    """`actor_rollout_ref.model.external_lib`: verl's model settings import it, and the engine is then watched."""
     (tmp_path / "my_tokdyn.py").write_text("from tokdyn.integrations.verl import install\n\ninstall(every=10)\n")
     job = (
         "import sys\n"
