@@ -73,7 +73,7 @@ $(MATRIX)/.installed: constraints.txt pyproject.toml setup.py tokdyn/_version.py
 	@touch $@
 
 test-matrix: $(MATRIX)/.installed
-	OMP_NUM_THREADS=1 $(MATRIX)/bin/pytest -q --durations=10 -n 2 tests/test_capture.py tests/test_monitor.py tests/test_prediction.py tests/test_integrations_*.py
+	OMP_NUM_THREADS=1 $(MATRIX)/bin/pytest -q --durations=10 -n 2 tests/test_capture.py tests/test_monitor.py tests/test_prediction*.py tests/test_steps.py tests/test_integrations_*.py
 
 WHEEL_HOLDS := tokdyn/demo/model/model.safetensors tokdyn/demo/model/tokenizer.json tokdyn/demo/pairs.jsonl \
 	tokdyn/report/page.html.jinja tokdyn/report/static/page.css tokdyn/report/static/main.js \

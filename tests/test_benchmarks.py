@@ -30,7 +30,6 @@ def overhead(*options):
 
 def test_overhead_of_recording_is_timed(tmp_path):
     """By the clock and in processor time; the other part, peak memory, takes three more processes."""
-    pytest.importorskip("trl")
     done = overhead("--quick", "--part", "time", "--loss", "fused", "--json", str(tmp_path / "o.json"))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "o.json").read_text())

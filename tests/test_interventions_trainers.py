@@ -260,7 +260,8 @@ def test_protection_spares_the_tokens_whose_force_is_worst(build, probe, kind, f
     records = []
     for guard in (False, True):
         if "LoRA" in form:
-            peft = pytest.importorskip("peft")
+            import peft
+
             lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
             options = options | dict(lora=lora)
         trainer = build(kind, max_steps=1, optim="sgd", max_grad_norm=0.0, **options)

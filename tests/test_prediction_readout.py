@@ -58,7 +58,8 @@ def test_the_readouts_share_of_a_plain_step_is_what_td_forces_says(family, tied)
 )
 def test_an_adapted_readout_is_captured_and_its_probe_is_refused_by_name(options, wrapper):
     """Every probe step says why; c = 1/N and log pi of every step are those of the adapted model all the same."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **options)
     torch.manual_seed(0)
     model, ids = peft.get_peft_model(tiny("llama", tied=False), config), data()

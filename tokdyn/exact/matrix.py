@@ -70,7 +70,7 @@ def _nothing_unseen(tracer: Tracer, p: Plan, side: Side, uses: dict[str, str]) -
     """See that what no module uses in the forward pass has no gradient either.
 
     Raises:
-        Unsupported: it has; an autograd.Function is given its weights out of sight.
+        Unsupported: it has; a kernel of somebody's own may take its weights out of sight.
     """
     unseen = {use: tensor for use, tensor in uses.items() if p.is_unseen(tracer, use)}
     moved = {tensor for tensor, step in pull(tracer, side, unseen).items() if bool(step.any())} if unseen else set[str]()
