@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/dual_gram.h"
 #include "cpu/linear_token_stats.h"
 #include "cpu/readout_forces.h"
@@ -34,13 +35,14 @@ struct Level {
     const tokdyn::ScanFns* scan;
     const tokdyn::ResidualFns* residual;
     const tokdyn::VectorFns* vectors;
+    const tokdyn::ProductFns* products;
 
     tokdyn::ForceFns forces() const { return {*fold, *logits, *residual}; }
 };
 
 #define TOKDYN_LEVEL(level) \
     {#level, &tokdyn::level::fold_fns, &tokdyn::level::logit_fns, &tokdyn::level::scan_fns, &tokdyn::level::residual_fns, \
-     &tokdyn::level::vector_fns}
+     &tokdyn::level::vector_fns, &tokdyn::level::product_fns}
 
 // The instruction sets that are both compiled in and supported by this processor, the fastest last.
 std::vector<Level> levels() {
@@ -234,6 +236,27 @@ void segment_dots(uintptr_t a, uintptr_t b, int64_t rows, int64_t n, uintptr_t s
     tokdyn::segment_dots({at<const float>(a), at<const float>(b), rows, n}, s, at<double>(out), S, *level.vectors, threads);
 }
 
+// (address, and how many numbers apart cotangents, batches, key heads, query heads of one and rows are)
+using RowsOf = std::array<int64_t, 6>;
+tokdyn::Rows rows_at(const RowsOf& x) {
+    require_addresses({static_cast<uintptr_t>(x[0])});
+    return {at<float>(static_cast<uintptr_t>(x[0])), x[1], x[2], x[3], x[4], x[5]};
+}
+
+void cotangent_attention(const std::array<int64_t, 10>& sizes, const std::array<uintptr_t, 6>& given, const RowsOf& d_o,
+                         const RowsOf& dq, const RowsOf& dk, const RowsOf& dv, int threads, const std::string& simd) {
+    const auto& [n, B, Hk, G, rows, keys, old, padded, D, E] = sizes;
+    if (D % 16 || E % 16 || padded % 16 || keys > padded) throw py::value_error("widths must be multiples of 16");
+    for (uintptr_t address : given) require_addresses({address});
+    const Level level = choose(simd);
+    const tokdyn::AttentionBlock block = {n, B, Hk, G, rows, keys, old, padded, D, E,
+                                          at<const float>(given[0]), at<const float>(given[1]), at<const float>(given[2]),
+                                          at<const float>(given[3]), at<const float>(given[4]), at<const float>(given[5])};
+    const tokdyn::Rows o = rows_at(d_o), q = rows_at(dq), k = rows_at(dk), v = rows_at(dv);
+    py::gil_scoped_release without_gil;
+    tokdyn::cotangent_attention(block, o, q, k, v, *level.products, *level.vectors, threads);
+}
+
 py::dict build() {
     py::dict parts;
     parts["compiler"] = TOKDYN_COMPILER;
@@ -291,6 +314,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("segment_dots", &segment_dots, py::arg("a"), py::arg("b"), py::arg("rows"), py::arg("n"), py::arg("segment"),
           py::arg("out"), py::arg("S"), py::kw_only(), py::arg("threads"), py::arg("simd") = "",
           "out[r, segment[j]] += a[r, j] b[r, j], out [rows, S] in double");
+
+    // A block of queries of an attention: sizes (n, B, Hk, G, rows, keys, old, padded, D, E), P, W, q, k, v transposed and o.
+    m.def("cotangent_attention", &cotangent_attention, py::arg("sizes"), py::arg("given"), py::arg("d_o"), py::arg("dq"),
+          py::arg("dk"), py::arg("dv"), py::kw_only(), py::arg("threads"), py::arg("simd") = "",
+          "dq = dS K, dk += dS^T Q and dv += P^T dO with dS = W * (dO V^T - rowsum(dO * O)), for n cotangents; "
+          "of dk and dv the first `old` keys are added to, the others written");
 
     void bind_cuda(py::module_&);
     bind_cuda(m);  // cuda/bindings.cpp

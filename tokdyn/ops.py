@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _native
 from .kernels.apply_A import reference as _apply_A
+from .kernels.cotangent_attention import cpp as _cotangent_attention_cpp
 from .kernels.cotangent_attention import reference as _cotangent_attention
 from .kernels.dual_gram import cpp as _dual_gram_cpp
 from .kernels.dual_gram import reference as _dual_gram
@@ -359,6 +360,8 @@ def cotangent_attention(
         return triton.cotangent_attention(q, k, v, do, mask, scale, softcap)
     if impl is None and softcap is None and len(do) == 1 and q.device.type == "cpu":
         return _fused_attention.cotangent_attention(q, k, v, do, mask, scale)
+    if impl == "cpp" or (impl is None and _takes_cpp(q, k, v, do) and _cotangent_attention_cpp.takes(q, k, v, do)):
+        return _cotangent_attention_cpp.cotangent_attention(q, k, v, do, mask, scale, softcap)
     _require_reference("cotangent_attention", impl)
     return _cotangent_attention.cotangent_attention(q, k, v, do, mask, scale, softcap)
 

@@ -1,4 +1,4 @@
-// parallel_for on plain threads, started per call: nothing to tear down, safe after fork, no second OpenMP runtime beside torch's.
+// parallel_for on the threads that torch's own loops run on, where this process has such, else on threads started per call.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -6,12 +6,27 @@
 #include <memory>
 #include <system_error>
 #include <thread>
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#define TOKDYN_DLSYM 1
+#endif
 
 namespace tokdyn {
 
+// GNU OpenMP's entry point (LLVM's and Intel's have it too), if some library of the process brought one: torch does. Two pools
+// of threads would take turns on one processor, because OpenMP's spin for a while when their loop is over.
+using Team = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+inline Team openmp_team() {
+#ifdef TOKDYN_DLSYM
+    static const Team team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return team;
+#else
+    return nullptr;
+#endif
+}
+
 // Calls body(i) for every i in [0, n), each once, on at most `threads` threads (the caller's included). body must not throw.
-// It returns when the last body has: a helper that the system starts late, because another thread still spins on its processor
-// as torch's do after a matrix product, finds nothing left to do and is not waited for.
+// It returns when the last body has: a helper that the system starts late finds nothing left to do and is not waited for.
 template <class Body>
 void parallel_for(int64_t n, int threads, const Body& body) {
     struct Progress {
@@ -24,9 +39,14 @@ void parallel_for(int64_t n, int threads, const Body& body) {
             progress->done.fetch_add(1, std::memory_order_release);
         }
     };
-    const int64_t helpers = std::min<int64_t>(threads, n) - 1;
+    const int64_t all = std::min<int64_t>(threads, n);
+    if (all > 1 && openmp_team()) {
+        openmp_team()([](void* data) { (*static_cast<decltype(work)*>(data))(); }, const_cast<void*>(static_cast<const void*>(&work)),
+                      static_cast<unsigned>(all), 0);
+        return;
+    }
     try {
-        for (int64_t k = 0; k < helpers; ++k) std::thread(work).detach();
+        for (int64_t k = 1; k < all; ++k) std::thread(work).detach();
     } catch (const std::system_error&) {
         // the system grants no further thread: those that started, and this one, do the work
     }

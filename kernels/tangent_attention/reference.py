@@ -11,23 +11,26 @@ ELEMENTS = 1 << 20  # scores of all tangents held at a time; rows of queries are
 ROWS = 32  # but so many at least
 
 
-def blocks(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None, n: int = 1) -> Iterator[tuple]:
+def blocks(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None, n: int = 1, rows: int | None = None
+) -> Iterator[tuple]:
     """Row blocks of the attention: (rows, keys, P, slope) with P [B, Hk, G, t, s] over the keys that the block can see.
 
+    A block has `rows` queries, or as many as keep the scores of n tangents below ELEMENTS.
     slope is the derivative of the capped score by the plain one, times scale: 1·scale without a cap.
     """
     B, Hk, G, T, _ = q.shape
     S = k.shape[-2]
-    step = min(T, max(ROWS, ELEMENTS // max(1, n * B * Hk * G * S)))
+    step = min(T, rows or max(ROWS, ELEMENTS // max(1, n * B * Hk * G * S)))
     for start in range(0, T, step):
-        rows, keys = slice(start, min(T, start + step)), slice(0, S)
+        queries, keys = slice(start, min(T, start + step)), slice(0, S)
         seen = None
         if mask is not None:
-            seen = mask[..., rows, :]
+            seen = mask[..., queries, :]
             used = seen.flatten(0, -2).any(0).nonzero()
             keys = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
             seen = seen[:, :, None, :, keys]
-        s = (q[..., rows, :] * scale) @ k[:, :, None, keys].mT
+        s = (q[..., queries, :] * scale) @ k[:, :, None, keys].mT
         slope: Tensor | float = scale
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
@@ -37,7 +40,7 @@ def blocks(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: flo
         P = s.softmax(-1)
         if seen is not None and not bool((some := seen.any(-1, keepdim=True)).all()):
             P = P * some  # a row that sees nothing attends to nothing
-        yield rows, keys, P, slope
+        yield queries, keys, P, slope
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None) -> Tensor:

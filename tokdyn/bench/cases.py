@@ -325,6 +325,8 @@ def attention(op: str, device: torch.device, n: int, T: int, H: int, D: int, dty
 
     sides: dict[str, Side] = {"reference": lambda *x: run("reference", *x), "torch.func": by_torch}
     bars = []
+    if device.type == "cpu" and op == "cotangent_attention":
+        sides = {"cpp": lambda *x: run("cpp", *x)} | sides
     if device.type == "cuda":
         sides = {"triton": lambda *x: run("triton", *x)} | sides
         sides["flash forward"] = lambda q, k, v, *moves: forward(q, k, v)

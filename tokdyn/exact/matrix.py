@@ -19,11 +19,11 @@ from .naive import tangent_matrix
 from .plan import Plan, Watched, ids_of, one_by_one, plan, watch
 from .readout import readout_matrix
 from .rules import Unsupported
-from .segments import Cuts, Outline, common_cuts
+from .segments import Cuts
 
 FORWARD = 1.5  # a structured tangent against a cotangent with its inner products, as benchmarks/exact_forces.py times them
 MEMORY = 2 << 30
-CHUNK, GROUP = 32, 128
+CHUNK, GROUP = 32, 96
 PIECE = 32 << 20  # a tensor larger than this is asked from the system anew each time, which costs more than filling it
 
 
@@ -138,13 +138,16 @@ def _backbone(
         o, u, closed, out = u, o, closed.T, out.T
     longest = _longest([*o.batches, *u.batches])
     joined = p.joined(tracer, longest)
-    size = _Size.of(tracer, joined, longest)
-    kept, streamed = (size.blocks(one_by_one(side), memory // 8) for side in (o, u))
+    alone = [one_by_one(side) for side in (o, u)]
+    cuts = Cuts.of(partial(joined.unroll, tracer), [*alone[0].batches, *alone[1].batches])
+    size = _Size.of(cuts, tracer.dtype.itemsize)
+    kept, streamed = (size.blocks(side, memory // 8) for side in alone)
     pulled = len(streamed) * len(o) + len(kept) * len(u)
     if engine is None:
         engine = "sweep" if pulled <= (1 + FORWARD) * len(u) else "tangents"
     if engine == "sweep":
-        return _sweep(tracer, joined, (o, kept), (u, streamed), closed, out, progress, size.budget(memory))
+        sides = (alone[0], kept), (alone[1], streamed)
+        return _sweep(tracer, joined, cuts, *sides, closed, out, progress, size.budget(memory))
     return _tangents(tracer, p, o, u, closed, out, progress, memory)
 
 
@@ -160,18 +163,17 @@ class _Size:
     widest: int  # the largest of all of them
 
     @classmethod
-    def of(cls, tracer: Tracer, p: Plan, sequence: Batch) -> _Size:
-        outline = Outline.of(*p.unroll(tracer, sequence))
-        keys = common_cuts([outline])
-        tops = [outline.top.numel(), *(outline.cuts[key][1].numel() for key in keys)]
-        values, item = outline.values(keys), tracer.dtype.itemsize
+    def of(cls, cuts: Cuts, item: int) -> _Size:
+        outline = cuts.outlines[max(cuts.outlines)]
+        tops = [outline.top.numel(), *(outline.cuts[key][1].numel() for key in cuts.keys)]
+        values = outline.values(cuts.keys)
         return cls(item * max(tops), item * max(map(sum, values)), item * max(x for of in values for x in of))
 
     def budget(self, memory: int) -> sweep.Budget:
         """How much is done at a time. Several copies of a segment's cotangents are alive while it is pulled through."""
         chunk = min(CHUNK, PIECE // self.widest, memory // 8 // (2 * (self.cut + self.segment)))
         group = min(GROUP, memory // 6 // self.segment)
-        return sweep.Budget(max(1, chunk), max(1, group), kept=memory // 3, graphs=memory // 8)
+        return sweep.Budget(max(1, chunk), max(1, group), kept=memory // 3, graphs=memory // 5)
 
     def blocks(self, side: Side, memory: int) -> list[Block]:
         """A side's tokens in blocks whose cotangents between segments fit."""
@@ -206,6 +208,7 @@ def _places(side: Side) -> list[int]:
 def _sweep(
     tracer: Tracer,
     p: Plan,
+    cuts: Cuts,
     o: tuple[Side, list[Block]],
     u: tuple[Side, list[Block]],
     closed: Tensor,
@@ -214,10 +217,9 @@ def _sweep(
     budget: sweep.Budget,
 ) -> dict[str, str]:
     """Tile by tile."""
-    sides = [one_by_one(side) for side, _ in (o, u)]
+    sides = [side for side, _ in (o, u)]
     ids = [ids_of(side, tracer) for side in sides]
     at = [_places(side) for side in sides]
-    cuts = Cuts.of(partial(p.unroll, tracer), [*sides[0].batches, *sides[1].batches])
     labels: dict[str, str] = {}
     joined = {joint.name: joint.modules for joint in p.joints}
     clock = _Clock(progress, len(o[1]) * len(u[1]), out.shape[1])
@@ -236,7 +238,7 @@ def _sweep(
             module: rule.label for of in rules.values() for name, rule in of.items() for module in joined.get(name, (name,))
         }
         for columns in u[1]:
-            mine, theirs = (sweep.strips(cuts, side) for side in (kept, watched(1, columns)))
+            mine, theirs = (sweep.strips(cuts, side, budget.graphs // 2) for side in (kept, watched(1, columns)))
             tile = sweep.tile(p, mine, theirs, rules, budget, clock.tick)
             where = place(0, rows), place(1, columns)
             out[where] = closed[where] + tile.to(out)

@@ -17,6 +17,7 @@ from ..trace import Place, Tracer
 from .joints import Joint, joints
 from .motions import Direction, Side
 from .norms import Norm
+from .rotary import turned
 from .rules import Embedding, Linear, NotAlone, Rule, Scale, Together, Unsupported, rule_for
 
 BLOCK = 1 << 26  # elements of logits held at a time
@@ -83,8 +84,9 @@ class Plan:
         bottom: Place | None = None,
         top: Place | None = None,
     ) -> tuple[Tensor, list[Call], dict[Place, Tensor]]:
-        """Tracer.unroll at the moving modules."""
-        return tracer.unroll(batch, self.names, self.norms, {joint.place: joint for joint in self.joints}, places, bottom, top)
+        """Tracer.unroll at the moving modules, with the derivatives of norms, rotary embeddings and joints in closed form."""
+        with turned(tracer.model):
+            return tracer.unroll(batch, self.names, self.norms, {of.place: of for of in self.joints}, places, bottom, top)
 
     def is_unseen(self, tracer: Tracer, use: str) -> bool:
         """Whether no module was seen to use this tensor, nor the readout."""

@@ -164,44 +164,53 @@ class Cuts:
 
     unroll: Callable[..., tuple[Tensor, list[Call], dict[Place, Tensor]]]  # of a batch, from one place to another
     keys: tuple[Place, ...]  # from the readout down
+    tried: Batch  # a short text, on which it is seen where a graph may begin
     outlines: dict[int, Outline] = field(default_factory=dict)  # by the length of a sequence
+    ends: dict[int, bool] = field(default_factory=dict)  # by cut: whether a graph may end there and the next begin
 
     @classmethod
     def of(cls, unroll: Callable[..., Any], batches: Sequence[Batch]) -> Cuts:
-        """The places that all these sequences share and at which a segment made by itself is that of the whole graph."""
-        whole = cls(unroll, ())
+        """The places that all these sequences share."""
+        tried = min(batches, key=lambda batch: batch.ids.shape[1]).upto(slice(0, TRIED))
+        whole = cls(unroll, (), tried)
         keys = common_cuts([whole.outline(batch) for batch in batches])
-        batch = min(batches, key=lambda batch: batch.ids.shape[1]).upto(slice(0, TRIED))
-        h, calls, given = unroll(batch)
-        outline = Outline.of(h, calls, given)
-
-        def right(keys: tuple[Place, ...], bottom: Place | None) -> bool:
-            top, ends = keys[-1] if keys else None, (*keys, *([] if bottom is None else [bottom]))
-            which = outline.segments(ends)[len(keys)] if len(outline.segments(ends)) > len(keys) else []
-            whole = Segment.of(given[top] if top else h, [calls[i] for i in which], given[bottom] if bottom else None)
-            try:
-                return whole.agrees(cls(unroll, ends)._cut(batch, len(keys), len(keys) + 1)[0][0])
-            except (RuntimeError, KeyError):  # a leaf changed in place, a place that is not come by
-                return False
-
-        found: tuple[Place, ...] = ()
-        for key in keys:
-            found = (*found, key) if right(found, key) else found
-        while found and not right(found, None):
-            found = found[:-1]
-        return cls(unroll, found, whole.outlines)
+        return cls(unroll, tuple(keys), tried, whole.outlines)
 
     def outline(self, batch: Batch) -> Outline:
         """Of a sequence of this length; `segments` sees to it that all of them have the same."""
         length = batch.ids.shape[1]
         if length not in self.outlines:
-            self.outlines[length] = Outline.of(*self.unroll(batch))
-        if not set(self.keys) <= set(self.outlines[length].cuts):
+            self.outlines[length] = self._fitting(Outline.of(*self.unroll(batch)))
+        return self._fitting(self.outlines[length])
+
+    def _fitting(self, outline: Outline) -> Outline:
+        if not set(self.keys) <= set(outline.cuts):
             raise Unsupported(OTHERWISE)
-        return self.outlines[length]
+        return outline
 
     def __len__(self) -> int:
         return len(self.keys) + 1
+
+    def end(self, start: int, most: int) -> int:
+        """Where a graph of about so many segments ends: at the next cut from there on at which another may begin."""
+        return next((stop for stop in range(start + most, len(self)) if self._is_end(stop)), len(self))
+
+    def _is_end(self, depth: int) -> bool:
+        """Whether the segments above and below a cut, each in a graph that goes no further, are those of the whole graph."""
+        if depth not in self.ends:
+            whole = self._cut(self.tried, 0, len(self))[0][depth - 1 : depth + 1]
+            try:
+                apart = [self._cut(self.tried, 0, depth)[0][-1], self._cut(self.tried, depth, len(self))[0][0]]
+                self.ends[depth] = all(a.agrees(b) for a, b in zip(apart, whole, strict=True))
+            except (RuntimeError, KeyError):  # a leaf changed in place, a place that is not come by
+                self.ends[depth] = False
+        return self.ends[depth]
+
+    def whole(self, batch: Batch) -> tuple[Outline, list[Segment]]:
+        """All segments of a sequence in one graph, with their outline."""
+        h, calls, given = self.unroll(batch, self.keys)
+        outline = self._fitting(Outline.of(h, calls, given))
+        return outline, self._divided(h, calls, given, 0, len(self))[0]
 
     def segments(self, batch: Batch, start: int, stop: int) -> list[Segment]:
         """Some of them on a sequence, from the readout down, in one graph.
@@ -220,8 +229,15 @@ class Cuts:
     def _cut(self, batch: Batch, start: int, stop: int) -> tuple[list[Segment], list[list[Call]]]:
         """The segments, and the calls in each."""
         top, bottom = (self.keys[i] if 0 <= i < len(self.keys) else None for i in (start - 1, stop - 1))
-        inner = self.keys[start : stop - 1]
         end, calls, given = self.unroll(batch, self.keys[max(0, start - 1) : stop], bottom, top)
+        return self._divided(end, calls, given, start, stop)
+
+    def _divided(
+        self, end: Tensor, calls: Sequence[Call], given: Mapping[Place, Tensor], start: int, stop: int
+    ) -> tuple[list[Segment], list[list[Call]]]:
+        """The same from what unroll gives."""
+        bottom = self.keys[stop - 1] if stop <= len(self.keys) else None
+        inner = self.keys[start : stop - 1]
         depth = depths(end, [x for call in calls for x in call.outputs if x.is_leaf])[0]
 
         at = partial(depth_of, depth)

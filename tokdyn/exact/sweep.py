@@ -30,7 +30,7 @@ from .segments import OTHERWISE, Cuts, Outline, Segment
 
 Found = dict[str, tuple[list[Call], Outputs]]  # module -> its calls and the cotangents at their outputs
 SAVED = 2  # what a segment's graph keeps for its backward pass beside the outputs of its modules
-SHORTEST = 64
+SHORTEST = 32
 LENGTHS = 8  # a sequence is unrolled at so many lengths at most: a token needs nothing behind itself
 
 
@@ -40,7 +40,7 @@ class Budget(NamedTuple):
     chunk: int  # cotangents pulled together
     group: int  # streamed tokens that meet the kept ones together
     kept: int  # bytes of what is kept of a segment; what does not fit is done in parts, the streamed side pulled for each
-    graphs: int  # bytes of graphs: so many segments are made in one forward pass
+    graphs: int  # bytes of graphs: so many segments are made in one forward pass, of all sequences of both sides
 
 
 @dataclass(eq=False)
@@ -54,8 +54,8 @@ class Strip:
     cuts: Cuts
     outline: Outline
     together: Tensor  # the tokens' cotangents at the current cut in one, while each stays at its own position
-    graph: int = 1  # how many segments are made at a time
-    made: dict[int, Segment] = field(default_factory=dict)
+    graph: int  # how many segments are made at a time
+    made: dict[int, Segment]
     cotangents: list[Tensor] = field(default_factory=list)  # of each chunk of tokens, [b, *cut], from there on
 
     @property
@@ -66,7 +66,7 @@ class Strip:
     def segment(self, depth: int) -> Segment:
         """A segment of the backbone on this sequence."""
         if depth not in self.made:
-            stop = min(depth + self.graph, len(self.cuts))
+            stop = self.cuts.end(depth, self.graph)
             self.made.update(enumerate(self.cuts.segments(self.batch, depth, stop), depth))
         return self.made[depth]
 
@@ -124,18 +124,31 @@ def _found(segment: Segment, deltas: list[list[Tensor]]) -> Found:
     return found
 
 
-def strips(cuts: Cuts, tokens: Sequence[tuple[Watched, slice]]) -> list[Strip]:
-    """The tokens of one side of a tile, with their cotangents at the input of the readout."""
-    found, start = [], 0
+def strips(cuts: Cuts, tokens: Sequence[tuple[Watched, slice]], graphs: int) -> list[Strip]:
+    """The tokens of one side of a tile, with their cotangents at the input of the readout.
+
+    Their graphs take about so many bytes: they are made once where all fit, else some segments at a time when those are wanted.
+    """
+    cut: list[tuple[Watched, slice, Batch]] = []
     for w, rows in tokens:
         n = rows.stop - rows.start
         length = -(-n // max(1, min(LENGTHS, n // SHORTEST)))
-        for a in range(rows.start, rows.stop, length):
-            part = slice(a, min(a + length, rows.stop))
-            batch = w.batch.upto(part)
-            at = slice(start, start + len(batch.rows))
-            found.append(Strip(w, part, at, batch, cuts, cuts.outline(batch), w.u[part].to(w.dtype)))
-            start = at.stop
+        parts = [slice(a, min(a + length, rows.stop)) for a in range(rows.start, rows.stop, length)]
+        cut += [(w, part, w.batch.upto(part)) for part in parts]
+
+    def size(w: Watched, batch: Batch, how: Callable[[list[int]], int]) -> int:
+        values = how([sum(of) for of in cuts.outline(w.batch).values(cuts.keys)])
+        return SAVED * w.dtype.itemsize * values * batch.ids.shape[1] // w.batch.ids.shape[1]
+
+    fit = sum(size(w, batch, sum) for w, _, batch in cut) <= graphs
+    graph = max(1, graphs // sum(size(w, batch, max) for w, _, batch in cut))
+    found, start = [], 0
+    for w, part, batch in cut:
+        at = slice(start, start + len(batch.rows))
+        outline, made = cuts.whole(batch) if fit else (cuts.outline(batch), [])
+        u = w.u[part].to(w.dtype)
+        found.append(Strip(w, part, at, batch, cuts, outline, u, graph, dict(enumerate(made))))
+        start = at.stop
     return found
 
 
@@ -157,9 +170,6 @@ def tile(
         tick: hears how much is done.
     """
     both, cuts = [*kept, *streamed], kept[0].cuts
-    values = sum(max(map(sum, strip.outline.values(cuts.keys))) for strip in both)
-    for strip in both:
-        strip.graph = max(1, budget.graphs // (SAVED * values * strip.w.dtype.itemsize))
     F = both[0].w.u.new_zeros(kept[-1].at.stop, streamed[-1].at.stop)
     room, desk = Room(F.device), Room(F.device)
     some = rules[id(kept[-1].w)]
