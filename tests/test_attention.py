@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.func import jvp, vmap
 
-from tokdyn import attention, ops
+from tokdyn import attention, ops, traceable
 from tokdyn.attention import ATTENTION, _Attention, register
 from tokdyn.kernels.cotangent_attention import reference as cotangent
 from tokdyn.kernels.tangent_attention import reference as tangent
 from tokdyn.testing import random_chis, relative_error, tiny
+from tokdyn.trace import trace
 
 B, Hk, G, T, D = 2, 2, 3, 7, 4
 
@@ -122,6 +123,22 @@ def test_models_give_the_same_logits_and_gradients_as_with_eager_attention(famil
     assert relative_error(found[1][0], found[0][0]) < 1e-5
     for a, b in zip(*(grads for _, grads in found), strict=True):
         assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max() + 1))
+
+
+@pytest.mark.parametrize(
+    ("family", "own"), [("llama", True), ("gemma2", True), ("gpt2", True), ("falcon", False), ("bloom", False)]
+)
+def test_a_traced_model_runs_the_tracing_attention_or_says_that_it_does_not(family, own, monkeypatch, caplog):
+    """Once in every layer; what is said is said once for a kind of model."""
+    traceable._say_eager.cache_clear()
+    calls, run = [], _Attention.apply
+    monkeypatch.setattr(_Attention, "apply", lambda *args: calls.append(1) or run(*args))
+    model = tiny(family)
+    for _ in range(2):
+        with trace(model) as tracer:
+            tracer.logits(tracer.batches(random_chis([(2, 3)], seed=1))[0])
+    assert len(calls) == (2 * model.config.num_hidden_layers if own else 0)
+    assert [("eager attention" in message) for message in caplog.messages] == ([] if own else [True])
 
 
 def test_padded_and_packed_batches_reach_the_attention():

@@ -246,6 +246,39 @@ def test_a_place_where_a_segment_cannot_be_made_by_itself_is_no_cut():
     assert relative_error(fast, naive) < FP32
 
 
+def test_graphs_are_made_once_where_they_fit_and_again_where_they_do_not(monkeypatch):
+    """A forward pass of each strip in the first case, a pass for each of its segments in the second."""
+    passes, unroll = [], Tracer.unroll
+    monkeypatch.setattr(Tracer, "unroll", lambda *args: passes.append(1) or unroll(*args))
+    found, counts = [], []
+    for graphs in (1 << 30, 1):
+        monkeypatch.setattr(matrices_of._Size, "budget", lambda *_, graphs=graphs: sweep.Budget(4, 8, 1 << 30, graphs))
+        passes.clear()
+        found.append(matrices(tiny("qwen2"), engine="sweep", update=U[:1], observe=O[:1]))
+        counts.append(len(passes))
+    assert counts[0] < counts[1]
+    assert all(relative_error(fast, naive) < FP32 for naive, fast, _ in found)
+
+
+@pytest.mark.parametrize(
+    ("update", "observe", "memory", "expected"),
+    [
+        ((4, 20), (4, 20), 1 << 30, "_sweep"),
+        ((4, 2), (4, 30), 1 << 30, "_tangents"),  # a forward derivative for each of two tokens, not 30 cotangents
+        ((4, 30), (4, 2), 1 << 30, "_tangents"),
+        ((4, 20), (4, 20), 1 << 12, "_tangents"),  # each tile would be pulled back anew
+    ],
+)
+def test_the_cheaper_engine_is_taken(update, observe, memory, expected, monkeypatch):
+    taken = []
+    for name in ("_sweep", "_tangents"):
+        run = getattr(matrices_of, name)
+        monkeypatch.setattr(matrices_of, name, lambda *args, name=name, run=run: taken.append(name) or run(*args))
+    sides = dict(update=random_chis([update], seed=1), observe=random_chis([observe], seed=2))
+    naive, fast, _ = matrices(tiny("llama"), memory=memory, **sides)
+    assert taken == [expected] and relative_error(fast, naive) < FP32
+
+
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_norms_are_recognised_by_their_derivative(centred, offset):

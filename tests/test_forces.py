@@ -174,6 +174,26 @@ def test_preconditioned_forces_agree_between_methods_and_predict_the_preconditio
     assert 1.9 < td.verify(model, pair(), OBSERVED, DPO(), optimizer=optimizer, move=0.02).order < 2.1
 
 
+@pytest.mark.parametrize("scope", ["full", "backbone", "readout", r"\.mlp\."])
+@pytest.mark.parametrize("adam", [False, True])
+def test_the_answer_over_the_vocabulary_holds_the_force_on_the_observed_token(scope, adam):
+    """Its entry at y_m is F[m,l], in whichever sequence m lies, and summed over l for the whole step."""
+    model, optimizer = tiny("qwen2"), None
+    if adam:
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.randint(0, 61, (2, 9))).logits.square().mean().backward()
+        optimizer.step()
+    found = td.forces(model, pair(), OBSERVED, DPO(), scope=scope, optimizer=optimizer)
+    V, tokens = model.config.vocab_size, found.observed["token_id"].to_pylist()
+    size = float(found.matrix.abs().max())
+    for m in (0, len(tokens) // 2, len(tokens) - 1):
+        for l in (0, found.matrix.shape[1] - 1, None):  # noqa: E741
+            answer = found.vocabulary(m=m, l=l, k=V)
+            own = answer.rise[(answer.rising == tokens[m]).nonzero()[0, 0]]
+            expected = found.matrix[m].sum() if l is None else found.matrix[m, l]
+            assert abs(own - expected) <= FP32 * found.matrix.shape[1] * size
+
+
 def test_the_model_is_left_bit_identical_also_after_an_error():
     model = tiny("llama").train()
     model.model.layers[0].eval()

@@ -86,6 +86,7 @@ def test_a_folder_holds_what_memory_would(tmp_path, options):
     assert again.complete and relative_error(again.tensor(), whole.matrix) < FP32
     assert torch.equal(again[3:8], again.tensor()[3:8])
     torch.testing.assert_close(found.predict(0.1), whole.predict(0.1), rtol=1e-4, atol=1e-6)
+    assert found.to_dataframe()["force"].tolist() == again.tensor().flatten().tolist()
     with pytest.raises(FileExistsError, match="choose another place"):
         td.forces(model, U, O, out=tmp_path / "F")
 
@@ -101,6 +102,38 @@ def test_an_interrupt_leaves_the_blocks_that_are_done(tmp_path):
         again.append(torch.ones(4, 3))
     with pytest.raises(FileNotFoundError, match="no sharded matrix"):
         Shards(tmp_path)
+
+
+class Stop(Exception):
+    """What a user's own progress raises."""
+
+
+def test_forces_that_are_interrupted_leave_a_folder_with_the_rows_that_are_done(tmp_path):
+    """Whatever ends it: what is written is right, and says what is missing."""
+    model, done = tiny("qwen2"), []
+    whole = td.forces(model, U, O).matrix
+
+    def until_half(now, total):
+        done.append(now / total)
+        if done[-1] > 0.6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        td.forces(model, U, O, out=tmp_path / "F", memory=200, progress=until_half)
+    again = Shards(tmp_path / "F")
+    rows = again.blocks[-1][1]
+    assert not again.complete and 0 < rows < len(whole)
+    assert relative_error(again[0:rows], whole[:rows]) < FP32
+
+
+@pytest.mark.parametrize("method", ["tangent", "naive"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_progress_grows_to_the_whole(tmp_path, method, folder):
+    heard = []
+    options = dict(out=tmp_path / "F", memory=200) if folder else {}
+    td.forces(tiny("llama"), U, O, method=method, progress=lambda done, total: heard.append((done, total)), **options)
+    shares = [done / total for done, total in heard]
+    assert len(heard) > 1 and shares == sorted(shares) and shares[-1] == 1 and shares[0] < 1
 
 
 @pytest.mark.parametrize("text, size", [("2GiB", 2 << 30), ("500 MB", 500_000_000), (1024, 1024), ("1.5KiB", 1536)])

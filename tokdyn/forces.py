@@ -120,18 +120,19 @@ class Forces:
             import pandas as pd
         except ImportError as error:
             raise ImportError('to_dataframe needs pandas: pip install "tokdyn[dataframe]"') from error
-        if self.matrix is None:
+        matrix = self.matrix if self.shards is None else self.shards.tensor()
+        if matrix is None:
             assert self.vector is not None
             table = self.observed if self.reduce == "update" else self.updated
             return table.to_pandas().assign(force=self.vector.cpu().numpy())
-        M, L = self.matrix.shape
+        M, L = matrix.shape
         o, u = self.observed.to_pydict(), self.updated.to_pydict()
         return pd.DataFrame({
             "m": [m for m in range(M) for _ in range(L)],
             "l": list(range(L)) * M,
             "observed": [t for t in o["token"] for _ in range(L)],
             "updated": u["token"] * M,
-            "force": self.matrix.cpu().flatten().tolist(),
+            "force": matrix.cpu().flatten().tolist(),
         })  # fmt: skip
 
     def save(self, path: str | Path) -> None:
@@ -295,15 +296,18 @@ def forces(
         shape = (len(sides.o), len(sides.u) if labels is None else int(labels.max()) + 1)
         matrix, vector, shards, rules = None, None, None, dict[str, str]()
 
-        def fill(o: Side, block: Tensor) -> None:
-            rules.update(_fill(tracer, method, scope, o, sides.u, uses, P, labels, block, progress, memory))
+        def fill(o: Side, block: Tensor, first: int = 0) -> None:
+            heard = _share(progress, first, len(o), shape[0])
+            rules.update(_fill(tracer, method, scope, o, sides.u, uses, P, labels, block, heard, memory))
 
         if reduce is None and isinstance(out, (str, Path)):
             shards = Shards.create(out, shape)
+            first = 0
             for o in _row_blocks(sides.o, max(1, memory // 4 // (shape[1] * 4))):
                 block = torch.full((len(o), shape[1]), torch.nan, dtype=tracer.precision, device=tracer.device)
-                fill(o, block)
+                fill(o, block, first)
                 shards.append(block)
+                first += len(o)
         elif reduce is None:
             if isinstance(out, Tensor) and out.shape != shape:
                 raise ValueError(f"out must have shape [M, {'L' if labels is None else 'G'}]={shape}, got {list(out.shape)}")
@@ -329,6 +333,13 @@ def forces(
             matrix, vector, c[:, 0] if c.dim() == 2 else c, observed, updated, coverage(tracer, uses, scope, rules),
             scope, method, reduce, labels, shards, _Live(model, sides, scope, P, labels, fingerprint(tracer)),
         )  # fmt: skip
+
+
+def _share(progress: Progress | None, first: int, rows: int, all_rows: int) -> Progress | None:
+    """What hears of some rows of the matrix, as a share of the whole."""
+    if progress is None or rows == all_rows:
+        return progress
+    return lambda done, total: progress(first * total + rows * done, all_rows * total)
 
 
 def _closed(tracer: Tracer, method: str, scope: str, o: Side, uses: dict[str, str], P: exact.Direction | None) -> bool:

@@ -7,6 +7,8 @@ of parameters write in their forward pass. All of it is put back on exit, also a
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -51,10 +53,20 @@ def _implementations(model: nn.Module, **names: str) -> Iterator[None]:
 def _traceable_attention(model: Any) -> str:
     """The tracing attention where the model takes its attention from transformers' interface and has no sinks, else eager."""
     interface = hasattr(model, "_can_set_attn_implementation") and model._can_set_attn_implementation()
-    if not interface or any(hasattr(module, "sinks") for module in model.modules()):
+    sinks = any(hasattr(module, "sinks") for module in model.modules())
+    if not interface or sinks:
+        why = "has attention sinks" if sinks else "does not take its attention from transformers' interface"
+        _say_eager(type(model).__name__, why)
         return "eager"
     register()
     return ATTENTION
+
+
+@functools.cache  # once for each kind of model
+def _say_eager(model: str, why: str) -> None:
+    logging.getLogger(__name__).warning(
+        "%s %s: it is traced with eager attention, which keeps T x T numbers for every head and tangent", model, why
+    )
 
 
 @contextlib.contextmanager

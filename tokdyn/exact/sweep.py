@@ -30,7 +30,7 @@ from .segments import OTHERWISE, Cuts, Outline, Segment
 
 Found = dict[str, tuple[list[Call], Outputs]]  # module -> its calls and the cotangents at their outputs
 SAVED = 2  # what a segment's graph keeps for its backward pass beside the outputs of its modules
-SHORTEST = 32
+SHORTEST = 64
 LENGTHS = 8  # a sequence is unrolled at so many lengths at most: a token needs nothing behind itself
 
 
