@@ -1,5 +1,6 @@
 # make demo   install, then profile the embedded model: runs/demo/report.html
-# make test   install, then lint, type-check and test (all but the studies)        make test-studies   their quick forms
+# make test   install, then lint, type-check and test; .ci/run adds what is in the next line
+# make test-kernels   Triton and CUDA compiled ahead of time, Triton interpreted    make test-studies   their quick forms
 # make lint   ruff and mypy alone        make wheel   build a wheel and look inside        make clean
 # make studies   every phenomenon of the papers in full, some hours: runs/studies, docs/gallery.md (DATA=folder of texts)
 # make test-matrix   the training tests against TRL 1.12, PEFT 0.20, verl and OpenRLHF, in an environment of their own
@@ -13,10 +14,10 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo studies test test-matrix test-studies lint wheel clean
+.PHONY: help install demo studies test test-kernels test-matrix test-studies lint wheel clean
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "tokdyn needs Python 3.11 or 3.12; none found (set PYTHON=...)" >&2; exit 1; }
@@ -48,10 +49,14 @@ lint: install
 	$(BIN)/mypy
 
 STUDIES := tests/test_language_studies.py tests/test_studies_classification.py
+KERNELS := tests/test_ahead_of_time.py tests/test_interpreter.py
 XDIST := -n 2 --dist loadfile # two processes of one thread each, a file in one of them
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(STUDIES:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(patsubst %,--ignore=%,$(STUDIES) $(KERNELS))
+
+test-kernels: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(KERNELS)
 
 test-studies: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=20 -n 2 $(STUDIES)

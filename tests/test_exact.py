@@ -15,11 +15,11 @@ from tokdyn.exact.naive import naive_matrix
 from tokdyn.exact.norms import Norm
 from tokdyn.objectives import GRPO, PPO, SFT, SimKO
 from tokdyn.sides import prepare
-from tokdyn.testing import FAMILIES, random_chis, relative_error, tiny
+from tokdyn.testing import FAMILIES, float64, random_chis, relative_error, tiny, tiny_lora
 from tokdyn.trace import Tracer, trace
 
 U, O = random_chis([(3, 5), (2, 6)], seed=1), random_chis([(3, 4), (1, 3), (5, 2)], seed=2)  # noqa: E741
-FP32 = 1e-5
+FP32, FP64 = 1e-5, 1e-9
 ENGINES = ["sweep", "tangents"]
 
 
@@ -29,11 +29,17 @@ def matrices(model, scope="full", update=U, observe=O, P=None, objective=None, *
         sides = prepare(tracer, update, observe, objective or SFT())
         uses = exact.select(tracer, scope)
         P = P(tracer) if P else None
-        naive, fast = (torch.full((len(sides.o), len(sides.u)), torch.nan) for _ in range(2))
+        naive, fast = (torch.full((len(sides.o), len(sides.u)), torch.nan, dtype=tracer.precision) for _ in range(2))
         naive_matrix(tracer, sides.o, sides.u, uses, P, naive)
         by = matrix(tracer, sides.o, sides.u, uses, P, fast, **options)
         assert set(by) == set(uses)  # every parameter took part
         return naive, fast, by
+
+
+def with_budget(monkeypatch, budget):
+    """Have sweeps made with this budget."""
+    tiling = matrices_of._Size.tiling
+    monkeypatch.setattr(matrices_of._Size, "tiling", lambda *args: tiling(*args)._replace(budget=budget))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -58,7 +64,7 @@ def test_strips_of_different_lengths_meet(monkeypatch):
 @pytest.mark.parametrize("tied", [True, False])
 def test_parts_of_a_tile_add_up(tied, monkeypatch):
     """What does not fit is done in parts, and the streamed side is pulled through the segment once for each."""
-    monkeypatch.setattr(matrices_of._Size, "budget", lambda size, memory: sweep.Budget(2, 3, kept=1, graphs=1))
+    with_budget(monkeypatch, sweep.Budget(2, 3, strip=1, kept=1, graphs=1))
     monkeypatch.setattr(sweep, "SHORTEST", 2)
     naive, fast, _ = matrices(tiny("qwen2", tied=tied), engine="sweep")
     assert relative_error(fast, naive) < FP32
@@ -252,7 +258,7 @@ def test_graphs_are_made_once_where_they_fit_and_again_where_they_do_not(monkeyp
     monkeypatch.setattr(Tracer, "unroll", lambda *args: passes.append(1) or unroll(*args))
     found, counts = [], []
     for graphs in (1 << 30, 1):
-        monkeypatch.setattr(matrices_of._Size, "budget", lambda *_, graphs=graphs: sweep.Budget(4, 8, 1 << 30, graphs))
+        with_budget(monkeypatch, sweep.Budget(4, 8, strip=64, kept=1 << 30, graphs=graphs))
         passes.clear()
         found.append(matrices(tiny("qwen2"), engine="sweep", update=U[:1], observe=O[:1]))
         counts.append(len(passes))
@@ -300,8 +306,25 @@ def test_norms_are_recognised_by_their_derivative(centred, offset):
     assert Norm.of(Call("", module, (x,), {}, module(x))) is None
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tangents_agree_on_every_architecture(family):
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
+def test_tangents_are_exact_to_rounding_on_every_architecture(family, lora):
     """Forces() takes the sweep where both sides are of a size (tests/test_architectures.py); this is the other way."""
-    naive, fast, _ = matrices(tiny(family, tied=None), engine="tangents")
+    model = (tiny_lora if lora else tiny)(family, tied=None).double()
+    with float64():
+        naive, fast, _ = matrices(model, engine="tangents")
+    assert relative_error(fast, naive) < FP64
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sides_of_several_batches_meet(engine, monkeypatch):
+    """Two sequences padded to one length and a third in a batch of its own, on either side."""
+    whole = Tracer.batches
+    monkeypatch.setattr(Tracer, "batches", lambda tracer, chis, tokens: whole(tracer, chis, tokens=16))
+    update, observe = random_chis([(3, 5), (2, 3), (4, 8)], seed=1), random_chis([(5, 9), (3, 4), (1, 3)], seed=2)
+    with trace(tiny("gemma2")) as tracer:
+        sizes = [[len(batch.ids) for batch in tracer.batches(side, 1)] for side in (update, observe)]
+    assert sizes == [[2, 1], [1, 2]]
+    naive, fast, _ = matrices(tiny("gemma2"), update=update, observe=observe, engine=engine)
     assert relative_error(fast, naive) < FP32

@@ -187,7 +187,7 @@ class _Live:
             if l is None:
                 direction = exact.pull(tracer, self.sides.u, uses)
             elif self.labels is not None:
-                direction = exact.pull(tracer, self.sides.u.part((self.labels == l).to(self.sides.gterm.c)), uses)
+                direction = exact.pull(tracer, self.sides.u.part((self.labels == l).to(self.sides.c)), uses)
             else:
                 direction = next(exact.pull_each(tracer, self.sides.u, uses, l, l + 1))
             batches = self.sides.o.batches
@@ -289,7 +289,7 @@ def forces(
     memory = size_in_bytes(memory)
     with trace(model) as tracer:
         passes = reduce is not None and method != "naive" and scope not in ("readout", CH2)  # which go over both sides anyway
-        sides = prepare(tracer, update, observe, objective, reference=reference, weights=weights, unseen=passes)
+        sides = prepare(tracer, update, observe, objective, reference=reference, weights=weights, passes=passes)
         labels = None if groups is None else group_labels(groups, sides.update)
         uses = {} if scope == CH2 else exact.select(tracer, scope)
         P = preconditioner(optimizer, tracer) if optimizer is not None else None
@@ -327,10 +327,8 @@ def forces(
             move = exact.push_all if method == "tangent" else exact.finite_difference
             vector = move(tracer, sink, direction, uses)
         updated = sides.updated if labels is None else group_table(sides.updated, labels)
-        observed = sides.seen(tracer) if passes else sides.observed
-        c = sides.gterm.c
         return Forces(
-            matrix, vector, c[:, 0] if c.dim() == 2 else c, observed, updated, coverage(tracer, uses, scope, rules),
+            matrix, vector, sides.c, sides.observed, updated, coverage(tracer, uses, scope, rules),
             scope, method, reduce, labels, shards, _Live(model, sides, scope, P, labels, fingerprint(tracer)),
         )  # fmt: skip
 

@@ -45,6 +45,11 @@ class GTerm:
         v, uniform = (None if x is None else x[index] for x in (self.v, self.uniform))
         return GTerm(self.targets[index], self.c[index], v, uniform)
 
+    def split(self, sizes: Sequence[int]) -> list[GTerm]:
+        """One for each run of so many tokens."""
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        return [self.rows(slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
+
     def times(self, weights: Float[Tensor, "L"]) -> GTerm:
         """The gradient of each token times a weight."""
         w = weights.to(self.c)
@@ -77,10 +82,11 @@ class Objective:
     """A loss over log-probabilities. Subclasses are frozen dataclasses whose fields are the paper's constants.
 
     `reads` says what sequences it is made for: "completion", "preference" (chosen and rejected) or "rollouts" (advantages).
-    `needs` names the fields of Scores it reads.
+    `needs` names the fields of Scores it reads; `by_sequence` says that a sequence's c depends on no other sequence.
     """
 
     reads: ClassVar[str] = "completion"
+    by_sequence: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
     n_candidates: int = 0
 
@@ -225,6 +231,7 @@ def _log1mexp(x: Tensor) -> Tensor:
 class SFT(Objective):
     """Cross entropy, summed over tokens: L = -Σ log pi(y_l), with label smoothing ε the target (1-ε) e_y + ε/V."""
 
+    by_sequence: ClassVar[bool] = True
     label_smoothing: float = 0.0
 
     @property

@@ -4,62 +4,123 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import ops
 from .exact import Side
 from .objectives import GTerm, Objective, Scores
 from .sequences import Batch, Chi
-from .trace import Tracer, trace
+from .trace import Tracer, finite_stats, trace
 
 
 @dataclass(frozen=True)
 class Noted(Side):
-    """A side that keeps the statistics of the logits it is asked about: a pass over it need not be repeated for them."""
+    """A side that keeps the statistics of the logits it is asked about: a pass over it need not be repeated for them.
+
+    Raises:
+        ValueError: NaN logits, when they are seen.
+    """
 
     stats: dict[int, ops.TokenStats] = field(default_factory=dict)  # by batch
 
     def force(self, b: int, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """As in Side."""
-        self._note(b, logits)
+        self.note(b, logits)
         return super().force(b, logits)
 
     def work(self, b: int, logits: Float[Tensor, "N V"], velocity: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
         """As in Side."""
-        self._note(b, logits)
+        self.note(b, logits)
         return super().work(b, logits, velocity)
 
-    def _note(self, b: int, logits: Float[Tensor, "N V"]) -> None:
+    def note(self, b: int, logits: Float[Tensor, "N V"]) -> None:
+        """Keep the statistics of a batch's logits."""
         if b not in self.stats:
-            self.stats[b] = ops.token_stats(logits.detach(), self.batches[b].targets.to(logits.device))
+            self.stats[b] = finite_stats(self.batches[b], logits.detach())
+
+    @torch.no_grad()
+    def look(self, tracer: Tracer) -> None:
+        """A forward pass over all of it, the logits of one batch held at a time."""
+        for b, batch in enumerate(self.batches):
+            self.note(b, tracer.logits(batch))
+
+    def joined(self) -> ops.TokenStats:
+        """The statistics of all tokens, once every batch has been seen."""
+        return ops.TokenStats(*map(torch.cat, zip(*(self.stats[b] for b in range(len(self.batches))), strict=True)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking(Noted):
+    """An update, whose objective is asked for c as soon as the logits it depends on have been seen.
+
+    That is batch by batch for an objective in which sequences do not meet, and else with the last batch.
+
+    Raises:
+        ValueError: a c that is not finite, or sequences that do not fit the objective, when it is asked.
+    """
+
+    chis: Sequence[Chi]
+    objective: Objective
+    scores: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # by batch
+
+    @property
+    def at_once(self) -> bool:
+        """Whether c of a batch needs no other batch: any pass over the update can then make it on its way."""
+        return self.objective.by_sequence or len(self.batches) == 1
+
+    def note(self, b: int, logits: Float[Tensor, "N V"]) -> None:
+        """Keep what the objective reads of a batch's logits, and ask it."""
+        if b in self.stats:
+            return
+        super().note(b, logits)
+        self.scores[b] = _scores(self.objective, logits.detach(), self.stats[b])
+        if self.at_once:
+            self.terms.append(self._ask([b]))
+        elif len(self.stats) == len(self.batches):
+            self.terms.extend(self._ask(range(len(self.batches))).split([len(batch.targets) for batch in self.batches]))
+
+    def _ask(self, which: Sequence[int]) -> GTerm:
+        sequence = torch.cat([self.batches[b].sequence for b in which])
+        log_probs = torch.cat([self.stats[b].log_prob for b in which])
+        scores = {name: torch.cat([self.scores[b][name] for b in which]) for name in self.scores[which[0]]}
+        term = self.objective.g_terms(log_probs, [self.chis[s] for s in sequence.unique()], Scores(**scores))
+        broken = ~term.c.reshape(len(log_probs), -1).isfinite().all(1)
+        if bool(broken.any()):
+            raise ValueError(
+                f"{type(self.objective).__name__} gives sequence {int(sequence[broken.cpu()][0])} a weight c that is not "
+                "finite: its constants, its advantage, or its reference or old log-probs are far out of range"
+            )
+        return term
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Both sides of a decomposition, ready for the engine, with what the update's objective made of it."""
+    """Both sides of a decomposition, ready for the engine; their row tables once both have been seen."""
 
     update: Sequence[Chi]
     observe: Sequence[Chi]
-    u: Side
+    u: Asking
     o: Noted
-    gterm: GTerm
-    updated: Any  # pyarrow.Table
-    observed: Any  # the same; None where it is to come from a pass over that side (`seen`)
-    y: Int[Tensor, " M"]
 
-    def seen(self, tracer: Tracer) -> Any:
-        """The observed side's row table from a pass that went over it.
+    @property
+    def c(self) -> Float[Tensor, " L"]:
+        """c of the updated tokens themselves, where an objective has further targets."""
+        return torch.cat([term.c if term.c.dim() == 1 else term.c[:, 0] for term in self.u.terms])
 
-        Raises:
-            ValueError: NaN logits.
-        """
-        stats = ops.TokenStats(*map(torch.cat, zip(*(self.o.stats[b] for b in range(len(self.o.batches))), strict=True)))
-        tracer.require_finite(self.o.batches, stats.logsumexp)
-        return row_table(self.o.batches, stats, self.observe)
+    @cached_property
+    def updated(self) -> Any:
+        """Row table (pyarrow) of the updated tokens."""
+        return row_table(self.u.batches, self.u.joined(), self.update, self.c)
+
+    @cached_property
+    def observed(self) -> Any:
+        """Row table (pyarrow) of the observed tokens."""
+        return row_table(self.o.batches, self.o.joined(), self.observe)
 
 
 def prepare(
@@ -71,9 +132,11 @@ def prepare(
     reference: nn.Module | None = None,
     weights: Tensor | None = None,
     tokens: int = 2048,
-    unseen: bool = False,
+    passes: bool = False,
 ) -> Sides:
-    """Score both sides once (`unseen`: the update alone), ask the objective for c, and lay out the row tables.
+    """Both sides scored, with c from the objective.
+
+    With `passes` both are about to be passed over once, the one after the other: what those will see is left to them.
 
     Raises:
         ValueError: an empty side, ids outside the vocabulary, NaN logits, sequences that do not fit the objective.
@@ -85,45 +148,32 @@ def prepare(
             raise ValueError(f"sequence {[len(chi) for chi in chis].index(0)} of {name} holds no scored token: leave it out")
     if reference is not None:
         update = with_reference(update, reference)
-    batches, stats, scores = _scored(tracer, update, tokens, objective)
-    gterm = objective.g_terms(stats.log_prob, update, scores)
-    broken = ~gterm.c.reshape(len(stats.log_prob), -1).isfinite().all(1)
-    if bool(broken.any()):
-        s = int(torch.cat([batch.sequence for batch in batches])[broken.cpu()][0])
-        raise ValueError(
-            f"{type(objective).__name__} gives sequence {s} a weight c that is not finite: its constants, its advantage, or "
-            "its reference or old log-probs are far out of range"
-        )
-    sizes = [len(batch.targets) for batch in batches]
-    terms = [
-        GTerm(*parts)
-        for parts in zip(
-            gterm.targets.split(sizes),
-            gterm.c.split(sizes),
-            gterm.v.split(sizes) if gterm.v is not None else [None] * len(sizes),
-            gterm.uniform.split(sizes) if gterm.uniform is not None else [None] * len(sizes),
-            strict=True,
-        )
-    ]
-    if unseen:
-        seen, observed = tracer.batches(observe, tokens), None
-    else:
-        seen, seen_stats, _ = _scored(tracer, observe, tokens)
-        observed = row_table(seen, seen_stats, observe)
+    u = Asking(tracer.batches(update, tokens), [], chis=update, objective=objective)
+    seen = tracer.batches(observe, tokens)
     y = torch.cat([batch.targets for batch in seen]).to(tracer.device)
-    w = (
-        torch.ones(len(y), dtype=tracer.precision, device=tracer.device)
-        if weights is None
-        else weights.to(tracer.device, tracer.precision)
-    )
+    ones = torch.ones(len(y), dtype=tracer.precision, device=tracer.device)
+    w = ones if weights is None else weights.to(tracer.device, tracer.precision)
     if w.shape != y.shape:
         raise ValueError(f"weights must have shape [M]=({len(y)},), one per observed token, got {list(w.shape)}")
-    o_sizes = [len(batch.targets) for batch in seen]
-    o_terms = [GTerm(a, b) for a, b in zip(y.split(o_sizes), w.split(o_sizes), strict=True)]
-    return Sides(
-        update, observe,
-        Side(batches, terms), Noted(seen, o_terms), gterm, row_table(batches, stats, update, gterm.c), observed, y,
-    )  # fmt: skip
+    sizes = [len(batch.targets) for batch in seen]
+    o = Noted(seen, GTerm(y, w).split(sizes))
+    if not (passes and u.at_once):
+        u.look(tracer)
+    if not passes:
+        o.look(tracer)
+    return Sides(update, observe, u, o)
+
+
+def _scores(objective: Objective, z: Float[Tensor, "N V"], stats: ops.TokenStats) -> dict[str, Tensor]:
+    """What else than log-probs the objective needs of a batch's logits."""
+    found: dict[str, Tensor] = {}
+    if "entropy" in objective.needs:
+        found["entropy"] = stats.entropy
+    if "mean_log_prob" in objective.needs:
+        found["mean_log_prob"] = z.mean(1) - stats.logsumexp
+    if "candidates" in objective.needs:
+        found["candidate_log_probs"], found["candidates"] = ops.topk_log_probs(z, objective.n_candidates)
+    return found
 
 
 def with_reference(chis: Sequence[Chi], reference: nn.Module) -> list[Chi]:
@@ -136,28 +186,6 @@ def with_reference(chis: Sequence[Chi], reference: nn.Module) -> list[Chi]:
         for i, part in zip(wanting, log_probs.split([len(chis[i]) for i in wanting]), strict=True):
             filled[i] = chis[i].with_(reference_log_probs=part)
     return filled
-
-
-def _scored(
-    tracer: Tracer, chis: Sequence[Chi], tokens: int, objective: Objective | None = None
-) -> tuple[list[Batch], ops.TokenStats, Scores]:
-    """Batches, statistics and what else an objective needs, the logits of one batch held at a time."""
-    needs = objective.needs if objective else ()
-    batches, found = [], []
-    parts: dict[str, list[Tensor]] = {name: [] for name in needs}
-    for batch, z, stats in tracer.score(chis, tokens):
-        batches.append(batch)
-        found.append(stats)
-        if "entropy" in parts:
-            parts["entropy"].append(stats.entropy)
-        if "mean_log_prob" in parts:
-            parts["mean_log_prob"].append(z.mean(1) - stats.logsumexp)
-        if objective and "candidates" in parts:
-            values, ids = ops.topk_log_probs(z, objective.n_candidates)
-            parts["candidates"].append(ids)
-            parts["candidate_log_probs"].append(values)
-    joined = {name: torch.cat(part) for name, part in parts.items()}
-    return batches, ops.TokenStats(*map(torch.cat, zip(*found, strict=True))), Scores(**joined)
 
 
 def row_table(batches: Sequence[Batch], stats: ops.TokenStats, chis: Sequence[Chi], c: Tensor | None = None) -> Any:

@@ -340,20 +340,8 @@ class Tracer:
         for batch in self.batches(chis, tokens):
             with torch.no_grad():
                 z = self.logits(batch)
-                stats = token_stats(z, batch.targets.to(z.device))
-            self.require_finite([batch], stats.logsumexp)
+                stats = finite_stats(batch, z)
             yield batch, z, stats
-
-    def require_finite(self, batches: Sequence[Batch], logsumexp: Float[Tensor, " N"]) -> None:
-        """Raises ValueError where a row of logits is no distribution."""
-        bad = ~logsumexp.isfinite()
-        if bool(bad.any()):
-            n = int(bad.nonzero()[0])
-            sequence, position = (int(torch.cat([getattr(b, name) for b in batches])[n]) for name in ("sequence", "position"))
-            raise ValueError(
-                f"the logits of sequence {sequence} at position {position} hold NaN or inf "
-                f"although every parameter is finite: the forward pass overflows in {self.dtype}"
-            )
 
     @torch.no_grad()
     def readout_residual(self, batch: Batch) -> float:
@@ -368,6 +356,23 @@ class Tracer:
     def readout_bound(self) -> float:
         """See `readout_residual`."""
         return torch.finfo(self.dtype).eps ** 0.5
+
+
+def finite_stats(batch: Batch, logits: Float[Tensor, "N V"]) -> TokenStats:
+    """Statistics of a batch's logits.
+
+    Raises:
+        ValueError: a row that is no distribution (NaN or inf), with the sequence it belongs to.
+    """
+    stats = token_stats(logits, batch.targets.to(logits.device))
+    bad = ~stats.logsumexp.isfinite()
+    if bool(bad.any()):
+        n = int(bad.nonzero()[0])
+        raise ValueError(
+            f"the logits of sequence {int(batch.sequence[n])} at position {int(batch.position[n])} hold NaN or inf "
+            f"although every parameter is finite: the forward pass overflows in {logits.dtype}"
+        )
+    return stats
 
 
 @contextlib.contextmanager

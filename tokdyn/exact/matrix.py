@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise, product
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +25,7 @@ from .rules import Unsupported
 from .segments import Cuts
 
 FORWARD = 1.5  # a structured tangent against a cotangent with its inner products, as benchmarks/exact_forces.py times them
+TANGENTS = 5  # a token of the looped side, in pulls of a token through the backbone: the same benchmark by both engines
 MEMORY = 2 << 30
 CHUNK, GROUP = 32, 96
 PIECE = 32 << 20  # a tensor larger than this is asked from the system anew each time, which costs more than filling it
@@ -140,56 +144,120 @@ def _backbone(
     joined = p.joined(tracer, longest)
     alone = [one_by_one(side) for side in (o, u)]
     cuts = Cuts.of(partial(joined.unroll, tracer), [*alone[0].batches, *alone[1].batches])
-    size = _Size.of(cuts, tracer.dtype.itemsize)
-    kept, streamed = (size.blocks(side, memory // 8) for side in alone)
-    pulled = len(streamed) * len(o) + len(kept) * len(u)
+    size = _Size.of(cuts, joined.numbers(tracer), tracer.dtype.itemsize)
+    tiling = size.tiling(alone[0], alone[1], memory)
     if engine is None:
-        engine = "sweep" if pulled <= (1 + FORWARD) * len(u) else "tangents"
+        engine = "sweep" if tiling.cost <= TANGENTS * len(u) else "tangents"
     if engine == "sweep":
-        sides = (alone[0], kept), (alone[1], streamed)
-        return _sweep(tracer, joined, cuts, *sides, closed, out, progress, size.budget(memory))
+        return _sweep(tracer, joined, cuts, alone, tiling, closed, out, progress)
     return _tangents(tracer, p, o, u, closed, out, progress, memory)
 
 
 Block = list[tuple[int, slice]]  # which sequences of a side, and which tokens of each
 
 
+class _Tiling(NamedTuple):
+    """Both sides in blocks: a tile is one of each, and every tile is pulled back anew."""
+
+    kept: list[Block]
+    streamed: list[Block]
+    budget: sweep.Budget
+    cost: float  # in pulls of one token through the backbone
+
+
 @dataclass(frozen=True)
 class _Size:
-    """Bytes that one token of the longest sequence takes."""
+    """What one token takes that stands at the end of the longest sequence."""
 
-    cut: int  # its cotangent between segments
-    segment: int  # its cotangents at all outputs of the largest segment
-    widest: int  # the largest of all of them
+    length: int  # of that sequence
+    cut: int  # bytes of its cotangent between segments
+    segment: int  # bytes of its cotangents at all outputs of the largest segment
+    kept: int  # bytes of these, or of the directions where they are smaller
+    widest: int  # bytes of the largest of all of them
+    graph: int  # bytes of the whole sequence's graph
+    meeting: float  # an inner product of two tokens, in pulls of one
 
     @classmethod
-    def of(cls, cuts: Cuts, item: int) -> _Size:
-        outline = cuts.outlines[max(cuts.outlines)]
+    def of(cls, cuts: Cuts, moving: dict[str, int], item: int) -> _Size:
+        """Of a backbone with so many numbers moving in each module."""
+        T = max(cuts.outlines)
+        outline = cuts.outlines[T]
         tops = [outline.top.numel(), *(outline.cuts[key][1].numel() for key in cuts.keys)]
-        values = outline.values(cuts.keys)
-        return cls(item * max(tops), item * max(map(sum, values)), item * max(x for of in values for x in of))
+        outputs = [x for of in outline.values(cuts.keys) for x in of]
+        inside = [
+            [(sum(x.numel() for x in outline.shapes[i]), moving[outline.names[i]]) for i in of]
+            for of in outline.segments(cuts.keys)
+        ]
+        met = sum(min(values // 2, numbers) for of in inside for values, numbers in of)
+        return cls(
+            length=T,
+            cut=item * max(tops),
+            segment=item * max(sum(values for values, _ in of) for of in inside),
+            kept=item * max(sum(map(min, of)) for of in inside),
+            widest=item * max(outputs),
+            graph=item * sweep.SAVED * sum(outputs),
+            meeting=2 * met / (T * sum(numbers for of in inside for _, numbers in of)),
+        )
 
-    def budget(self, memory: int) -> sweep.Budget:
-        """How much is done at a time. Several copies of a segment's cotangents are alive while it is pulled through."""
-        chunk = min(CHUNK, PIECE // self.widest, memory // 8 // (2 * (self.cut + self.segment)))
-        group = min(GROUP, memory // 6 // self.segment)
-        return sweep.Budget(max(1, chunk), max(1, group), kept=memory // 3, graphs=memory // 5)
+    def tiling(self, o: Side, u: Side, memory: int) -> _Tiling:
+        """The cheapest way to share memory among what is at hand, graphs, cotangents at the cuts and what is kept of a segment.
 
-    def blocks(self, side: Side, memory: int) -> list[Block]:
-        """A side's tokens in blocks whose cotangents between segments fit."""
-        most = max(1, memory // max(1, self.cut))
-        blocks: list[Block] = [[]]
-        room = most
-        for b, batch in enumerate(side.batches):
-            start, N = 0, len(batch.targets)
-            while start < N:
-                if room == 0:
-                    blocks.append([])
-                    room = most
-                stop = min(N, start + room)
-                blocks[-1].append((b, slice(start, stop)))
-                room, start = room - (stop - start), stop
-        return blocks
+        A tile pulls the kept side once, and the streamed one, with as much again for E, once for each part of the kept one
+        that fits. Fewer tiles leave less room and so more parts.
+        """
+        alive = 2 * (self.cut + self.segment)  # of each cotangent in a chunk, while it is pulled through a segment
+        chunk = max(1, min(CHUNK, PIECE // self.widest, memory // 8 // alive))
+        group = max(1, min(GROUP, memory // 6 // self.segment))
+        graphs = 2 * max(self._graphs(o), self._graphs(u))
+        graphs = graphs if graphs <= memory // 5 else memory // 20  # else made again for every segment, for a forward pass each
+        room = memory - chunk * alive - group * self.segment - graphs
+        M, L = self._ends(o), self._ends(u)
+        ways = [(math.inf, len(o), len(u), 1)]
+        for rows, columns in product(_counts(len(o)), _counts(len(u))):
+            tokens = float(M.sum()) / rows
+            left = room - self.cut * (tokens + float(L.sum()) / columns)
+            if left > 0:
+                parts = math.ceil(self.kept * tokens / left)
+                ways.append((len(o) * columns + 2 * len(u) * rows * parts, rows, columns, int(left)))
+        cost, rows, columns, left = min(ways)
+        budget = sweep.Budget(chunk, group, max(1, left // self.segment), left, graphs)
+        cost += len(o) * len(u) * self.meeting
+        return _Tiling(_in_blocks(o, M, rows), _in_blocks(u, L, columns), budget, cost)
+
+    def _graphs(self, side: Side) -> int:
+        """Bytes of the graphs of all strips of a side, about, were they made at once."""
+        strips = [(len(batch.rows), sweep.strips_of(len(batch.rows)), batch.ids.shape[1]) for batch in side.batches]
+        return int(sum(self.graph * n * (T - (N - N / n) / 2) for N, n, T in strips) / self.length)
+
+    def _ends(self, side: Side) -> Tensor:
+        """Where the strips end in which the tokens of a side are pulled, about, as a part of the longest sequence."""
+        ends = [
+            (batch.rows + 1 + len(batch.rows) / (2 * sweep.LENGTHS)).clamp(max=batch.ids.shape[1]) for batch in side.batches
+        ]
+        return torch.cat(ends).double() / self.length
+
+
+def _counts(most: int) -> list[int]:
+    """Some numbers of blocks, from one to as many as tokens, denser where few."""
+    return sorted({min(most, x) for i in range(most.bit_length() + 1) for x in (2**i, 3 * 2**i)})
+
+
+def _in_blocks(side: Side, sizes: Tensor, count: int) -> list[Block]:
+    """A side's tokens in consecutive blocks of about the same size."""
+    number = ((sizes.cumsum(0) - sizes / 2) * (count / sizes.sum())).long().clamp(max=count - 1).tolist()
+    blocks: list[Block] = []
+    start = 0
+    for b, batch in enumerate(side.batches):
+        N = len(batch.targets)
+        of = number[start : start + N]
+        begins = [n for n in range(N) if n == 0 or of[n] != of[n - 1]]
+        for i, (a, z) in enumerate(pairwise([*begins, N])):
+            if i == 0 and start and of[0] == number[start - 1]:
+                blocks[-1].append((b, slice(a, z)))
+            else:
+                blocks.append([(b, slice(a, z))])
+        start += N
+    return blocks
 
 
 def _longest(batches: Sequence[Batch]) -> Batch:
@@ -209,20 +277,19 @@ def _sweep(
     tracer: Tracer,
     p: Plan,
     cuts: Cuts,
-    o: tuple[Side, list[Block]],
-    u: tuple[Side, list[Block]],
+    sides: list[Side],
+    tiling: _Tiling,
     closed: Tensor,
     out: Tensor,
     progress: Progress | None,
-    budget: sweep.Budget,
 ) -> dict[str, str]:
     """Tile by tile."""
-    sides = [side for side, _ in (o, u)]
+    budget = tiling.budget
     ids = [ids_of(side, tracer) for side in sides]
     at = [_places(side) for side in sides]
     labels: dict[str, str] = {}
     joined = {joint.name: joint.modules for joint in p.joints}
-    clock = _Clock(progress, len(o[1]) * len(u[1]), out.shape[1])
+    clock = _Clock(progress, len(tiling.kept) * len(tiling.streamed), out.shape[1])
 
     def watched(which: int, block: Block) -> list[tuple[Watched, slice]]:
         return [(watch(tracer, p, sides[which], b, at[which][b], ids[1 - which], calls=which == 0), rows) for b, rows in block]
@@ -231,14 +298,15 @@ def _sweep(
         (first, a), (last, z) = block[0], block[-1]
         return slice(at[which][first] + a.start, at[which][last] + z.stop)
 
-    for rows in o[1]:
+    for rows in tiling.kept:
         kept = watched(0, rows)
         rules = {id(w): p.rules(w.calls) for w, _ in kept}
         labels |= {
             module: rule.label for of in rules.values() for name, rule in of.items() for module in joined.get(name, (name,))
         }
-        for columns in u[1]:
-            mine, theirs = (sweep.strips(cuts, side, budget.graphs // 2) for side in (kept, watched(1, columns)))
+        for columns in tiling.streamed:
+            mine = sweep.strips(cuts, kept, budget.graphs // 2, budget.strip)
+            theirs = sweep.strips(cuts, watched(1, columns), budget.graphs // 2)
             tile = sweep.tile(p, mine, theirs, rules, budget, clock.tick)
             where = place(0, rows), place(1, columns)
             out[where] = closed[where] + tile.to(out)

@@ -41,6 +41,14 @@ class Plan:
         """The modules that move."""
         return list(self.moves)
 
+    def numbers(self, tracer: Tracer) -> dict[str, int]:
+        """How many numbers move, by module and by joint."""
+        found = {
+            name: sum(tracer.model.get_submodule(name).get_parameter(x).numel() for x in own)
+            for name, own in self.moves.items()
+        }
+        return found | {of.name: sum(found[name] for name in of.modules) for of in self.joints}
+
     def rules(self, calls: Sequence[Call]) -> dict[str, Rule]:
         """A rule for each module that is called.
 

@@ -39,6 +39,7 @@ class Budget(NamedTuple):
 
     chunk: int  # cotangents pulled together
     group: int  # streamed tokens that meet the kept ones together
+    strip: int  # kept tokens that are pulled in one graph: a part of the kept ones is whole strips
     kept: int  # bytes of what is kept of a segment; what does not fit is done in parts, the streamed side pulled for each
     graphs: int  # bytes of graphs: so many segments are made in one forward pass, of all sequences of both sides
 
@@ -124,15 +125,20 @@ def _found(segment: Segment, deltas: list[list[Tensor]]) -> Found:
     return found
 
 
-def strips(cuts: Cuts, tokens: Sequence[tuple[Watched, slice]], graphs: int) -> list[Strip]:
-    """The tokens of one side of a tile, with their cotangents at the input of the readout.
+def strips_of(tokens: int) -> int:
+    """In how many strips so many tokens of a sequence are pulled."""
+    return max(1, min(LENGTHS, tokens // SHORTEST))
+
+
+def strips(cuts: Cuts, tokens: Sequence[tuple[Watched, slice]], graphs: int, longest: int | None = None) -> list[Strip]:
+    """The tokens of one side of a tile, with their cotangents at the input of the readout, so many in a strip at most.
 
     Their graphs take about so many bytes: they are made once where all fit, else some segments at a time when those are wanted.
     """
     cut: list[tuple[Watched, slice, Batch]] = []
     for w, rows in tokens:
         n = rows.stop - rows.start
-        length = -(-n // max(1, min(LENGTHS, n // SHORTEST)))
+        length = min(longest or n, -(-n // strips_of(n)))
         parts = [slice(a, min(a + length, rows.stop)) for a in range(rows.start, rows.stop, length)]
         cut += [(w, part, w.batch.upto(part)) for part in parts]
 
