@@ -207,10 +207,11 @@ class _Size:
         """
         alive = 2 * (self.cut + self.segment)  # of each cotangent in a chunk, while it is pulled through a segment
         chunk = max(1, min(CHUNK, PIECE // self.widest, memory // 8 // alive))
-        group = max(1, min(GROUP, memory // 6 // self.segment))
+        met = self.segment + self.widest  # of each streamed token at hand, with its E at one module
+        group = max(1, min(GROUP, memory // 6 // met))
         graphs = 2 * max(self._graphs(o), self._graphs(u))
         graphs = graphs if graphs <= memory // 5 else memory // 20  # else made again for every segment, for a forward pass each
-        room = memory - chunk * alive - group * self.segment - graphs
+        room = memory - chunk * alive - group * met - graphs
         M, L = self._ends(o), self._ends(u)
         ways = [(math.inf, len(o), len(u), 1)]
         for rows, columns in product(_counts(len(o)), _counts(len(u))):

@@ -1,0 +1,56 @@
+"""What an exact engine takes beyond the model: the budget, and what docs/exact.md says is not counted."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tokdyn.bench import measure
+
+T = 192
+CODE = """
+import sys, torch
+from tokdyn import exact
+from tokdyn.bench.measure import peak_memory
+from tokdyn.exact.matrix import matrix
+from tokdyn.objectives import SFT
+from tokdyn.sides import prepare
+from tokdyn.testing import random_chis, tiny
+from tokdyn.trace import trace
+
+engine, T, *budgets = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(1)
+model = tiny("qwen2", hidden_size=64, intermediate_size=192, num_hidden_layers=3, max_position_embeddings=T, vocabulary=64)
+own = [name for name, module in model.named_modules() if list(module.parameters(recurse=False)) and name != "lm_head"]
+with trace(model) as tracer:
+    uses = exact.select(tracer, "full")
+
+    def call(T, memory):
+        sides = prepare(tracer, *(random_chis([(1, T - 1)], seed=seed) for seed in (1, 2)), SFT())
+        F = torch.empty(len(sides.o), len(sides.u))
+        matrix(tracer, sides.o, sides.u, uses, None, F, engine=engine, memory=memory)
+        return tracer.record(sides.o.batches[0], own)[1]
+
+    call(4, 1 << 24)
+    kept = {id(x): x.nbytes for of in call(T, 1 << 28) for x in (*of.inputs, *of.outputs)}
+    print(sum(kept.values()), *(peak_memory(lambda: call(T, memory), torch.device("cpu")) for memory in budgets))
+"""
+
+
+def peaks(engine, *budgets):
+    """Bytes of what one pass leaves with the modules, and the most taken with each budget."""
+    command = [sys.executable, "-c", CODE, engine, str(T), *map(str, budgets)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | measure.steady_memory())
+    assert done.returncode == 0, done.stderr
+    calls, *found = map(int, done.stdout.split())
+    return calls, found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("engine", ["sweep", "tangents"])
+def test_the_budget_is_kept(engine):
+    """Beside it: what the modules took in and returned, and a whole graph while the cuts are sought, which saves as much twice."""
+    little, much = 16 << 20, 1 << 28
+    calls, (tight, free) = peaks(engine, little, much)
+    assert tight < little + 5 * calls < free, (calls, tight, free)
