@@ -9,7 +9,7 @@ import tokdyn as td
 from tokdyn import exact
 from tokdyn.calls import Call
 from tokdyn.exact import matrix as matrices_of
-from tokdyn.exact import plan, rules, segments, sweep
+from tokdyn.exact import plan, rules, segments, sweep, tiling
 from tokdyn.exact.matrix import matrix
 from tokdyn.exact.naive import naive_matrix
 from tokdyn.exact.norms import Norm
@@ -38,8 +38,8 @@ def matrices(model, scope="full", update=U, observe=O, P=None, objective=None, *
 
 def with_budget(monkeypatch, budget):
     """Have sweeps made with this budget."""
-    tiling = matrices_of._Size.tiling
-    monkeypatch.setattr(matrices_of._Size, "tiling", lambda *args: tiling(*args)._replace(budget=budget))
+    made = tiling.Size.tiling
+    monkeypatch.setattr(tiling.Size, "tiling", lambda *args: made(*args)._replace(budget=budget))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -54,8 +54,8 @@ def test_memory_sets_chunks_and_tiles_and_nothing_else(engine, memory):
 def test_strips_of_different_lengths_meet(monkeypatch):
     """Sequences cut behind their tokens: cotangents of a short strip meet tangents made for the whole sequence."""
     monkeypatch.setattr(sweep, "SHORTEST", 3)
-    monkeypatch.setattr(matrices_of, "GROUP", 5)
-    monkeypatch.setattr(matrices_of, "CHUNK", 2)
+    monkeypatch.setattr(tiling, "GROUP", 5)
+    monkeypatch.setattr(tiling, "CHUNK", 2)
     long = random_chis([(2, 21), (4, 9)], seed=3), random_chis([(3, 19)], seed=4)
     naive, fast, _ = matrices(tiny("gemma2"), update=long[0], observe=long[1], engine="sweep")
     assert relative_error(fast, naive) < FP32
@@ -273,6 +273,7 @@ def test_graphs_are_made_once_where_they_fit_and_again_where_they_do_not(monkeyp
         ((4, 2), (4, 30), 1 << 30, "_tangents"),  # a forward derivative for each of two tokens, not 30 cotangents
         ((4, 30), (4, 2), 1 << 30, "_tangents"),
         ((4, 20), (4, 20), 1 << 12, "_tangents"),  # each tile would be pulled back anew
+        ((4, 20), [(9, 1)] * 20, 1 << 30, "_sweep"),  # tangents would carry each of 20 tokens through 20 sequences
     ],
 )
 def test_the_cheaper_engine_is_taken(update, observe, memory, expected, monkeypatch):
@@ -280,9 +281,22 @@ def test_the_cheaper_engine_is_taken(update, observe, memory, expected, monkeypa
     for name in ("_sweep", "_tangents"):
         run = getattr(matrices_of, name)
         monkeypatch.setattr(matrices_of, name, lambda *args, name=name, run=run: taken.append(name) or run(*args))
-    sides = dict(update=random_chis([update], seed=1), observe=random_chis([observe], seed=2))
+    update, observe = (x if isinstance(x, list) else [x] for x in (update, observe))
+    sides = dict(update=random_chis(update, seed=1), observe=random_chis(observe, seed=2))
     naive, fast, _ = matrices(tiny("llama"), memory=memory, **sides)
     assert taken == [expected] and relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize("n", [19, 20, 23])
+def test_graphs_that_fit_are_made_once_whatever_the_length(n, monkeypatch):
+    """Strips of lengths that do not divide the sequence, in as much memory as one could want."""
+    made = []
+    whole = segments.Cuts.whole
+    monkeypatch.setattr(sweep, "SHORTEST", 6)
+    monkeypatch.setattr(segments.Cuts, "whole", lambda *args: made.append(1) or whole(*args))
+    chis = random_chis([(1, n)], seed=1)
+    matrices(tiny("qwen2"), update=chis, observe=chis, engine="sweep", memory=1 << 30)
+    assert len(made) == 2 * len(sweep.in_strips(n)) == 6
 
 
 @pytest.mark.parametrize("centred", [False, True])

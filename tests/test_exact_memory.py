@@ -51,6 +51,6 @@ def peaks(engine, *budgets):
 @pytest.mark.parametrize("engine", ["sweep", "tangents"])
 def test_the_budget_is_kept(engine):
     """Beside it: what the modules took in and returned, and a graph of it all while the cuts are sought, which saves more."""
-    little, much = 8 << 20, 1 << 28
+    little, much = 24 << 20, 1 << 28
     calls, (tight, free) = peaks(engine, little, much)
     assert tight < little + 5 * calls < free, (calls, tight, free)

@@ -98,7 +98,14 @@ def test_objectives_with_entropy_candidates_or_smoothing_go_through_every_method
     assert relative_error(closed, td.forces(model, update, OBSERVED, objective, scope="readout", method="naive").matrix) < FP32
 
 
-@pytest.mark.parametrize("objective", [SFT(), SFT(label_smoothing=0.2), DPO(), PPO(entropy=0.3)], ids=str)
+class MeanSFT(SFT):
+    """A loss in which sequences meet."""
+
+    def loss(self, log_probs, chis, scores=None):
+        return super().loss(log_probs, chis) / len(log_probs)
+
+
+@pytest.mark.parametrize("objective", [SFT(), SFT(label_smoothing=0.2), DPO(), PPO(entropy=0.3), MeanSFT()], ids=str)
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize("reduce", ["update", "observe"])
 def test_a_reduction_makes_no_pass_for_c_that_another_makes_anyway(objective, batches, reduce, monkeypatch):
@@ -111,7 +118,7 @@ def test_a_reduction_makes_no_pass_for_c_that_another_makes_anyway(objective, ba
         monkeypatch.setattr(Tracer, "batches", lambda tracer, chis, tokens: whole(tracer, chis, tokens=1))
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     got = td.forces(model, update, OBSERVED, objective, reduce=reduce)
-    assert len(passes) == 2 * batches + (batches if batches == 2 and not isinstance(objective, SFT) else 0)
+    assert len(passes) == 2 * batches + (2 if batches == 2 and isinstance(objective, DPO | MeanSFT) else 0)
     assert relative_error(got.vector, want.matrix.sum(1 if reduce == "update" else 0)) < FP32
     for mine, theirs in ((got.updated, want.updated), (got.observed, want.observed)):
         assert mine.column_names == theirs.column_names
@@ -309,6 +316,11 @@ def test_broken_models_are_named():
         huge.lm_head.weight.fill_(3e38)
     with pytest.raises(ValueError, match="logits of sequence 0 at position 3"):
         td.forces(huge, pair(), OBSERVED, SFT())
+
+
+def test_real_steps_of_a_loss_without_a_gradient_are_zero():
+    still = dict(reduce="observe", method="fd", weights=torch.zeros(sum(map(len, OBSERVED))))
+    assert not td.forces(tiny("gpt2"), pair(), OBSERVED, **still).vector.any()
 
 
 def test_a_clipped_update_is_said_to_move_nothing():

@@ -270,7 +270,8 @@ def forces(
     Raises:
         ValueError: an unknown option, sequences that do not fit the objective or the model, a model that is not finite.
 
-    Cost: a reduction is one backward and one tangent pass over each side, a group one of each. A matrix by "tangent" is about
+    Cost: a reduction is a backward pass over one side and a tangent pass over the other (and a forward pass over an update of
+    several batches that c depends on together), a group one of each. A matrix by "tangent" is about
     one backward pass without weight gradients per token of both sides (docs/exact.md), by "naive" one full backward pass per
     token of both sides and 2·M·L·P flops.
     """
@@ -288,7 +289,7 @@ def forces(
         raise ValueError(f'scope="ch2" is an estimate in closed form: leave method={method!r} and optimizer out')
     memory = size_in_bytes(memory)
     with trace(model) as tracer:
-        passes = reduce is not None and method != "naive" and scope not in ("readout", CH2)  # which go over both sides anyway
+        passes = reduce is not None and method == "tangent" and scope not in ("readout", CH2)  # which go over both sides anyway
         sides = prepare(tracer, update, observe, objective, reference=reference, weights=weights, passes=passes)
         labels = None if groups is None else group_labels(groups, sides.update)
         uses = {} if scope == CH2 else exact.select(tracer, scope)

@@ -90,6 +90,10 @@ class Objective:
     needs: ClassVar[tuple[str, ...]] = ()
     n_candidates: int = 0
 
+    def __init_subclass__(cls) -> None:
+        if "loss" in vars(cls) and "by_sequence" not in vars(cls):
+            cls.by_sequence = False  # what its parent's loss promised
+
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name, None)
@@ -385,6 +389,7 @@ class KTO(Objective):
     """
 
     reads: ClassVar[str] = "preference"
+    by_sequence: ClassVar[bool] = True
     beta: float = 0.1
     z0: float = 0.0
     desirable: float = 1.0
@@ -411,6 +416,7 @@ class REINFORCE(Objective):
     """-Σ_i A_i Σ_t log pi(y_it) (Williams, 1992)."""
 
     reads: ClassVar[str] = "rollouts"
+    by_sequence: ClassVar[bool] = True
 
     def loss(self, log_probs, chis, scores=Scores()):
         """-Σ A log pi."""
@@ -422,6 +428,7 @@ class PPO(Objective):
     """-Σ_t [min(γ A, clip(γ, 1-ε, 1+ε) A) + k H_t], γ = pi/pi_old (arXiv 1707.06347, eq. 7 and 9)."""
 
     reads: ClassVar[str] = "rollouts"
+    by_sequence: ClassVar[bool] = True
     clip: float = 0.2
     entropy: float = 0.0
 

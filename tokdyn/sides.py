@@ -79,16 +79,16 @@ class Asking(Noted):
             return
         super().note(b, logits)
         self.scores[b] = _scores(self.objective, logits.detach(), self.stats[b])
-        if self.at_once:
-            self.terms.append(self._ask([b]))
-        elif len(self.stats) == len(self.batches):
-            self.terms.extend(self._ask(range(len(self.batches))).split([len(batch.targets) for batch in self.batches]))
+        every = len(self.stats) == len(self.batches)
+        which = [b] if self.objective.by_sequence else list(range(len(self.batches))) if every else []
+        if which:
+            self.terms.extend(self._ask(which).split([len(self.batches[i].targets) for i in which]))
 
     def _ask(self, which: Sequence[int]) -> GTerm:
         sequence = torch.cat([self.batches[b].sequence for b in which])
         log_probs = torch.cat([self.stats[b].log_prob for b in which])
         scores = {name: torch.cat([self.scores[b][name] for b in which]) for name in self.scores[which[0]]}
-        term = self.objective.g_terms(log_probs, [self.chis[s] for s in sequence.unique()], Scores(**scores))
+        term = self.objective.g_terms(log_probs, [self.chis[s] for s in sequence.unique().tolist()], Scores(**scores))
         broken = ~term.c.reshape(len(log_probs), -1).isfinite().all(1)
         if bool(broken.any()):
             raise ValueError(
@@ -136,7 +136,8 @@ def prepare(
 ) -> Sides:
     """Both sides scored, with c from the objective.
 
-    With `passes` both are about to be passed over once, the one after the other: what those will see is left to them.
+    With `passes` both are about to be passed over once, the one after the other: what those will see is left to them, and
+    they raise what seeing it would have raised.
 
     Raises:
         ValueError: an empty side, ids outside the vocabulary, NaN logits, sequences that do not fit the objective.

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, product
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -23,12 +20,10 @@ from .plan import Plan, Watched, ids_of, one_by_one, plan, watch
 from .readout import readout_matrix
 from .rules import Unsupported
 from .segments import Cuts
+from .tiling import Block, Size, Tiling
 
-FORWARD = 1.5  # a structured tangent against a cotangent with its inner products, as benchmarks/exact_forces.py times them
-TANGENTS = 5  # a token of the looped side, in pulls of a token through the backbone: the same benchmark by both engines
+FORWARD = 1.5  # a tangent pass against a pull, as benchmarks/exact_forces.py times them
 MEMORY = 2 << 30
-CHUNK, GROUP = 32, 96
-PIECE = 32 << 20  # a tensor larger than this is asked from the system anew each time, which costs more than filling it
 
 
 def matrix(
@@ -144,121 +139,13 @@ def _backbone(
     joined = p.joined(tracer, longest)
     alone = [one_by_one(side) for side in (o, u)]
     cuts = Cuts.of(partial(joined.unroll, tracer), [*alone[0].batches, *alone[1].batches])
-    size = _Size.of(cuts, joined.numbers(tracer), tracer.dtype.itemsize)
+    size = Size.of(tracer, joined, cuts, joined.rules(joined.record(tracer, longest)[1]))
     tiling = size.tiling(alone[0], alone[1], memory)
     if engine is None:
-        engine = "sweep" if tiling.cost <= TANGENTS * len(u) else "tangents"
+        engine = "sweep" if tiling.cost <= size.tangents(*alone) else "tangents"
     if engine == "sweep":
         return _sweep(tracer, joined, cuts, alone, tiling, closed, out, progress)
     return _tangents(tracer, p, o, u, closed, out, progress, memory)
-
-
-Block = list[tuple[int, slice]]  # which sequences of a side, and which tokens of each
-
-
-class _Tiling(NamedTuple):
-    """Both sides in blocks: a tile is one of each, and every tile is pulled back anew."""
-
-    kept: list[Block]
-    streamed: list[Block]
-    budget: sweep.Budget
-    cost: float  # in pulls of one token through the backbone
-
-
-@dataclass(frozen=True)
-class _Size:
-    """What one token takes that stands at the end of the longest sequence."""
-
-    length: int  # of that sequence
-    cut: int  # bytes of its cotangent between segments
-    segment: int  # bytes of its cotangents at all outputs of the largest segment
-    kept: int  # bytes of these, or of the directions where they are smaller
-    widest: int  # bytes of the largest of all of them
-    graph: int  # bytes of the whole sequence's graph
-    meeting: float  # an inner product of two tokens, in pulls of one
-
-    @classmethod
-    def of(cls, cuts: Cuts, moving: dict[str, int], item: int) -> _Size:
-        """Of a backbone with so many numbers moving in each module."""
-        T = max(cuts.outlines)
-        outline = cuts.outlines[T]
-        tops = [outline.top.numel(), *(outline.cuts[key][1].numel() for key in cuts.keys)]
-        outputs = [x for of in outline.values(cuts.keys) for x in of]
-        inside = [
-            [(sum(x.numel() for x in outline.shapes[i]), moving[outline.names[i]]) for i in of]
-            for of in outline.segments(cuts.keys)
-        ]
-        met = sum(min(values // 2, numbers) for of in inside for values, numbers in of)
-        return cls(
-            length=T,
-            cut=item * max(tops),
-            segment=item * max(sum(values for values, _ in of) for of in inside),
-            kept=item * max(sum(map(min, of)) for of in inside),
-            widest=item * max(outputs),
-            graph=item * sweep.SAVED * sum(outputs),
-            meeting=2 * met / (T * sum(numbers for of in inside for _, numbers in of)),
-        )
-
-    def tiling(self, o: Side, u: Side, memory: int) -> _Tiling:
-        """The cheapest way to share memory among what is at hand, graphs, cotangents at the cuts and what is kept of a segment.
-
-        A tile pulls the kept side once, and the streamed one, with as much again for E, once for each part of the kept one
-        that fits. Fewer tiles leave less room and so more parts.
-        """
-        alive = 2 * (self.cut + self.segment)  # of each cotangent in a chunk, while it is pulled through a segment
-        chunk = max(1, min(CHUNK, PIECE // self.widest, memory // 8 // alive))
-        met = self.segment + self.widest  # of each streamed token at hand, with its E at one module
-        group = max(1, min(GROUP, memory // 6 // met))
-        graphs = 2 * max(self._graphs(o), self._graphs(u))
-        graphs = graphs if graphs <= memory // 5 else memory // 20  # else made again for every segment, for a forward pass each
-        room = memory - chunk * alive - group * met - graphs
-        M, L = self._ends(o), self._ends(u)
-        ways = [(math.inf, len(o), len(u), 1)]
-        for rows, columns in product(_counts(len(o)), _counts(len(u))):
-            tokens = float(M.sum()) / rows
-            left = room - self.cut * (tokens + float(L.sum()) / columns)
-            if left > 0:
-                parts = math.ceil(self.kept * tokens / left)
-                ways.append((len(o) * columns + 2 * len(u) * rows * parts, rows, columns, int(left)))
-        cost, rows, columns, left = min(ways)
-        budget = sweep.Budget(chunk, group, max(1, left // self.segment), left, graphs)
-        cost += len(o) * len(u) * self.meeting
-        return _Tiling(_in_blocks(o, M, rows), _in_blocks(u, L, columns), budget, cost)
-
-    def _graphs(self, side: Side) -> int:
-        """Bytes of the graphs of all strips of a side, about, were they made at once."""
-        strips = [(len(batch.rows), sweep.strips_of(len(batch.rows)), batch.ids.shape[1]) for batch in side.batches]
-        return int(sum(self.graph * n * (T - (N - N / n) / 2) for N, n, T in strips) / self.length)
-
-    def _ends(self, side: Side) -> Tensor:
-        """Where the strips end in which the tokens of a side are pulled, about, as a part of the longest sequence."""
-        ends = [
-            (batch.rows + 1 + len(batch.rows) / (2 * sweep.LENGTHS)).clamp(max=batch.ids.shape[1]) for batch in side.batches
-        ]
-        return torch.cat(ends).double() / self.length
-
-
-def _counts(most: int) -> list[int]:
-    """Some numbers of blocks, from one to as many as tokens, denser where few."""
-    return sorted({min(most, x) for i in range(most.bit_length() + 1) for x in (2**i, 3 * 2**i)})
-
-
-def _in_blocks(side: Side, sizes: Tensor, count: int) -> list[Block]:
-    """A side's tokens in consecutive blocks of about the same size."""
-    number = ((sizes.cumsum(0) - sizes / 2) * (count / sizes.sum())).long().clamp(max=count - 1).tolist()
-    blocks: list[Block] = []
-    start = 0
-    for b, batch in enumerate(side.batches):
-        N = len(batch.targets)
-        of = number[start : start + N]
-        begins = [n for n in range(N) if n == 0 or of[n] != of[n - 1]]
-        for i, (a, z) in enumerate(pairwise([*begins, N])):
-            if i == 0 and start and of[0] == number[start - 1]:
-                blocks[-1].append((b, slice(a, z)))
-            else:
-                blocks.append([(b, slice(a, z))])
-        start += N
-    return blocks
 
 
 def _longest(batches: Sequence[Batch]) -> Batch:
@@ -279,7 +166,7 @@ def _sweep(
     p: Plan,
     cuts: Cuts,
     sides: list[Side],
-    tiling: _Tiling,
+    tiling: Tiling,
     closed: Tensor,
     out: Tensor,
     progress: Progress | None,

@@ -31,7 +31,7 @@ from .segments import OTHERWISE, Cuts, Outline, Segment
 Found = dict[str, tuple[list[Call], Outputs]]  # module -> its calls and the cotangents at their outputs
 SAVED = 2  # what a segment's graph keeps for its backward pass beside the outputs of its modules
 SHORTEST = 64
-LENGTHS = 8  # a sequence is unrolled at so many lengths at most: a token needs nothing behind itself
+LENGTHS = 8  # a sequence is unrolled at so many lengths, more where memory is short: a token needs nothing behind itself
 
 
 class Budget(NamedTuple):
@@ -125,9 +125,11 @@ def _found(segment: Segment, deltas: list[list[Tensor]]) -> Found:
     return found
 
 
-def strips_of(tokens: int) -> int:
-    """In how many strips so many tokens of a sequence are pulled."""
-    return max(1, min(LENGTHS, tokens // SHORTEST))
+def in_strips(tokens: int, longest: int | None = None) -> list[slice]:
+    """The tokens of a sequence in runs of about the same length, so many in one at most."""
+    count = max(1, min(LENGTHS, tokens // SHORTEST), -(-tokens // (longest or tokens)))
+    length = -(-tokens // count)
+    return [slice(a, min(a + length, tokens)) for a in range(0, tokens, length)]
 
 
 def strips(cuts: Cuts, tokens: Sequence[tuple[Watched, slice]], graphs: int, longest: int | None = None) -> list[Strip]:
@@ -137,9 +139,8 @@ def strips(cuts: Cuts, tokens: Sequence[tuple[Watched, slice]], graphs: int, lon
     """
     cut: list[tuple[Watched, slice, Batch]] = []
     for w, rows in tokens:
-        n = rows.stop - rows.start
-        length = min(longest or n, -(-n // strips_of(n)))
-        parts = [slice(a, min(a + length, rows.stop)) for a in range(rows.start, rows.stop, length)]
+        a = rows.start
+        parts = [slice(a + of.start, a + of.stop) for of in in_strips(rows.stop - a, longest)]
         cut += [(w, part, w.batch.upto(part)) for part in parts]
 
     def size(w: Watched, batch: Batch, how: Callable[[list[int]], int]) -> int:
