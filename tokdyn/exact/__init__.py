@@ -2,7 +2,8 @@
 
 motions.py    pull (forces at the logits -> a direction of the parameters) and push (a direction -> velocities)
 naive.py      the matrix by one gradient per token: the oracle
-matrix.py     the matrix without gradients of model size: chooses between the two ways below
+matrix.py     the matrix without gradients of model size, by the cheaper of the two ways below
+tiling.py       what memory goes to, and what each way costs
 sweep.py        both sides pulled back together, an inner product per module
 tangents.py     one side pulled back, the other moved along
 plan.py       which modules move, and by which rule (rules.py); segments.py: where the backbone can be cut
