@@ -132,6 +132,20 @@ def test_modules_that_only_some_tokens_call(by_token, shortest, monkeypatch):
     assert relative_error(fast, naive) < FP32
 
 
+@pytest.mark.parametrize("scope", ["full", r"mlp\.each\.2"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("graphs", [1, 1 << 30])
+def test_modules_that_only_some_sequences_call(scope, seed, graphs, monkeypatch):
+    """Which experts run differs between sequences of one length, a short one and its padding, and may be none that moves."""
+    with_budget(monkeypatch, sweep.Budget(4, 8, strip=64, kept=1 << 30, graphs=graphs))
+    model = tiny("llama", tied=False)
+    torch.manual_seed(0)
+    model.model.layers[1].mlp = Experts(model.config.hidden_size, True)
+    update, observe = random_chis([(1, 1), (1, 1)], seed=seed), random_chis([(1, 2), (3, 12), (1, 2)], seed=10 + seed)
+    naive, fast, _ = matrices(model, scope, update=update, observe=observe, engine="sweep")
+    assert float((fast - naive).norm()) <= FP32 * float(naive.norm())
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "qwen2_moe", "opt"])
 def test_a_preconditioner_scales_every_direction(family, engine):

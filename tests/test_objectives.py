@@ -423,3 +423,20 @@ def test_a_needed_score_that_is_absent_is_named(objective):
     chis, z = problem(objective.reads)
     with pytest.raises(ValueError, match=f"{type(objective).__name__} needs scores.{objective.needs[0]}"):
         objective.g_terms(read(z, chis)[0], chis)
+
+
+def test_a_loss_of_its_own_does_not_inherit_that_sequences_do_not_meet():
+    class Mean:
+        def loss(self, log_probs, chis, scores=None):
+            return super().loss(log_probs, chis) / len(log_probs)
+
+    kinds = {
+        "inherited": type("Named", (td.SFT,), {}),
+        "own loss": type("Own", (td.SFT,), dict(loss=lambda *_: 0)),
+        "a mixin's": type("Mixed", (Mean, td.SFT), {}),
+        "own weights": type("Weighted", (td.SFT,), dict(g_terms=lambda *_: 0)),
+        "said again": type("Again", (td.SFT,), dict(loss=lambda *_: 0, by_sequence=True)),
+        "inherited from own loss": type("Further", (type("Own", (td.SFT,), dict(loss=lambda *_: 0)),), {}),
+    }
+    assert [name for name, kind in kinds.items() if kind.by_sequence] == ["inherited", "said again"]
+    assert not td.DPO.by_sequence and td.PPO.by_sequence

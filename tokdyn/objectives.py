@@ -91,8 +91,12 @@ class Objective:
     n_candidates: int = 0
 
     def __init_subclass__(cls) -> None:
-        if "loss" in vars(cls) and "by_sequence" not in vars(cls):
-            cls.by_sequence = False  # what its parent's loss promised
+        given, promised = (
+            next(i for i, of in enumerate(cls.__mro__) if names & vars(of).keys())
+            for names in ({"loss", "g_terms"}, {"by_sequence"})
+        )
+        if given < promised:
+            cls.by_sequence = False  # that was said of another loss
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():

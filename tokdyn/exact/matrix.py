@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +10,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..sequences import Batch
 from ..trace import Tracer
 from . import sweep, tangents
 from .motions import Direction, Progress, Side, pull, push_all, scaled
@@ -135,24 +133,17 @@ def _backbone(
     """The closed part and the backbone's into out, looped over the side with fewer tokens; returns each module's rule."""
     if len(o) < len(u):
         o, u, closed, out = u, o, closed.T, out.T
-    longest = _longest([*o.batches, *u.batches])
-    joined = p.joined(tracer, longest)
     alone = [one_by_one(side) for side in (o, u)]
+    longest = max([*alone[0].batches, *alone[1].batches], key=lambda batch: batch.ids.shape[1]).upto(slice(-1, None))
+    joined = p.joined(tracer, longest)
     cuts = Cuts.of(partial(joined.unroll, tracer), [*alone[0].batches, *alone[1].batches])
     size = Size.of(tracer, joined, cuts, joined.rules(joined.record(tracer, longest)[1]))
     tiling = size.tiling(alone[0], alone[1], memory)
     if engine is None:
-        engine = "sweep" if tiling.cost <= size.tangents(*alone) else "tangents"
+        engine = "sweep" if tiling.cost <= size.tangents(o, alone[1]) else "tangents"
     if engine == "sweep":
         return _sweep(tracer, joined, cuts, alone, tiling, closed, out, progress)
     return _tangents(tracer, p, o, u, closed, out, progress, memory)
-
-
-def _longest(batches: Sequence[Batch]) -> Batch:
-    """The longest sequence, with its last token."""
-    ids = max(batches, key=lambda batch: batch.ids.shape[1]).ids[:1]
-    last = torch.tensor([ids.shape[1] - 1])
-    return Batch(ids, last, ids[0, -1:], last * 0, last)
 
 
 def _places(side: Side) -> list[int]:

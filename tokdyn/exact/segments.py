@@ -76,7 +76,13 @@ class Outline:
 
     @classmethod
     def of(cls, h: Tensor, calls: Sequence[Call], given: Mapping[Place, Tensor]) -> Outline:
-        """From what Tracer.unroll gives."""
+        """From what Tracer.unroll gives.
+
+        Raises:
+            Unsupported: none of the modules was called.
+        """
+        if not h.requires_grad:
+            raise Unsupported(OTHERWISE)
         depth, cuts = depths(h, [x for call in calls for x in call.outputs if x.is_leaf])
 
         at = partial(depth_of, depth)

@@ -148,7 +148,7 @@ def strips(cuts: Cuts, tokens: Sequence[tuple[Watched, slice]], graphs: int, lon
         return SAVED * w.dtype.itemsize * values * batch.ids.shape[1] // w.batch.ids.shape[1]
 
     fit = sum(size(w, batch, sum) for w, _, batch in cut) <= graphs
-    graph = max(1, graphs // sum(size(w, batch, max) for w, _, batch in cut))
+    graph = max(1, graphs // max(1, sum(size(w, batch, max) for w, _, batch in cut)))
     found, start = [], 0
     for w, part, batch in cut:
         at = slice(start, start + len(batch.rows))
@@ -212,6 +212,8 @@ def _fitting(kept: list[Strip], depth: int, rules: dict[int, dict[str, Rule]], m
         own, item = rules[id(strip.w)], strip.w.dtype.itemsize
         size = 0
         for name, outputs in strip.shapes(depth):
+            if name not in own:
+                raise Unsupported(OTHERWISE)
             rule, values = own[name], sum(x.numel() for x in outputs)
             size += len(strip.positions) * item * (rule.size if rule.is_short(strip.half) else values)
         if part and size > room:

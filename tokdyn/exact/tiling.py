@@ -68,7 +68,7 @@ class Size:
             [(rules[outline.names[i]], sum(x.numel() for x in outline.shapes[i])) for i in of]
             for of in outline.segments(cuts.keys)
         ]
-        every = [pair for of in inside for pair in of]
+        every, numbers = [pair for of in inside for pair in of], p.numbers(tracer)
         looked_up = {id(m.weight) for m in tracer.model.modules() if isinstance(m, nn.Embedding)}
         matrices = {id(x): x for x in tracer.model.parameters() if x.dim() > 1 and id(x) not in looked_up}
         readout = tracer.model.get_parameter(tracer.readout.weight_name)
@@ -86,13 +86,13 @@ class Size:
             ],
             written=max((rule.size for rule, _ in every if rule.is_short(half)), default=0),
             weights=sum(x.numel() for key, x in matrices.items() if key != id(readout)),
-            moving=sum(p.numbers(tracer).get(name, 0) for name in rules if name != p.lookup),
+            moving=sum(numbers.get(name, 0) for name in rules if name != p.lookup),
             moved=sum(values * (len(rule.parts) if isinstance(rule, Together) else 1) for rule, values in every) // T,
         )
 
     def tiling(self, o: Side, u: Side, memory: int) -> Tiling:
         """The cheapest way to share memory: what is at hand and graphs first, then cotangents at the cuts and what is kept."""
-        segment, widest = max(map(sum, self.segments)), max(x for of in self.segments for x in of)
+        segment, widest = max([1, *map(sum, self.segments)]), max([1, *(x for of in self.segments for x in of)])
         alive = 2 * self.item * (self.cut + segment + self.written)  # of each cotangent in a chunk, while it is pulled
         chunk = max(1, min(CHUNK, PIECE // (self.item * widest), memory // 8 // alive))
         met = self.item * (segment + max(widest, self.written))  # of each streamed token at hand, with what it meets
@@ -112,7 +112,7 @@ class Size:
                 cuts = self.item * self.cut / self.length * (float(t_o.sum()) / rows + float(t_u.sum()) / columns)
                 left = room - cuts
                 if left > 0:
-                    times = rows * sum(math.ceil(size / rows / left) for size in kept) / len(kept)
+                    times = rows * sum(max(1, math.ceil(size / rows / left)) for size in kept) / len(kept)
                     cost = pull_o * columns + pull_u * times + E * max(len(o.batches), times) + made * max(rows, columns)
                     ways.append((cost, rows, columns, int(left), graphs))
         cost, rows, columns, left, graphs = min(ways)
@@ -122,8 +122,8 @@ class Size:
         return Tiling(_in_blocks(o, t_o, rows), _in_blocks(u, t_u, columns), budget, cost)
 
     def tangents(self, o: Side, u: Side) -> float:
-        """Multiplications where the tokens of u are pulled and carried forward over all of o."""
-        t_u, positions = _ends(u), sum(batch.ids.shape[1] for batch in o.batches)
+        """Multiplications where the tokens of u are pulled and carried forward over all of o, padding included."""
+        t_u, positions = _ends(u), sum(batch.ids.numel() for batch in o.batches)
         return self.weights * (float(t_u.sum()) + 2 * len(u) * positions) + self._moves(t_u, o)
 
     def _keeps(self, ends: Float[Tensor, " N"], of: tuple[int, int]) -> Float[Tensor, " N"]:
@@ -132,7 +132,7 @@ class Size:
 
     def _moves(self, ends: Float[Tensor, " N"], other: Side) -> float:
         """Multiplications of E for all tokens with these ends, on all sequences of the other side."""
-        T = [batch.ids.shape[1] for batch in other.batches]
+        T = [t for batch in other.batches for t in [batch.ids.shape[1]] * len(batch.ids)]
         return sum(float(torch.minimum(ends * (t * self.moved), (ends + t) * self.moving).sum()) for t in T)
 
 
