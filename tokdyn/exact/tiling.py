@@ -13,6 +13,7 @@ a segment: that is then kept in more parts, and the streamed side pulled for eac
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -31,7 +32,7 @@ from .segments import Cuts
 
 CHUNK, GROUP = 32, 96
 PASS = 3  # a forward pass that leaves a graph, in multiplications by its weights: with hooks, and of few positions
-PIECE = 32 << 20  # a tensor larger than this is asked from the system anew each time, which costs more than filling it
+PIECE = 32 << 20  # on a CPU a larger tensor is asked from the system anew each time, which costs more than filling it
 
 Block = list[tuple[int, slice]]  # which sequences of a side, and which tokens of each
 
@@ -51,6 +52,7 @@ class Size:
 
     length: int
     item: int  # bytes of a number
+    piece: int  # bytes of a tensor at most
     cut: int  # numbers of a cotangent between segments
     segments: list[list[int]]  # of cotangents at a module's outputs, by segment and module
     kept: list[tuple[int, int]]  # what stays of a segment: numbers of directions, and of cotangents
@@ -75,6 +77,7 @@ class Size:
         return cls(
             length=T,
             item=tracer.dtype.itemsize,
+            piece=PIECE if tracer.device.type == "cpu" else sys.maxsize,
             cut=max([outline.top.numel(), *(outline.cuts[key][1].numel() for key in cuts.keys)]),
             segments=[[values for _, values in of] for of in inside],
             kept=[
@@ -94,7 +97,7 @@ class Size:
         """The cheapest way to share memory: what is at hand and graphs first, then cotangents at the cuts and what is kept."""
         segment, widest = max([1, *map(sum, self.segments)]), max([1, *(x for of in self.segments for x in of)])
         alive = 2 * self.item * (self.cut + segment + self.written)  # of each cotangent in a chunk, while it is pulled
-        chunk = max(1, min(CHUNK, PIECE // (self.item * widest), memory // 8 // alive))
+        chunk = max(1, min(CHUNK, self.piece // (self.item * widest), memory // 8 // alive))
         met = self.item * (segment + max(widest, self.written))  # of each streamed token at hand, with what it meets
         group = max(1, min(GROUP, memory // 6 // met))
         t_o, t_u = _ends(o), _ends(u)
@@ -103,6 +106,7 @@ class Size:
         E = self._moves(t_u, o) / len(o.batches)
         positions = _passed(o), _passed(u)
         whole = 21 * self.item * sweep.SAVED * sum(map(sum, self.segments)) * max(positions) // (10 * self.length)
+        most = max(1, self.item * max(map(sum, self.kept)))  # bytes that a token at the end of the sequence leaves of a segment
         ways = [(math.inf, len(o), len(u), 1, memory // 20)]
         for graphs in {min(whole, memory // 2), min(whole, memory // 5), min(whole, memory // 20)}:
             passes = min(len(self.segments), -(-whole // max(1, graphs)))
@@ -113,11 +117,11 @@ class Size:
                 left = room - cuts
                 if left > 0:
                     times = rows * sum(max(1, math.ceil(size / rows / left)) for size in kept) / len(kept)
-                    cost = pull_o * columns + pull_u * times + E * max(len(o.batches), times) + made * max(rows, columns)
+                    again = max(rows, columns, sweep.SHORTEST * most / left)  # short strips are more of them
+                    cost = pull_o * columns + pull_u * times + E * max(len(o.batches), times) + made * again
                     ways.append((cost, rows, columns, int(left), graphs))
         cost, rows, columns, left, graphs = min(ways)
-        strip = left // max(1, self.item * max(map(sum, self.kept)))
-        budget = sweep.Budget(chunk, group, max(1, strip), left, graphs)
+        budget = sweep.Budget(chunk, group, max(1, left // most), left, graphs)
         cost += len(u) * sum(kept) / self.item
         return Tiling(_in_blocks(o, t_o, rows), _in_blocks(u, t_u, columns), budget, cost)
 
