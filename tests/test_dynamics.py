@@ -5,7 +5,8 @@ import torch
 
 import tokdyn as td
 from tokdyn import dynamics
-from tokdyn.objectives import DPO, SFT, GTerm
+from tokdyn.objective import GTerm
+from tokdyn.objectives import DPO, SFT
 from tokdyn.testing import random_chis, relative_error, tiny
 from tokdyn.trace import trace
 

@@ -209,6 +209,8 @@ def test_preconditioned_forces_agree_between_methods_and_predict_the_preconditio
         assert float((vector - naive.sum(axis)).norm()) < FP32 * float(naive.abs().sum(axis).norm())
     assert relative_error(naive, td.forces(model, pair(), OBSERVED, DPO(), method="naive").matrix) > 0.1
     if (kind, which) == ("tied", 3):
+        whole = td.forces(model, pair(), OBSERVED, DPO(), optimizer=optimizer, reduce="update").vector
+        assert relative_error(whole, naive.sum(1)) < 4 * FP32
         assert 1.9 < td.verify(model, pair(), OBSERVED, DPO(), optimizer=optimizer, move=0.02).order < 2.1
 
 

@@ -10,7 +10,7 @@ import torch
 import tokdyn as td
 from tokdyn import dynamics
 from tokdyn.exact import select
-from tokdyn.objectives import GTerm
+from tokdyn.objective import GTerm
 from tokdyn.precondition import preconditioner
 from tokdyn.testing import float64, random_chis, relative_error, tiny
 from tokdyn.trace import trace

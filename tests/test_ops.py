@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokdyn import ops
-from tokdyn.objectives import GTerm
+from tokdyn.objective import GTerm
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -6,7 +6,7 @@ import torch
 from tokdyn import rows
 from tokdyn.exact import Side
 from tokdyn.kernels.readout_forces.reference import logit_force
-from tokdyn.objectives import GTerm
+from tokdyn.objective import GTerm
 from tokdyn.sequences import collate
 from tokdyn.testing import random_chis
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .kernels.readout_forces.reference import logit_force
-from .objectives import GTerm
+from .objective import GTerm
 from .ops import TokenStats, token_stats
 from .sequences import Chi
 from .trace import Readout

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .objectives import DrGRPO, Objective
+from .objective import Objective
+from .objectives import DrGRPO
 from .sequences import Chi, encode, preference, rollouts
 
 SHAPES = (("prompt", "chosen", "rejected"), ("prompt", "completions", "rewards"), ("prompt", "completion"))

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .kernels.readout_forces.reference import logit_force
-from .objectives import GTerm
+from .objective import GTerm
 
 
 def A(logits: Float[Tensor, "*m V"]) -> Float[Tensor, "*m V V"]:

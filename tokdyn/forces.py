@@ -20,7 +20,8 @@ from .exact.naive import naive_matrix
 from .exact.plan import one_by_one
 from .exact.readout import readout_matrix
 from .groups import group_labels, group_table
-from .objectives import SFT, Objective
+from .objective import Objective
+from .objectives import SFT
 from .precondition import preconditioner
 from .sequences import Chi
 from .shards import Shards

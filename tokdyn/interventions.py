@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .forces import forces
-from .objectives import SFT, Objective, Scores
+from .objective import Objective, Scores
+from .objectives import SFT
 from .sequences import Chi, Text, collate
 from .wrapped import unwrap
 

@@ -21,146 +21,13 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from .objective import NO_SCORES
+from .objective import Objective as Objective
+from .objective import Scores as Scores
 from .sequences import Chi
-
-
-@dataclass(frozen=True)
-class GTerm:
-    """The loss gradient at the logits, without the logits: everything besides pi that G needs.
-
-    G_l = Σ_k c_lk (pi_l - e_{targets_lk}) - v_l pi_l ⊙ (log pi_l + H_l) + u_l (pi_l - 1/V)
-    """
-
-    targets: Int[Tensor, "L"] | Int[Tensor, "L K"]
-    c: Float[Tensor, "L"] | Float[Tensor, "L K"]
-    v: Float[Tensor, "L"] | None = None
-    uniform: Float[Tensor, "L"] | None = None
-
-    def rows(self, index: Tensor | slice) -> GTerm:
-        """Some of the tokens."""
-        v, uniform = (None if x is None else x[index] for x in (self.v, self.uniform))
-        return GTerm(self.targets[index], self.c[index], v, uniform)
-
-    def split(self, sizes: Sequence[int]) -> list[GTerm]:
-        """One for each run of so many tokens."""
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        return [self.rows(slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
-
-    def times(self, weights: Float[Tensor, "L"]) -> GTerm:
-        """The gradient of each token times a weight."""
-        w = weights.to(self.c)
-        v, uniform = (None if x is None else x * w for x in (self.v, self.uniform))
-        return GTerm(self.targets, self.c * (w if self.c.dim() == 1 else w[:, None]), v, uniform)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a loss may read beside the targets' log-probabilities; only what its `needs` names is filled.
-
-    Args:
-        entropy: H of the distribution at each scored token, [L], differentiable.
-        mean_log_prob: mean over the vocabulary of log pi, [L], differentiable.
-        candidates: the `n_candidates` most likely tokens, [L, N].
-        candidate_log_probs: their log pi, [L, N], differentiable.
-    """
-
-    entropy: Float[Tensor, "L"] | None = None
-    mean_log_prob: Float[Tensor, "L"] | None = None
-    candidates: Int[Tensor, "L N"] | None = None
-    candidate_log_probs: Float[Tensor, "L N"] | None = None
-
-
-RANGES = {"label_smoothing": (0, 1), "epsilon": (0, 1), "alpha": (0, 1), "quantile": (0, 1), "beta": (0, math.inf),
-          "clip": (0, math.inf), "clip_high": (0, math.inf), "max_tokens": (1, math.inf)}  # fmt: skip
-
-
-class Objective:
-    """A loss over log-probabilities. Subclasses are frozen dataclasses whose fields are the paper's constants.
-
-    `reads` says what sequences it is made for: "completion", "preference" (chosen and rejected) or "rollouts" (advantages).
-    `needs` names the fields of Scores it reads; `by_sequence` says that a sequence's c depends on no other sequence.
-    """
-
-    reads: ClassVar[str] = "completion"
-    by_sequence: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ()
-    n_candidates: int = 0
-
-    def __init_subclass__(cls) -> None:
-        given, promised = (
-            next(i for i, of in enumerate(cls.__mro__) if names & vars(of).keys())
-            for names in ({"loss", "g_terms"}, {"by_sequence"})
-        )
-        if given < promised:
-            cls.by_sequence = False  # that was said of another loss
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name, None)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{type(self).__name__}: {name} must lie in [{low}, {high}], got {value}")
-
-    def loss(self, log_probs: Float[Tensor, "L"], chis: Sequence[Chi], scores: Scores = Scores()) -> Float[Tensor, ""]:  # noqa: B008
-        """The loss, summed over sequences, pairs or groups.
-
-        Args:
-            log_probs: log pi of the scored tokens of all `chis`, one after the other, [L] nats.
-            chis: the sequences they belong to.
-            scores: the further quantities that `needs` names.
-        """
-        raise NotImplementedError
-
-    def g_terms(self, log_probs: Float[Tensor, "L"], chis: Sequence[Chi], scores: Scores = Scores()) -> GTerm:  # noqa: B008
-        """c = -dL/dlog pi, v = dL/dH and u = -dL/d(mean log pi) at `log_probs`, by autograd in float64.
-
-        Raises:
-            ValueError: the lengths do not fit, a needed score is absent, or the objective lacks what it needs of the
-                sequences (a pair's partner, an advantage).
-        """
-        L = sum(len(chi) for chi in chis)
-        if log_probs.shape != (L,):
-            raise ValueError(f"log_probs must have shape [L]=({L},), got {list(log_probs.shape)}")
-        for i, chi in enumerate(chis):
-            if not len(chi):
-                raise ValueError(f"sequence {i} has no scored token, so it adds nothing to the loss: leave it out")
-        for name in self.needs:
-            if getattr(scores, name) is None:
-                raise ValueError(f"{type(self).__name__} needs scores.{name}")
-
-        def leaf(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.detach().double().requires_grad_()
-
-        with torch.enable_grad():
-            lp = log_probs.detach().double().requires_grad_()
-            held = Scores(leaf(scores.entropy), leaf(scores.mean_log_prob), scores.candidates, leaf(scores.candidate_log_probs))
-            leaves = [lp, held.entropy, held.mean_log_prob, held.candidate_log_probs]
-            loss = self.loss(lp, chis, held)
-            if not loss.requires_grad:
-                loss = loss + 0 * lp.sum()
-            grads = iter(torch.autograd.grad(loss, [x for x in leaves if x is not None], allow_unused=True))
-        of = [next(grads) if x is not None else None for x in leaves]
-        dtype, device = log_probs.dtype, log_probs.device
-        targets = torch.cat([chi.ids[chi.scored] for chi in chis]).to(device)
-        c = (-of[0] if of[0] is not None else torch.zeros_like(lp)).to(dtype)
-        if of[3] is not None and scores.candidates is not None:
-            targets = torch.cat([targets[:, None], scores.candidates], 1)
-            c = torch.cat([c[:, None], -of[3].to(dtype)], 1)
-        return GTerm(
-            targets,
-            c,
-            None if of[1] is None else of[1].to(dtype),
-            None if of[2] is None else -of[2].to(dtype),
-        )
-
-    def describe(self) -> dict[str, Any]:
-        """Name and constants, as written into a run."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
-        return {"name": type(self).__name__, "arguments": {k: v for k, v in values.items() if not isinstance(v, Objective)}}
-
 
 # ---------------------------------------------------------------- what losses are made of
 
@@ -247,7 +114,7 @@ class SFT(Objective):
         """The mean log-prob enters only with smoothing."""
         return ("mean_log_prob",) if self.label_smoothing else ()
 
-    def loss(self, log_probs, chis, scores=Scores()):
+    def loss(self, log_probs, chis, scores=NO_SCORES):
         """-(1-ε) Σ log pi(y) - ε Σ mean_v log pi(v)."""
         value = -(1 - self.label_smoothing) * log_probs.sum()
         return value - self.label_smoothing * scores.mean_log_prob.sum() if self.label_smoothing else value
@@ -266,7 +133,7 @@ class _Preference(Objective):
         """The loss of one pair, as the paper writes it."""
         raise NotImplementedError
 
-    def loss(self, log_probs, chis, scores=Scores()):
+    def loss(self, log_probs, chis, scores=NO_SCORES):
         """Σ over pairs of `pair_loss`."""
         return torch.stack([self.pair_loss(pair) for pair in _pairs(log_probs, chis)]).sum()
 
@@ -326,7 +193,7 @@ class SLiC(Objective):
     delta: float = 1.0
     lam: float = 0.1
 
-    def loss(self, log_probs, chis, scores=Scores()):
+    def loss(self, log_probs, chis, scores=NO_SCORES):
         """Σ hinge + λ Σ NLL(reference)."""
         paired = [i for i, chi in enumerate(chis) if chi.role != "reference"]
         lps = _each(log_probs, chis)
@@ -399,7 +266,7 @@ class KTO(Objective):
     desirable: float = 1.0
     undesirable: float = 1.0
 
-    def loss(self, log_probs, chis, scores=Scores()):
+    def loss(self, log_probs, chis, scores=NO_SCORES):
         """Σ λ (1 - σ(±(βr - z₀)))."""
         total = log_probs.new_zeros(())
         for lp, chi in zip(_each(log_probs, chis), chis, strict=True):
@@ -422,7 +289,7 @@ class REINFORCE(Objective):
     reads: ClassVar[str] = "rollouts"
     by_sequence: ClassVar[bool] = True
 
-    def loss(self, log_probs, chis, scores=Scores()):
+    def loss(self, log_probs, chis, scores=NO_SCORES):
         """-Σ A log pi."""
         return -sum(_advantage(chi) * lp.sum() for lp, chi in zip(_each(log_probs, chis), chis, strict=True))
 
@@ -441,7 +308,7 @@ class PPO(Objective):
         """The entropy enters only with a bonus."""
         return ("entropy",) if self.entropy else ()
 
-    def loss(self, log_probs, chis, scores=Scores()):
+    def loss(self, log_probs, chis, scores=NO_SCORES):
         """-Σ min(γA, clip(γ)A) - k Σ H."""
         value = -sum(
             _clipped((lp - _old(lp, chi)).exp(), _advantage(chi), self.clip, self.clip).sum()
@@ -468,7 +335,7 @@ class GRPO(Objective):
         high = self.clip if self.clip_high is None else self.clip_high
         return _clipped((lp - _old(lp, chi)).exp(), _advantage(chi), self.clip, high)
 
-    def loss(self, log_probs, chis, scores=Scores()):
+    def loss(self, log_probs, chis, scores=NO_SCORES):
         """The negated, weighted sum of the surrogate, and the KL penalty."""
         lps, total = _each(log_probs, chis), log_probs.new_zeros(())
         starts = torch.tensor([0, *(len(chi) for chi in chis)]).cumsum(0).tolist()
@@ -557,7 +424,7 @@ class LLDS(GRPO):
 
     lam: float = 0.2
 
-    def loss(self, log_probs, chis, scores=Scores()):
+    def loss(self, log_probs, chis, scores=NO_SCORES):
         """GRPO + λ Σ over responses with Σ_t(log pi_old - log pi) > 0 of Σ_t max(0, log pi_old - log pi)."""
         total = super().loss(log_probs, chis, scores)
         for lp, chi in zip(_each(log_probs, chis), chis, strict=True):

@@ -31,7 +31,7 @@ from . import exact, ranks, sharded
 from .capture import Capture
 from .captured import Forward
 from .kernels.readout_forces.reference import logit_force
-from .objectives import GTerm
+from .objective import GTerm
 from .ops import TokenStats, token_stats
 from .rows import blocks, log_probs
 from .sequences import Batch, Chi, token_texts

@@ -23,7 +23,8 @@ from .exact.matrix import size_in_bytes
 from .exact.naive import naive_matrix
 from .findings import ROW_SUMS, findings
 from .forces import coverage as coverage_of
-from .objectives import DPO, Objective
+from .objective import Objective
+from .objectives import DPO
 from .sequences import Chi, token_texts
 from .sides import Sides, prepare, with_sides
 from .trace import Tracer, trace

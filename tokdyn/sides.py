@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .exact import Side
-from .objectives import GTerm, Objective, Scores
+from .objective import GTerm, Objective, Scores
 from .sequences import Batch, Chi
 from .trace import Tracer, finite_stats, trace
 

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import exact
-from .objectives import SFT, Objective
+from .objective import Objective
+from .objectives import SFT
 from .precondition import preconditioner
 from .rows import log_probs
 from .sequences import Chi

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from ..kernels.readout_forces.reference import logit_force
-from ..objectives import GTerm
+from ..objective import GTerm
 from ..rows import blocks
 from ..sequences import Batch
 from ..trace import Tracer

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..calls import Call, Joined
 from ..kernels.readout_forces.reference import logit_force
-from ..objectives import GTerm
+from ..objective import GTerm
 from ..sequences import Batch
 from ..trace import Place, Tracer
 from .joints import Joint, joints

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import ops
-from ..objectives import GTerm
+from ..objective import GTerm
 from ..trace import Tracer
 from .motions import Direction, Side
 from .plan import BLOCK, residual_of

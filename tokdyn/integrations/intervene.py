@@ -20,7 +20,7 @@ from .. import exact, interventions
 from ..capture import Capture, _active
 from ..captured import IGNORED, Forward, Layout
 from ..exact import Side
-from ..objectives import GTerm, Objective
+from ..objective import GTerm, Objective
 from ..precondition import preconditioner
 from ..prediction import TOKENS, Probe, _NoRequiresGrad, _without_autocast
 from ..sequences import Chi
