@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokdyn import dynamics
-from tokdyn.objectives import GTerm
+from tokdyn.objective import GTerm
 
 
 class Data(NamedTuple):

@@ -204,7 +204,7 @@ def readout_forces(
 
     Args:
         h_o, y_o: inputs of the readout at the observed tokens and those tokens.
-        h_u, targets_u, c, v, uniform: the same of the update, with its GTerm (objectives.GTerm).
+        h_u, targets_u, c, v, uniform: the same of the update, with its GTerm (objective.GTerm).
         weight, bias, scale, softcap: z = softcap(scale (W h + b)).
         train_bias: the bias moves as well (adds 1 to h_m·h_l).
         reduce: None, "update" (sum over l) or "observe" (sum over m).
