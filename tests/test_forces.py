@@ -318,6 +318,9 @@ def test_broken_models_are_named():
         huge.lm_head.weight.fill_(3e38)
     with pytest.raises(ValueError, match="logits of sequence 0 at position 3"):
         td.forces(huge, pair(), OBSERVED, SFT())
+    for reduce in ("update", "observe"):  # seen by the passes themselves
+        with pytest.raises(ValueError, match="the logits of sequence 0 at position"):
+            td.forces(huge, pair(), OBSERVED, SFT(), reduce=reduce)
 
 
 def test_real_steps_of_a_loss_without_a_gradient_are_zero():
