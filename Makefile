@@ -48,8 +48,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-STUDIES := tests/test_language_studies.py tests/test_studies_classification.py
-KERNELS := tests/test_ahead_of_time.py tests/test_interpreter.py
+STUDIES := tests/studies/test_language.py tests/studies/test_classification.py
+KERNELS := tests/kernels/test_ahead_of_time.py tests/kernels/test_interpreter.py
 XDIST := -n 2 --dist loadfile # two processes of one thread each, a file in one of them
 
 test: lint
@@ -63,6 +63,7 @@ test-studies: install
 	$(BIN)/tokdyn study --all --quick --out runs/quick
 
 MATRIX := .venv-matrix
+TRAINING := tests/training tests/test_monitor.py $(patsubst %,tests/integrations/test_%.py,distributed packages stacks trainers)
 OLD := trl==1.12.0 peft==0.20.0 requests # TRL 1.12 imports requests without asking for it
 STACKS := verl==0.9.1 openrlhf==0.11.2 # alone: they ask for a GPU's packages; what is tested of them runs with these
 STACKS_NEED := ray==2.60.0 tensordict==0.15.3 codetiming omegaconf orjson
@@ -78,7 +79,7 @@ $(MATRIX)/.installed: constraints.txt pyproject.toml setup.py tokdyn/_version.py
 	@touch $@
 
 test-matrix: $(MATRIX)/.installed
-	OMP_NUM_THREADS=1 $(MATRIX)/bin/pytest -q --durations=10 -n 2 tests/test_capture.py tests/test_monitor.py tests/test_prediction*.py tests/test_steps.py tests/test_integrations_*.py
+	OMP_NUM_THREADS=1 $(MATRIX)/bin/pytest -q --durations=10 -n 2 $(TRAINING)
 
 WHEEL_HOLDS := tokdyn/demo/model/model.safetensors tokdyn/demo/model/tokenizer.json tokdyn/demo/pairs.jsonl \
 	tokdyn/report/page.html.jinja tokdyn/report/static/page.css tokdyn/report/static/main.js \
@@ -93,11 +94,11 @@ wheel: install
 	@$(BIN)/python -m zipfile -l dist/tokdyn-*.whl > dist/contents.txt
 	@for held in $(WHEEL_HOLDS); do \
 		grep -qF "$$held" dist/contents.txt || { echo "the wheel lacks $$held" >&2; exit 1; }; done
-	@! grep -E '^(kernels|studies|tests)/' dist/contents.txt || { echo "the wheel installs a top-level folder" >&2; exit 1; }
+	@! grep -E '^(kernels|tests)/' dist/contents.txt || { echo "the wheel installs a top-level folder" >&2; exit 1; }
 	@test -z "$$(find dist -name '*.whl' -size +20000k)" || { echo "the wheel is over 20 MB" >&2; exit 1; }
 	@rm -rf build
 	@ls -l dist/*.whl
 
 clean:
 	rm -rf build dist *.egg-info runs/demo .pytest_cache .ruff_cache .mypy_cache tokdyn/_C.*.so $(VENV)/.installed
-	find tokdyn kernels studies tests -name __pycache__ -prune -exec rm -rf {} +
+	find tokdyn kernels tests -name __pycache__ -prune -exec rm -rf {} +

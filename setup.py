@@ -146,7 +146,7 @@ extension = Extension(
     extra_link_args=[] if sys.platform == "darwin" else ["-pthread"],
     optional=True,  # without a C++ compiler the package still installs; tokdyn._native says so
 )
-mapped = mapped_packages("kernels", "tokdyn.kernels") | mapped_packages("studies", "tokdyn.studies")
+mapped = mapped_packages("kernels", "tokdyn.kernels")
 setup(
     packages=find_packages(include=["tokdyn", "tokdyn.*"]) + list(mapped),
     package_dir=mapped,

@@ -69,7 +69,7 @@ def stages(python: str, scratch: Path) -> list[Stage]:
     # every tensor an allocation of its own, or what lies beyond one is another's and not noticed
     sanitized = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--error-exitcode", "9", "--tool"]
     small = [*pytest, "tests/gpu/test_small_on_gpu.py"]
-    gate = ["tests/ahead_of_time.py", "--arch", "90", "--jobs", str(max(1, (os.cpu_count() or 2) // 2))]
+    gate = ["tests/kernels/ahead_of_time.py", "--arch", "90", "--jobs", str(max(1, (os.cpu_count() or 2) // 2))]
     bench = [python, "-P", "benchmarks/kernels.py", "--device", "cuda", "--rounds", "7", "--seconds", "4"]
     exact = [python, "-P", "benchmarks/exact_forces_gpu.py", "--length", "1024", "--reduced", "32768"]
     tested, shown = (*LIBRARY, "pytest"), (*LIBRARY, "typer", "rich")

@@ -21,7 +21,7 @@ BUFFER = 8 << 20  # bytes of one buffer of products, or of widened weights
 
 def extension() -> ModuleType:
     """tokdyn._C; RuntimeError with the reason when this installation has none."""
-    from tokdyn import _native
+    from .. import _native
 
     built, reason = _native.load()
     if built is None:

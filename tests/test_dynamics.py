@@ -5,10 +5,10 @@ import torch
 
 import tokdyn as td
 from tokdyn import dynamics
+from tokdyn.model.trace import trace
 from tokdyn.objective import GTerm
 from tokdyn.objectives import DPO, SFT
 from tokdyn.testing import random_chis, relative_error, tiny
-from tokdyn.trace import trace
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import tokdyn as td
+from tokdyn.model.trace import Tracer, trace
 from tokdyn.objectives import DPO, GRPO, PPO, SFT, SimKO
 from tokdyn.testing import random_chis, relative_error, tiny, tiny_lora
-from tokdyn.trace import Tracer, trace
 
 FAMILIES = ["gpt2", "gpt_neox", "llama", "llama_bias", "qwen2", "gemma2"]
 FP32 = 1e-5  # the bound of the issue; two float32 gradients of ~3e4 terms agree to about sqrt(3e4) eps = 2e-5 at worst
@@ -170,7 +170,7 @@ def optimizers(model):
 
 @pytest.mark.parametrize("which", range(5))
 def test_P_is_what_the_optimizer_multiplied_the_gradient_with(which):
-    from tokdyn.precondition import preconditioner
+    from tokdyn.model.optimizer import preconditioner
 
     model = tiny("llama")
     optimizer = list(optimizers(model))[which]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokdyn as td
-from tokdyn.findings import blocks, by_sequence, sequence_names
+from tokdyn.runs.findings import blocks, by_sequence, sequence_names
 from tokdyn.testing import random_chis, relative_error, tiny
 
 
@@ -110,7 +110,7 @@ def test_error_writes_nothing(tmp_path):
 def test_rollouts_of_one_prompt_keep_their_names_and_markup_in_tokens_is_text():
     from rich.console import Console
 
-    from tokdyn.summary import summary
+    from tokdyn.runs.summary import summary
 
     chis = [
         chi.with_(group=0, advantage=a, tokens=tuple("[/INST]" for _ in range(chi.ids.numel())))

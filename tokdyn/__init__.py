@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Any
 from . import dynamics, interventions, objectives, ops, probes, squeeze
 from ._version import __version__
 from .forces import Forces, forces
-from .kernel import Kernel, KernelDrift, kernel, kernel_drift, kernel_lower_bound, rank_correlation, sign_delta
+from .ntk import Kernel, KernelDrift, kernel, kernel_drift, kernel_lower_bound, rank_correlation, sign_delta
 from .profile import Run, load, profile
 from .sequences import Batch, Chi, encode, from_batch, preference, rollouts
 from .verify import Verification, verify
 
 if TYPE_CHECKING:
-    from .capture import tap
     from .integrations.trainer import attach
     from .monitor import Monitor
     from .report.training import watch
+    from .training.capture import tap
 
 __all__ = ["Batch", "Chi", "Forces", "Kernel", "KernelDrift", "Monitor", "Run", "Verification", "__version__", "attach",
            "dynamics", "encode", "forces", "from_batch", "interventions", "kernel", "kernel_drift", "kernel_lower_bound",
            "load", "objectives", "ops", "preference", "probes", "profile", "rank_correlation", "rollouts", "sign_delta",
            "squeeze", "tap", "verify", "watch"]  # fmt: skip
 
-_TRAINING = {"Monitor": ".monitor", "attach": ".integrations.trainer", "tap": ".capture", "watch": ".report.training"}
+_TRAINING = {"Monitor": ".monitor", "attach": ".integrations.trainer", "tap": ".training.capture", "watch": ".report.training"}
 
 
 def __getattr__(name: str) -> Any:

@@ -79,10 +79,11 @@ def profile(
     """
     with plain_errors():
         import tokdyn as td
-        from tokdyn.data import read, sequences, watched
-        from tokdyn.loading import DEMO_PAIRS, load_model
-        from tokdyn.store import check_free
-        from tokdyn.summary import summary
+
+        from .data import read, sequences, watched
+        from .loading import DEMO_PAIRS, load_model
+        from .runs.folder import check_free
+        from .runs.summary import summary
 
         check_free(out, overwrite)
         loss = td.objectives.by_name(objective, **constants(set_ or []))
@@ -116,8 +117,9 @@ def report(
     """Show a run in the terminal and write its page anew; of a training, write its page."""
     with plain_errors():
         import tokdyn as td
-        from tokdyn.store import kind_of
-        from tokdyn.summary import summary
+
+        from .runs.folder import kind_of
+        from .runs.summary import summary
 
         if kind_of(run) == "training":
             out_console.print(f"Page in {td.watch(run, steps=step, follow=follow)}", soft_wrap=True)
@@ -143,8 +145,8 @@ def probe_build(
         from rich.table import Table
         from rich.text import Text
 
-        from tokdyn import probes
-        from tokdyn.loading import DEMO_PAIRS
+        from . import probes
+        from .loading import DEMO_PAIRS
 
         made = probes.build(DEMO_PAIRS if data == "demo" else data, held_out=held_out, rows=rows, seed=seed, types=kind)
         probes.write(out, made, overwrite)
@@ -177,8 +179,8 @@ def bench(
 
         import torch
 
-        from tokdyn.bench import bench as run
-        from tokdyn.bench import report as pages
+        from .bench import bench as run
+        from .bench import report as pages
 
         if threads:
             torch.set_num_threads(threads)
@@ -218,7 +220,7 @@ def study(
     A claim that does not hold is a result like any other: it is said, and the exit code stays 0.
     """
     with plain_errors():
-        from tokdyn.studies import gallery, load, names
+        from .studies import gallery, load, names
 
         root = Path("runs/studies-quick" if quick else "runs/studies")
         if name and (all_ or docs):
@@ -255,8 +257,8 @@ def doctor() -> None:
     import torch
     from rich.table import Table
 
-    from tokdyn import __version__, _native
-    from tokdyn.loading import DEMO_MODEL
+    from . import __version__, _native
+    from .loading import DEMO_MODEL
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("tokdyn", __version__)
@@ -287,8 +289,8 @@ def doctor() -> None:
 
 def self_check() -> float:
     """Relative error of the matrix and of a reduction against one gradient per token, on a tiny random model; the larger."""
-    from tokdyn import forces
-    from tokdyn.testing import random_chis, relative_error, tiny
+    from . import forces
+    from .testing import random_chis, relative_error, tiny
 
     model, u, o = tiny("llama"), random_chis([(3, 4)], seed=1), random_chis([(2, 5)], seed=2)
     truth = forces(model, u, o, method="naive").matrix

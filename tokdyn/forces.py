@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from . import exact, ops
 from .exact import Progress, Side
 from .exact.ch2 import ch2_matrix
-from .exact.matrix import grouped_matrix, size_in_bytes
-from .exact.matrix import matrix as exact_matrix
+from .exact.engines import grouped_matrix, size_in_bytes
+from .exact.engines import matrix as exact_matrix
+from .exact.groups import group_labels, group_table
 from .exact.naive import naive_matrix
-from .exact.plan import one_by_one
 from .exact.readout import readout_matrix
-from .groups import group_labels, group_table
+from .exact.sides import Sides, prepare, with_sides
+from .exact.sweep.plan import one_by_one
+from .model.optimizer import preconditioner
+from .model.trace import Tracer, trace
 from .objective import Objective
 from .objectives import SFT
-from .precondition import preconditioner
+from .runs.folder import FORMAT, read_folder, write_folder
+from .runs.shards import Shards
 from .sequences import Chi
-from .shards import Shards
-from .sides import Sides, prepare, with_sides
-from .store import FORMAT, read_folder, write_folder
-from .trace import Tracer, trace
 
 CH2 = "ch2"
 

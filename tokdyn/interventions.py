@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .forces import forces
+from .model.unwrap import unwrap
 from .objective import Objective, Scores
 from .objectives import SFT
 from .sequences import Chi, Text, collate
-from .wrapped import unwrap
 
 # ---------------------------------------------------------------- which tokens
 

@@ -28,15 +28,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import diagnosis, ranks
-from . import steps as records
 from ._version import __version__
-from .capture import Capture
-from .captured import Forward
-from .prediction import Probe
+from .model.unwrap import is_sharded
 from .sequences import Chi
-from .steps import Folder, Step
-from .wrapped import is_sharded
+from .training import diagnosis
+from .training import distributed as ranks
+from .training import steps as records
+from .training.capture import Capture
+from .training.forward import Forward
+from .training.probe import Probe
+from .training.steps import Folder, Step
 
 KEPT = 100  # records whose token tables stay in memory where there is no folder for them
 

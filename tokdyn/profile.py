@@ -16,18 +16,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import exact, ops, squeeze, store
+from . import exact, ops, squeeze
 from ._version import __version__
-from .exact.matrix import matrix as exact_matrix
-from .exact.matrix import size_in_bytes
+from .exact.engines import matrix as exact_matrix
+from .exact.engines import size_in_bytes
 from .exact.naive import naive_matrix
-from .findings import ROW_SUMS, findings
+from .exact.sides import Sides, prepare, with_sides
 from .forces import coverage as coverage_of
+from .model.trace import Tracer, trace
 from .objective import Objective
 from .objectives import DPO
+from .runs import folder as store
+from .runs.findings import ROW_SUMS, findings
 from .sequences import Chi, token_texts
-from .sides import Sides, prepare, with_sides
-from .trace import Tracer, trace
 from .verify import against_steps, check_eta
 
 Stage = Callable[[str, int, int], None]

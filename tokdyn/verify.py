@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import exact
+from .exact.sides import Sides, prepare
+from .model.optimizer import preconditioner
+from .model.trace import Tracer, trace
 from .objective import Objective
 from .objectives import SFT
-from .precondition import preconditioner
-from .rows import log_probs
+from .ops.rows import log_probs
 from .sequences import Chi
-from .sides import Sides, prepare
-from .trace import Tracer, trace
 
 HALVINGS = 3
 

@@ -1,4 +1,4 @@
-"""The Triton matrix kernels compiled and launched, against float64; tests/interpreted holds what needs no GPU."""
+"""The Triton matrix kernels compiled and launched, against float64; tests/kernels/interpreted holds what needs no GPU."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokdyn import ops
+from .. import ops
 
 Side = Callable[..., Any]
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -9,6 +9,6 @@ tangents.py     one side pulled back, the other moved along
 plan.py       which modules move, and by which rule (rules.py); segments.py: where the backbone can be cut
 """
 
-from .motions import Direction, Progress, Side, finite_difference, pull, pull_each, push, push_all, scaled, select
+from .products import Direction, Progress, Side, finite_difference, pull, pull_each, push, push_all, scaled, select
 
 __all__ = ["Direction", "Progress", "Side", "finite_difference", "pull", "pull_each", "push", "push_all", "scaled", "select"]

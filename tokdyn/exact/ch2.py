@@ -17,13 +17,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import ops
-from ..calls import Call
+from ..model.calls import Call
+from ..model.trace import Tracer
 from ..sequences import Batch
-from ..trace import Tracer
-from .motions import Side
-from .norms import Norm
-from .plan import BLOCK, residual_of
-from .rules import Linear, NotAlone, rule_for
+from .modules.norms import Norm
+from .modules.rules import Linear, NotAlone, rule_for
+from .products import Side
+from .sweep.plan import BLOCK, residual_of
 
 Stream = tuple[str, int]  # a norm and which of its calls
 

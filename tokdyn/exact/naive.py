@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..trace import Tracer
-from .motions import Direction, Progress, Side, pull_each, push_all, scaled
+from ..model.trace import Tracer
+from .products import Direction, Progress, Side, pull_each, push_all, scaled
 
 
 def tangent_matrix(

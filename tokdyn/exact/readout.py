@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import ops
+from ..model.trace import Tracer
 from ..objective import GTerm
-from ..trace import Tracer
-from .motions import Direction, Side
-from .plan import BLOCK, residual_of
+from .products import Direction, Side
+from .sweep.plan import BLOCK, residual_of
 
 
 @torch.no_grad()

@@ -17,11 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from ..calls import Call
-from ..trace import Tracer
-from .plan import Plan, Watched
-from .rules import Embedding, Outputs, Rule
-from .sweep import tied
+from ..model.calls import Call
+from ..model.trace import Tracer
+from .modules.rules import Embedding, Outputs, Rule
+from .sweep.plan import Plan, Watched
+from .sweep.tile import tied
 
 Deltas = dict[str, tuple[list[Call], Outputs]]
 

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import exact, interventions
-from ..capture import Capture, _active
-from ..captured import IGNORED, Forward, Layout
 from ..exact import Side
+from ..exact.sides import with_reference
+from ..model.optimizer import preconditioner
+from ..model.trace import trace
+from ..model.unwrap import unwrap
 from ..objective import GTerm, Objective
-from ..precondition import preconditioner
-from ..prediction import TOKENS, Probe, _NoRequiresGrad, _without_autocast
 from ..sequences import Chi
-from ..sides import with_reference
-from ..trace import trace
-from ..wrapped import unwrap
+from ..training.capture import Capture, _active
+from ..training.forward import IGNORED, Forward, Layout
+from ..training.probe import TOKENS, Probe, _NoRequiresGrad, _without_autocast
 from .trainer import wrap
 from .trl import about_batch
 

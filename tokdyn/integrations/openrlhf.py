@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..capture import tap
 from ..monitor import Monitor
+from ..training.capture import tap
 from .trainer import wrap
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..model.unwrap import is_sharded
 from ..monitor import Monitor
 from ..sequences import Chi
-from ..wrapped import is_sharded
 from .trl import about_batch
 
 

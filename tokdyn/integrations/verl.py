@@ -20,8 +20,8 @@ from weakref import WeakKeyDictionary, finalize
 import torch
 from torch import Tensor
 
-from ..capture import tap
 from ..monitor import Monitor
+from ..training.capture import tap
 
 Monitors = Mapping[Any, Monitor]
 

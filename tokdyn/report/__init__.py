@@ -1,5 +1,5 @@
 """The report page of a run: one self-contained HTML file, nothing fetched."""
 
-from tokdyn.report.page import render
+from .page import render
 
 __all__ = ["render"]

@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..steps import metrics, read
-from ..store import PAGE
+from ..runs.folder import PAGE
+from ..training.steps import metrics, read
 from .page import _count, _plain, _show, _table, assemble
 
 SCRIPTS = ("format.js", "colour.js", "tip.js", "svg.js", "training/data.js", "training/charts.js", "training/forces.js",

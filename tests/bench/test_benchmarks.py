@@ -1,0 +1,160 @@
+"""Every benchmark still runs, in its quick form, and what it compares agrees."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokdyn import _native, bench
+from tokdyn.bench import cases, measure, report
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_exact_forces_runs_and_both_sides_agree(tmp_path):
+    command = [sys.executable, BENCHMARKS / "exact_forces.py", "--quick", "--json", tmp_path / "b.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["error"] < 1e-5
+    assert "structured tangents:" in done.stdout and set(found["figures"]) == {"naive", "tangent"}
+
+
+def overhead(*options):
+    return subprocess.run([sys.executable, BENCHMARKS / "overhead.py", *options], capture_output=True, text=True)
+
+
+def test_overhead_of_recording_is_timed(tmp_path):
+    """By the clock and in processor time; the other part, peak memory, takes three more processes."""
+    done = overhead("--quick", "--part", "time", "--loss", "fused", "--json", str(tmp_path / "o.json"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "o.json").read_text())
+    ways = {"every step", "every 10th, probe"}
+    assert set(found["figures"]["time"]) == ways | {f"{way} processor" for way in ways} | {"seconds per step, off"}
+    assert all(len(values) == 1 for values in found["figures"]["time"].values())
+
+
+def test_results_of_overhead_were_made_with_settings_that_it_takes():
+    files = sorted((BENCHMARKS / "results").glob("overhead-*.json"))
+    settings = [json.loads(file.read_text())["settings"] for file in files]
+    names = ("loss", "batch", "length", "probe", "steps", "rounds", "threads", "part")
+    done = overhead(*[f"--{name}={of[name]}" for of in settings for name in names], "--help")  # looks at those before it
+    assert files and done.returncode == 0, done.stderr
+
+
+def kernels(folder, *options):
+    command = [sys.executable, BENCHMARKS / "kernels.py", "--quick", "--device", "cpu", "--rounds", "2", *options]
+    command += ["--json", folder / "k.json", "--markdown", folder / "k.md"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "k.json").read_text()), (folder / "k.md").read_text()
+
+
+def test_every_operator_is_timed_and_the_sides_agree(tmp_path):
+    wanted = ["cpp", "reference", "eager", "torch.func", "bare matmul", "liger"]
+    found, page = kernels(tmp_path, "--no-memory", *[word for side in wanted for word in ("--side", side)])
+    rows = found["rows"]
+    ops = {"token_stats", "linear_token_stats", "topk_log_probs", "apply_A", "softmax_jvp", "readout_forces", "dual_gram"}
+    assert {row["op"] for row in rows} == ops | {"tangent_attention", "cotangent_attention"}
+    for row in rows:
+        if row["side"].startswith("liger"):  # needs a GPU, and need not be installed
+            assert not row["ran"] and row["why"]
+        elif row["side"] != "cpp" or _native.load()[0] is not None:
+            assert row["ran"], row
+    compared = [row for row in rows if row.get("differs") is not None and row["dtype"] == "float32"]
+    assert {row["side"] for row in compared} >= {"reference", "eager", "torch.func"}
+    assert all(row["differs"] < 1e-5 for row in compared)
+    assert len(found["floors"]["tflop_per_s"]) == 2 and found["floors"]["gb_per_s"] > 0
+    assert found["versions"]["torch"] == torch.__version__ and found["machine"]["threads"] and found["date"]
+    assert page.count("\n| ") == 1 + len(rows) and "did not run" in page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_peak_memory_is_measured_to_the_page():
+    """A result of 48 MiB made through another of 64 that is given back at once: 64 + 48 at most, whatever was there before."""
+    code = """
+import torch
+from tokdyn.bench.measure import peak_memory
+def call(n=2**24):
+    first = torch.ones(n)
+    kept = first[: 3 * n // 4] + 1
+    del first
+    return kept
+call(2**17)  # the code itself has to be loaded
+before = torch.ones(2**25)
+del before
+print(peak_memory(call, torch.device("cpu")) / 2**20, peak_memory(lambda: None, torch.device("cpu")) / 2**20)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | measure.steady_memory()
+    )
+    peak, nothing = map(float, done.stdout.split())
+    assert abs(peak - 112) < 1 and nothing < 1, done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_memory_of_a_case_comes_from_a_process_of_its_own(tmp_path):
+    found, _ = kernels(tmp_path, "linear_token_stats", "--side", "eager", "--side", "cpp")
+    assert {row["case"] for row in found["rows"]} == {"linear_token_stats", "linear_token_stats, memory"}
+    assert all(row["peak_mib"] >= 0 for row in found["rows"] if row["side"] == "eager")
+    assert not [row for row in found["rows"] if "memory_why" in row]
+
+
+def test_bars_are_met_missed_or_not_measured():
+    case = cases.Case("x", "x", torch.float32, {}, lambda device: (), {})
+    rows = {
+        "cpp": dict(median_ms=2.0, peak_mib=10.0, floor_share=0.4),
+        "eager": dict(median_ms=21.0, peak_mib=90.0),
+        "compile": dict(ran=False),
+    }
+    for bar, value, met in (
+        (cases.Bar("cpp", "speedup", 10, "eager"), 10.5, True),
+        (cases.Bar("cpp", "speedup", 11, "eager"), 10.5, False),
+        (cases.Bar("cpp", "speedup", 2, "compile"), None, None),
+        (cases.Bar("cuda", "floor", 0.85), None, None),
+        (cases.Bar("cpp", "floor", 0.3), 0.4, True),
+        (cases.Bar("cpp", "memory", 0.1, "eager"), 1 / 9, False),
+        (cases.Bar("cpp", "times", 0.2, "eager"), 2 / 21, True),
+        (cases.Bar("cpp", "ms", 1.9), 2.0, False),
+        (cases.Bar("cpp", "mib", 10), 10.0, True),
+    ):
+        found = bench.held(bar, case, rows)
+        assert (found["value"], found["met"]) == (value, met), bar
+
+
+def test_unknown_names_are_refused():
+    for options, words in (
+        (dict(device="tpu"), "device"),
+        (dict(ops=["token_stat_s"]), "no operator 'token_stat_s'"),
+        (dict(sides=["jax"]), "no side 'jax'"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=words):
+            bench.bench(quick=True, **options)
+
+
+def test_runs_on_one_machine_join():
+    """A row keeps the time of the first run that has it and takes what it lacks from others; floors stay with their runs."""
+    sizes = dict(quick=True, sides=["eager"], rounds=1, memory=False)
+    one, two = (bench.bench(ops=[op], **sizes) for op in ("token_stats:float32", "topk_log_probs"))
+    again = json.loads(json.dumps(one))
+    for row in again["rows"]:
+        row |= dict(median_ms=1e9, peak_mib=3.0)
+    found = bench.join([one, two, again])
+    assert [(row["op"], row["dtype"]) for row in found["rows"]] == [("token_stats", "float32"), ("topk_log_probs", "float32")]
+    assert found["rows"][0]["median_ms"] == one["rows"][0]["median_ms"] and found["rows"][0]["peak_mib"] == 3.0
+    assert [part["floors"] for part in found["parts"]] == [one["floors"], two["floors"], one["floors"]]
+    assert report.markdown(found).count("Floor, measured in the run of") == 3
+    with pytest.raises(ValueError, match="different machines, versions or sizes"):
+        bench.join([one, dict(two, versions={})])
+    with pytest.raises(ValueError, match="at least one run"):
+        bench.join([])
+
+
+def test_compiled_sides_run_where_there_is_a_compiler(tmp_path):
+    found, _ = kernels(tmp_path, "token_stats:float32", "--no-memory", "--side", "compile", "--side", "eager")
+    compiled = next(row for row in found["rows"] if row["side"] == "compile")
+    assert compiled["differs"] < 1e-5 if compiled["ran"] else "compiler" in compiled["why"].lower(), compiled

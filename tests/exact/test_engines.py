@@ -1,0 +1,362 @@
+"""The two exact engines: memory, sides, rules and shared modules do not change the matrix; what they cannot cover they say."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import tokdyn as td
+from tokdyn import exact
+from tokdyn.exact import engines as matrices_of
+from tokdyn.exact.engines import matrix
+from tokdyn.exact.modules import rules
+from tokdyn.exact.modules.norms import Norm
+from tokdyn.exact.naive import naive_matrix
+from tokdyn.exact.sides import prepare
+from tokdyn.exact.sweep import budget as tiling
+from tokdyn.exact.sweep import plan, segments
+from tokdyn.exact.sweep import tile as sweep
+from tokdyn.model.calls import Call
+from tokdyn.model.trace import Tracer, trace
+from tokdyn.objectives import GRPO, PPO, SFT, SimKO
+from tokdyn.testing import FAMILIES, float64, random_chis, relative_error, tiny, tiny_lora
+
+U, O = random_chis([(3, 5), (2, 6)], seed=1), random_chis([(3, 4), (1, 3), (5, 2)], seed=2)  # noqa: E741
+FP32, FP64 = 1e-5, 1e-9
+ENGINES = ["sweep", "tangents"]
+
+
+def matrices(model, scope="full", update=U, observe=O, P=None, objective=None, **options):
+    """The naive matrix, the fast one, and its rules."""
+    with trace(model) as tracer:
+        sides = prepare(tracer, update, observe, objective or SFT())
+        uses = exact.select(tracer, scope)
+        P = P(tracer) if P else None
+        naive, fast = (torch.full((len(sides.o), len(sides.u)), torch.nan, dtype=tracer.precision) for _ in range(2))
+        naive_matrix(tracer, sides.o, sides.u, uses, P, naive)
+        by = matrix(tracer, sides.o, sides.u, uses, P, fast, **options)
+        assert set(by) == set(uses)  # every parameter took part
+        return naive, fast, by
+
+
+def with_budget(monkeypatch, budget):
+    """Have sweeps made with this budget."""
+    made = tiling.Size.tiling
+    monkeypatch.setattr(tiling.Size, "tiling", lambda *args: made(*args)._replace(budget=budget))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("memory", [1, 1 << 16, 1 << 30])
+def test_memory_sets_chunks_and_tiles_and_nothing_else(engine, memory):
+    few = dict(update=random_chis([(3, 3)], seed=1), observe=random_chis([(2, 2)], seed=2))
+    some = few if memory < 1 << 30 else {}  # so little memory is a tile for each pair of tokens
+    naive, fast, _ = matrices(tiny("qwen2"), engine=engine, memory=memory, **some)
+    assert relative_error(fast, naive) < FP32
+
+
+def test_strips_of_different_lengths_meet(monkeypatch):
+    """Sequences cut behind their tokens: cotangents of a short strip meet tangents made for the whole sequence."""
+    monkeypatch.setattr(sweep, "SHORTEST", 3)
+    monkeypatch.setattr(tiling, "GROUP", 5)
+    monkeypatch.setattr(tiling, "CHUNK", 2)
+    long = random_chis([(2, 21), (4, 9)], seed=3), random_chis([(3, 19)], seed=4)
+    naive, fast, _ = matrices(tiny("gemma2"), update=long[0], observe=long[1], engine="sweep")
+    assert relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parts_of_a_tile_add_up(tied, monkeypatch):
+    """What does not fit is done in parts, and the streamed side is pulled through the segment once for each."""
+    with_budget(monkeypatch, sweep.Budget(2, 3, strip=1, kept=1, graphs=1))
+    monkeypatch.setattr(sweep, "SHORTEST", 2)
+    naive, fast, _ = matrices(tiny("qwen2", tied=tied), engine="sweep")
+    assert relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 1, 0), (1, 2, 0)])
+def test_sequences_may_stand_in_any_order(engine, order):
+    """One of a single token, which leaves attention nothing to mix, among them."""
+    observe = [*random_chis([(3, 4)], seed=2), *random_chis([(1, 1)], seed=3), *random_chis([(2, 5)], seed=4)]
+    naive, fast, _ = matrices(tiny("qwen2"), update=U[:1], observe=[observe[i] for i in order], engine=engine)
+    assert relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("advantages", [(1.0, -1.0, 0.0), (0.0, 1.0, -1.0)])
+def test_tokens_without_a_force_say_nothing_of_the_others(engine, advantages):
+    """A rollout of advantage 0 among others: its cotangents are zero, which looks as if nothing were mixed."""
+    rollouts = [chi.with_(group=0, advantage=a) for chi, a in zip(random_chis([(2, 5)] * 3, seed=5), advantages, strict=True)]
+    naive, fast, _ = matrices(tiny("qwen2"), update=rollouts, observe=U[:1], objective=GRPO(), engine=engine)
+    assert relative_error(fast, naive) < FP32
+    assert not fast[:, 5 * advantages.index(0.0) :][:, :5].any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("objective", [SFT(label_smoothing=0.1), PPO(entropy=0.3), SimKO()], ids=lambda of: type(of).__name__)
+def test_both_engines_take_every_form_of_force(engine, objective):
+    """The uniform part of smoothing, a dense v of the entropy, several targets a token; update tokens in the majority."""
+    some = zip(random_chis([(2, 5), (3, 4), (1, 6)], seed=5), (1.0, -1.0, 0.5), strict=True)
+    update = [chi.with_(group=0, advantage=advantage) for chi, advantage in some]
+    for observe in (U[:1], [*O, *U]):
+        naive, fast, _ = matrices(tiny("qwen2"), update=update, observe=observe, objective=objective, engine=engine)
+        assert relative_error(fast, naive) < FP32
+
+
+class Experts(torch.nn.Module):
+    """A list of layers, each called for the tokens of its kind alone, by token or every other one first."""
+
+    def __init__(self, width, by_token):
+        super().__init__()
+        self.each = torch.nn.ModuleList(torch.nn.Linear(width, width, bias=False) for _ in range(3))
+        self.by_token = by_token
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)
+        kind, out = (7 * flat[:, :3]).argmax(1), torch.zeros_like(flat)
+        for i, expert in enumerate(self.each):
+            rows = (kind == i).nonzero().squeeze(1)
+            rows = rows if self.by_token else torch.cat([rows[::2], rows[1::2]])
+            if len(rows):
+                out = out.index_add(0, rows, expert(flat[rows]))
+        return out.view_as(x)
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+@pytest.mark.parametrize("shortest", [4, 64])
+def test_modules_that_only_some_tokens_call(by_token, shortest, monkeypatch):
+    """Experts one by one: a sequence may leave one out, and return a module's rows in an order that its length changes."""
+    monkeypatch.setattr(sweep, "SHORTEST", shortest)
+    model = tiny("llama", tied=False)
+    torch.manual_seed(0)
+    model.model.layers[1].mlp = Experts(model.config.hidden_size, by_token)
+    update, observe = random_chis([(1, 1), (2, 3)], seed=6), random_chis([(3, 12), (1, 2)], seed=7)
+    naive, fast, _ = matrices(model, update=update, observe=observe, engine="sweep")
+    assert relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize("scope", ["full", r"mlp\.each\.2"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("graphs", [1, 1 << 30])
+def test_modules_that_only_some_sequences_call(scope, seed, graphs, monkeypatch):
+    """Which experts run differs between sequences of one length, a short one and its padding, and may be none that moves."""
+    with_budget(monkeypatch, sweep.Budget(4, 8, strip=64, kept=1 << 30, graphs=graphs))
+    model = tiny("llama", tied=False)
+    torch.manual_seed(0)
+    model.model.layers[1].mlp = Experts(model.config.hidden_size, True)
+    update, observe = random_chis([(1, 1), (1, 1)], seed=seed), random_chis([(1, 2), (3, 12), (1, 2)], seed=10 + seed)
+    naive, fast, _ = matrices(model, scope, update=update, observe=observe, engine="sweep")
+    assert float((fast - naive).norm()) <= FP32 * float(naive.norm())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "qwen2_moe", "opt"])
+def test_a_preconditioner_scales_every_direction(family, engine):
+    """F = J_o P J_uᵀ with any positive diagonal P; the tied embedding keeps both cross terms."""
+
+    def random_P(tracer):
+        generator = torch.Generator().manual_seed(5)
+        return {name: torch.rand(tracer.params[name].shape, generator=generator) + 0.1 for name in tracer.trainable}
+
+    naive, fast, _ = matrices(tiny(family), P=random_P, engine=engine)
+    assert relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize("scope", ["full", "backbone", "readout", r"layers\.0\.mlp"])
+def test_sides_may_be_exchanged(scope):
+    """The side that is looped over is chosen by cost: more updated than observed tokens is the transposed problem."""
+    model = tiny("gemma2")
+    there, back = td.forces(model, U, O, scope=scope).matrix, td.forces(model, O, U, scope=scope).matrix
+    assert relative_error(back.T, there) < FP32
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_the_local_rule_agrees_with_the_special_ones(family, engine, monkeypatch):
+    naive, _, by = matrices(tiny(family, tied=False), engine=engine)
+    assert {"outer product", "lookup", "elementwise gain"} <= set(by.values())
+    monkeypatch.setattr(plan, "rule_for", rules.Local)
+    _, local, by = matrices(tiny(family, tied=False), engine=engine)
+    assert "module-local" in by.values() and "outer product" not in by.values()
+    assert relative_error(local, naive) < FP32
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_written_directions_agree_with_inner_products(engine):
+    """Two sequences of more than six widths: the direction is written down instead of S (rules.Linear)."""
+    chis = random_chis([(212, 6)], seed=3)
+    model = tiny("llama", intermediate_size=16, max_position_embeddings=256)
+    naive, fast, _ = matrices(model, update=chis, observe=chis, engine=engine)
+    assert relative_error(fast, naive) < FP32
+
+
+def test_a_module_called_twice_moves_twice():
+    model = tiny("llama", tied=False)
+    model.model.layers[1] = model.model.layers[0]
+    naive = td.forces(model, U, O, SFT(), method="naive").matrix
+    result = td.forces(model, U, O, SFT())
+    assert relative_error(result.matrix, naive) < FP32
+    assert "outer product" in result.coverage.values()
+
+
+def test_a_tensor_in_two_modules_takes_the_slower_exact_way_and_says_so():
+    model = tiny("llama", tied=False)
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    naive = td.forces(model, U, O, SFT(), method="naive").matrix
+    result = td.forces(model, U, O, SFT())
+    assert relative_error(result.matrix, naive) < FP32
+    assert all("one direction per token" in rule and "one tensor in two modules" in rule for rule in result.coverage.values())
+
+
+def test_a_weight_that_no_module_was_seen_to_use_is_not_left_out(monkeypatch):
+    """A kernel of somebody's own may take a weight out of sight; its gradient tells."""
+    seen = Tracer.usage
+    hidden = "model.norm.weight"
+    monkeypatch.setattr(Tracer, "usage", lambda *of: {name: by for name, by in seen(*of).items() if name != hidden})
+    naive, fast, by = matrices(tiny("llama", tied=False))
+    assert relative_error(fast, naive) < FP32
+    assert all(f"no module was seen to use {hidden}" in rule for rule in by.values())
+
+
+def test_a_gain_is_recognised_by_what_it_does():
+    class Odd(torch.nn.Module):
+        """One 1-D weight, but not a gain."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(32))
+
+        def forward(self, x):
+            return x + self.weight.sigmoid() * x.roll(1, -1)
+
+    model = tiny("llama", tied=False)
+    model.model.norm = Odd()
+    naive, fast, by = matrices(model)
+    assert by["model.norm.weight"] == "module-local"
+    assert by["model.layers.0.input_layernorm.weight"] == "elementwise gain"
+    assert relative_error(fast, naive) < FP32
+
+
+def test_a_residual_stream_is_cut_before_every_block():
+    """Cuts are found, not assumed: two a layer where attention and MLP follow each other, one where they are parallel."""
+    for family, cuts in (("llama", 4), ("gpt_neox", 2)):  # two layers each
+        with trace(tiny(family)) as tracer:
+            side = plan.one_by_one(prepare(tracer, U, O, SFT()).o)
+            p = plan.plan(tracer, exact.select(tracer, "full"), None, side.batches)
+            of = segments.Cuts.of(partial(p.unroll, tracer), side.batches)
+            outline, whole = of.outline(side.batches[0]), of.segments(side.batches[0], 0, len(of))
+            inside = outline.segments(of.keys)
+            assert len([part for part in inside if any("layers" in outline.names[i] for i in part)]) == cuts
+            assert sum(map(len, inside)) == len(outline.names)
+            for depth, part in enumerate(whole):  # made by itself, with nothing below it in the graph
+                assert part.agrees(of.segments(side.batches[0], depth, depth + 1)[0])
+
+
+def test_a_place_where_a_segment_cannot_be_made_by_itself_is_no_cut():
+    """A stream that is read before it is given to a module: a graph that starts there would lose what was made of it."""
+    model = tiny("llama")
+    first = model.model.layers[0]
+
+    class Gated(type(first)):
+        def forward(self, hidden_states, **options):
+            h = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)[0]
+            gate = torch.tanh(h)
+            return h + gate * self.mlp(self.post_attention_layernorm(h))
+
+    first.__class__ = Gated
+    few = dict(update=random_chis([(3, 3)], seed=1), observe=random_chis([(2, 2)], seed=2))
+    naive, fast, _ = matrices(model, engine="sweep", memory=1 << 16, **few)  # little enough that each is made by itself
+    assert relative_error(fast, naive) < FP32
+
+
+def test_graphs_are_made_once_where_they_fit_and_again_where_they_do_not(monkeypatch):
+    """A forward pass of each strip in the first case, a pass for each of its segments in the second."""
+    passes, unroll = [], Tracer.unroll
+    monkeypatch.setattr(Tracer, "unroll", lambda *args: passes.append(1) or unroll(*args))
+    found, counts = [], []
+    for graphs in (1 << 30, 1):
+        with_budget(monkeypatch, sweep.Budget(4, 8, strip=64, kept=1 << 30, graphs=graphs))
+        passes.clear()
+        found.append(matrices(tiny("qwen2"), engine="sweep", update=U[:1], observe=O[:1]))
+        counts.append(len(passes))
+    assert counts[0] < counts[1]
+    assert all(relative_error(fast, naive) < FP32 for naive, fast, _ in found)
+
+
+@pytest.mark.parametrize(
+    ("update", "observe", "memory", "expected"),
+    [
+        ((4, 20), (4, 20), 1 << 30, "_sweep"),
+        ((4, 2), (4, 30), 1 << 30, "_tangents"),  # a forward derivative for each of two tokens, not 30 cotangents
+        ((4, 30), (4, 2), 1 << 30, "_tangents"),
+        ((4, 20), (4, 20), 1 << 12, "_tangents"),  # each tile would be pulled back anew
+        ((4, 20), [(9, 1)] * 20, 1 << 30, "_sweep"),  # tangents would carry each of 20 tokens through 20 sequences
+    ],
+)
+def test_the_cheaper_engine_is_taken(update, observe, memory, expected, monkeypatch):
+    taken = []
+    for name in ("_sweep", "_tangents"):
+        run = getattr(matrices_of, name)
+        monkeypatch.setattr(matrices_of, name, lambda *args, name=name, run=run: taken.append(name) or run(*args))
+    update, observe = (x if isinstance(x, list) else [x] for x in (update, observe))
+    sides = dict(update=random_chis(update, seed=1), observe=random_chis(observe, seed=2))
+    naive, fast, _ = matrices(tiny("llama"), memory=memory, **sides)
+    assert taken == [expected] and relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize("n", [19, 20, 23])
+def test_graphs_that_fit_are_made_once_whatever_the_length(n, monkeypatch):
+    """Strips of lengths that do not divide the sequence, in as much memory as one could want."""
+    made = []
+    whole = segments.Cuts.whole
+    monkeypatch.setattr(sweep, "SHORTEST", 6)
+    monkeypatch.setattr(segments.Cuts, "whole", lambda *args: made.append(1) or whole(*args))
+    chis = random_chis([(1, n)], seed=1)
+    matrices(tiny("qwen2"), update=chis, observe=chis, engine="sweep", memory=1 << 30)
+    assert len(made) == 2 * len(sweep.in_strips(n)) == 6
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms_are_recognised_by_their_derivative(centred, offset):
+    class Plain(torch.nn.Module):
+        """(weight + offset) ⊙ the normalised input + bias."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = (torch.nn.Parameter(torch.randn(24, generator=generator)) for _ in range(2))
+
+        def forward(self, x):
+            x = x - x.mean(-1, keepdim=True) if centred else x
+            return (self.weight + offset) * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() + self.bias
+
+    generator = torch.Generator().manual_seed(0)
+    module, x = Plain(), torch.randn(1, 7, 24, generator=generator)
+    assert Norm.of(Call("", module, (x,), {}, module(x))) == Norm(offset, centred)
+    module.forward = lambda x: module.weight * x.tanh()
+    assert Norm.of(Call("", module, (x,), {}, module(x))) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"), [*((of, False) for of in FAMILIES), *((of, True) for of in ("gpt2", "gemma2", "mixtral", "mamba"))]
+)
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
+def test_tangents_are_exact_to_rounding_on_every_architecture(family, lora):
+    """Forces() takes the sweep where both sides are of a size (tests/exact/test_architectures.py); this is the other way."""
+    model = (tiny_lora if lora else tiny)(family, tied=None).double()
+    with float64():
+        naive, fast, _ = matrices(model, engine="tangents")
+    assert relative_error(fast, naive) < FP64
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sides_of_several_batches_meet(engine, monkeypatch):
+    """Two sequences padded to one length and a third in a batch of its own, on either side."""
+    whole = Tracer.batches
+    monkeypatch.setattr(Tracer, "batches", lambda tracer, chis, tokens: whole(tracer, chis, tokens=16))
+    update, observe = random_chis([(3, 5), (2, 3), (4, 8)], seed=1), random_chis([(5, 9), (3, 4), (1, 3)], seed=2)
+    with trace(tiny("gemma2")) as tracer:
+        sizes = [[len(batch.ids) for batch in tracer.batches(side, 1)] for side in (update, observe)]
+    assert sizes == [[2, 1], [1, 2]]
+    naive, fast, _ = matrices(tiny("gemma2"), update=update, observe=observe, engine=engine)
+    assert relative_error(fast, naive) < FP32

@@ -1,0 +1,182 @@
+"""Groups, shards and budgets: a group's column is the sum of its tokens' columns, wherever it is written."""
+
+import pytest
+import torch
+
+import tokdyn as td
+from tokdyn import ops
+from tokdyn.exact import readout
+from tokdyn.exact.engines import size_in_bytes
+from tokdyn.exact.groups import group_labels
+from tokdyn.objectives import GRPO, SFT
+from tokdyn.runs.shards import Shards
+from tokdyn.testing import random_chis, relative_error, tiny
+
+U, O = random_chis([(3, 5), (2, 6)], seed=1), random_chis([(3, 4), (1, 3), (5, 2)], seed=2)  # noqa: E741
+FP32 = 1e-5
+
+
+def summed(F, labels):
+    G = int(labels.max()) + 1
+    return torch.stack([F[:, labels == g].sum(1) for g in range(G)], 1)
+
+
+@pytest.mark.parametrize("method", ["tangent", "naive"])
+@pytest.mark.parametrize("scope", ["full", "readout", "backbone"])
+@pytest.mark.parametrize("groups", ["sequence", [0] * 11, [0, 1, 1, -1, 2, 3, 0, 4, 5, -1, 6]])
+def test_a_group_is_the_sum_of_its_tokens(method, scope, groups):
+    """[0] * 11 takes the way of one direction per group, the many small groups that of the token matrix."""
+    model = tiny("qwen2")
+    labels = group_labels(groups, U)
+    expected = summed(td.forces(model, U, O, scope=scope, method="naive").matrix, labels)
+    found = td.forces(model, U, O, scope=scope, method=method, groups=groups)
+    assert relative_error(found.matrix, expected) < FP32
+    assert torch.equal(found.groups, labels)
+    assert found.updated["size"].to_pylist() == [int((labels == g).sum()) for g in range(int(labels.max()) + 1)]
+
+
+def test_groups_of_a_loss_with_several_targets_and_an_optimizer():
+    model = tiny("llama")
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.tensor([[1, 2, 3]])).logits.logsumexp(-1).sum().backward()
+    optimizer.step()
+    chis = [chi.with_(advantage=a, group=0) for chi, a in zip(U, (1.0, -1.0), strict=True)]
+    whole = td.forces(model, chis, O, GRPO(), optimizer=optimizer, method="naive").matrix
+    found = td.forces(model, chis, O, GRPO(), optimizer=optimizer, groups="sequence").matrix
+    assert relative_error(found, summed(whole, group_labels("sequence", chis))) < FP32
+
+
+def test_names_of_groups():
+    words = tuple("One two . Three four ! five six".split(" "))
+    two_turns = torch.tensor([False, True, True, True, True, False, True, True])
+    chi = td.Chi(torch.arange(8), two_turns, tokens=words)
+    assert group_labels("sequence", [chi, chi]).tolist() == [0] * 6 + [1] * 6
+    assert group_labels("response", [chi]).tolist() == [0, 0, 0, 0, 1, 1]
+    assert group_labels("sentence", [chi]).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "groups, message",
+    [("word", "must be"), ([0, 1], r"\[L\]=\(11,\)"), ([0] * 10 + [2], "without a gap"), ("sentence", "token texts"),
+     (torch.zeros(11), "whole numbers")],
+)  # fmt: skip
+def test_groups_that_make_no_sense(groups, message):
+    with pytest.raises(ValueError, match=message):
+        td.forces(tiny("llama"), U, O, groups=groups)
+
+
+def test_the_answer_of_a_group_over_the_vocabulary():
+    """The observed token's own entry is its force."""
+    model = tiny("gpt2")
+    found = td.forces(model, U, O, groups="sequence")
+    V = model.config.vocab_size
+    answer = found.vocabulary(m=2, l=1, k=V)
+    y = found.observed["token_id"][2].as_py()
+    at = (answer.rising == y).nonzero()[0, 0]
+    torch.testing.assert_close(answer.rise[at], found.matrix[2, 1], rtol=1e-4, atol=1e-5 * float(found.matrix.abs().max()))
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": "sequence"}, {"scope": "readout"}, {"method": "naive"}])
+def test_a_folder_holds_what_memory_would(tmp_path, options):
+    model = tiny("qwen2")
+    whole = td.forces(model, U, O, **options)
+    found = td.forces(model, U, O, out=tmp_path / "F", memory=200, **options)
+    assert found.matrix is None and len(found.shards.blocks) > 1
+    again = Shards(tmp_path / "F")
+    assert again.complete and relative_error(again.tensor(), whole.matrix) < FP32
+    assert torch.equal(again[3:8], again.tensor()[3:8])
+    torch.testing.assert_close(found.predict(0.1), whole.predict(0.1), rtol=1e-4, atol=1e-6)
+    assert found.to_dataframe()["force"].tolist() == again.tensor().flatten().tolist()
+    with pytest.raises(FileExistsError, match="choose another place"):
+        td.forces(model, U, O, out=tmp_path / "F")
+
+
+def test_an_interrupt_leaves_the_blocks_that_are_done(tmp_path):
+    shards = Shards.create(tmp_path / "F", (5, 3))
+    shards.append(torch.ones(2, 3))
+    again = Shards(tmp_path / "F")
+    assert not again.complete and torch.equal(again[0:2], torch.ones(2, 3))
+    with pytest.raises(ValueError, match="2 of 5 rows are there"):
+        again[1:4]
+    with pytest.raises(ValueError, match="n at most 3"):
+        again.append(torch.ones(4, 3))
+    with pytest.raises(FileNotFoundError, match="no sharded matrix"):
+        Shards(tmp_path)
+
+
+class Stop(Exception):
+    """What a user's own progress raises."""
+
+
+def test_forces_that_are_interrupted_leave_a_folder_with_the_rows_that_are_done(tmp_path):
+    """Whatever ends it: what is written is right, and says what is missing."""
+    model, done = tiny("qwen2"), []
+    whole = td.forces(model, U, O).matrix
+
+    def until_half(now, total):
+        done.append(now / total)
+        if done[-1] > 0.6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        td.forces(model, U, O, out=tmp_path / "F", memory=200, progress=until_half)
+    again = Shards(tmp_path / "F")
+    rows = again.blocks[-1][1]
+    assert not again.complete and 0 < rows < len(whole)
+    assert relative_error(again[0:rows], whole[:rows]) < FP32
+
+
+@pytest.mark.parametrize("method", ["tangent", "naive"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_progress_grows_to_the_whole(tmp_path, method, folder):
+    heard = []
+    options = dict(out=tmp_path / "F", memory=200) if folder else {}
+    td.forces(tiny("llama"), U, O, method=method, progress=lambda done, total: heard.append((done, total)), **options)
+    shares = [done / total for done, total in heard]
+    assert len(heard) > 1 and shares == sorted(shares) and shares[-1] == 1 and shares[0] < 1
+
+
+@pytest.mark.parametrize("text, size", [("2GiB", 2 << 30), ("500 MB", 500_000_000), (1024, 1024), ("1.5KiB", 1536)])
+def test_sizes(text, size):
+    assert size_in_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["many", "2 GiBB", 0, -3, "1.2.3MB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ValueError, match="2GiB"):
+        td.forces(tiny("llama"), U, O, memory=text)
+
+
+@pytest.mark.parametrize("option", [{"groups": "sequence"}, {"out": torch.zeros(9, 11)}])
+def test_matrix_options_do_not_go_with_a_reduction(option):
+    with pytest.raises(ValueError, match="leave reduce='update' out"):
+        td.forces(tiny("llama"), U, O, reduce="update", **option)
+
+
+def test_groups_survive_the_disk(tmp_path):
+    found = td.forces(tiny("llama"), U, O, SFT(), groups="sequence")
+    found.save(tmp_path / "run")
+    again = td.Forces.load(tmp_path / "run")
+    assert torch.equal(again.groups, found.groups) and torch.equal(again.matrix, found.matrix)
+    assert again.updated.num_rows == 2 and "size" not in again.observed.column_names
+
+
+def test_the_readouts_groups_and_weighted_reductions_make_no_whole_matrix(monkeypatch):
+    """[M, L] may be larger than memory where neither answer is: rows are taken a few at a time."""
+    sizes, forces = [], ops.readout_forces
+
+    def spy(*args, **options):
+        found = forces(*args, **options)
+        sizes.append(found.numel() if found.dim() == 2 else 0)
+        return found
+
+    model = tiny("qwen2")
+    whole = td.forces(model, U, O, scope="readout").matrix
+    weights = torch.rand(len(whole))
+    monkeypatch.setattr(readout.ops, "readout_forces", spy)
+    monkeypatch.setattr(readout, "BLOCK", 2 * whole.shape[1])
+    vector = td.forces(model, U, O, scope="readout", reduce="observe", weights=weights).vector
+    assert relative_error(vector, weights @ whole) < FP32
+    few = td.forces(model, U, O, scope="readout", groups="sequence", memory=2 * 4 * 4 * whole.shape[1])
+    assert relative_error(few.matrix, summed(whole, group_labels("sequence", U))) < FP32
+    assert max(sizes) < whole.numel()

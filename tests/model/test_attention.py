@@ -1,0 +1,178 @@
+"""The tracing attention is softmax attention, and its derivatives are that function's derivatives."""
+
+import pytest
+import torch
+from torch.func import jvp, vmap
+
+from tokdyn import ops
+from tokdyn.kernels.cotangent_attention import reference as cotangent
+from tokdyn.kernels.tangent_attention import reference as tangent
+from tokdyn.model import attention
+from tokdyn.model import forward_ad as traceable
+from tokdyn.model.attention import ATTENTION, _Attention, register
+from tokdyn.model.trace import trace
+from tokdyn.testing import random_chis, relative_error, tiny
+
+B, Hk, G, T, D = 2, 2, 3, 7, 4
+
+
+def inputs(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(B, Hk, G, T, D, dtype=torch.float64, generator=g)
+    return q, *(torch.randn(B, Hk, T, D, dtype=torch.float64, generator=g) for _ in range(2))
+
+
+def masks():
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    padded = causal.expand(B, 1, T, T).clone()
+    padded[1, :, :, :2] = False  # left padding: the first rows of the second sequence see nothing
+    packed = causal & (torch.arange(T)[:, None] // 3 == torch.arange(T)[None] // 3)
+    return {
+        "none": None,
+        "causal": causal[None, None],
+        "window": (causal & causal.triu(-2).bool())[None, None],
+        "padded": padded,
+        "packed": packed[None, None],
+    }
+
+
+def plain(q, k, v, mask, scale, softcap):
+    s = torch.einsum("bhgtd,bhsd->bhgts", q, k) * scale
+    s = s if softcap is None else softcap * (s / softcap).tanh()
+    if mask is not None:
+        s = s.masked_fill(~mask[:, :, None], -1e30)
+    P = s.softmax(-1)
+    if mask is not None:
+        P = P * mask[:, :, None].any(-1, keepdim=True)
+    return torch.einsum("bhgts,bhsd->bhgtd", P, v)
+
+
+@pytest.fixture(params=[1, 1 << 23], ids=["row by row", "whole"])
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(tangent, "ELEMENTS", request.param)
+    monkeypatch.setattr(tangent, "ROWS", 1)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("name", masks())
+def test_values_tangents_and_cotangents_are_those_of_softmax_attention(name, softcap, blocks):
+    args, mask = inputs(), masks()[name]
+
+    def f(q, k, v):
+        return plain(q, k, v, mask, 0.6, softcap)
+
+    assert torch.allclose(tangent.attention(*args, mask, 0.6, softcap), f(*args), atol=1e-13)
+    many = [torch.stack([inputs(s)[i] for s in (1, 2, 3)]) for i in range(3)]
+    truth = vmap(lambda *d: jvp(f, args, d)[1])(*many)
+    assert torch.allclose(tangent.tangent_attention(*args, *many, mask, 0.6, softcap), truth, atol=1e-12)
+    _, pull = torch.func.vjp(f, *args)
+    for value, gradient in zip(
+        cotangent.cotangent_attention(*args, many[0], mask, 0.6, softcap), vmap(pull)(many[0]), strict=True
+    ):
+        assert torch.allclose(value, gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", masks())
+def test_the_fused_kernel_computes_the_same_attention(name):
+    """What `ops` takes on the CPU for values and a single cotangent; rows that see nothing give 0 and take nothing back."""
+    args, mask, do = inputs(), masks()[name], inputs(5)[0]
+    value, pull = torch.func.vjp(lambda *x: plain(*x, mask, 0.6, None), *args)
+    assert torch.allclose(ops.attention(*args, mask, 0.6), value, atol=1e-13)
+    for found, gradient in zip(ops.cotangent_attention(*args, do[None], mask, 0.6), pull(do), strict=True):
+        assert torch.allclose(found[0], gradient, atol=1e-12)
+
+
+def test_tangents_and_cotangents_are_transposes(blocks):
+    args, mask = inputs(), masks()["window"]
+    d = [x[None] for x in inputs(4)]
+    do = inputs(5)[0][None]
+    forward = (do * tangent.tangent_attention(*args, *d, mask, 0.6, 1.5)).sum()
+    backward = sum((a * b).sum() for a, b in zip(d, cotangent.cotangent_attention(*args, do, mask, 0.6, 1.5), strict=True))
+    assert float(forward / backward - 1) == pytest.approx(0, abs=1e-12)
+
+
+def test_transforms_reach_the_batched_rules():
+    """vmap of jvp and of vjp with one primal, and with a batch of primals, equal the plain function's."""
+    args, mask = inputs(), masks()["causal"]
+
+    def f(*x):
+        return _Attention.apply(*x, mask, 0.6, None)
+
+    def g(*x):
+        return plain(*x, mask, 0.6, None)
+
+    many = tuple(torch.stack([inputs(s)[i] for s in (1, 2, 3)]) for i in range(3))
+    for h in (lambda f: vmap(lambda *d: jvp(f, args, d)[1])(*many), lambda f: vmap(lambda *x: jvp(f, x, args)[1])(*many)):
+        assert torch.allclose(h(f), h(g), atol=1e-12)
+    for h in (
+        lambda f: vmap(torch.func.vjp(f, *args)[1])(many[0]),
+        lambda f: vmap(lambda *x: torch.func.vjp(f, *x)[1](args[0]))(*many),
+    ):
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(h(f), h(g), strict=True))
+    assert torch.allclose(vmap(f)(*many), vmap(g)(*many), atol=1e-13)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "gemma2"])
+def test_models_give_the_same_logits_and_gradients_as_with_eager_attention(family):
+    register()
+    model = tiny(family)
+    chi = random_chis([(4, 6)], seed=1)[0]
+    found = []
+    for name in ("eager", ATTENTION):
+        model.set_attn_implementation(name)
+        z = model(chi.ids[None]).logits
+        found.append((z.detach(), torch.autograd.grad(z.square().sum(), list(model.parameters()))))
+    assert relative_error(found[1][0], found[0][0]) < 1e-5
+    for a, b in zip(*(grads for _, grads in found), strict=True):
+        assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max() + 1))
+
+
+@pytest.mark.parametrize(
+    ("family", "own"), [("llama", True), ("gemma2", True), ("gpt2", True), ("falcon", False), ("bloom", False)]
+)
+def test_a_traced_model_runs_the_tracing_attention_or_says_that_it_does_not(family, own, monkeypatch, caplog):
+    """Once in every layer; what is said is said once for a kind of model."""
+    traceable._say_eager.cache_clear()
+    calls, run = [], _Attention.apply
+    monkeypatch.setattr(_Attention, "apply", lambda *args: calls.append(1) or run(*args))
+    model = tiny(family)
+    for _ in range(2):
+        with trace(model) as tracer:
+            tracer.logits(tracer.batches(random_chis([(2, 3)], seed=1))[0])
+    assert len(calls) == (2 * model.config.num_hidden_layers if own else 0)
+    assert [("eager attention" in message) for message in caplog.messages] == ([] if own else [True])
+
+
+def test_padded_and_packed_batches_reach_the_attention():
+    register()
+    model = tiny("llama")
+    ids = torch.randint(0, 61, (2, 8), generator=torch.Generator().manual_seed(0))
+    padding = torch.ones(2, 8, dtype=torch.long)
+    padding[0, :3] = 0
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    outs = []
+    for name in ("eager", ATTENTION):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            left = model(ids, attention_mask=padding).logits
+            outs.append((left[0, 3:], left[1], model(ids[:1], position_ids=packed, use_cache=False).logits))
+    assert all(relative_error(b, a) < 1e-5 for a, b in zip(*outs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["none", "causal", "padded"])
+@pytest.mark.parametrize("touched", [[], [0], [T - 1], [2, 4]])
+def test_queries_that_no_cotangent_touches_are_left_out(name, touched, monkeypatch):
+    """And nothing is different: a zero cotangent at a query pulls nothing back."""
+    args, mask, asked = inputs(), masks()[name], []
+
+    def heard(q, *others):
+        asked.append(q.shape[-2])
+        return ops.cotangent_attention(q, *others)
+
+    monkeypatch.setattr(attention, "cotangent_attention", heard)
+    do = torch.zeros(3, *args[0].shape, dtype=torch.float64)
+    do[1:, ..., touched, :] = torch.stack([inputs(s)[0] for s in (1, 2)])[..., touched, :]
+    found = vmap(torch.func.vjp(lambda *x: _Attention.apply(*x, mask, 0.6, None), *args)[1])(do)
+    truth = vmap(torch.func.vjp(lambda *x: plain(*x, mask, 0.6, None), *args)[1])(do)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, truth, strict=True))
+    assert asked == [max(touched) - min(touched) + 1 if touched else 1]

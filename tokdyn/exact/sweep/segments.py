@@ -1,0 +1,258 @@
+"""Where a backbone can be cut: tensors that everything deeper passes through, found from the autograd graph itself.
+
+A cotangent is pulled back from cut to cut, so that of all modules only those between two cuts have theirs in memory, and of
+the graph no more than that part. No architecture is assumed: a residual stream is cut before every attention and every MLP, a
+parallel block once, and a model with a connection around everything not at all.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from ...model.calls import Call
+from ...model.trace import Place
+from ...sequences import Batch
+from ..modules.rules import Unsupported
+
+TRIED = 32  # tokens on which the cuts are tried
+OTHERWISE = "not every sequence passes through the same modules"
+
+
+def depths(h: Tensor, leaves: Sequence[Tensor]) -> tuple[dict[Any, int], set[int]]:
+    """The nodes between h and the leaves with their depth, and the depths of those through which all deeper ones are reached.
+
+    Nodes come up in an order in which each is before all that it was made from; one that comes up when no other is waiting
+    is a cut.
+    """
+    wanted = {id(x) for x in leaves}
+
+    def order(node: Any) -> int:
+        return -1 if hasattr(node, "variable") else node._sequence_nr()
+
+    first = torch.autograd.graph.get_gradient_edge(h).node
+    waiting, seen = [(-order(first), 0, first)], {first}
+    depth: dict[Any, int] = {}
+    cuts = set()
+    while waiting:
+        node = heapq.heappop(waiting)[2]
+        depth[node] = len(depth)
+        if not waiting and len(node._input_metadata) == 1:
+            cuts.add(depth[node])
+        for deeper, _ in node.next_functions:
+            if deeper is not None and deeper not in seen and (not hasattr(deeper, "variable") or id(deeper.variable) in wanted):
+                seen.add(deeper)
+                heapq.heappush(waiting, (-order(deeper), len(seen), deeper))
+    return depth, cuts
+
+
+def depth_of(depth: Mapping[Any, int], x: Tensor) -> int | None:
+    """Of a tensor's node; None where nothing depends on it."""
+    return depth.get(torch.autograd.graph.get_gradient_edge(x).node)
+
+
+def _back(top: Tensor, ends: Sequence[Tensor], v: Tensor) -> tuple[Tensor, ...]:
+    grads = torch.autograd.grad(top, ends, v, retain_graph=True, allow_unused=True)
+    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, ends, strict=True))
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A backbone unrolled on one sequence, without its tensors: what the modules return, and where it can be cut."""
+
+    names: list[str]  # of the modules, call by call
+    shapes: list[list[torch.Size]]  # of each output of each call
+    depth: list[list[int | None]]  # of each output; None where nothing depends on it
+    cuts: dict[Place, tuple[int, torch.Size]]
+    top: torch.Size
+
+    @classmethod
+    def of(cls, h: Tensor, calls: Sequence[Call], given: Mapping[Place, Tensor]) -> Outline:
+        """From what Tracer.unroll gives.
+
+        Raises:
+            Unsupported: none of the modules was called.
+        """
+        if not h.requires_grad:
+            raise Unsupported(OTHERWISE)
+        depth, cuts = depths(h, [x for call in calls for x in call.outputs if x.is_leaf])
+
+        at = partial(depth_of, depth)
+        found = {key: (at(x), x.shape) for key, x in given.items() if x.requires_grad}
+        return cls(
+            [call.name for call in calls], [[x.shape for x in call.outputs] for call in calls],
+            [[at(x) for x in call.outputs] for call in calls],
+            {key: (d, shape) for key, (d, shape) in found.items() if d is not None and d in cuts}, h.shape,
+        )  # fmt: skip
+
+    def spans(self) -> list[tuple[int, int]]:
+        """For each module from its shallowest output to its deepest one: all of them belong into one segment."""
+        found: dict[str, list[int]] = {}
+        for name, depth in zip(self.names, self.depth, strict=True):
+            found.setdefault(name, []).extend(d for d in depth if d is not None)
+        return [(min(d), max(d)) for d in found.values() if d]
+
+    def segments(self, keys: Sequence[Place]) -> list[list[int]]:
+        """Which calls lie in each segment; what lies below the deepest of them is left out."""
+        ends = [self.cuts[key][0] for key in keys]
+        where: list[list[int]] = [[] for _ in range(len(keys) + 1)]
+        for i, depth in enumerate(self.depth):
+            reached = [d for d in depth if d is not None]
+            if reached:
+                where[bisect_left(ends, max(reached))].append(i)
+        while where and not where[-1]:
+            where.pop()
+        return where
+
+    def values(self, keys: Sequence[Place]) -> list[list[int]]:
+        """How many numbers each output of each segment holds."""
+        return [[x.numel() for i in inside for x in self.shapes[i]] for inside in self.segments(keys)]
+
+
+def common_cuts(outlines: Sequence[Outline]) -> list[Place]:
+    """The cuts that all share and that divide no module's calls, from the readout down, the first met of those at one place."""
+    keys = set.intersection(*(set(outline.cuts) for outline in outlines))
+    for outline in outlines:
+        spans = outline.spans()
+        keys = {key for key in keys if not any(low <= outline.cuts[key][0] < high for low, high in spans)}
+    places: dict[int, Place] = {}
+    for key, (depth, _) in outlines[0].cuts.items():
+        if key in keys:
+            places.setdefault(depth, key)
+    found = [places[depth] for depth in sorted(places)]
+    return found[: max(len(outline.segments(found)) for outline in outlines) - 1]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of a graph between two cuts, with the modules that have their outputs there."""
+
+    top: Tensor
+    inside: list[tuple[Call, list[Tensor]]]
+    bottom: Tensor | None
+
+    @classmethod
+    def of(cls, top: Tensor, calls: Sequence[Call], bottom: Tensor | None) -> Segment:
+        """With these calls, outside the graph they were recorded in."""
+        return cls(top, [(call.detached(), call.outputs) for call in calls], bottom)
+
+    def pull(self, cotangent: Tensor) -> tuple[list[list[Tensor]], Tensor]:
+        """Cotangents [b, *top] -> those at the modules' outputs, [b, *output], and at the lower cut (empty without one)."""
+        outputs = [x for _, tensors in self.inside for x in tensors]
+        ends = outputs if self.bottom is None else [*outputs, self.bottom]
+
+        found = iter(vmap(partial(_back, self.top, ends))(cotangent))
+        deltas = [[next(found) for _ in tensors] for _, tensors in self.inside]
+        return deltas, cotangent.new_empty(0) if self.bottom is None else next(found)
+
+    def agrees(self, other: Segment) -> bool:
+        """Whether both give the same to the same cotangent."""
+        if self.top.shape != other.top.shape or [c.name for c, _ in self.inside] != [c.name for c, _ in other.inside]:
+            return False
+        v = torch.randn(self.top.shape, generator=torch.Generator().manual_seed(0)).to(self.top)[None]
+        (mine, below), (theirs, deep) = self.pull(v), other.pull(v)
+        pairs = zip([below, *(x for of in mine for x in of)], [deep, *(x for of in theirs for x in of)], strict=True)
+        eps = 100 * torch.finfo(v.dtype).eps
+        return all(a.shape == b.shape and bool((a - b).norm() <= eps * b.norm()) for a, b in pairs)
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where a backbone is cut. A segment's graph is made when it is wanted, by a forward pass that stops behind it."""
+
+    unroll: Callable[..., tuple[Tensor, list[Call], dict[Place, Tensor]]]  # of a batch, from one place to another
+    keys: tuple[Place, ...]  # from the readout down
+    tried: Batch  # a short text, on which it is seen where a graph may begin
+    outlines: dict[int, Outline] = field(default_factory=dict)  # by the length of a sequence
+    ends: dict[int, bool] = field(default_factory=dict)  # by cut: whether a graph may end there and the next begin
+
+    @classmethod
+    def of(cls, unroll: Callable[..., Any], batches: Sequence[Batch]) -> Cuts:
+        """The places that all these sequences share."""
+        tried = min(batches, key=lambda batch: batch.ids.shape[1]).upto(slice(0, TRIED))
+        whole = cls(unroll, (), tried)
+        keys = common_cuts([whole.outline(batch) for batch in batches])
+        return cls(unroll, tuple(keys), tried, whole.outlines)
+
+    def outline(self, batch: Batch) -> Outline:
+        """Of a sequence of this length; `segments` sees to it that all of them have the same."""
+        length = batch.ids.shape[1]
+        if length not in self.outlines:
+            self.outlines[length] = self._fitting(Outline.of(*self.unroll(batch)))
+        return self._fitting(self.outlines[length])
+
+    def _fitting(self, outline: Outline) -> Outline:
+        if not set(self.keys) <= set(outline.cuts):
+            raise Unsupported(OTHERWISE)
+        return outline
+
+    def __len__(self) -> int:
+        return len(self.keys) + 1
+
+    def end(self, start: int, most: int) -> int:
+        """Where a graph of about so many segments ends: at the next cut from there on at which another may begin."""
+        return next((stop for stop in range(start + most, len(self)) if self._is_end(stop)), len(self))
+
+    def _is_end(self, depth: int) -> bool:
+        """Whether the segments above and below a cut, each in a graph that goes no further, are those of the whole graph."""
+        if depth not in self.ends:
+            whole = self._cut(self.tried, 0, len(self))[0][depth - 1 : depth + 1]
+            try:
+                apart = [self._cut(self.tried, 0, depth)[0][-1], self._cut(self.tried, depth, len(self))[0][0]]
+                self.ends[depth] = all(a.agrees(b) for a, b in zip(apart, whole, strict=True))
+            except (RuntimeError, KeyError):  # a leaf changed in place, a place that is not come by
+                self.ends[depth] = False
+        return self.ends[depth]
+
+    def whole(self, batch: Batch) -> tuple[Outline, list[Segment]]:
+        """All segments of a sequence in one graph, with their outline."""
+        h, calls, given = self.unroll(batch, self.keys)
+        outline = self._fitting(Outline.of(h, calls, given))
+        return outline, self._divided(h, calls, given, 0, len(self))[0]
+
+    def segments(self, batch: Batch, start: int, stop: int) -> list[Segment]:
+        """Some of them on a sequence, from the readout down, in one graph.
+
+        Raises:
+            Unsupported: they hold other modules than in the sequence of this length that was looked at before.
+        """
+        found, inside = self._cut(batch, start, stop)
+        outline = self.outline(batch)
+        for calls, which in zip(inside, outline.segments(self.keys)[start:], strict=False):
+            foreseen = [(outline.names[i], outline.shapes[i]) for i in which]
+            if [(call.name, [x.shape for x in call.outputs]) for call in calls] != foreseen:
+                raise Unsupported(OTHERWISE)
+        return found
+
+    def _cut(self, batch: Batch, start: int, stop: int) -> tuple[list[Segment], list[list[Call]]]:
+        """The segments, and the calls in each."""
+        top, bottom = (self.keys[i] if 0 <= i < len(self.keys) else None for i in (start - 1, stop - 1))
+        end, calls, given = self.unroll(batch, self.keys[max(0, start - 1) : stop], bottom, top)
+        return self._divided(end, calls, given, start, stop)
+
+    def _divided(
+        self, end: Tensor, calls: Sequence[Call], given: Mapping[Place, Tensor], start: int, stop: int
+    ) -> tuple[list[Segment], list[list[Call]]]:
+        """The same from what unroll gives."""
+        bottom = self.keys[stop - 1] if stop <= len(self.keys) else None
+        inner = self.keys[start : stop - 1]
+        depth = depths(end, [x for call in calls for x in call.outputs if x.is_leaf])[0]
+
+        at = partial(depth_of, depth)
+        ends = [depth[torch.autograd.graph.get_gradient_edge(given[key]).node] for key in inner]
+        inside: list[list[Call]] = [[] for _ in range(stop - start)]
+        for call in calls:
+            reached = [d for d in map(at, call.outputs) if d is not None]
+            if reached:
+                inside[bisect_left(ends, max(reached))].append(call)
+        cut = [given[key] for key in inner]
+        tops, bottoms = [end, *cut], [*cut, None if bottom is None else given[bottom]]
+        return [Segment.of(*of) for of in zip(tops, inside, bottoms, strict=True)], inside

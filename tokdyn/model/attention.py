@@ -1,0 +1,160 @@
+"""The tracing attention: softmax attention whose jvp, vjp and vmap take many tangents or cotangents at once.
+
+Fused attention has no forward mode, and eager attention keeps T² numbers per head and tangent. This one recomputes the
+softmax, once for many tangents: on a GPU tile by tile in Triton, elsewhere in blocks of queries (ops.tangent_attention,
+ops.cotangent_attention). It is registered with transformers under the name ATTENTION, with boolean
+masks, so that causal, sliding-window, padded and packed inputs arrive as the model makes them; grouped heads and soft-capped
+scores are its own. Attention sinks are not: models that have them are traced with eager attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import attention, cotangent_attention, tangent_attention
+
+ATTENTION = "tokdyn"
+
+
+class _Tangent(torch.autograd.Function):
+    """Ȯ of one tangent; under vmap, of all tangents at once."""
+
+    @staticmethod
+    def forward(q, k, v, dq, dk, dv, mask, scale, softcap):
+        return tangent_attention(q, k, v, dq[None], dk[None], dv[None], mask, scale, softcap)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("a tangent of the tracing attention is not differentiated again")
+
+    @staticmethod
+    def vmap(info, in_dims, q, k, v, dq, dk, dv, mask, scale, softcap):
+        if any(dim is not None for dim in in_dims[:3]):
+            return _one_by_one(_Tangent, info, in_dims, (q, k, v, dq, dk, dv, mask, scale, softcap))
+        dq, dk, dv = _spread(info, in_dims[3:6], (dq, dk, dv))
+        with torch.no_grad():  # as in forward, so that the operator may take a form that has no gradient
+            return tangent_attention(q, k, v, dq, dk, dv, mask, scale, softcap), 0
+
+
+class _Cotangent(torch.autograd.Function):
+    """dQ, dK, dV of one cotangent; under vmap, of all cotangents at once."""
+
+    @staticmethod
+    def forward(q, k, v, do, mask, scale, softcap):
+        return tuple(x[0] for x in cotangent_attention(q, k, v, do[None], mask, scale, softcap))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("a cotangent of the tracing attention is not differentiated again")
+
+    @staticmethod
+    def vmap(info, in_dims, q, k, v, do, mask, scale, softcap):
+        if any(dim is not None for dim in in_dims[:3]):
+            return _one_by_one(_Cotangent, info, in_dims, (q, k, v, do, mask, scale, softcap))
+        (do,) = _spread(info, in_dims[3:4], (do,))
+        T, rows = q.shape[-2], _touched(do)
+        with torch.no_grad():
+            seen = mask if mask is None else mask[..., rows, :]
+            dq, dk, dv = cotangent_attention(q[..., rows, :], k, v, do[..., rows, :], seen, scale, softcap)
+            if dq.shape[-2] < T:
+                dq = torch.nn.functional.pad(dq, (0, 0, rows.start, T - rows.stop))
+            return (dq, dk, dv), (0, 0, 0)
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(cap(scale q kᵀ) where mask) v; shapes as in the reference."""
+
+    @staticmethod
+    def forward(q, k, v, mask, scale, softcap):
+        return attention(q, k, v, mask, scale, softcap)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, mask, ctx.scale, ctx.softcap = inputs
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.save_for_forward(q, k, v, mask)
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, mask = ctx.saved_tensors
+        return *_Cotangent.apply(q, k, v, do, mask, ctx.scale, ctx.softcap), None, None, None
+
+    @staticmethod
+    def jvp(ctx, dq, dk, dv, *_):
+        q, k, v, mask = ctx.saved_tensors
+        tangents = (torch.zeros_like(x) if d is None else d for x, d in ((q, dq), (k, dk), (v, dv)))
+        return _Tangent.apply(q, k, v, *tangents, mask, ctx.scale, ctx.softcap)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _one_by_one(_Attention, info, in_dims, inputs)
+
+
+def _spread(info: Any, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """The batched dimension in front, everywhere."""
+    n = info.batch_size
+    return [x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, dims, strict=True)]
+
+
+def _touched(do: Tensor) -> slice:
+    """From the first to the last query at which some cotangent is not zero: a model's last attention has few of them."""
+    others = [dim for dim in range(do.dim()) if dim != do.dim() - 2]
+    found = (do.amax(others).ne(0) | do.amin(others).ne(0)).nonzero()
+    return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 1)
+
+
+def _one_by_one(function: Any, info: Any, dims: Any, inputs: tuple[Any, ...]) -> Any:
+    """A batch of primals (a module-local rule on an attention block): one after the other."""
+    rows = []
+    for i in range(info.batch_size):
+        row = [x if dim is None else x.select(dim, i) for x, dim in zip(inputs, dims, strict=True)]
+        rows.append(function.apply(*row))
+    if isinstance(rows[0], tuple):
+        return tuple(torch.stack(part) for part in zip(*rows, strict=True)), tuple(0 for _ in rows[0])
+    return torch.stack(rows), 0
+
+
+def tracing_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The form transformers calls: query [B, H, T, D], key and value [B, Hk, S, D] -> [B, T, H, D]."""
+    B, H, T, D = query.shape
+    Hk, S = key.shape[1], key.shape[2]
+    mask = attention_mask
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)[None, None]
+    elif mask.dtype != torch.bool:
+        mask = mask == 0
+    q = query.reshape(B, Hk, H // Hk, T, D)
+    out = _Attention.apply(q, key, value, mask[..., :S], D**-0.5 if scaling is None else float(scaling), softcap)
+    return out.reshape(B, H, T, -1).transpose(1, 2), None
+
+
+def register() -> None:
+    """Make the attention known to transformers, with the boolean masks it wants."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def explicit(*args: Any, allow_is_causal_skip: bool = False, **kwargs: Any) -> Tensor | None:
+        return sdpa_mask(*args, allow_is_causal_skip=False, **kwargs)
+
+    AttentionInterface.register(ATTENTION, tracing_attention)
+    AttentionMaskInterface.register(ATTENTION, explicit)

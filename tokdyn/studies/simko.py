@@ -1,0 +1,137 @@
+"""SimKO shares the pull on a right answer's forking tokens with their runners-up, to keep pass@K while pass@1 rises.
+
+Peng, Ren et al., *SimKO* (arXiv 2510.14807, later CaSP), §3-4: GRPO concentrates a policy on its most likely token, which
+costs pass@K. SimKO gives a share α of a right answer's gradient at high-entropy tokens to the N most likely candidates, and
+presses a wrong answer harder (λ) where its token is the most likely one. Here with the paper's constants on the sums of
+grpo_forces.py, besides GRPO, from the same start and on the same problems; the tree of the paper is the study simko-tree.
+
+Identities, asserted: SimKO's loss has GRPO's value, and at its forking tokens the gradient at the logits is sg(γ)A(pi - ẽ)
+with ẽ = (1-α)e_y + (α/N) Σ e_candidates. Measured, over seeds: pass@1, pass@K, top-1 mass and entropy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import tokdyn as td
+
+from ..interventions import loss
+from ..loading import load_model
+from ..objectives import Scores
+from . import arithmetic, training
+from .figures import BLUE, VERMILION, band, figure
+from .grpo_forces import G, K, gained, gains, train
+from .result import Claim, Estimate, Result, estimate
+
+PAPER = "arXiv 2510.14807 §4"
+LOSSES = {"GRPO": td.objectives.GRPO(), "SimKO": td.objectives.SimKO()}
+MARGIN = 0.02  # of pass@1 that counts as no cost
+PANELS = {"pass_1": "pass@1", "pass_K": f"pass@{K}", "top_1": "mass of the most likely token",
+          "answers": "different answers a problem"}  # fmt: skip
+
+
+def run(quick: bool = False, seed: int = 0) -> Result:
+    """GRPO and SimKO side by side.
+
+    Args:
+        quick: one seed of 4 small steps on 12 problems instead of five seeds of 60 steps on 48.
+        seed: of the problems and of the first run.
+    """
+    model, tokenizer = load_model()
+    sums = arithmetic.problems(seed, 12 if quick else 48)
+    taught = arithmetic.half_taught(model, tokenizer, sums, seed=seed)
+    rollouts = [chi for chi in arithmetic.roll_out(taught, tokenizer, sums[:4], G, seed=seed).chis if chi.advantage]
+    value, spread = _identities(taught, rollouts)
+    size = dict(steps=4, every=4, prompts=4, samples=8) if quick else dict(steps=60, every=10, prompts=8, samples=16)
+    curves = [
+        {"method": name, "seed": s} | row
+        for s in range(seed, seed + (1 if quick else 5))
+        for name, objective in LOSSES.items()
+        for row in train(taught, tokenizer, sums, name, seed=s, objective=objective, **size)
+    ]
+    return conclude(curves, value, spread, len(sums))
+
+
+def conclude(curves: list[dict[str, Any]], value: float, spread: float, problems: int) -> Result:
+    """What the readings and the two identities' differences say."""
+    import pyarrow as pa
+
+    more = {key: gained(curves, "SimKO", "GRPO", key) for key in PANELS}
+    change = {key: [f"{name} {estimate(gains(curves, name, key)).words()}" for name in LOSSES] for key in PANELS}
+    claims = [
+        Claim(
+            f"SimKO's ratio has the value of GRPO's (identity; {PAPER})",
+            "both losses agree on the same rollouts, but for λ on wrong rank-1 tokens: equal with λ = 1",
+            f"relative difference {value:.1e}",
+            value < 1e-5,
+        ),
+        Claim(
+            "Its gradient at a forking token of a right answer is shared with the candidates (identity; theory §2 †)",
+            "weights c of the target and the N candidates are γA/(G|y|) times (1-α) and α/N",
+            f"relative difference {spread:.1e}",
+            spread < 1e-5,
+        ),
+        Claim(
+            f"SimKO keeps more of pass@K than GRPO ({PAPER})",
+            f"its change of pass@{K} over training is higher than GRPO's with the same seed, interval above 0",
+            f"{', '.join(change['pass_K'])}, difference {more['pass_K'].words()}",
+            more["pass_K"].low > 0,
+        ),
+        Claim(
+            f"at no cost in pass@1 ({PAPER})",
+            f"its change of pass@1 is below GRPO's by no more than {MARGIN:g}, the difference's interval too",
+            f"{', '.join(change['pass_1'])}, difference {more['pass_1'].words()}",
+            more["pass_1"].low > -MARGIN,
+        ),
+        Claim(
+            f"because it concentrates less ({PAPER})",
+            "its change of the top-1 mass is lower than GRPO's with the same seed, interval below 0",
+            f"{', '.join(change['top_1'])}, difference {more['top_1'].words()}",
+            more["top_1"].high < 0,
+        ),
+    ]
+    return Result(
+        f"With the paper's constants SimKO changes pass@{K} by {more['pass_K'].mean:+.3f} and the top-1 mass by "
+        f"{more['top_1'].mean:+.3f} against GRPO",
+        claims, {"training": pa.Table.from_pylist(curves)}, {"simko": _figure(curves, more)},
+        notes=f"{problems} sums, G = {G} rollouts, {max(row['step'] for row in curves)} steps; α = .01, λ = 1.1, N = 3, "
+        "forking tokens above the .8 quantile of an answer's entropy.",
+    )  # fmt: skip
+
+
+def _identities(model: Any, chis: list[td.Chi]) -> tuple[float, float]:
+    """Both identities on real rollouts, with ratios γ that differ from 1 within the clip, the second in float64."""
+    parts = training.log_probs(model, chis)
+    chis = [chi.with_(old_log_probs=lp + torch.linspace(-0.1, 0.1, len(lp))) for chi, lp in zip(chis, parts, strict=True)]
+    simko, grpo = td.objectives.SimKO(lam=1.0), td.objectives.GRPO()
+    with torch.no_grad():
+        a, b = loss(model, chis, simko), loss(model, chis, grpo)
+        log_pi = training.logits(model, chis).double().log_softmax(1)
+    size = sum(chi.advantage**2 for chi in chis if chi.advantage) ** 0.5
+    values, candidates = log_pi.topk(simko.n_candidates)
+    scores = Scores(entropy=-(log_pi.exp() * log_pi).sum(1), candidates=candidates, candidate_log_probs=values)
+    log_probs = log_pi.gather(1, training.targets(chis)[:, None]).squeeze(1)
+    shared, plain = simko.g_terms(log_probs, chis, scores).c, grpo.g_terms(log_probs, chis).c
+    forked = shared[:, 1].abs() > 0
+    assert forked.any() and bool((plain[forked] > 0).all())
+    shares = torch.tensor([1 - simko.alpha, *[simko.alpha / simko.n_candidates] * simko.n_candidates], dtype=torch.float64)
+    truth = plain[forked, None] * shares
+    return float((a - b).abs()) / size, float((shared[forked] - truth).norm() / truth.norm())
+
+
+def _figure(curves: list[dict[str, Any]], more: dict[str, Estimate]) -> Any:
+    title = f"SimKO against GRPO on half-solved sums: pass@1 {more['pass_1'].mean:+.3f}, pass@{K} {more['pass_K'].mean:+.3f}"
+    made, axes = figure(1, 4, title=title, width=12, height=3.2)
+    steps = sorted({row["step"] for row in curves})
+    for axis, (key, label) in zip(axes, PANELS.items(), strict=True):
+        for name, colour in (("GRPO", VERMILION), ("SimKO", BLUE)):
+            of: dict[int, list[float]] = {}
+            for row in curves:
+                if row["method"] == name:
+                    of.setdefault(row["seed"], []).append(row[key])
+            band(axis, steps, list(of.values()), colour, name)
+        axis.set(xlabel="training step", ylabel=label)
+    axes[0].legend()
+    return made

@@ -1,0 +1,90 @@
+"""What a capture lacks, in words that a person can act on: why there is nothing, what is missing, what does not add up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .forward import Forward
+
+if TYPE_CHECKING:
+    from .capture import Capture
+
+
+def nothing(capture: Capture) -> str:
+    """The likely cause when a step left no capture."""
+    if capture.seen and capture.seen == capture.excluded:
+        return f"all {capture.seen} forward passes ran without gradients (generation, reference or evaluation)"
+    if getattr(capture.lm, "_compiled_call_impl", None) is not None:
+        return (
+            "the model was compiled in place (model.compile()), where hooks see no gradients: use torch.compile(model) instead"
+        )
+    if not capture.seen:
+        return (
+            f"no forward pass of {type(capture.lm).__name__} was seen: the loss is computed with another copy or a wrapper "
+            "compiled earlier (hooks added later do not fire inside); give tokdyn the module that the loop calls"
+        )
+    if not capture.captured and capture.compiled is None:
+        return capture.blind
+    if capture.compiled is not None:
+        return (
+            "the loss is computed inside the compiled model, where no hook sees it: compute it outside (Trainer's "
+            "compute_loss_func, or logits without labels), or compile the layers only"
+        )
+    if capture.postponed:
+        return (
+            "the loss is made inside the model and the weights of its readout are sharded: c is fitted to the gradient at the "
+            "hidden states, from the next recorded step on"
+        )
+    return (
+        f"{capture.captured} forward passes were captured but no gradient came back to them: backward() was not called "
+        "before the step ended, or the loss does not read this output (log-probs of your own go through td.tap)"
+    )
+
+
+def missing(capture: Capture, forwards: Sequence[Forward]) -> list[str]:
+    """What the records of a step are known to leave out."""
+    notes = []
+    if capture.aux:
+        notes.append("a loss of the router goes past the logits: the forces are incomplete by that term")
+    if any(f.v is not None for f in forwards if f.route == "least squares"):
+        notes.append(
+            "c alone does not explain the gradient; entropy and label smoothing terms (v, u) were fitted to it. If the "
+            "loss has none, the temperature is not the loss's"
+        )
+    if any(f.touched is not None and "clip" in f.metadata for f in forwards):
+        notes.append(
+            "clipped tokens cannot be told from unscored ones, as nobody said which tokens the loss scores: give micro_batch a "
+            "mask, or pass the loss's log-probs through td.tap with labels or a mask"
+        )
+    return notes
+
+
+def mismatch(forwards: Sequence[Forward]) -> tuple[str, str] | None:
+    """Where a self-check fails, what is said of it, and the likely cause alone; None where all hold.
+
+    The bound is √eps of the pass: rounding stays far below it, and a wrong temperature, mask or readout far above.
+    """
+    if any(not math.isfinite(f.scored + f.astray) for f in forwards if f.sampled or f.astray):
+        return ("the gradient at the hidden states is not finite: the loss overflowed or holds NaN", "not finite")
+    bad = [f for f in forwards if f.residual > max(f.eps**0.5, 1e-6)]
+    if not bad:
+        return None
+    worst = max(bad, key=lambda f: f.residual)
+    if worst.outside > 0.5 * worst.residual:
+        cause = "it falls on tokens taken for unscored: labels or mask are not the loss's, or the loss reads hidden states"
+    elif worst.log_prob_error > 10 * worst.eps**0.5:
+        cause = (
+            f"the output's log-probs differ by {worst.log_prob_error:.2g} nats from those of its hidden states at "
+            f"temperature={worst.temperature:g}: is that what the loss divides by?"
+        )
+    elif worst.route == "least squares":
+        cause = (
+            f"the loss is not one of log-probs, entropies and mean log-probs at temperature={worst.temperature:g}: is "
+            "that what it divides the logits by?"
+        )
+    else:
+        cause = "a further term of the loss reaches the hidden states, or the temperature is not the loss's"
+    bound = max(worst.eps**0.5, 1e-6)
+    return f"c explains the gradient at the hidden states only to {worst.residual:.2g} (bound {bound:.2g}): {cause}", cause
