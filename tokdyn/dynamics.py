@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .kernels.readout_forces.reference import logit_force
 from .objective import GTerm
 
 
@@ -28,7 +27,7 @@ def K(J_o: Float[Tensor, "M V P"], J_u: Float[Tensor, "L V P"]) -> Float[Tensor,
 
 def G(logits: Float[Tensor, "L V"], gterm: GTerm) -> Float[Tensor, "L V"]:
     """Loss gradient at the logits, G_l = ∂L/∂z_l, rebuilt from the GTerm (formula there)."""
-    return -logit_force(logits, gterm.targets, gterm.c, gterm.v, gterm.uniform)
+    return -gterm.force(logits)
 
 
 def F(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .kernels.readout_forces.reference import logit_force
 from .sequences import Chi
 
 
@@ -21,18 +22,70 @@ from .sequences import Chi
 class GTerm:
     """The loss gradient at the logits, without the logits: everything besides pi that G needs.
 
-    G_l = Σ_k c_lk (pi_l - e_{targets_lk}) - v_l pi_l ⊙ (log pi_l + H_l) + u_l (pi_l - 1/V)
+        G_l = (Σ_k c_lk (pi_l - e_{targets_lk}) - v_l pi_l ⊙ (log pi_l + H_l) + u_l (pi_l - 1/V)) / temperature
+
+    with pi = softmax(z / temperature) and H its entropy.
+
+    Args:
+        targets: the token of each position, or K tokens of it of which the first is its own.
+        c: -∂L/∂log pi of them, by position and target.
+        v: ∂L/∂H, or None where the loss reads no entropy.
+        uniform: u = -∂L/∂(mean log pi), or None.
+        temperature: what the loss divides the logits by.
     """
 
     targets: Int[Tensor, "L"] | Int[Tensor, "L K"]
     c: Float[Tensor, "L"] | Float[Tensor, "L K"]
     v: Float[Tensor, "L"] | None = None
     uniform: Float[Tensor, "L"] | None = None
+    temperature: float = 1.0
+
+    def force(self, logits: Float[Tensor, "L V"]) -> Float[Tensor, "L V"]:
+        """Γ = -G at these logits, the force of each token on its own logits; [L, V], nats per unit learning rate."""
+        if self.temperature == 1:
+            return logit_force(logits, self.targets, self.c, self.v, self.uniform)
+        return logit_force(logits / self.temperature, self.targets, self.c, self.v, self.uniform) / self.temperature
+
+    @property
+    def own_c(self) -> Float[Tensor, "L"]:
+        """c of each position's own token, where it has further targets."""
+        return self.c if self.c.dim() == 1 else self.c[:, 0]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether G is c (pi - e_y) of one target: no further targets, entropy, uniform part or temperature."""
+        return self.targets.dim() == 1 and self.v is None and self.uniform is None and self.temperature == 1
 
     def rows(self, index: Tensor | slice) -> GTerm:
         """Some of the tokens."""
         v, uniform = (None if x is None else x[index] for x in (self.v, self.uniform))
-        return GTerm(self.targets[index], self.c[index], v, uniform)
+        return replace(self, targets=self.targets[index], c=self.c[index], v=v, uniform=uniform)
+
+    @classmethod
+    def joined(cls, terms: Sequence[GTerm]) -> GTerm:
+        """The tokens of several, one after the other; v and u are 0 where one lacks what another has.
+
+        Raises:
+            ValueError: their temperatures differ.
+        """
+        temperatures = {term.temperature for term in terms}
+        if len(temperatures) > 1:
+            raise ValueError(f"terms of one temperature can be joined, got {sorted(temperatures)}")
+
+        def whole(parts: list[Tensor | None]) -> Tensor | None:
+            if all(part is None for part in parts):
+                return None
+            filled = zip(parts, terms, strict=True)
+            return torch.cat([torch.zeros_like(term.own_c) if part is None else part for part, term in filled])
+
+        v, uniform = whole([term.v for term in terms]), whole([term.uniform for term in terms])
+        targets, c = torch.cat([term.targets for term in terms]), torch.cat([term.c for term in terms])
+        return cls(targets, c, v, uniform, *temperatures)
+
+    def to(self, device: torch.device) -> GTerm:
+        """The same on a device."""
+        v, uniform = (None if x is None else x.to(device) for x in (self.v, self.uniform))
+        return replace(self, targets=self.targets.to(device), c=self.c.to(device), v=v, uniform=uniform)
 
     def split(self, sizes: Sequence[int]) -> list[GTerm]:
         """One for each run of so many tokens."""
@@ -43,7 +96,7 @@ class GTerm:
         """The gradient of each token times a weight."""
         w = weights.to(self.c)
         v, uniform = (None if x is None else x * w for x in (self.v, self.uniform))
-        return GTerm(self.targets, self.c * (w if self.c.dim() == 1 else w[:, None]), v, uniform)
+        return replace(self, c=self.c * (w if self.c.dim() == 1 else w[:, None]), v=v, uniform=uniform)
 
 
 @dataclass(frozen=True)

@@ -227,8 +227,7 @@ def _squeeze(tracer: Tracer, sides: Sides, eta: float) -> squeeze.Squeeze:
         z = head.logits(h)
         gamma = head.pull_back(z, sides.u.force(b, z))
         after = head.cap(head.uncapped(h) + head.scale * eta * h.square().sum(1, keepdim=True) * gamma)
-        c = term.c[:, 0] if term.c.dim() == 2 else term.c
-        parts.append(squeeze.compare(z, after, batch.targets.to(z.device), c))
+        parts.append(squeeze.compare(z, after, batch.targets.to(z.device), term.own_c))
     return squeeze.Squeeze(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

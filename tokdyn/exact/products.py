@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import jvp
 
-from ..kernels.readout_forces.reference import logit_force
 from ..model.trace import Tracer
 from ..objective import GTerm
 from ..ops.rows import blocks
@@ -50,17 +49,13 @@ class Side:
         """Γ of the tokens of batch b, in float32 at least."""
         out = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
         for rows in blocks(logits):
-            out[rows] = self.gamma(self.terms[b].rows(rows), logits[rows])
+            out[rows] = self.terms[b].rows(rows).force(logits[rows])
         return out
 
     def work(self, b: int, logits: Float[Tensor, "N V"], velocity: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
         """<Γ_n, ż_n> of the tokens of batch b; their Γ are never held at once."""
         term = self.terms[b]
-        return torch.cat([(self.gamma(term.rows(rows), logits[rows]) * velocity[rows]).sum(1) for rows in blocks(logits)])
-
-    def gamma(self, term: GTerm, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-        """Γ of some tokens."""
-        return logit_force(logits, term.targets, term.c, term.v, term.uniform)
+        return torch.cat([(term.rows(rows).force(logits[rows]) * velocity[rows]).sum(1) for rows in blocks(logits)])
 
 
 def select(tracer: Tracer, scope: str) -> dict[str, str]:

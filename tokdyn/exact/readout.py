@@ -34,9 +34,9 @@ def readout_matrix(
     if not weight and not bias:
         sizes = {None: (len(o), len(u)), "update": (len(o),), "observe": (len(u),)}
         return torch.zeros(sizes[reduce], dtype=tracer.precision, device=tracer.device)
-    one = all(term.targets.dim() == 1 and term.v is None and term.uniform is None for term in o.terms)
+    one = all(term.is_plain for term in o.terms) and all(term.temperature == 1 for term in u.terms)
     if P is None and weight and one:
-        term = _joined(u.terms, tracer)
+        term = GTerm.joined(u.terms).to(tracer.device)
         y = torch.cat([batch.targets for batch in o.batches]).to(tracer.device)
         c = torch.cat([t.c for t in o.terms])
         h_o, h_u = hidden(tracer, o), hidden(tracer, u)
@@ -60,15 +60,6 @@ def readout_matrix(
 def hidden(tracer: Tracer, side: Side) -> Float[Tensor, "N d"]:
     """The readout's input at all tokens of a side."""
     return torch.cat([tracer.hidden(batch) for batch in side.batches]).to(tracer.precision)
-
-
-def _joined(terms: list[GTerm], tracer: Tracer) -> GTerm:
-    def joined(parts: list[Tensor | None]) -> Tensor | None:
-        some = [part for part in parts if part is not None]
-        return torch.cat(some).to(tracer.device) if some else None
-
-    targets, c = (torch.cat(part).to(tracer.device) for part in ([t.targets for t in terms], [t.c for t in terms]))
-    return GTerm(targets, c, joined([t.v for t in terms]), joined([t.uniform for t in terms]))
 
 
 def _residuals(tracer: Tracer, side: Side) -> Iterator[tuple[Tensor, Tensor]]:

@@ -51,7 +51,7 @@ class Noted(Side):
 
     def joined(self) -> ops.TokenStats:
         """The statistics of all tokens, once every batch has been seen."""
-        return ops.TokenStats(*map(torch.cat, zip(*(self.stats[b] for b in range(len(self.batches))), strict=True)))
+        return ops.TokenStats.joined(self.stats[b] for b in range(len(self.batches)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class Sides:
     @property
     def c(self) -> Float[Tensor, " L"]:
         """c of the updated tokens themselves, where an objective has further targets."""
-        return torch.cat([term.c if term.c.dim() == 1 else term.c[:, 0] for term in self.u.terms])
+        return torch.cat([term.own_c for term in self.u.terms])
 
     @cached_property
     def updated(self) -> Any:
@@ -203,7 +203,7 @@ def row_table(batches: Sequence[Batch], stats: ops.TokenStats, chis: Sequence[Ch
     )  # fmt: skip
     columns |= {key: column.tolist() for key, column in stats._asdict().items()}
     if c is not None:
-        columns["c"] = (c[:, 0] if c.dim() == 2 else c).tolist()
+        columns["c"] = c.tolist()
     return pa.table(columns)
 
 

@@ -7,6 +7,7 @@ never falls back: it raises where it cannot run.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,11 @@ class TokenStats(NamedTuple):
     rank: Tensor
     argmax: Tensor
     argmax_log_prob: Tensor
+
+    @classmethod
+    def joined(cls, parts: Iterable[TokenStats]) -> TokenStats:
+        """The positions of several, one after the other."""
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _require_reference(op: str, impl: str | None) -> None:

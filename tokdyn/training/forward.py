@@ -231,7 +231,8 @@ class Forward:
     def gterm(self, scale: float = 1.0) -> GTerm:
         """The loss at the logits, c, v and u times `scale`."""
         assert self.c is not None
-        return GTerm(self.targets, scale * self.c, *(None if x is None else scale * x for x in (self.v, self.u)))
+        v, u = (None if x is None else scale * x for x in (self.v, self.u))
+        return GTerm(self.targets, scale * self.c, v, u, self.temperature)
 
 
 def stats_of_logits(
@@ -250,7 +251,7 @@ def stats_of_logits(
         parts.append(token_stats(z if temperature == 1 else z.float() / temperature, y))
     if not parts:
         return token_stats(logits[:0], targets)
-    return TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return TokenStats.joined(parts)
 
 
 def runs(rows: Int[Tensor, " N"]) -> list[Tensor]:

@@ -18,11 +18,10 @@ import ctypes
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import jvp
 from torch.overrides import TorchFunctionMode
@@ -44,17 +43,6 @@ from .observation import Seen, steps_of, through_readout
 from .steps import Step
 
 TOKENS = 768  # padded positions looked at together: several [TOKENS, V] at a time
-
-
-@dataclass(frozen=True)
-class Tempered(exact.Side):
-    """Tokens whose loss reads softmax(z / temperature)."""
-
-    temperature: float = 1.0
-
-    def gamma(self, term: GTerm, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-        """-∂L/∂z."""
-        return logit_force(logits / self.temperature, term.targets, term.c, term.v, term.uniform) / self.temperature
 
 
 class Probe:
@@ -225,7 +213,7 @@ class Probe:
                     predicted.append((force * velocity[rows].to(force.dtype)).double().sum(1))
                     if moved is not None:
                         readout.append(through_readout(old, h[rows], z[rows], force, moved, shift))
-            table = row_table(batches, TokenStats(*map(torch.cat, zip(*stats, strict=True))), self.chis)
+            table = row_table(batches, TokenStats.joined(stats), self.chis)
             seen = Seen(
                 table, torch.cat(before).cpu(), after.cpu(), torch.cat(predicted).cpu(),
                 torch.cat(readout).cpu() if readout else None,
@@ -262,14 +250,14 @@ class Probe:
                 seen.total = float(seen.forces[group].double().sum())
 
     @staticmethod
-    def _update(tracer: Tracer, f: Forward, scale: float) -> Tempered:
+    def _update(tracer: Tracer, f: Forward, scale: float) -> exact.Side:
         """The scored tokens of a forward pass with their c."""
         batches = tracer.batches([chi for chi in f.chis() if len(chi)], TOKENS)
         term, start, terms = f.gterm(scale), 0, []
         for batch in batches:
             terms.append(term.rows(slice(start, start + len(batch.targets))))
             start += len(batch.targets)
-        return Tempered(batches, terms, f.temperature)
+        return exact.Side(batches, terms)
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ def _readout_forces(f: Forward, readout: Readout, D: Float[Tensor, "V d"], scale
     for h in f.hidden.split(ROWS):
         rows = term.rows(slice(start, start + len(h)))
         z = readout.logits(h)
-        force = logit_force(z / f.temperature, rows.targets, rows.c, rows.v, rows.uniform) / f.temperature
+        force = rows.force(z)
         parts.append((readout.pull_back(z, force) * (h.to(D.dtype) @ D.T)).sum(1))
         start += len(h)
     return torch.cat(parts)

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...kernels.readout_forces.reference import logit_force
 from ...model.calls import Call, Joined
 from ...model.trace import Place, Tracer
 from ...objective import GTerm
@@ -206,8 +205,7 @@ def watch(tracer: Tracer, p: Plan, side: Side, b: int, start: int, ids: Int[Tens
 def residual_of(tracer: Tracer, h: Float[Tensor, "n d"], term: GTerm, rows: Tensor) -> Float[Tensor, "n V"]:
     """Γ of some rows of a batch as a force at W h + b."""
     z = tracer.readout.logits(h)
-    part = term.rows(rows)
-    return tracer.readout.pull_back(z, logit_force(z, part.targets, part.c, part.v, part.uniform))
+    return tracer.readout.pull_back(z, term.rows(rows).force(z))
 
 
 def one_by_one(side: Side) -> Side:
