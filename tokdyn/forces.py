@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,25 +11,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from . import exact, ops
-from .exact import Progress, Side
-from .exact.ch2 import ch2_matrix
-from .exact.engines import grouped_matrix, size_in_bytes
-from .exact.engines import matrix as exact_matrix
+from . import ops
+from .exact import CH2, Asked, Progress, Scope, ScoredProblem, UnscoredProblem, choose
+from .exact.engines import reduce as reduced
 from .exact.groups import group_labels, group_table
-from .exact.naive import naive_matrix
-from .exact.readout import readout_matrix
-from .exact.sides import Sides, prepare, with_sides
-from .exact.sweep.plan import one_by_one
-from .model.optimizer import preconditioner
+from .exact.memory import size_in_bytes
+from .exact.problem import Coverage
+from .exact.progress import share
+from .exact.sides import with_sides
 from .model.trace import Tracer, trace
 from .objective import Objective
 from .objectives import SFT
 from .runs.folder import FORMAT, read_folder, write_folder
 from .runs.shards import Shards
 from .sequences import Chi
-
-CH2 = "ch2"
 
 
 class Vocabulary(NamedTuple):
@@ -174,9 +169,7 @@ class _Live:
     """What it takes to go back to the model for one more question."""
 
     model: nn.Module
-    sides: Sides
-    scope: str
-    P: exact.Direction | None
+    problem: ScoredProblem
     labels: Tensor | None
     fingerprint: Tensor
 
@@ -184,22 +177,22 @@ class _Live:
         with trace(self.model) as tracer:
             if not torch.equal(fingerprint(tracer), self.fingerprint):
                 raise ValueError("the model's parameters have changed since these forces were computed: compute them again")
-            uses = exact.select(tracer, self.scope)
+            problem = replace(self.problem, tracer=tracer)
+            o, u = problem.observed, problem.updated
             if l is None:
-                direction = exact.pull(tracer, self.sides.u, uses)
+                direction = problem.vjp(u)
             elif self.labels is not None:
-                direction = exact.pull(tracer, self.sides.u.part((self.labels == l).to(self.sides.c)), uses)
+                direction = problem.vjp(u.part((self.labels == l).to(u.c)))
             else:
-                direction = next(exact.pull_each(tracer, self.sides.u, uses, l, l + 1))
-            batches = self.sides.o.batches
+                direction = next(problem.vjp_each(u, l, l + 1))
+            batches = o.batches
             if m is not None:
                 sequence = int(torch.cat([b.sequence for b in batches])[m])
-                batches = tracer.batches([self.sides.observe[sequence]])
-                m = m - sum(len(chi) for chi in self.sides.observe[:sequence])
+                batches = tracer.batches([o.chis[sequence]])
+                m = m - sum(len(chi) for chi in o.chis[:sequence])
             parts = []
             for batch in batches:
-                z, velocity = exact.push(tracer, batch, exact.scaled(direction, self.P), uses)
-                moved = ops.apply_A(z, velocity)
+                moved = ops.apply_A(*problem.jvp_logits(batch, problem.preconditioned(direction)))
                 moved = moved if m is None else moved[m : m + 1]
                 rise, fall = moved.topk(min(k, moved.shape[1])), (-moved).topk(min(k, moved.shape[1]))
                 parts.append((rise.indices, rise.values, fall.indices, -fall.values))
@@ -212,17 +205,6 @@ def fingerprint(tracer: Tracer) -> Tensor:
     wide = torch.float64
     own = (tracer.params[name] for name, owner in tracer.owner.items() if name == owner)
     return torch.stack([torch.stack([p.sum(dtype=wide), torch.linalg.vector_norm(p, dtype=wide)]) for p in own])
-
-
-def coverage(tracer: Tracer, uses: dict[str, str], scope: str, rules: dict[str, str] | None = None) -> dict[str, str]:
-    """Every parameter name with the rule it took part by, or why it takes no part."""
-
-    def rule(use: str, tensor: str) -> str:
-        if use in uses:
-            return (rules or {}).get(use, "autograd")
-        return f"outside scope {scope!r}" if tensor in tracer.trainable else "frozen"
-
-    return {use: rule(use, tensor) for use, tensor in tracer.owner.items()}
 
 
 def forces(
@@ -288,121 +270,58 @@ def forces(
         raise ValueError(f"{'groups' if groups is not None else 'out'} belongs to the matrix: leave reduce={reduce!r} out")
     if scope == CH2 and (method != "tangent" or optimizer is not None):
         raise ValueError(f'scope="ch2" is an estimate in closed form: leave method={method!r} and optimizer out')
-    memory = size_in_bytes(memory)
+    memory, asked, method = size_in_bytes(memory), method, CH2 if scope == CH2 else method
     with trace(model) as tracer:
-        passes = reduce is not None and method == "tangent" and scope not in ("readout", CH2)  # which go over both sides anyway
-        sides = prepare(tracer, update, observe, objective, reference=reference, weights=weights, passes=passes)
-        labels = None if groups is None else group_labels(groups, sides.update)
-        uses = {} if scope == CH2 else exact.select(tracer, scope)
-        P = preconditioner(optimizer, tracer) if optimizer is not None else None
-        shape = (len(sides.o), len(sides.u) if labels is None else int(labels.max()) + 1)
-        matrix, vector, shards, rules = None, None, None, dict[str, str]()
-
-        def fill(o: Side, block: Tensor, first: int = 0) -> None:
-            heard = _share(progress, first, len(o), shape[0])
-            rules.update(_fill(tracer, method, scope, o, sides.u, uses, P, labels, block, heard, memory))
-
-        if reduce is None and isinstance(out, (str, Path)):
-            shards = Shards.create(out, shape)
-            first = 0
-            for o in _row_blocks(sides.o, max(1, memory // 4 // (shape[1] * 4))):
-                block = torch.full((len(o), shape[1]), torch.nan, dtype=tracer.precision, device=tracer.device)
-                fill(o, block, first)
-                shards.append(block)
-                first += len(o)
-        elif reduce is None:
-            if isinstance(out, Tensor) and out.shape != shape:
-                raise ValueError(f"out must have shape [M, {'L' if labels is None else 'G'}]={shape}, got {list(out.shape)}")
-            empty = torch.full(shape, torch.nan, dtype=tracer.precision, device=tracer.device)
-            matrix = out if isinstance(out, Tensor) else empty
-            fill(sides.o, matrix)
-        elif method == "naive" or scope == CH2:
-            F = torch.full(shape, torch.nan, dtype=tracer.precision, device=tracer.device)
-            fill(sides.o, F)
-            vector = F.sum(1 if reduce == "update" else 0)
-        elif _closed(tracer, method, scope, sides.o, uses, P):
-            vector = readout_matrix(tracer, sides.o, sides.u, uses, None, reduce)
-            rules = dict.fromkeys(uses, "readout in closed form")
+        moving = Scope(tracer, {}, None) if method == CH2 else Scope.named(tracer, scope, optimizer)
+        unscored = UnscoredProblem.about(Asked(update, observe, objective, reference, weights), moving)
+        labels = None if groups is None else group_labels(groups, unscored.updated.chis)
+        matrix, vector, shards = None, None, None
+        if reduce is not None:
+            vector, problem, rules = reduced(unscored, method, "update" if reduce == "update" else "observe")
         else:
-            source, sink = (sides.u, sides.o) if reduce == "update" else (sides.o, sides.u)
-            direction = exact.scaled(exact.pull(tracer, source, uses), P)
-            move = exact.push_all if method == "tangent" else exact.finite_difference
-            vector = move(tracer, sink, direction, uses)
-        updated = sides.updated if labels is None else group_table(sides.updated, labels)
+            problem = unscored.scored()
+            to = _Destination(problem, out, labels)
+            rules = to.fill(method, memory, progress)
+            matrix, shards = to.matrix, to.shards
+        u = problem.updated
+        updated = u.table(with_c=True) if labels is None else group_table(u.table(with_c=True), labels)
         return Forces(
-            matrix, vector, sides.c, sides.observed, updated, coverage(tracer, uses, scope, rules),
-            scope, method, reduce, labels, shards, _Live(model, sides, scope, P, labels, fingerprint(tracer)),
+            matrix, vector, u.c, problem.observed.table(with_c=False), updated, problem.coverage(scope, rules),
+            scope, asked, reduce, labels, shards, _Live(model, problem, labels, fingerprint(tracer)),
         )  # fmt: skip
 
 
-def _share(progress: Progress | None, first: int, rows: int, all_rows: int) -> Progress | None:
-    """What hears of some rows of the matrix, as a share of the whole."""
-    if progress is None or rows == all_rows:
-        return progress
-    return lambda done, total: progress(first * total + rows * done, all_rows * total)
+class _Destination:
+    """Where a matrix goes: a tensor of the caller's or of our own, or a folder, in blocks of rows as they are done.
 
+    Raises:
+        ValueError: the caller's tensor has another shape. FileExistsError: the folder exists.
+    """
 
-def _closed(tracer: Tracer, method: str, scope: str, o: Side, uses: dict[str, str], P: exact.Direction | None) -> bool:
-    """Whether the readout alone moves and is what its formula says."""
-    alone = scope == "readout" and method == "tangent" and P is None and tracer.readout.weight_name in uses
-    return alone and tracer.readout_residual(o.batches[0]) < tracer.readout_bound
+    def __init__(self, problem: ScoredProblem, out: Tensor | str | Path | None, labels: Tensor | None) -> None:
+        self.problem, self.labels = problem, labels
+        self.shape = (problem.shape[0], problem.shape[1] if labels is None else int(labels.max()) + 1)
+        self.shards = Shards.create(out, self.shape) if isinstance(out, (str, Path)) else None
+        if isinstance(out, Tensor) and out.shape != self.shape:
+            names = f"[M, {'L' if labels is None else 'G'}]"
+            raise ValueError(f"out must have shape {names}={self.shape}, got {list(out.shape)}")
+        self.matrix = None if self.shards is not None else out if isinstance(out, Tensor) else self._empty(self.shape[0])
 
+    def _empty(self, rows: int) -> Tensor:
+        """Rows of the matrix, NaN where nothing has been computed."""
+        tracer = self.problem.tracer
+        return torch.full((rows, self.shape[1]), torch.nan, dtype=tracer.precision, device=tracer.device)
 
-def _fill(
-    tracer: Tracer,
-    method: str,
-    scope: str,
-    o: Side,
-    u: Side,
-    uses: dict[str, str],
-    P: exact.Direction | None,
-    labels: Tensor | None,
-    out: Tensor,
-    progress: Progress | None,
-    memory: int,
-) -> dict[str, str]:
-    """The matrix, or its columns added up by group, into out; the rule of each parameter."""
-    if method == "tangent" and scope not in ("readout", CH2):
-        if labels is None:
-            return exact_matrix(tracer, o, u, uses, P, out, progress, memory)
-        return grouped_matrix(tracer, o, u, uses, P, labels, out, progress, memory)
-    if labels is not None and _closed(tracer, method, scope, o, uses, P):
-        start = 0
-        for part in _row_blocks(o, max(1, memory // 4 // (len(u) * out.element_size()))):
-            F = readout_matrix(tracer, part, u, uses, None)
-            _grouped(F, labels, out[start : start + len(F)])
-            start += len(F)
-        return dict.fromkeys(uses, "readout in closed form")
-    F = out if labels is None else torch.zeros(len(o), len(u), dtype=out.dtype, device=out.device)
-    rules: dict[str, str] = {}
-    if scope == CH2:
-        F.copy_(ch2_matrix(tracer, o, u))
-    elif _closed(tracer, method, scope, o, uses, P):
-        F.copy_(readout_matrix(tracer, o, u, uses, None))
-        rules = dict.fromkeys(uses, "readout in closed form")
-    elif method == "tangent":
-        rules = exact_matrix(tracer, o, u, uses, P, F, progress, memory)
-    else:
-        naive_matrix(tracer, o, u, uses, P, F, progress, memory)
-    if labels is not None:
-        _grouped(F, labels, out)
-    return rules
-
-
-def _grouped(F: Tensor, labels: Tensor, out: Tensor) -> None:
-    """Columns of F added up by group."""
-    member = (labels >= 0).to(out.device)
-    out.zero_().index_add_(1, labels.to(out.device)[member], F[:, member].to(out))
-
-
-def _row_blocks(o: Side, rows: int) -> Iterator[Side]:
-    """Whole sequences, as many as have at most so many tokens (one at least)."""
-    singles = one_by_one(o)
-    start = 0
-    while start < len(singles.batches):
-        stop, n = start, 0
-        while stop < len(singles.batches) and (stop == start or n + len(singles.batches[stop].targets) <= rows):
-            n += len(singles.batches[stop].targets)
-            stop += 1
-        yield Side(singles.batches[start:stop], singles.terms[start:stop])
-        start = stop
+    def fill(self, method: str, memory: int, progress: Progress | None) -> Coverage:
+        """Compute it; the rule of each use."""
+        if self.matrix is not None:
+            return choose(self.problem, method, self.labels)(self.problem, self.matrix, memory=memory, progress=progress)
+        assert self.shards is not None
+        coverage, first, M = Coverage(), 0, self.shape[0]
+        for part in self.problem.row_blocks(max(1, memory // 4 // (self.shape[1] * 4))):
+            block, n = self._empty(part.shape[0]), part.shape[0]
+            fill = choose(part, method, self.labels)
+            coverage |= fill(part, block, memory=memory, progress=share(progress, first, n, M))
+            self.shards.append(block)
+            first += n
+        return coverage

@@ -18,10 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import exact
-from .exact.products import pull_probes
-from .exact.sides import prepare
-from .model.optimizer import preconditioner
+from .exact import Asked, Problem, Progress, Scope, UnscoredProblem
+from .exact.products import vjp_probes
 from .model.trace import Tracer, trace
 from .objectives import SFT
 from .sequences import Chi
@@ -82,7 +80,7 @@ def kernel(
     samples: int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
-    progress: exact.Progress | None = None,
+    progress: Progress | None = None,
 ) -> Kernel:
     """Trace and Frobenius norm of K_{m,l} = J_m P J_lᵀ for every observed token m and update token l.
 
@@ -109,22 +107,21 @@ def kernel(
     """
     _check(samples)
     with trace(model) as tracer:
-        sides = prepare(tracer, update, observe, SFT())
-        uses = exact.select(tracer, scope)
-        P = preconditioner(optimizer, tracer) if optimizer is not None else None
-        swap = len(sides.o) < len(sides.u)  # K_{l,m} is K_{m,l} transposed: the same trace and norm
-        looped, other = (sides.o, sides.u) if swap else (sides.u, sides.o)
-        moves, n = _moves(tracer, looped, other, uses, P, _probes(tracer, samples, seed)), samples or len(tracer.readout.weight)
+        unscored = UnscoredProblem.about(Asked(update, observe, SFT()), Scope.named(tracer, scope, optimizer))
+        problem = unscored.scored()
+        swap = len(problem.observed) < len(problem.updated)  # K_{l,m} is K_{m,l} transposed: the same trace and norm
+        looped = problem.transposed() if swap else problem
+        moves, n = _moves(looped, _probes(tracer, samples, seed)), samples or len(tracer.readout.weight)
         traces, norms = [], []
-        for i in range(len(looped)):
+        for i in range(len(looped.updated)):
             t, q = torch.stack([torch.stack([v @ e, v.square().sum(1)]) for e, v in islice(moves, n)], 1)
             traces.append(_total(t, samples))
             norms.append(_root(*_total(q, samples)))
             if progress:
-                progress(i + 1, len(looped))
+                progress(i + 1, len(looped.updated))
         (tr, tr_error), (norm, norm_error) = (_joined(parts, swap, tracer.precision) for parts in (traces, norms))
-    updated = sides.updated.drop_columns(["c"])  # K knows no loss
-    return Kernel(tr, norm, tr_error, norm_error, sides.observed, updated, scope, samples)
+    observed, updated = (side.table(with_c=False) for side in (problem.observed, problem.updated))  # K knows no loss
+    return Kernel(tr, norm, tr_error, norm_error, observed, updated, scope, samples)
 
 
 def kernel_drift(
@@ -136,7 +133,7 @@ def kernel_drift(
     scope: str = "full",
     samples: int | None = None,
     seed: int = 0,
-    progress: exact.Progress | None = None,
+    progress: Progress | None = None,
 ) -> KernelDrift:
     """Relative change and cosine of K_{m,l} between two checkpoints, for every pair of tokens.
 
@@ -160,26 +157,23 @@ def kernel_drift(
                 f"kernel_drift compares blocks [V, V] of one vocabulary: the models have {len(a.readout.weight)} and "
                 f"{len(b.readout.weight)} logits"
             )
-        sides = prepare(a, update, observe, SFT())
-        prepare(b, update, observe, SFT())  # its logits must be finite too
-        swap = len(sides.o) < len(sides.u)
-        looped, other = (sides.o, sides.u) if swap else (sides.u, sides.o)
-        moves_a, moves_b = (
-            _moves(tracer, looped, other, exact.select(tracer, scope), None, _probes(tracer, samples, seed))
-            for tracer in (a, b)
-        )
+        asked = Asked(update, observe, SFT())
+        problem, there = (UnscoredProblem.about(asked, Scope.named(tracer, scope)).scored() for tracer in (a, b))
+        swap = len(problem.observed) < len(problem.updated)
+        looped = [of.transposed() if swap else of for of in (problem, there)]
+        moves_a, moves_b = (_moves(of, _probes(of.tracer, samples, seed)) for of in looped)
         n = samples or len(a.readout.weight)
         changes, cosines = [], []
-        for i in range(len(looped)):
+        for i in range(len(looped[0].updated)):
             pairs = ((x, y.to(x)) for (_, x), (_, y) in zip(islice(moves_a, n), islice(moves_b, n), strict=True))
             ratios = _ratios(torch.stack([_products(x, y) for x, y in pairs], 1), samples)
             changes.append(ratios[0])
             cosines.append(ratios[1])
             if progress:
-                progress(i + 1, len(looped))
+                progress(i + 1, len(looped[0].updated))
         (change, change_error), (cosine, cosine_error) = (_joined(x, swap, a.precision) for x in (changes, cosines))
-    updated = sides.updated.drop_columns(["c"])
-    return KernelDrift(change, cosine, change_error, cosine_error, sides.observed, updated, scope, samples)
+    observed, updated = (side.table(with_c=False) for side in (problem.observed, problem.updated))
+    return KernelDrift(change, cosine, change_error, cosine_error, observed, updated, scope, samples)
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
@@ -274,15 +268,13 @@ def _probes(tracer: Tracer, samples: int | None, seed: int) -> Probes:
     return lambda: signs.double()
 
 
-def _moves(
-    tracer: Tracer, looped: exact.Side, other: exact.Side, uses: dict[str, str], P: exact.Direction | None, probes: Probes
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each looped token l and, inside that, each probe: ε [V] and K_{m,l} ε [M, V] of all other tokens m, in float64."""
-    directions = pull_probes(tracer, looped.batches, probes, uses)
-    for _ in range(len(looped)):
+def _moves(problem: Problem, probes: Probes) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each update token l and, inside that, each probe: ε [V] and K_{m,l} ε [M, V] of all observed m, in float64."""
+    directions = vjp_probes(problem.tracer, problem.updated.batches, probes, problem.uses)
+    for _ in range(len(problem.updated)):
         for probe in probes():
-            direction = exact.scaled(next(directions), P)
-            moved = torch.cat([exact.push(tracer, batch, direction, uses)[1] for batch in other.batches]).double()
+            direction = problem.preconditioned(next(directions))
+            moved = torch.cat([problem.jvp_logits(batch, direction)[1] for batch in problem.observed.batches]).double()
             yield probe.to(moved), moved
 
 

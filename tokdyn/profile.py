@@ -16,13 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import exact, ops, squeeze
+from . import ops, squeeze
 from ._version import __version__
-from .exact.engines import matrix as exact_matrix
-from .exact.engines import size_in_bytes
-from .exact.naive import naive_matrix
-from .exact.sides import Sides, prepare, with_sides
-from .forces import coverage as coverage_of
+from .exact import Asked, Direction, Scope, ScoredProblem, UnscoredProblem, choose
+from .exact.memory import size_in_bytes
+from .exact.sides import with_sides
 from .model.trace import Tracer, trace
 from .objective import Objective
 from .objectives import DPO
@@ -125,36 +123,33 @@ def profile(
         raise ValueError(f'method must be "naive", "tangent" or "none", got {method!r}')
     check_eta(eta)
     memory = size_in_bytes(memory)
-    clock = _Clock(stage)
+    stages = _Stages(stage)
     status, matrix, rules = "complete", None, dict[str, str]()
     with trace(model) as tracer:
-        clock("scoring both sides")
-        sides = prepare(tracer, update, observe, objective, reference=reference)
-        uses = exact.select(tracer, scope)
-        clock("one backward and one tangent pass")
-        direction = exact.pull(tracer, sides.u, uses)
-        vector, vocabulary = _whole_step(tracer, sides, direction, uses, min(k, tracer.vocabulary))
-        clock("real steps")
-        verification = against_steps(tracer, sides, direction, uses, vector, eta)
-        clock("squeezing")
-        squeezed = _squeeze(tracer, sides, verification.eta)
-        checks = {"readout formula against the model's logits": tracer.readout_residual(sides.o.batches[0])}
+        stages("scoring both sides")
+        asked = Asked(update, observe, objective, reference)
+        problem = UnscoredProblem.about(asked, Scope.named(tracer, scope)).scored()
+        stages("one backward and one tangent pass")
+        direction = problem.vjp(problem.updated)
+        vector, vocabulary = _whole_step(problem, direction, min(k, tracer.vocabulary))
+        stages("real steps")
+        verification = against_steps(problem, direction, vector, eta)
+        stages("squeezing")
+        squeezed = _squeeze(problem, verification.eta)
+        checks = {"readout formula against the model's logits": tracer.readout_residual(problem.observed.batches[0])}
         if method != "none":
-            clock("force matrix")
-            matrix = torch.full((len(sides.o), len(sides.u)), torch.nan, dtype=tracer.precision, device=tracer.device)
+            stages("force matrix")
+            matrix = problem.empty()
             try:
-                if method == "naive":
-                    naive_matrix(tracer, sides.o, sides.u, uses, None, matrix, clock.progress, memory)
-                else:
-                    rules = exact_matrix(tracer, sides.o, sides.u, uses, None, matrix, clock.progress, memory)
+                rules = choose(problem, method)(problem, matrix, memory=memory, progress=stages.progress)
                 error = (matrix.sum(1) - vector).norm() / vector.norm()
                 checks[ROW_SUMS] = float(error)
             except KeyboardInterrupt:
                 status = "partial"
-        coverage = coverage_of(tracer, uses, scope, rules)
+        coverage = problem.coverage(scope, rules)
         facts = _model_facts(tracer)
-        clock("writing")
-    tokens = _tokens(sides, tokenizer, vector, verification, squeezed, vocabulary)
+        stages("writing")
+    tokens = _tokens(problem, tokenizer, vector, verification, squeezed, vocabulary)
     matrix = None if matrix is None else matrix.cpu()
     record: dict[str, Any] = {
         "format": store.FORMAT,
@@ -174,14 +169,14 @@ def profile(
         record[key] = value | record[key] if isinstance(record.get(key), dict) else value
     record["model"] = facts | record.get("model", {})
     record["findings"] = findings(record, tokens, matrix)
-    record["seconds"] = clock.seconds()
+    record["seconds"] = stages.seconds()
     run = Run(record, tokens, vector.cpu(), matrix)
     if out is not None:
         run.save(out, overwrite)
     return run
 
 
-class _Clock:
+class _Stages:
     """Seconds per stage, and the caller's progress."""
 
     def __init__(self, stage: Stage | None) -> None:
@@ -205,12 +200,12 @@ class _Clock:
         return dict(self.spent)
 
 
-def _whole_step(tracer: Tracer, sides: Sides, direction: exact.Direction, uses: dict[str, str], k: int):
+def _whole_step(problem: ScoredProblem, direction: Direction, k: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Σ_l F [M] and the k tokens of the vocabulary that rise and fall most, (ids, rates) each [M, k], from one tangent pass."""
     force, rising, falling = [], [], []
-    for b, batch in enumerate(sides.o.batches):
-        z, velocity = exact.push(tracer, batch, direction, uses)
-        force.append(sides.o.work(b, z, velocity))
+    for b, batch in enumerate(problem.observed.batches):
+        z, velocity = problem.jvp_logits(batch, direction)
+        force.append(problem.observed.work(b, z, velocity))
         moved = ops.apply_A(z, velocity)
         rising.append(moved.topk(k))
         falling.append(moved.topk(k, largest=False))
@@ -219,24 +214,27 @@ def _whole_step(tracer: Tracer, sides: Sides, direction: exact.Direction, uses: 
 
 
 @torch.no_grad()
-def _squeeze(tracer: Tracer, sides: Sides, eta: float) -> squeeze.Squeeze:
-    """Each update token's own step of size eta on the readout weight, through scale and softcap: W h moves by eta ‖h‖² γ."""
-    head, parts = tracer.readout, []
-    for b, (batch, term) in enumerate(zip(sides.u.batches, sides.u.terms, strict=True)):
-        h = tracer.hidden(batch)
+def _squeeze(problem: ScoredProblem, eta: float) -> squeeze.Squeeze:
+    """Each update token's own step of size eta on the readout weight, through scale and softcap: W h moves by eta ‖h‖² Γ."""
+    u, head, parts = problem.updated, problem.tracer.readout, []
+    for b, (batch, term) in enumerate(zip(u.batches, u.terms, strict=True)):
+        h = problem.tracer.hidden(batch)
         z = head.logits(h)
-        gamma = head.pull_back(z, sides.u.force(b, z))
-        after = head.cap(head.uncapped(h) + head.scale * eta * h.square().sum(1, keepdim=True) * gamma)
+        force = head.pull_back(z, u.force(b, z))
+        after = head.cap(head.uncapped(h) + head.scale * eta * h.square().sum(1, keepdim=True) * force)
         parts.append(squeeze.compare(z, after, batch.targets.to(z.device), term.own_c))
     return squeeze.Squeeze(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _tokens(sides: Sides, tokenizer: Any, vector: Tensor, verification: Any, squeezed: squeeze.Squeeze, vocabulary: Any) -> Any:
+def _tokens(  # what a run knows of each token, from where it was found
+    problem: ScoredProblem, tokenizer: Any, vector: Tensor, verification: Any, squeezed: squeeze.Squeeze, vocabulary: Any
+) -> Any:
     """The token table of a run."""
     import pyarrow as pa
 
     ids = torch.cat([vocabulary[0][0].flatten(), vocabulary[1][0].flatten()]).tolist()
-    ids = sorted({*ids, *sides.updated["argmax"].to_pylist(), *sides.observed["argmax"].to_pylist()})
+    updated, observed = problem.updated.table(with_c=True), problem.observed.table(with_c=False)
+    ids = sorted({*ids, *updated["argmax"].to_pylist(), *observed["argmax"].to_pylist()})
     texts = token_texts(tokenizer, ids) if tokenizer is not None else [""] * len(ids)
     text = {i: spelled or f"<{i}>" for i, spelled in zip(ids, texts, strict=True)}
 
@@ -244,7 +242,6 @@ def _tokens(sides: Sides, tokenizer: Any, vector: Tensor, verification: Any, squ
         rows = zip(ids.tolist(), values.tolist(), strict=True)
         return [[{"token": text[i], "delta": v} for i, v in zip(*row, strict=True)] for row in rows]
 
-    updated, observed = sides.updated, sides.observed
     for name, column in (
         ("p_target_after", squeezed.target_after),
         ("p_argmax", squeezed.argmax_before),

@@ -10,10 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import exact
-from .exact.sides import Sides, prepare
-from .model.optimizer import preconditioner
-from .model.trace import Tracer, trace
+from .exact import Asked, Direction, Problem, Scope, UnscoredProblem
+from .model.trace import trace
 from .objective import Objective
 from .objectives import SFT
 from .ops.rows import log_probs
@@ -72,20 +70,16 @@ def verify(
     """
     check_eta(eta)
     with trace(model) as tracer:
-        sides = prepare(tracer, update, observe, objective, reference=reference)
-        uses = exact.select(tracer, scope)
-        P = preconditioner(optimizer, tracer) if optimizer is not None else None
-        direction = exact.scaled(exact.pull(tracer, sides.u, uses), P)
-        force = exact.push_all(tracer, sides.o, direction, uses)
-        return against_steps(tracer, sides, direction, uses, force, eta, move)
+        asked = Asked(update, observe, objective, reference)
+        problem = UnscoredProblem.about(asked, Scope.named(tracer, scope, optimizer)).scored()
+        direction = problem.preconditioned(problem.vjp(problem.updated))
+        return against_steps(problem, direction, problem.jvp(problem.observed, direction), eta, move)
 
 
 @torch.no_grad()
 def against_steps(
-    tracer: Tracer,
-    sides: Sides,
-    direction: exact.Direction,
-    uses: dict[str, str],
+    problem: Problem,
+    direction: Direction,
     force: Float[Tensor, " M"],
     eta: float | None = None,
     move: float = 0.2,
@@ -101,8 +95,9 @@ def against_steps(
     eta = move / strongest if eta is None else eta
 
     def at(step: float) -> Tensor:
-        params = tracer.stepped(direction, uses, step)
-        return torch.cat([log_probs(tracer.logits(batch, params), batch.targets) for batch in sides.o.batches])
+        params = problem.tracer.stepped(direction, problem.uses, step)
+        every = problem.observed.batches
+        return torch.cat([log_probs(problem.tracer.logits(batch, params), batch.targets) for batch in every])
 
     before = at(0.0)
     etas = [eta / 2**i for i in range(HALVINGS)]

@@ -1,14 +1,19 @@
-"""Exact forces over all chosen parameters: F[m,l] = <J_mᵀ g_m, P J_lᵀ Γ_l>, J the Jacobian of the logits.
+"""Exact forces over all chosen parameters: F[m,l] = <J_mᵀ Γ_m, P J_lᵀ Γ_l>, J the Jacobian of the logits.
 
-motions.py    pull (forces at the logits -> a direction of the parameters) and push (a direction -> velocities)
-naive.py      the matrix by one gradient per token: the oracle
-matrix.py     the matrix without gradients of model size, by the cheaper of the two ways below
-tiling.py       what memory goes to, and what each way costs
-sweep.py        both sides pulled back together, an inner product per module
-tangents.py     one side pulled back, the other moved along
-plan.py       which modules move, and by which rule (rules.py); segments.py: where the backbone can be cut
+sides.py     tokens with a force at their logits      scope.py     what moves, under which preconditioner
+problem.py   the model, what moves, both sides        products.py  vjp and jvp of a side
+naive.py     one gradient per token: the specification of every `fill(problem, out, *, memory, progress)`
+engines.py   the one place that chooses among: readout.py (closed form), sweep/ (both sides pulled back together),
+             tangents.py (one pulled back, the other moved along), per_direction.py (the last resort), grouped.py, ch2.py
+modules/     what one module's own parameters do, a rule a file
 """
 
-from .products import Direction, Progress, Side, finite_difference, pull, pull_each, push, push_all, scaled, select
+from .engines import choose
+from .problem import Asked, Problem, ScoredProblem, UnscoredProblem
+from .products import Direction
+from .progress import Progress
+from .scope import CH2, Scope, select
+from .sides import ScoredSide, Side
 
-__all__ = ["Direction", "Progress", "Side", "finite_difference", "pull", "pull_each", "push", "push_all", "scaled", "select"]
+__all__ = ["CH2", "Asked", "Direction", "Problem", "Progress", "Scope", "ScoredProblem", "ScoredSide", "Side",
+           "UnscoredProblem", "choose", "select"]  # fmt: skip

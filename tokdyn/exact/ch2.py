@@ -20,12 +20,22 @@ from .. import ops
 from ..model.calls import Call
 from ..model.trace import Tracer
 from ..sequences import Batch
+from .errors import NotReplayable
+from .modules.choose import rule_for
+from .modules.linear import Linear
 from .modules.norms import Norm
-from .modules.rules import Linear, NotAlone, rule_for
-from .products import Side
-from .sweep.plan import BLOCK, residual_of
+from .problem import MEMORY, Coverage, Problem
+from .progress import Progress
+from .readout import forces_at_readout
+from .sides import Side
 
 Stream = tuple[str, int]  # a norm and which of its calls
+
+
+def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, progress: Progress | None = None) -> Coverage:
+    """F_CH2 [M, L] into out; no parameter takes part by a rule."""
+    out.copy_(ch2_matrix(problem.tracer, problem.observed, problem.updated))
+    return {}
 
 
 @torch.no_grad()
@@ -100,7 +110,7 @@ def _is_projection(call: Call) -> bool:
         return False  # a convolution or a stack: not called again to see
     try:
         return isinstance(rule_for([call], moves), Linear)
-    except NotAlone:
+    except NotReplayable:
         return False
 
 
@@ -114,6 +124,5 @@ def _features(tracer: Tracer, side: Side, found: list[Stream]) -> tuple[Float[Te
         for call in calls:
             of.setdefault(call.name, []).append(call.output.flatten(0, -2)[batch.rows.to(h.device)])
         normed.append(torch.cat([of[name][nth] for name, nth in found], 1).to(tracer.precision))
-        for rows in torch.arange(len(h), device=h.device).split(max(1, BLOCK // len(weight))):
-            pulled.append(residual_of(tracer, h[rows], term, rows) @ weight)
+        pulled += [part.force @ weight for part in forces_at_readout(tracer, h, term)]
     return torch.cat(normed), torch.cat(pulled)

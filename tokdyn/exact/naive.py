@@ -1,4 +1,4 @@
-"""The full force matrix one token at a time: the oracle, and the way of last resort."""
+"""The specification of every way to F: one gradient per token per side, and their Gram matrix."""
 
 from __future__ import annotations
 
@@ -6,54 +6,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..model.trace import Tracer
-from .products import Direction, Progress, Side, pull_each, push_all, scaled
+from .problem import MEMORY, Coverage, Problem
+from .products import Direction, preconditioned
+from .progress import Progress
+from .sides import Side
+
+BLOCK = 16  # updated tokens whose gradients are made together where not all fit
 
 
-def tangent_matrix(
-    tracer: Tracer, o: Side, u: Side, uses: dict[str, str], P: Direction | None, out: Tensor, progress: Progress | None = None
-) -> None:
-    """F [M, L] into out, one pull and one push per token of the shorter side; memory of one parameter direction."""
-    columns = len(u) <= len(o)
-    looped, other = (u, o) if columns else (o, u)
-    for n, direction in enumerate(pull_each(tracer, looped, uses)):
-        work = push_all(tracer, other, scaled(direction, P), uses)
-        if columns:
-            out[:, n] = work
-        else:
-            out[n] = work
-        if progress:
-            progress(n + 1, len(looped))
-
-
-def naive_matrix(
-    tracer: Tracer,
-    o: Side,
-    u: Side,
-    uses: dict[str, str],
-    P: Direction | None,
-    out: Tensor,
-    progress: Progress | None = None,
-    memory: int = 4 << 30,
-) -> None:
+def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, progress: Progress | None = None) -> Coverage:
     """F [M, L] into out: one backward pass per token per side, then the Gram matrix of the gradients. The oracle.
 
     All gradients are kept where `memory` bytes hold them. Otherwise as many of the observed ones as fit, and the updated ones
-    stream past in blocks of 16, made again for each part.
+    stream past in blocks, made again for each part.
+
+    Cost: M + L backward passes (M + L M/rows where memory is short) and 2·M·L·P flops; memory of M + L gradients.
     """
-    tensors = dict.fromkeys(uses.values())
-    P_all = sum(tracer.params[name].numel() for name in tensors)
+    o, u = problem.observed, problem.updated
+    tensors = dict.fromkeys(problem.uses.values())
+    P_all = sum(problem.tracer.params[name].numel() for name in tensors)
     size = P_all * out.element_size()
-    block = len(u) if memory // size >= len(o) + len(u) else min(16, len(u))
+    block = len(u) if memory // size >= len(o) + len(u) else min(BLOCK, len(u))
     rows = max(1, min(len(o), memory // size - block))
     passes = -(-len(o) // rows)
     done, total = 0, len(o) + passes * len(u)
 
-    def flat(side: Side, start: int, stop: int, precondition: Direction | None) -> Tensor:
+    def flat(side: Side, start: int, stop: int, P: Direction | None) -> Tensor:
         nonlocal done
-        J = torch.empty(min(stop, len(side)) - start, P_all, dtype=out.dtype, device=tracer.device)
-        for i, direction in enumerate(pull_each(tracer, side, uses, start, stop)):
-            whole = scaled(direction, precondition)
+        J = torch.empty(min(stop, len(side)) - start, P_all, dtype=out.dtype, device=out.device)
+        for i, direction in enumerate(problem.vjp_each(side, start, stop)):
+            whole = preconditioned(direction, P)
             torch.cat([whole[name].reshape(-1).to(out.dtype) for name in tensors], out=J[i])
             done += 1
             if progress:
@@ -63,8 +45,9 @@ def naive_matrix(
     for m in range(0, len(o), rows):
         J_o = flat(o, m, m + rows, None)
         for l in range(0, len(u), block):  # noqa: E741
-            out[m : m + rows, l : l + block] = gram(J_o, flat(u, l, l + block, P))
+            out[m : m + rows, l : l + block] = gram(J_o, flat(u, l, l + block, problem.P))
         del J_o
+    return dict.fromkeys(problem.uses, "autograd")
 
 
 def gram(a: Float[Tensor, "M P"], b: Float[Tensor, "L P"], block: int = 1 << 14) -> Float[Tensor, "M L"]:

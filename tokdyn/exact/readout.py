@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,34 +12,40 @@ from torch import Tensor
 from .. import ops
 from ..model.trace import Tracer
 from ..objective import GTerm
-from .products import Direction, Side
-from .sweep.plan import BLOCK, residual_of
+from .problem import MEMORY, Coverage, Problem, Reduction
+from .progress import Progress
+from .sides import Side
+
+LABEL = "readout in closed form"
+ELEMENTS = 1 << 26  # of logits held at a time
+
+
+def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, progress: Progress | None = None) -> Coverage:
+    """F [M, L] into out where the readout alone moves: see `readout_matrix`."""
+    out.copy_(readout_matrix(problem))
+    return dict.fromkeys(problem.uses, LABEL)
 
 
 @torch.no_grad()
-def readout_matrix(
-    tracer: Tracer, o: Side, u: Side, uses: dict[str, str], P: Direction | None, reduce: str | None = None
-) -> Tensor:
+def readout_matrix(problem: Problem, reduce: Reduction | None = None) -> Tensor:
     """F_readout[m,l] = (h_m·h_l [+ 1]) <Γ_m, Γ_l>, Γ pulled back through softcap and scale; zero where the readout is still.
 
     With a preconditioner Σ_{v,d} Γ_m[v] h_m[d] P[v,d] Γ_l[v] h_l[d], at 2 M L V d flops.
 
     Args:
-        tracer, o, u: the model and both sides.
-        uses: what moves; of these only the readout's weight and bias count.
-        P: preconditioner by tensor, or None.
+        problem: of what moves only the readout's weight and bias count.
         reduce: "update" sums over l -> [M], "observe" sums over m -> [L]; without a preconditioner nothing of size M L is made.
     """
+    tracer, o, u = problem.tracer, problem.observed, problem.updated
     head = tracer.readout
-    weight, bias = head.weight_name in uses, head.bias_name in uses
+    weight, bias = head.weight_name in problem.uses, head.bias_name in problem.uses
     if not weight and not bias:
-        sizes = {None: (len(o), len(u)), "update": (len(o),), "observe": (len(u),)}
+        sizes = {None: problem.shape, "update": problem.shape[:1], "observe": problem.shape[1:]}
         return torch.zeros(sizes[reduce], dtype=tracer.precision, device=tracer.device)
-    one = all(term.is_plain for term in o.terms) and all(term.temperature == 1 for term in u.terms)
-    if P is None and weight and one:
-        term = GTerm.joined(u.terms).to(tracer.device)
+    term = GTerm.joined(u.terms).to(tracer.device)
+    if problem.P is None and weight and all(of.is_plain for of in o.terms) and term.temperature == 1:
         y = torch.cat([batch.targets for batch in o.batches]).to(tracer.device)
-        c = torch.cat([t.c for t in o.terms])
+        c = torch.cat([of.c for of in o.terms])
         h_o, h_u = hidden(tracer, o), hidden(tracer, u)
 
         def forces(rows: slice | Tensor, reduce: str | None) -> Tensor:
@@ -51,9 +58,9 @@ def readout_matrix(
             return forces(slice(None), reduce) * (c if reduce else c[:, None])
         if bool((c == 1).all()):
             return forces(slice(None), reduce)
-        some = torch.arange(len(c), device=c.device).split(max(1, BLOCK // len(term.targets)))
+        some = torch.arange(len(c), device=c.device).split(max(1, ELEMENTS // len(term.targets)))
         return torch.stack([c[rows] @ forces(rows, None) for rows in some]).sum(0)
-    F = torch.cat([torch.cat([_dense(tracer, x, y, uses, P) for y in _residuals(tracer, u)], 1) for x in _residuals(tracer, o)])
+    F = torch.cat([torch.cat([_dense(problem, x, y) for y in _rows(tracer, u)], 1) for x in _rows(tracer, o)])
     return F if reduce is None else F.sum({"update": 1, "observe": 0}[reduce])
 
 
@@ -62,27 +69,38 @@ def hidden(tracer: Tracer, side: Side) -> Float[Tensor, "N d"]:
     return torch.cat([tracer.hidden(batch) for batch in side.batches]).to(tracer.precision)
 
 
-def _residuals(tracer: Tracer, side: Side) -> Iterator[tuple[Tensor, Tensor]]:
-    """h [n, d] and Γ [n, V] of a few tokens at a time."""
+class Rows(NamedTuple):
+    """Some tokens of a batch."""
+
+    rows: Tensor  # among the batch's tokens
+    h: Float[Tensor, "n d"]
+    force: Float[Tensor, "n V"]  # Γ at W h + b
+
+
+def forces_at_readout(tracer: Tracer, h: Float[Tensor, "N d"], term: GTerm) -> Iterator[Rows]:
+    """Γ of a batch's tokens as a force at W h + b, through softcap and scale; logits exist for some rows at a time."""
+    for rows in torch.arange(len(h), device=h.device).split(max(1, ELEMENTS // len(tracer.readout.weight))):
+        z = tracer.readout.logits(h[rows])
+        yield Rows(rows, h[rows], tracer.readout.pull_back(z, term.rows(rows).force(z)))
+
+
+def _rows(tracer: Tracer, side: Side) -> Iterator[Rows]:
     for batch, term in zip(side.batches, side.terms, strict=True):
-        h = tracer.hidden(batch)
-        for rows in torch.arange(len(h), device=h.device).split(max(1, BLOCK // len(tracer.readout.weight))):
-            yield h[rows].to(tracer.precision), residual_of(tracer, h[rows], term, rows)
+        yield from forces_at_readout(tracer, tracer.hidden(batch), term)
 
 
-def _dense(
-    tracer: Tracer, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], uses: dict[str, str], P: Direction | None
-) -> Float[Tensor, "m l"]:
-    (h_o, g_o), (h_u, g_u) = x, y
-    head = tracer.readout
-    F = torch.zeros(len(h_o), len(h_u), dtype=g_o.dtype, device=g_o.device)
+def _dense(problem: Problem, x: Rows, y: Rows) -> Float[Tensor, "m l"]:
+    """F_readout of some observed and some updated tokens from their Γ, with a preconditioner or any form of force."""
+    head, uses, P, wide = problem.tracer.readout, problem.uses, problem.P, problem.tracer.precision
+    h_o, h_u = x.h.to(wide), y.h.to(wide)
+    F = torch.zeros(len(h_o), len(h_u), dtype=x.force.dtype, device=x.force.device)
     if head.bias_name in uses:
-        F += g_o @ (g_u if P is None else g_u * P[uses[head.bias_name]]).T
+        F += x.force @ (y.force if P is None else y.force * P[uses[head.bias_name]]).T
     if head.weight_name in uses and P is None:
-        F += (h_o @ h_u.T) * (g_o @ g_u.T)
+        F += (h_o @ h_u.T) * (x.force @ y.force.T)
     elif head.weight_name in uses and P is not None:
         scale = P[uses[head.weight_name]]
         for column in range(len(h_u)):  # the direction of one token at a time, written down
-            moved = torch.outer(g_u[column], h_u[column]) * scale
-            F[:, column] += ((h_o @ moved.T) * g_o).sum(1)
+            moved = torch.outer(y.force[column], h_u[column]) * scale
+            F[:, column] += ((h_o @ moved.T) * x.force).sum(1)
     return F

@@ -1,95 +1,215 @@
-"""Both sides of a decomposition: sequences scored once, c from the objective, and their row tables."""
+"""The two sides of a decomposition: tokens with a force at their logits, before and after their logits were seen.
+
+gather          sequences, objective -> Observed, Update: checked and in batches, no model has run
+.score(tracer)  a forward pass over one of them -> ScoredSide: statistics, c of the loss, the row table
+.score_batch    the same for one batch whose logits some other pass has made (products.vjp_scored, jvp_scored)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .. import ops
 from ..model.trace import Tracer, finite_stats, trace
 from ..objective import GTerm, Objective, Scores
+from ..ops import TokenStats, topk_log_probs
+from ..ops.rows import blocks
 from ..sequences import Batch, Chi
-from . import Side
+
+BATCH = 2048  # padded positions of a batch
 
 
 @dataclass(frozen=True)
-class Noted(Side):
-    """A side that keeps the statistics of the logits it is asked about: a pass over it need not be repeated for them.
+class Side:
+    """Tokens with a force at their logits: batches and, for each, the GTerm of its tokens."""
 
-    Raises:
-        ValueError: NaN logits, when they are seen.
-    """
+    batches: Sequence[Batch]
+    terms: Sequence[GTerm]
 
-    stats: dict[int, ops.TokenStats] = field(default_factory=dict)  # by batch
-
-    def force(self, b: int, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-        """As in Side."""
-        self.note(b, logits)
-        return super().force(b, logits)
-
-    def work(self, b: int, logits: Float[Tensor, "N V"], velocity: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-        """As in Side."""
-        self.note(b, logits)
-        return super().work(b, logits, velocity)
-
-    def note(self, b: int, logits: Float[Tensor, "N V"]) -> None:
-        """Keep the statistics of a batch's logits."""
-        if b not in self.stats:
-            self.stats[b] = finite_stats(self.batches[b], logits.detach())
-
-    @torch.no_grad()
-    def look(self, tracer: Tracer) -> None:
-        """A forward pass over all of it, the logits of one batch held at a time."""
-        for b, batch in enumerate(self.batches):
-            self.note(b, tracer.logits(batch))
-
-    def joined(self) -> ops.TokenStats:
-        """The statistics of all tokens, once every batch has been seen."""
-        return ops.TokenStats.joined(self.stats[b] for b in range(len(self.batches)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asking(Noted):
-    """An update, whose objective is asked for c as soon as the logits it depends on have been seen.
-
-    That is batch by batch for an objective in which sequences do not meet, and else with the last batch.
-
-    Raises:
-        ValueError: a c that is not finite, or sequences that do not fit the objective, when it is asked.
-    """
-
-    chis: Sequence[Chi]
-    objective: Objective
-    scores: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # by batch
+    def __len__(self) -> int:
+        return sum(len(batch.targets) for batch in self.batches)
 
     @property
-    def at_once(self) -> bool:
-        """Whether c of a batch needs no other batch: any pass over the update can then make it on its way."""
+    def starts(self) -> list[int]:
+        """The index of each batch's first token on this side's axis of F."""
+        sizes = [len(batch.targets) for batch in self.batches]
+        return [sum(sizes[:b]) for b in range(len(sizes))]
+
+    def part(self, weights: Float[Tensor, " N"]) -> Side:
+        """The tokens with their forces times a weight each; batches of which all weights are 0 are left out."""
+        batches, terms = [], []
+        sizes = [len(batch.targets) for batch in self.batches]
+        for batch, term, w in zip(self.batches, self.terms, weights.split(sizes), strict=True):
+            if bool(w.any()):
+                batches.append(batch)
+                terms.append(term.times(w))
+        return Side(batches, terms)
+
+    def force(self, b: int, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """Γ of the tokens of batch b, in float32 at least."""
+        return _force(self.terms[b], logits)
+
+    def work(self, b: int, logits: Float[Tensor, "N V"], velocity: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """<Γ_n, ż_n> of the tokens of batch b; their Γ are never held at once."""
+        return _work(self.terms[b], logits, velocity)
+
+    def one_by_one(self) -> Side:
+        """The same tokens in the same order with every sequence in a batch of its own, cut behind its last scored token."""
+        batches, terms = [], []
+        for batch, term in zip(self.batches, self.terms, strict=True):
+            T = batch.ids.shape[1]
+            for s in batch.sequence.unique().tolist():
+                mine = (batch.sequence == s).nonzero().flatten()
+                b = int(batch.rows[mine[0]]) // T
+                rows = batch.rows[mine] - b * T
+                ids = batch.ids[b : b + 1, : int(rows.max()) + 1]
+                batches.append(Batch(ids, rows, batch.targets[mine], batch.sequence[mine], batch.position[mine]))
+                terms.append(term.rows(mine.to(term.c.device)))
+        return Side(batches, terms)
+
+    def row_blocks(self, rows: int) -> Iterator[Side]:
+        """Whole sequences, as many as have at most so many tokens (one at least)."""
+        singles = self.one_by_one()
+        start = 0
+        while start < len(singles.batches):
+            stop, n = start, 0
+            while stop < len(singles.batches) and (stop == start or n + len(singles.batches[stop].targets) <= rows):
+                n += len(singles.batches[stop].targets)
+                stop += 1
+            yield Side(singles.batches[start:stop], singles.terms[start:stop])
+            start = stop
+
+    def ids(self, device: torch.device) -> Int[Tensor, " I"]:
+        """All ids that the sequences hold, each once and in order."""
+        return torch.cat([batch.ids.flatten() for batch in self.batches]).unique().to(device)
+
+
+def _force(term: GTerm, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    out = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
+    for rows in blocks(logits):
+        out[rows] = term.rows(rows).force(logits[rows])
+    return out
+
+
+def _work(term: GTerm, logits: Float[Tensor, "N V"], velocity: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    return torch.cat([(term.rows(rows).force(logits[rows]) * velocity[rows]).sum(1) for rows in blocks(logits)])
+
+
+class ScoredBatch(NamedTuple):
+    """What the logits of a batch gave: their statistics, and the force of its tokens."""
+
+    stats: TokenStats
+    term: GTerm
+
+    def force(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """Γ of the tokens, in float32 at least."""
+        return _force(self.term, logits)
+
+    def work(self, logits: Float[Tensor, "N V"], velocity: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """<Γ_n, ż_n> of the tokens."""
+        return _work(self.term, logits, velocity)
+
+
+@dataclass(frozen=True)
+class ScoredSide(Side):
+    """A side whose logits were seen, with the sequences it is made of and the statistics of each scored token."""
+
+    chis: Sequence[Chi]
+    stats: TokenStats
+
+    @property
+    def c(self) -> Float[Tensor, " N"]:
+        """c of the tokens themselves, where an objective has further targets."""
+        return torch.cat([term.own_c for term in self.terms])
+
+    def table(self, with_c: bool) -> Any:
+        """Row table (pyarrow) of the tokens, with or without the column c."""
+        return row_table(self.batches, self.stats, self.chis, self.c if with_c else None)
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """Sequences in batches whose logits no pass has seen yet."""
+
+    batches: list[Batch]
+    chis: Sequence[Chi]
+
+    @property
+    def is_by_batch(self) -> bool:
+        """Whether a batch can be scored without the others, by any pass that makes its logits."""
+        return True
+
+    def score_batch(self, b: int, logits: Float[Tensor, "N V"]) -> ScoredBatch:
+        """Statistics and forces of batch b from its logits (detached).
+
+        Raises:
+            ValueError: NaN logits; a c that is not finite, or sequences that do not fit the objective.
+        """
+        raise NotImplementedError
+
+    def side(self, scored: Sequence[ScoredBatch]) -> ScoredSide:
+        """The side, once every batch is scored."""
+        stats, terms = zip(*scored, strict=True)
+        return ScoredSide(self.batches, list(terms), self.chis, TokenStats.joined(stats))
+
+    @torch.no_grad()
+    def score(self, tracer: Tracer) -> ScoredSide:
+        """Score all batches in a forward pass of its own; the logits of one batch are held at a time."""
+        return self.side([self.score_batch(b, tracer.logits(batch)) for b, batch in enumerate(self.batches)])
+
+
+@dataclass(frozen=True)
+class Observed(Unscored):
+    """Tokens whose log-probability is watched, each with a weight: Γ = w (e_y - pi)."""
+
+    weights: Sequence[Tensor]  # by batch
+
+    def score_batch(self, b: int, logits: Float[Tensor, "N V"]) -> ScoredBatch:
+        """See Unscored."""
+        w = self.weights[b]
+        return ScoredBatch(finite_stats(self.batches[b], logits), GTerm(self.batches[b].targets.to(w.device), w))
+
+
+@dataclass(frozen=True)
+class Update(Unscored):
+    """An update, whose objective is asked for c once the logits that c depends on have been seen."""
+
+    objective: Objective
+
+    @property
+    def is_by_batch(self) -> bool:
+        """Whether c of a batch depends on no other batch."""
         return self.objective.by_sequence or len(self.batches) == 1
 
-    def note(self, b: int, logits: Float[Tensor, "N V"]) -> None:
-        """Keep what the objective reads of a batch's logits, and ask it."""
-        if b in self.stats:
-            return
-        super().note(b, logits)
-        self.scores[b] = _scores(self.objective, logits.detach(), self.stats[b])
-        every = len(self.stats) == len(self.batches)
-        which = [b] if self.objective.by_sequence else list(range(len(self.batches))) if every else []
-        if which:
-            self.terms.extend(self._ask(which).split([len(self.batches[i].targets) for i in which]))
+    def score_batch(self, b: int, logits: Float[Tensor, "N V"]) -> ScoredBatch:
+        """See Unscored; for objectives whose sequences do not meet, or an update of one batch."""
+        stats = finite_stats(self.batches[b], logits)
+        return ScoredBatch(stats, self._ask([b], stats, _scores(self.objective, logits, stats)))
 
-    def _ask(self, which: Sequence[int]) -> GTerm:
+    @torch.no_grad()
+    def score(self, tracer: Tracer) -> ScoredSide:
+        """See Unscored. Where sequences of several batches meet, the objective is asked once, for all of them."""
+        if self.is_by_batch:
+            return super().score(tracer)
+        stats, scores = [], []
+        for batch in self.batches:
+            logits = tracer.logits(batch)
+            stats.append(finite_stats(batch, logits))
+            scores.append(_scores(self.objective, logits, stats[-1]))
+        held = {name: torch.cat([of[name] for of in scores]) for name in scores[0]}
+        term = self._ask(range(len(self.batches)), TokenStats.joined(stats), held)
+        terms = term.split([len(batch.targets) for batch in self.batches])
+        return self.side([ScoredBatch(*of) for of in zip(stats, terms, strict=True)])
+
+    def _ask(self, which: Sequence[int], stats: TokenStats, scores: dict[str, Tensor]) -> GTerm:
         sequence = torch.cat([self.batches[b].sequence for b in which])
-        log_probs = torch.cat([self.stats[b].log_prob for b in which])
-        scores = {name: torch.cat([self.scores[b][name] for b in which]) for name in self.scores[which[0]]}
-        term = self.objective.g_terms(log_probs, [self.chis[s] for s in sequence.unique().tolist()], Scores(**scores))
-        broken = ~term.c.reshape(len(log_probs), -1).isfinite().all(1)
+        term = self.objective.g_terms(stats.log_prob, [self.chis[s] for s in sequence.unique().tolist()], Scores(**scores))
+        broken = ~term.c.reshape(len(sequence), -1).isfinite().all(1)
         if bool(broken.any()):
             raise ValueError(
                 f"{type(self.objective).__name__} gives sequence {int(sequence[broken.cpu()][0])} a weight c that is not "
@@ -98,82 +218,42 @@ class Asking(Noted):
         return term
 
 
-@dataclass(frozen=True)
-class Sides:
-    """Both sides of a decomposition, ready for the engine; their row tables once both have been seen."""
-
-    update: Sequence[Chi]
-    observe: Sequence[Chi]
-    u: Asking
-    o: Noted
-
-    @property
-    def c(self) -> Float[Tensor, " L"]:
-        """c of the updated tokens themselves, where an objective has further targets."""
-        return torch.cat([term.own_c for term in self.u.terms])
-
-    @cached_property
-    def updated(self) -> Any:
-        """Row table (pyarrow) of the updated tokens."""
-        return row_table(self.u.batches, self.u.joined(), self.update, self.c)
-
-    @cached_property
-    def observed(self) -> Any:
-        """Row table (pyarrow) of the observed tokens."""
-        return row_table(self.o.batches, self.o.joined(), self.observe)
-
-
-def prepare(
+def gather(
     tracer: Tracer,
     update: Sequence[Chi],
     observe: Sequence[Chi],
     objective: Objective,
-    *,
-    reference: nn.Module | None = None,
     weights: Tensor | None = None,
-    tokens: int = 2048,
-    passes: bool = False,
-) -> Sides:
-    """Both sides scored, with c from the objective.
-
-    With `passes` both are about to be passed over once, the one after the other: what those will see is left to them, and
-    they raise what seeing it would have raised.
+) -> tuple[Observed, Update]:
+    """Both sides, checked and in batches; no forward pass has been made.
 
     Raises:
-        ValueError: an empty side, ids outside the vocabulary, NaN logits, sequences that do not fit the objective.
+        ValueError: an empty side, ids outside the vocabulary, weights of another length.
     """
     for name, chis in (("update", update), ("observe", observe)):
         if not chis or not sum(len(chi) for chi in chis):
             raise ValueError(f"{name} holds no scored token: give at least one sequence with a response")
         if not all(len(chi) for chi in chis):
             raise ValueError(f"sequence {[len(chi) for chi in chis].index(0)} of {name} holds no scored token: leave it out")
-    if reference is not None:
-        update = with_reference(update, reference)
-    u = Asking(tracer.batches(update, tokens), [], chis=update, objective=objective)
-    seen = tracer.batches(observe, tokens)
-    y = torch.cat([batch.targets for batch in seen]).to(tracer.device)
-    ones = torch.ones(len(y), dtype=tracer.precision, device=tracer.device)
+    updated, observed = tracer.batches(update, BATCH), tracer.batches(observe, BATCH)
+    M = sum(len(batch.targets) for batch in observed)
+    ones = torch.ones(M, dtype=tracer.precision, device=tracer.device)
     w = ones if weights is None else weights.to(tracer.device, tracer.precision)
-    if w.shape != y.shape:
-        raise ValueError(f"weights must have shape [M]=({len(y)},), one per observed token, got {list(w.shape)}")
-    sizes = [len(batch.targets) for batch in seen]
-    o = Noted(seen, GTerm(y, w).split(sizes))
-    if not (passes and u.at_once):
-        u.look(tracer)
-    if not passes:
-        o.look(tracer)
-    return Sides(update, observe, u, o)
+    if w.shape != (M,):
+        raise ValueError(f"weights must have shape [M]=({M},), one per observed token, got {list(w.shape)}")
+    sizes = [len(batch.targets) for batch in observed]
+    return Observed(observed, observe, w.split(sizes)), Update(updated, update, objective)
 
 
-def _scores(objective: Objective, z: Float[Tensor, "N V"], stats: ops.TokenStats) -> dict[str, Tensor]:
-    """What else than log-probs the objective needs of a batch's logits."""
+def _scores(objective: Objective, z: Float[Tensor, "N V"], stats: TokenStats) -> dict[str, Tensor]:
+    """What the objective reads of a batch's logits beside log-probs (`needs`)."""
     found: dict[str, Tensor] = {}
     if "entropy" in objective.needs:
         found["entropy"] = stats.entropy
     if "mean_log_prob" in objective.needs:
         found["mean_log_prob"] = z.mean(1) - stats.logsumexp
     if "candidates" in objective.needs:
-        found["candidate_log_probs"], found["candidates"] = ops.topk_log_probs(z, objective.n_candidates)
+        found["candidate_log_probs"], found["candidates"] = topk_log_probs(z, objective.n_candidates)
     return found
 
 
@@ -189,8 +269,8 @@ def with_reference(chis: Sequence[Chi], reference: nn.Module) -> list[Chi]:
     return filled
 
 
-def row_table(batches: Sequence[Batch], stats: ops.TokenStats, chis: Sequence[Chi], c: Tensor | None = None) -> Any:
-    """One row per scored token: where it stands, what it is, and its statistics under the model."""
+def row_table(batches: Sequence[Batch], stats: TokenStats, chis: Sequence[Chi], c: Tensor | None = None) -> Any:
+    """One row per scored token (pyarrow): where it stands, what it is, and its statistics under the model."""
     import pyarrow as pa
 
     sequence, position, ids = (

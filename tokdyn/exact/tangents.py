@@ -3,7 +3,7 @@
     F[m,l] = F_readout[m,l] + <u_m, ḣ_{m,l}>,    u_m = ∂log pi(y_m)/∂h_m
 
 For a chunk of tokens of the looped side, one batched backward pass gives the cotangents δ at every module's output; a rule per
-module (rules.py) turns them into what that module's parameters do to its output on the other side; one batched tangent pass
+module (modules/) turns them into what that module's parameters do to its output on the other side; one batched tangent pass
 carries all of them to ḣ. Cost per looped token about 4·P·T flops, memory chunk · T · Σ module widths; the other side is never
 pulled back token by token, which pays where it has many more tokens.
 """
@@ -11,6 +11,7 @@ pulled back token by token, which pays where it has many more tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -19,78 +20,114 @@ from torch.func import jvp, vmap
 
 from ..model.calls import Call
 from ..model.trace import Tracer
-from .modules.rules import Embedding, Outputs, Rule
-from .sweep.plan import Plan, Watched
-from .sweep.tile import tied
+from .graph import batched_vjp
+from .modules.base import Outputs
+from .modules.lookup import tied_force
+from .problem import MEMORY, Coverage, Problem
+from .progress import Progress
+from .readout import readout_matrix
+from .sweep.plan import Plan, Rules, planned
+from .sweep.traced import SideTracer, TracedBatch
 
-Deltas = dict[str, tuple[list[Call], Outputs]]
+CHUNK = 32  # looped tokens at a time
 
-
-def columns(
-    tracer: Tracer, p: Plan, others: list[tuple[Watched, dict[str, Rule]]], source: Watched, chunk: int
-) -> Iterator[tuple[slice, list[Float[Tensor, "M b"]]]]:
-    """The backbone's part of F for one sequence of the looped side, by chunks: which tokens, and a block for each other."""
-    for n in range(0, len(source.h), chunk):
-        rows = slice(n, min(n + chunk, len(source.h)))
-        deltas = _cotangents(tracer, p, source, rows)
-        yield rows, [_move(tracer, p, w, rules, source, rows, deltas) for w, rules in others]
+Deltas = dict[str, tuple[list[Call], Outputs]]  # by module: its calls, and the cotangents at their outputs
 
 
-def token_bytes(w: Watched, rules: dict[str, Rule], source: Watched) -> int:
-    """Bytes that one looped token takes: its cotangents, its tangents, what is written of directions."""
-    tangents = sum(x.numel() for call in w.calls for x in call.outputs)
-    width = tangents / w.batch.ids.numel()
-    written = max((rule.written for rule in rules.values()), default=0)
-    return int(w.u.element_size() * (width * source.batch.ids.numel() + 3 * tangents + 2 * written))
+def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, progress: Progress | None = None) -> Coverage:
+    """F [M, L] into out, column by column, looped over the side with fewer tokens; see Fill.
 
-
-def _cotangents(tracer: Tracer, p: Plan, source: Watched, rows: slice) -> Deltas:
-    """The calls of every moving module for a chunk of tokens, and δ [b, ...] at each of their outputs.
-
-    The sequence is cut behind the chunk's last token: nothing later takes part.
+    Raises:
+        Unsupported: a model that the structured engines do not cover.
     """
-    h, calls, _ = p.unroll(tracer, source.batch.upto(rows))
-    b, d = h.shape
-    cotangent = torch.zeros(b, b, d, dtype=h.dtype, device=h.device)
-    index = torch.arange(b, device=h.device)
-    cotangent[index, index] = source.u[rows].to(h.dtype)
-    outputs = [x for call in calls for x in call.outputs]
+    p = planned(problem)
+    if len(p.observed) < len(p.updated):
+        p, out = p.transposed(), out.T
+    closed = readout_matrix(p)
+    if not p.plan.moves:
+        out.copy_(closed)
+        return p.plan.labels(p, {})
+    looped = p.updated.one_by_one()
+    ids = p.observed.ids(p.tracer.device), looped.ids(p.tracer.device)
+    tracer_o, tracer_u = SideTracer(p.tracer, p.plan, p.observed, ids[1]), SideTracer(p.tracer, p.plan, looped, ids[0])
+    mover = _Mover(p.tracer, p.plan, [tracer_o(b, with_calls=True) for b in range(len(p.observed.batches))])
+    done, rules = 0, Rules()
+    for b in range(len(looped.batches)):
+        source = tracer_u(b, with_calls=True)
+        for rows, blocks in mover.columns(source, memory):
+            columns = slice(source.where.start + rows.start, source.where.start + rows.stop)
+            for other, block in zip(mover.others, blocks, strict=True):
+                out[other.where, columns] = closed[other.where, columns] + block.to(out)
+            done += rows.stop - rows.start
+            if progress:
+                progress(done, out.shape[1])
+    for other in mover.others:
+        rules |= other.rules
+    return p.plan.labels(p, rules)
 
-    def back(v: Tensor) -> tuple[Tensor, ...]:
-        grads = torch.autograd.grad(h, outputs, v, retain_graph=True, allow_unused=True)
-        return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, outputs, strict=True))
 
-    deltas, found = iter(vmap(back)(cotangent)), Deltas()
-    for call in calls:
-        mine, delta = found.setdefault(call.name, ([], []))
-        mine.append(call.detached())
-        delta.append([next(deltas) for _ in call.outputs])
-    return found
+@dataclass(frozen=True)
+class _Mover:
+    """Moves the batches of one side along the directions of the other's tokens."""
+
+    tracer: Tracer
+    plan: Plan
+    others: list[TracedBatch]
+
+    def columns(self, source: TracedBatch, memory: int) -> Iterator[tuple[slice, list[Float[Tensor, "M b"]]]]:
+        """The backbone's part of F for one looped sequence, by chunks: which tokens, and a block for each other batch."""
+        chunk = max(1, min(CHUNK, memory // max(1, max(_token_bytes(other, source) for other in self.others))))
+        for n in range(0, len(source.h), chunk):
+            rows = slice(n, min(n + chunk, len(source.h)))
+            deltas = self._cotangents(source, rows)
+            yield rows, [self._move(other, source, rows, deltas) for other in self.others]
+
+    def _cotangents(self, source: TracedBatch, rows: slice) -> Deltas:
+        """The calls of every moving module for a chunk of tokens, and δ [b, ...] at each of their outputs.
+
+        The sequence is cut behind the chunk's last token: nothing later takes part.
+        """
+        h, calls, _ = self.plan.unroll(self.tracer, source.batch.upto(rows))
+        b, d = h.shape
+        cotangent = torch.zeros(b, b, d, dtype=h.dtype, device=h.device)
+        index = torch.arange(b, device=h.device)
+        cotangent[index, index] = source.cotangent[rows].to(h.dtype)
+        deltas = iter(batched_vjp(h, [x for call in calls for x in call.outputs], cotangent))
+        found: Deltas = {}
+        for call in calls:
+            mine, delta = found.setdefault(call.name, ([], []))
+            mine.append(call.detached())
+            delta.append([next(deltas) for _ in call.outputs])
+        return found
+
+    @torch.no_grad()
+    def _move(self, other: TracedBatch, source: TracedBatch, rows: slice, deltas: Deltas) -> Float[Tensor, "M b"]:
+        """What the backbone's part of a chunk of update tokens does to one batch of observed ones."""
+        b = rows.stop - rows.start
+        waiting = {name: iter(rule.tangent(*deltas[name])) for name, rule in other.rules.items() if name in deltas}
+        tangents, F = list[Tensor](), torch.zeros(len(other.h), b, dtype=other.h.dtype, device=other.h.device)
+        rule = self.plan.tied_lookup(other.rules)
+        if rule is not None and self.plan.lookup is not None:  # the lookup moves the readout, and the readout the lookup
+            ids, d = rule.rows(*deltas[self.plan.lookup])
+            F += tied_force(other.h, other.residual_at(ids), d).T
+            moved = iter([rule.looked_up(source.residual_at(ids)[rows], source.h[rows], ids) for ids in rule.o_ids])
+        for call in other.calls:
+            E = next(waiting[call.name]) if call.name in waiting else [x.new_zeros(b, *x.shape) for x in call.outputs]
+            if call.name == self.plan.lookup:
+                E = [E[0] + next(moved).reshape_as(E[0])]
+            tangents.extend(e.to(x.dtype) for e, x in zip(E, call.outputs, strict=True))
+        zeros = tuple(torch.zeros_like(x) for call in other.calls for x in call.outputs)
+
+        def forward(e: tuple[Tensor, ...]) -> Tensor:
+            return jvp(lambda *x: self.tracer.steer(other.batch, self.plan.names, x), zeros, e)[1]
+
+        h_dot = vmap(forward)(tuple(tangents))
+        return F + torch.einsum("bmd,md->mb", h_dot.to(other.cotangent.dtype), other.cotangent)
 
 
-@torch.no_grad()
-def _move(
-    tracer: Tracer, p: Plan, w: Watched, rules: dict[str, Rule], source: Watched, rows: slice, deltas: Deltas
-) -> Float[Tensor, "M b"]:
-    """What the backbone's part of a chunk of update tokens does to one batch of observed ones."""
-    b = rows.stop - rows.start
-    waiting = {name: iter(rule.tangent(*deltas[name])) for name, rule in rules.items() if name in deltas}
-    tangents, F = list[Tensor](), torch.zeros(len(w.h), b, dtype=w.h.dtype, device=w.h.device)
-    if p.lookup is not None:  # the cross terms of a tied embedding: the lookup moves the readout, and the readout the lookup
-        rule = rules[p.lookup]
-        assert isinstance(rule, Embedding)
-        ids, d = rule.rows(*deltas[p.lookup])
-        F += tied(w.h, w.residual_at(ids), d).T
-        moved = iter([rule.looked_up(source.residual_at(ids)[rows], source.h[rows], ids) for ids in rule.o_ids])
-    for call in w.calls:
-        E = next(waiting[call.name]) if call.name in waiting else [x.new_zeros(b, *x.shape) for x in call.outputs]
-        if call.name == p.lookup:
-            E = [E[0] + next(moved).reshape_as(E[0])]
-        tangents.extend(e.to(x.dtype) for e, x in zip(E, call.outputs, strict=True))
-    zeros = tuple(torch.zeros_like(x) for call in w.calls for x in call.outputs)
-
-    def forward(e: tuple[Tensor, ...]) -> Tensor:
-        return jvp(lambda *x: tracer.steer(w.batch, p.names, x), zeros, e)[1]
-
-    h_dot = vmap(forward)(tuple(tangents))
-    return F + torch.einsum("bmd,md->mb", h_dot.to(w.u.dtype), w.u)
+def _token_bytes(other: TracedBatch, source: TracedBatch) -> int:
+    """Bytes that one looped token takes: its cotangents, its tangents, what is written of directions."""
+    tangents = sum(x.numel() for call in other.calls for x in call.outputs)
+    width = tangents / other.batch.ids.numel()
+    written = max((rule.scratch for rule in other.rules.values()), default=0)
+    return int(other.cotangent.element_size() * (width * source.batch.ids.numel() + 3 * tangents + 2 * written))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import exact, interventions
-from ..exact import Side
+from ..exact import Side, products
 from ..exact.sides import with_reference
 from ..model.optimizer import preconditioner
 from ..model.trace import trace
@@ -241,8 +241,8 @@ def _forces_on(lm: nn.Module, forward: Forward, probe: Sequence[Chi], optimizer:
         batches = tracer.batches(probe, TOKENS)
         ones = [torch.ones(len(b.targets), dtype=tracer.precision, device=tracer.device) for b in batches]
         observed = Side(batches, [GTerm(b.targets.to(tracer.device), x) for b, x in zip(batches, ones, strict=True)])
-        D = exact.scaled(exact.pull(tracer, observed, uses), P)
-        return exact.push_all(tracer, Probe._update(tracer, forward, 1.0), D, uses)
+        D = products.preconditioned(products.vjp(tracer, observed, uses), P)
+        return products.jvp(tracer, Probe._update(tracer, forward, 1.0), D, uses)
 
 
 @contextlib.contextmanager

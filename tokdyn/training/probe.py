@@ -27,6 +27,7 @@ from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
 from .. import exact
+from ..exact import products
 from ..exact.sides import row_table
 from ..kernels.readout_forces.reference import logit_force
 from ..model.trace import Tracer, trace
@@ -236,7 +237,7 @@ class Probe:
             batches = tracer.batches(self.groups[group], TOKENS)
             ones = [torch.ones(len(b.targets), dtype=tracer.precision, device=tracer.device) for b in batches]
             terms = [GTerm(b.targets.to(tracer.device), one) for b, one in zip(batches, ones, strict=True)]
-            D = exact.pull(tracer, exact.Side(batches, terms), uses)
+            D = products.vjp(tracer, exact.Side(batches, terms), uses)
             if group == self.blamed[0]:
                 seen.own = sum(float(-(P[name] * grads[name] * x).double().sum()) for name, x in D.items() if name in grads)
                 moved = {name: p.detach() for name, p in tracer.model.named_parameters()}
@@ -244,7 +245,7 @@ class Probe:
                 seen.carried = along - seen.own
             for name, x in D.items():
                 x *= P[name]
-            parts = [exact.push_all(tracer, side, D, uses) for side in update]
+            parts = [products.jvp(tracer, side, D, uses) for side in update]
             seen.forces[group] = torch.cat(parts).cpu() if parts else torch.zeros(0)
             if group == self.blamed[0]:
                 seen.total = float(seen.forces[group].double().sum())
@@ -264,7 +265,7 @@ class Probe:
 def _pushed(
     tracer: Tracer, head: nn.Module, batch: Batch, direction: exact.Direction, uses: Mapping[str, str]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`exact.push`, and the inputs of the readout [N, d] that the pass comes by."""
+    """`products.jvp_logits`, and the inputs of the readout [N, d] that the pass comes by."""
     kept: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
 

@@ -1,26 +1,70 @@
-"""Modules that act on one tensor number by number: in a sweep that tensor stands for all of them.
+"""Linear layers fused by one elementwise product (a gated MLP's gate and up): the product's cotangent stands for both.
 
     w = f(y_1, ..., y_k) elementwise, all that the y_i act on     =>     δ_{y_i} = A_i ⊙ δ_w,   A_i = ∂w/∂y_i
     what the parameters behind all y_i do to w together:                    E = Σ_i A_i ⊙ E_i
 
-A gated MLP's gate and up are such a pair, w what the down projection takes. One cotangent is kept instead of two, and met once.
-Which modules they are is seen in a random cotangent, not told by names.
+One cotangent is kept instead of several, and met once. Which layers they are is seen in a random cotangent (sweep/fuse.py).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...model.calls import Call, Joined
 from ...model.trace import Place
-from ..sweep.segments import Outline, common_cuts, depth_of, depths
+from ..products import Direction
+from .base import OuterProducts, Outputs, Rule
+from .linear import Linear
+
+
+class Fused(Rule):
+    """The layers of a fusion, each by its own rule: E_l = Σ_i A_i ⊙ E_{l,i}, E_{l,i} from δ_i = A_i ⊙ δ."""
+
+    label = Linear.label
+
+    def __init__(self, call: Joined, parts: Sequence[Linear]) -> None:
+        super().__init__([call], size=sum(part.size for part in parts))
+        self.parts, self.slopes, self.modules = parts, [A for _, A in call.parts], len(parts)
+        self.has_outer_products = all(rule.has_outer_products for rule in parts)
+
+    def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
+        """The direction of each layer's parameters, named by the layer's number."""
+        (whole,), ((d,),) = calls, delta
+        assert isinstance(whole, Joined)
+        own = enumerate(zip(self.parts, whole.parts, strict=True))
+        return {f"{i}.{k}": x for i, (rule, (call, A)) in own for k, x in rule.direction([call], [[A * d]]).items()}
+
+    def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:
+        """See Rule."""
+        E = [[delta[0][0].new_empty(len(delta[0][0]), *self.shapes[0][0])]]
+        self.tangent_into(calls, delta, E)
+        return E
+
+    def tangent_into(self, calls: Sequence[Call], delta: Outputs, outs: Outputs) -> None:
+        """See Rule."""
+        (whole,), ((d,),), ((E,),) = calls, delta, outs
+        assert isinstance(whole, Joined)
+        for i, (rule, (call, A), slope) in enumerate(zip(self.parts, whole.parts, self.slopes, strict=True)):
+            part = E if i == 0 else torch.empty_like(E)
+            rule.tangent_into([call], [[A * d]], [[part]])
+            if i == 0:
+                E *= slope
+            else:
+                E.addcmul_(part, slope)
+
+    def outer_products(
+        self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool
+    ) -> OuterProducts:
+        """See Rule: those of all layers."""
+        assert isinstance(call, Joined)
+        own = zip(self.parts, call.parts, strict=True)
+        return [x for rule, (of, A) in own for x in rule.outer_products(of, delta * A.flatten(0, -2), at, preconditioned)]
 
 
 class _Elementwise(torch.autograd.Function):
@@ -37,19 +81,19 @@ class _Elementwise(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Joint:
-    """A place where a tensor w is given to a module, and the modules whose outputs y_i it is made of."""
+class Fusion:
+    """A place where a tensor w is given to a module, and the layers whose outputs y_i it is made of."""
 
     place: Place
     modules: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """Of all of them."""
+        """The layers' names, joined: the name under which their one rule is kept."""
         return " + ".join(self.modules)
 
     def __call__(self, w: Tensor, calls: list[Call]) -> Tensor:
-        """Join the modules' calls in a list of them, and give w with its derivative by their outputs in closed form.
+        """Put one joined call into `calls` in place of the layers', and return w with its derivative in closed form.
 
         A graph that begins behind one of them keeps w and the calls as they are.
         """
@@ -62,56 +106,3 @@ class Joint:
         joined = Joined(self.name, mine[0].module, (), {}, whole, tuple(zip(mine, slopes, strict=True)))
         calls[:] = [joined if call is mine[0] else call for call in calls if call is mine[0] or call.name not in self.modules]
         return whole
-
-
-def joints(h: Tensor, calls: Sequence[Call], given: Mapping[Place, Tensor], fit: Collection[str]) -> list[Joint]:
-    """The joints of two modules or more in what Tracer.unroll gives; `fit` are the modules that may be part of one."""
-    outline = Outline.of(h, calls, given)
-    keys = common_cuts([outline])
-    ends = [outline.cuts[key][0] for key in keys]
-    depth = depths(h, [x for call in calls for x in call.outputs if x.is_leaf])[0]
-    places: dict[int, Place] = {}
-    for place, x in given.items():
-        d = depth_of(depth, x) if x.requires_grad else None
-        if d is not None and d not in ends:
-            places.setdefault(d, place)
-    times, found = Counter(call.name for call in calls), list[Joint]()
-    cotangent = torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).to(h)
-    for segment, inside in enumerate(outline.segments(keys)):
-        free = [i for i in inside if calls[i].name in fit and times[calls[i].name] == 1 and len(calls[i].outputs) == 1]
-        for d in sorted(d for d in places if bisect_left(ends, d) == segment):
-            w = given[places[d]]
-            behind = [i for i in free if outline.shapes[i][0] == w.shape and (outline.depth[i][0] or 0) > d]
-            names = _elementwise(h, w, [calls[i] for i in behind], cotangent) if len(behind) > 1 else ()
-            if len(names) > 1 and _made_of(w, [calls[i].output for i in behind if calls[i].name in names]):
-                found.append(Joint(places[d], names))
-                free = [i for i in free if calls[i].name not in names]
-    return found
-
-
-def _elementwise(h: Tensor, w: Tensor, calls: Sequence[Call], cotangent: Tensor) -> tuple[str, ...]:
-    """Those of the calls whose cotangent is that of w, number by number."""
-    ys = [call.output for call in calls]
-    slopes = torch.autograd.grad(w, ys, torch.ones_like(w), retain_graph=True, allow_unused=True)
-    whole, *deltas = torch.autograd.grad(h, [w, *ys], cotangent, retain_graph=True, allow_unused=True)
-    eps = 100 * torch.finfo(h.dtype).eps
-    return tuple(
-        call.name
-        for call, A, delta in zip(calls, slopes, deltas, strict=True)
-        if A is not None and delta is not None and bool((delta - A * whole).norm() <= eps * delta.norm())
-    )
-
-
-def _made_of(w: Tensor, ys: Sequence[Tensor]) -> bool:
-    """Whether w depends on these tensors alone: an adapter's output is added to that of a frozen layer, which leads deeper."""
-    ends = {torch.autograd.graph.get_gradient_edge(y).node for y in ys}
-    waiting, seen = [torch.autograd.graph.get_gradient_edge(w).node], set()
-    while waiting:
-        node = waiting.pop()
-        if node in ends or node in seen:
-            continue
-        if hasattr(node, "variable"):
-            return False
-        seen.add(node)
-        waiting += [deeper for deeper, _ in node.next_functions if deeper is not None]
-    return True

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import NamedTuple
@@ -23,12 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...model.trace import Tracer
-from ..modules.rules import Rule, Together
-from ..products import Side
-from . import tile as sweep
-from .plan import Plan
-from .segments import Cuts
+from ..sides import Side
+from .plan import PlannedProblem
+from .strips import SAVED, SHORTEST, Budget, in_strips
 
 CHUNK, GROUP = 32, 96
 PASS = 3  # a forward pass that leaves a graph, in multiplications by its weights: with hooks, and of few positions
@@ -42,7 +38,7 @@ class Tiling(NamedTuple):
 
     kept: list[Block]
     streamed: list[Block]
-    budget: sweep.Budget
+    budget: Budget
     cost: float  # multiplications
 
 
@@ -62,15 +58,16 @@ class Size:
     moved: int  # numbers at the outputs of the modules that move, a position
 
     @classmethod
-    def of(cls, tracer: Tracer, p: Plan, cuts: Cuts, rules: Mapping[str, Rule]) -> Size:
-        """Of a backbone with a rule for each module."""
+    def of(cls, problem: PlannedProblem) -> Size:
+        """Of a problem's backbone, with the rules of its modules."""
+        tracer, cuts, rules = problem.tracer, problem.cuts, problem.rules
         T = max(cuts.outlines)
         outline, half = cuts.outlines[T], T // 2
         inside = [
             [(rules[outline.names[i]], sum(x.numel() for x in outline.shapes[i])) for i in of]
             for of in outline.segments(cuts.keys)
         ]
-        every, numbers = [pair for of in inside for pair in of], p.numbers(tracer)
+        every, numbers = [pair for of in inside for pair in of], problem.fused_plan.sizes(tracer)
         looked_up = {id(m.weight) for m in tracer.model.modules() if isinstance(m, nn.Embedding)}
         matrices = {id(x): x for x in tracer.model.parameters() if x.dim() > 1 and id(x) not in looked_up}
         readout = tracer.model.get_parameter(tracer.readout.weight_name)
@@ -82,15 +79,15 @@ class Size:
             segments=[[values for _, values in of] for of in inside],
             kept=[
                 (
-                    sum(rule.size for rule, _ in of if rule.is_short(half)),
-                    sum(values for rule, values in of if not rule.is_short(half)),
+                    sum(rule.size for rule, _ in of if rule.prefers_direction(half)),
+                    sum(values for rule, values in of if not rule.prefers_direction(half)),
                 )
                 for of in inside
             ],
-            written=max((rule.size for rule, _ in every if rule.is_short(half)), default=0),
+            written=max((rule.size for rule, _ in every if rule.prefers_direction(half)), default=0),
             weights=sum(x.numel() for key, x in matrices.items() if key != id(readout)),
-            moving=sum(numbers.get(name, 0) for name in rules if name != p.lookup),
-            moved=sum(values * (len(rule.parts) if isinstance(rule, Together) else 1) for rule, values in every) // T,
+            moving=sum(numbers.get(name, 0) for name in rules if name != problem.plan.lookup),
+            moved=sum(values * rule.modules for rule, values in every) // T,
         )
 
     def tiling(self, o: Side, u: Side, memory: int) -> Tiling:
@@ -105,7 +102,7 @@ class Size:
         kept = [float(self._keeps(t_o, of).sum()) for of in self.kept]
         E = self._moves(t_u, o) / len(o.batches)
         positions = _passed(o), _passed(u)
-        whole = 21 * self.item * sweep.SAVED * sum(map(sum, self.segments)) * max(positions) // (10 * self.length)
+        whole = 21 * self.item * SAVED * sum(map(sum, self.segments)) * max(positions) // (10 * self.length)
         most = max(1, self.item * max(map(sum, self.kept)))  # bytes that a token at the end of the sequence leaves of a segment
         ways = [(math.inf, len(o), len(u), 1, memory // 20)]
         for graphs in {min(whole, memory // 2), min(whole, memory // 5), min(whole, memory // 20)}:
@@ -117,11 +114,11 @@ class Size:
                 left = room - cuts
                 if left > 0:
                     times = rows * sum(max(1, math.ceil(size / rows / left)) for size in kept) / len(kept)
-                    again = max(rows, columns, sweep.SHORTEST * most / left)  # short strips are more of them
+                    again = max(rows, columns, SHORTEST * most / left)  # short strips are more of them
                     cost = pull_o * columns + pull_u * times + E * max(len(o.batches), times) + made * again
                     ways.append((cost, rows, columns, int(left), graphs))
         cost, rows, columns, left, graphs = min(ways)
-        budget = sweep.Budget(chunk, group, max(1, left // most), left, graphs)
+        budget = Budget(chunk, group, max(1, left // most), left, graphs)
         cost += len(u) * sum(kept) / self.item
         return Tiling(_in_blocks(o, t_o, rows), _in_blocks(u, t_u, columns), budget, cost)
 
@@ -142,14 +139,14 @@ class Size:
 
 def _passed(side: Side) -> int:
     """Positions of all strips of a side."""
-    return sum(int(batch.rows[part.stop - 1]) + 1 for batch in side.batches for part in sweep.in_strips(len(batch.rows)))
+    return sum(int(batch.rows[part.stop - 1]) + 1 for batch in side.batches for part in in_strips(len(batch.rows)))
 
 
 def _ends(side: Side) -> Float[Tensor, " N"]:
     """Where the strips end in which the tokens of a side are pulled: the positions that each takes part in."""
     found = []
     for batch in side.batches:
-        for part in sweep.in_strips(len(batch.rows)):
+        for part in in_strips(len(batch.rows)):
             found.append((batch.rows[part.stop - 1] + 1).double().expand(part.stop - part.start))
     return torch.cat(found)
 

@@ -1,84 +1,114 @@
-"""Which modules move and by which rule, and the sequences of a side as the engines take them."""
+"""Which modules of the backbone move and by which rule: a problem with its plan, as the structured engines take it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
-import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...model.calls import Call, Joined
 from ...model.trace import Place, Tracer
-from ...objective import GTerm
 from ...sequences import Batch
-from ..modules.fused import Joint, joints
+from ..errors import NotReplayable, Unsupported
+from ..modules.base import Rule
+from ..modules.choose import rule_for
+from ..modules.fused import Fused, Fusion
+from ..modules.gain import Gain
+from ..modules.linear import Linear
+from ..modules.lookup import Lookup
 from ..modules.norms import Norm
 from ..modules.rotary import turned
-from ..modules.rules import Embedding, Linear, NotAlone, Rule, Scale, Together, Unsupported, rule_for
-from ..products import Direction, Side
+from ..problem import Coverage, Problem
+from ..products import Direction
+from ..readout import LABEL as READOUT
+from ..sides import Side
+from .fuse import fusions
+from .segments import Cuts
 
-BLOCK = 1 << 26  # elements of logits held at a time
+Rules = dict[str, Rule]  # by module, or by fusion
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which modules move and how the readout takes part."""
+    """The moving modules of a backbone.
 
-    moves: dict[str, set[str]]  # module -> its moving parameters, in the backbone, named from there
-    module: dict[str, str]  # use of a tensor -> the module that moves it
-    head: bool  # the readout weight moves as readout
-    head_bias: bool
-    lookup: str | None  # the module whose lookup shares the readout's weight, when both move
-    P: dict[str, Direction]  # module -> the preconditioner of its moving parameters, named from there; empty without one
-    norms: dict[str, Norm]  # moving modules whose cotangent has a closed form
-    joints: tuple[Joint, ...] = ()  # moving modules that go as one
+    Attributes:
+        moves: module -> its moving parameters, named from there.
+        module: use of a tensor -> the module that moves it.
+        lookup: the module whose lookup shares the readout's weight, when both move; else None.
+        P: module -> the preconditioner of its moving parameters, named from there; empty without one.
+        norms: moving modules whose cotangent has a closed form.
+        fusions: moving linear layers that go as one.
+    """
+
+    moves: dict[str, set[str]]
+    module: dict[str, str]
+    lookup: str | None
+    P: dict[str, Direction]
+    norms: dict[str, Norm]
+    fusions: tuple[Fusion, ...] = ()
 
     @property
     def names(self) -> list[str]:
         """The modules that move."""
         return list(self.moves)
 
-    def numbers(self, tracer: Tracer) -> dict[str, int]:
-        """How many numbers move, by module and by joint."""
+    def sizes(self, tracer: Tracer) -> dict[str, int]:
+        """How many numbers move, by module and by fusion."""
         found = {
             name: sum(tracer.model.get_submodule(name).get_parameter(x).numel() for x in own)
             for name, own in self.moves.items()
         }
-        return found | {of.name: sum(found[name] for name in of.modules) for of in self.joints}
+        return found | {of.name: sum(found[name] for name in of.modules) for of in self.fusions}
 
-    def rules(self, calls: Sequence[Call]) -> dict[str, Rule]:
+    def rules(self, calls: Sequence[Call]) -> Rules:
         """A rule for each module that is called.
 
         Raises:
             Unsupported: the readout's weight is tied to something other than a lookup.
-            NotAlone: a module cannot be called by itself.
+            NotReplayable: a module cannot be called by itself.
         """
         of: dict[str, list[Call]] = {}
         for call in calls:
             of.setdefault(call.name, []).append(call)
         rules = {name: self._rule(mine) for name, mine in of.items()}
-        if self.lookup is not None and not isinstance(rules.get(self.lookup), Embedding):
-            raise Unsupported(f"the readout's weight is tied to {self.lookup}, which is no plain lookup")
+        self.tied_lookup(rules)
         return rules
+
+    def tied_lookup(self, rules: Rules) -> Lookup | None:
+        """The rule of the lookup that shares the readout's weight, when both move.
+
+        Raises:
+            Unsupported: the weight is tied to something else.
+        """
+        if self.lookup is None:
+            return None
+        rule = rules.get(self.lookup)
+        if not isinstance(rule, Lookup):
+            raise Unsupported(f"the readout's weight is tied to {self.lookup}, which is no plain lookup")
+        return rule
 
     def _rule(self, calls: list[Call]) -> Rule:
         if isinstance(calls[0], Joined):
-            return Together(calls[0], [Linear([of], self.moves[of.name]) for of, _ in calls[0].parts])
+            return Fused(calls[0], [Linear([of], self.moves[of.name]) for of, _ in calls[0].parts])
         return rule_for(calls, self.moves[calls[0].name], self.P.get(calls[0].name))
 
-    def joined(self, tracer: Tracer, batch: Batch) -> Plan:
-        """The same with the modules as one that have a joint, of those whose directions are longer than their cotangents."""
+    def fused(self, tracer: Tracer, batch: Batch) -> Plan:
+        """The plan with linear layers fused where one elementwise product takes them all in, seen on a batch.
+
+        Layers whose directions are shorter than their cotangents stay by themselves.
+        """
         h, calls, given = self.unroll(tracer, batch)
         rules = self.rules([call.detached() for call in calls])
         half = batch.ids.shape[1] // 2
-        fit = [name for name, rule in rules.items() if isinstance(rule, Linear) and not rule.is_short(half)]
-        return replace(self, joints=tuple(joints(h, calls, given, fit)))
+        fit = [name for name, rule in rules.items() if rule.can_fuse and not rule.prefers_direction(half)]
+        return replace(self, fusions=tuple(fusions(h, calls, given, fit)))
 
     def record(self, tracer: Tracer, batch: Batch) -> tuple[Tensor, list[Call]]:
-        """Tracer.record at the moving modules."""
-        if not self.joints:
+        """Tracer.record at the moving modules, with one call in place of fused layers."""
+        if not self.fusions:
             return tracer.record(batch, self.names)
         h, calls, _ = self.unroll(tracer, batch)
         return h.detach(), [call.detached() for call in calls]
@@ -91,60 +121,107 @@ class Plan:
         bottom: Place | None = None,
         top: Place | None = None,
     ) -> tuple[Tensor, list[Call], dict[Place, Tensor]]:
-        """Tracer.unroll at the moving modules, with the derivatives of norms, rotary embeddings and joints in closed form."""
+        """Tracer.unroll at the moving modules, with the derivatives of norms, rotary embeddings and fusions in closed form."""
         with turned(tracer.model):
-            return tracer.unroll(batch, self.names, self.norms, {of.place: of for of in self.joints}, places, bottom, top)
+            return tracer.unroll(batch, self.names, self.norms, {of.place: of for of in self.fusions}, places, bottom, top)
 
-    def is_unseen(self, tracer: Tracer, use: str) -> bool:
-        """Whether no module was seen to use this tensor, nor the readout."""
-        return use not in self.module and use not in (tracer.readout.weight_name, tracer.readout.bias_name)
-
-    def labels(self, tracer: Tracer, uses: dict[str, str], rules: dict[str, str]) -> dict[str, str]:
-        """The rule of every moving parameter."""
-        head = (tracer.readout.weight_name, tracer.readout.bias_name)
+    def labels(self, problem: Problem, rules: Mapping[str, Rule]) -> Coverage:
+        """The label of every moving use's rule."""
+        modules = {of.name: of.modules for of in self.fusions}
+        by_module = {module: rule.label for name, rule in rules.items() for module in modules.get(name, (name,))}
+        head = (problem.tracer.readout.weight_name, problem.tracer.readout.bias_name)
         return {
-            use: "readout in closed form"
-            if use in head
-            else rules.get(self.module.get(use, ""), "not used in the forward pass")
-            for use in uses
+            use: READOUT if use in head else by_module.get(self.module.get(use, ""), "not used in the forward pass")
+            for use in problem.uses
         }
 
 
-def plan(tracer: Tracer, uses: dict[str, str], P: Direction | None, batches: Sequence[Batch]) -> Plan:
+@dataclass(frozen=True)
+class PlannedProblem(Problem):
+    """A problem whose moving modules have been sorted; what is derived of it is made once, when it is asked for."""
+
+    plan: Plan
+
+    @cached_property
+    def singles(self) -> tuple[Side, Side]:
+        """Both sides with every sequence in a batch of its own."""
+        return self.observed.one_by_one(), self.updated.one_by_one()
+
+    @cached_property
+    def longest(self) -> Batch:
+        """The longest sequence, with its last scored token alone."""
+        every = [batch for side in self.singles for batch in side.batches]
+        return max(every, key=lambda batch: batch.ids.shape[1]).upto(slice(-1, None))
+
+    @cached_property
+    def fused_plan(self) -> Plan:
+        """The plan with fused layers, as the sweep takes them."""
+        return self.plan.fused(self.tracer, self.longest)
+
+    @cached_property
+    def rules(self) -> Rules:
+        """The rules of the fused plan, on the longest sequence."""
+        return self.fused_plan.rules(self.fused_plan.record(self.tracer, self.longest)[1])
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """Where the backbone is cut, of all sequences alike."""
+        every = [batch for side in self.singles for batch in side.batches]
+        return Cuts.of(partial(self.fused_plan.unroll, self.tracer), every)
+
+
+def planned(problem: Problem) -> PlannedProblem:
     """Sort the uses by the innermost module that was seen to use them (Tracer.usage) and that can be moved by itself.
 
     A module that does not repeat its output when called alone is moved as part of the one around it.
 
     Raises:
         Unsupported: a tensor that two modules share, other than a lookup tied to the readout; a readout that is not
-            softcap(scale (W h + b)); a model that does not repeat its output.
+            softcap(scale (W h + b)); a model that does not repeat its output; a parameter with a gradient that no module
+            was seen to use.
     """
+    if isinstance(problem, PlannedProblem):
+        return problem
+    tracer, batches = problem.tracer, [*problem.observed.batches, *problem.updated.batches]
     error = tracer.readout_residual(batches[0])
     if error > tracer.readout_bound:
         raise Unsupported(f"the logits differ by {error:.0e} from softcap(scale (W h + b)), the readout's formula")
     seen, passed = tracer.usage(batches), set[str]()
     while True:
-        found = _sorted(tracer, uses, P, seen, passed)
+        plan = _sorted(problem, seen, passed)
         try:
-            calls = tracer.record(batches[0], found.names)[1]
-            rules = found.rules(calls)
-            norms = {call.name: Norm.of(call) for call in calls if isinstance(rules[call.name], Scale)}
-            return replace(found, norms={name: norm for name, norm in norms.items() if norm is not None})
-        except NotAlone as error:
-            if not error.name:
-                raise Unsupported("the model does not repeat its output") from error
-            passed.add(error.name)
+            calls = tracer.record(batches[0], plan.names)[1]
+            rules = plan.rules(calls)
+            norms = {call.name: Norm.of(call) for call in calls if isinstance(rules[call.name], Gain)}
+            break
+        except NotReplayable as stuck:
+            if not stuck.name:
+                raise Unsupported("the model does not repeat its output") from stuck
+            passed.add(stuck.name)
+    require_covered(problem, plan)
+    plan = replace(plan, norms={name: norm for name, norm in norms.items() if norm is not None})
+    return PlannedProblem(tracer, problem.uses, problem.P, problem.observed, problem.updated, plan)
 
 
-def _sorted(
-    tracer: Tracer,
-    uses: dict[str, str],
-    P: Direction | None,
-    seen: dict[str, set[tuple[str, ...]]],
-    passed: Collection[str],
-) -> Plan:
-    head = tracer.readout
-    before = {use: tensor for use, tensor in uses.items() if use not in (head.weight_name, head.bias_name)}
+def require_covered(problem: Problem, plan: Plan) -> None:
+    """Raise if a parameter that no module was seen to use has a gradient.
+
+    Raises:
+        Unsupported: it has; a kernel of somebody's own may take its weights out of sight.
+    """
+    head = (problem.tracer.readout.weight_name, problem.tracer.readout.bias_name)
+    unseen = {use: tensor for use, tensor in problem.uses.items() if use not in plan.module and use not in head}
+    if not unseen:
+        return
+    direction = replace(problem, uses=unseen).vjp(problem.observed)
+    moved = {tensor for tensor, step in direction.items() if bool(step.any())}
+    if moved:
+        raise Unsupported(f"no module was seen to use {' and '.join(use for use in unseen if unseen[use] in moved)}")
+
+
+def _sorted(problem: Problem, seen: dict[str, set[tuple[str, ...]]], passed: Collection[str]) -> Plan:
+    tracer, P, head = problem.tracer, problem.P, problem.tracer.readout
+    before = {use: tensor for use, tensor in problem.uses.items() if use not in (head.weight_name, head.bias_name)}
     moves: dict[str, set[str]] = {}
     scaled: dict[str, Direction] = {}
     module_of: dict[str, str] = {}
@@ -162,67 +239,8 @@ def _sorted(
             module_of |= {use: module for use, other in before.items() if other == tensor}
     tied = tracer.owner[head.weight_name]
     lookup = next((module_of[use] for use, tensor in before.items() if tensor == tied and use in module_of), None)
-    moving = head.weight_name in uses
-    return Plan(moves, module_of, moving, head.bias_name in uses, lookup if moving else None, scaled, {})
+    return Plan(moves, module_of, lookup if head.weight_name in problem.uses else None, scaled, {})
 
 
 def _within(name: str, module: str) -> bool:
     return not module or name.startswith(module + ".")
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A batch of a side's tokens: the input of the readout, the force there, and the calls of the moving modules."""
-
-    batch: Batch
-    h: Float[Tensor, "N d"]
-    u: Float[Tensor, "N d"]  # Wᵀ Γ, Γ pulled back through softcap and scale
-    ids: Int[Tensor, " I"]  # the ids, in order, whose Γ is kept: those that the other side looks up, where that is tied
-    residual: Float[Tensor, "N I"]
-    calls: list[Call]
-    columns: slice  # its tokens on the axis of F
-    dtype: torch.dtype  # of the backbone
-
-    def residual_at(self, ids: Int[Tensor, " S"]) -> Float[Tensor, "N S"]:
-        """Γ at the logits of these ids."""
-        return self.residual[:, torch.searchsorted(self.ids, ids)]
-
-
-@torch.no_grad()
-def watch(tracer: Tracer, p: Plan, side: Side, b: int, start: int, ids: Int[Tensor, " I"], calls: bool = True) -> Watched:
-    """Look at one batch of a side, with the calls or without. The logits are made and left again in blocks of rows."""
-    batch, term, head = side.batches[b], side.terms[b], tracer.readout
-    h, made = p.record(tracer, batch) if calls else (tracer.hidden(batch), [])
-    weight = head.weight.to(tracer.precision)
-    kept, parts = ids if p.lookup is not None else ids[:0], []
-    for rows in torch.arange(len(h), device=h.device).split(max(1, BLOCK // len(weight))):
-        residual = residual_of(tracer, h[rows], term, rows)
-        parts.append((residual @ weight, residual[:, kept]))
-    u, residual = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Watched(batch, h.to(u.dtype), u, kept, residual, made, slice(start, start + len(h)), h.dtype)
-
-
-def residual_of(tracer: Tracer, h: Float[Tensor, "n d"], term: GTerm, rows: Tensor) -> Float[Tensor, "n V"]:
-    """Γ of some rows of a batch as a force at W h + b."""
-    z = tracer.readout.logits(h)
-    return tracer.readout.pull_back(z, term.rows(rows).force(z))
-
-
-def one_by_one(side: Side) -> Side:
-    """The same tokens in the same order with every sequence in a batch of its own, cut behind its last scored token."""
-    batches, terms = [], []
-    for batch, term in zip(side.batches, side.terms, strict=True):
-        T = batch.ids.shape[1]
-        for s in batch.sequence.unique().tolist():
-            mine = (batch.sequence == s).nonzero().flatten()
-            b = int(batch.rows[mine[0]]) // T
-            rows = batch.rows[mine] - b * T
-            ids = batch.ids[b : b + 1, : int(rows.max()) + 1]
-            batches.append(Batch(ids, rows, batch.targets[mine], batch.sequence[mine], batch.position[mine]))
-            terms.append(term.rows(mine.to(term.c.device)))
-    return Side(batches, terms)
-
-
-def ids_of(side: Side, tracer: Tracer) -> Int[Tensor, " I"]:
-    """All ids that a side's sequences hold, each once and in order."""
-    return torch.cat([batch.ids.flatten() for batch in side.batches]).unique().to(tracer.device)

@@ -7,7 +7,6 @@ parallel block once, and a model with a connection around everything not at all.
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,52 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from ...model.calls import Call
 from ...model.trace import Place
 from ...sequences import Batch
-from ..modules.rules import Unsupported
+from ..errors import Unsupported
+from ..graph import batched_vjp, depth_of, depths, node_of
 
 TRIED = 32  # tokens on which the cuts are tried
 OTHERWISE = "not every sequence passes through the same modules"
-
-
-def depths(h: Tensor, leaves: Sequence[Tensor]) -> tuple[dict[Any, int], set[int]]:
-    """The nodes between h and the leaves with their depth, and the depths of those through which all deeper ones are reached.
-
-    Nodes come up in an order in which each is before all that it was made from; one that comes up when no other is waiting
-    is a cut.
-    """
-    wanted = {id(x) for x in leaves}
-
-    def order(node: Any) -> int:
-        return -1 if hasattr(node, "variable") else node._sequence_nr()
-
-    first = torch.autograd.graph.get_gradient_edge(h).node
-    waiting, seen = [(-order(first), 0, first)], {first}
-    depth: dict[Any, int] = {}
-    cuts = set()
-    while waiting:
-        node = heapq.heappop(waiting)[2]
-        depth[node] = len(depth)
-        if not waiting and len(node._input_metadata) == 1:
-            cuts.add(depth[node])
-        for deeper, _ in node.next_functions:
-            if deeper is not None and deeper not in seen and (not hasattr(deeper, "variable") or id(deeper.variable) in wanted):
-                seen.add(deeper)
-                heapq.heappush(waiting, (-order(deeper), len(seen), deeper))
-    return depth, cuts
-
-
-def depth_of(depth: Mapping[Any, int], x: Tensor) -> int | None:
-    """Of a tensor's node; None where nothing depends on it."""
-    return depth.get(torch.autograd.graph.get_gradient_edge(x).node)
-
-
-def _back(top: Tensor, ends: Sequence[Tensor], v: Tensor) -> tuple[Tensor, ...]:
-    grads = torch.autograd.grad(top, ends, v, retain_graph=True, allow_unused=True)
-    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, ends, strict=True))
 
 
 @dataclass(frozen=True)
@@ -148,8 +110,7 @@ class Segment:
         """Cotangents [b, *top] -> those at the modules' outputs, [b, *output], and at the lower cut (empty without one)."""
         outputs = [x for _, tensors in self.inside for x in tensors]
         ends = outputs if self.bottom is None else [*outputs, self.bottom]
-
-        found = iter(vmap(partial(_back, self.top, ends))(cotangent))
+        found = iter(batched_vjp(self.top, ends, cotangent))
         deltas = [[next(found) for _ in tensors] for _, tensors in self.inside]
         return deltas, cotangent.new_empty(0) if self.bottom is None else next(found)
 
@@ -247,7 +208,7 @@ class Cuts:
         depth = depths(end, [x for call in calls for x in call.outputs if x.is_leaf])[0]
 
         at = partial(depth_of, depth)
-        ends = [depth[torch.autograd.graph.get_gradient_edge(given[key]).node] for key in inner]
+        ends = [depth[node_of(given[key])] for key in inner]
         inside: list[list[Call]] = [[] for _ in range(stop - start)]
         for call in calls:
             reached = [d for d in map(at, call.outputs) if d is not None]

@@ -1,0 +1,58 @@
+"""Columns of F summed over groups of update tokens: a force is linear in the update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .problem import MEMORY, Coverage, Fill, Problem
+from .progress import Progress, share
+
+LABEL = "one direction per group"
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """A way to [M, G]: each group is one direction, a vjp and a jvp."""
+
+    labels: Int[Tensor, " L"]  # the column of each update token, -1 for none
+
+    def __call__(
+        self, problem: Problem, out: Float[Tensor, "M G"], *, memory: int = MEMORY, progress: Progress | None = None
+    ) -> Coverage:
+        """See Fill."""
+        for g in range(out.shape[1]):
+            direction = problem.vjp(problem.updated.part((self.labels == g).to(out)))
+            out[:, g] = problem.jvp(problem.observed, problem.preconditioned(direction))
+            if progress:
+                progress(g + 1, out.shape[1])
+        return dict.fromkeys(problem.uses, LABEL)
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A way to [M, G]: the token matrix by another way, its columns added up by group.
+
+    in_blocks makes it in blocks of rows that `memory` holds, for a way that does not cost more in parts.
+    """
+
+    columns: Fill
+    labels: Int[Tensor, " L"]
+    in_blocks: bool
+
+    def __call__(
+        self, problem: Problem, out: Float[Tensor, "M G"], *, memory: int = MEMORY, progress: Progress | None = None
+    ) -> Coverage:
+        """See Fill."""
+        M, L = problem.shape
+        rows = max(1, memory // 4 // (L * out.element_size())) if self.in_blocks else M
+        member = (self.labels >= 0).to(out.device)
+        labels, coverage, start = self.labels.to(out.device)[member], Coverage(), 0
+        for part in problem.row_blocks(rows) if rows < M else [problem]:
+            F, n = part.empty().to(out), part.shape[0]
+            coverage |= self.columns(part, F, memory=memory, progress=share(progress, start, n, M))
+            out[start : start + n].zero_().index_add_(1, labels, F[:, member])
+            start += n
+        return coverage

@@ -1,0 +1,108 @@
+"""What a module rule is: what one module's own parameters do to its output on the observed side.
+
+The update token l moves a module's parameters by the direction Ẇ_l = Σ_s (∂output_s/∂θ)ᵀ δ_{l,s}, δ_{l,s} the cotangent at the
+module's output at position s of the updated sequence. A rule holds the module's calls on the observed side and answers
+
+    tangent          E_l = ∂output/∂θ · P Ẇ_l at the observed calls' outputs, without writing Ẇ_l down where it need not be
+    direction        Ẇ_l itself, for a module with few parameters: <Ẇ_m, P Ẇ_l> is then an inner product of directions
+    outer_products   Ẇ_l as one outer product a δᵀ, for a token whose cotangent is at its own position alone
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.func import functional_call
+
+from ...model.calls import Call, floats
+from ..products import Direction
+
+Outputs = list[list[Tensor]]  # per call, per tensor it returns: [b, *shape]
+OuterProducts = list[tuple[Tensor, Tensor]]  # a [N, p] and δ [N, q] of N tokens
+
+
+class Rule(ABC):
+    """A module's rule from its calls on the observed side; the defaults are those of a module of no special kind.
+
+    Attributes:
+        label: what a result's coverage calls it.
+        shapes: of each tensor that each observed call returns.
+        size: numbers of a direction.
+        scratch: numbers of a direction that `tangent` writes down on its way, 0 where it does not.
+        modules: how many modules it stands for.
+        can_fuse: whether the module may be one of several that are fused (fused.py).
+        has_outer_products: whether `outer_products` gives anything.
+    """
+
+    label = ""
+    modules = 1
+    can_fuse = False
+    has_outer_products = False
+
+    def __init__(self, calls: Sequence[Call], size: int, scratch: int = 0) -> None:
+        self.shapes = [[x.shape for x in call.outputs] for call in calls]
+        self.size, self.scratch = size, scratch
+
+    def prefers_direction(self, positions: int) -> bool:
+        """Whether a direction is smaller than the cotangents at so many positions that it is made of."""
+        return False
+
+    @abstractmethod
+    def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
+        """Ẇ of each cotangent, [b, *parameter] by parameter, without P."""
+
+    @abstractmethod
+    def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:
+        """E at the output of each observed call, from the updated calls and the cotangents at their outputs."""
+
+    def tangent_into(self, calls: Sequence[Call], delta: Outputs, outs: Outputs) -> None:
+        """`tangent` written where it is wanted."""
+        for tangents, of in zip(self.tangent(calls, delta), outs, strict=True):
+            for tangent, out in zip(tangents, of, strict=True):
+                out.copy_(tangent)
+
+    def outer_products(
+        self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool
+    ) -> OuterProducts:
+        """Of tokens with a cotangent at their own position alone: <Ẇ_m, P Ẇ_l> = Σ over the list of (a_m·a_l) (δ_m·δ_l)."""
+        return []
+
+
+def own_parameters(call: Call) -> dict[str, Tensor]:
+    """The parameters that belong to a call's module itself."""
+    return {name: p.detach() for name, p in call.module.named_parameters(recurse=False)}
+
+
+def number_of(call: Call, moves: set[str]) -> int:
+    """How many numbers of a module move."""
+    return sum(call.module.get_parameter(name).numel() for name in moves)
+
+
+def as_function(call: Call) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
+    """What a call returns as a function of the module's parameters, named from the module."""
+    return lambda own: tuple(floats(functional_call(call.module, own, call.args, call.kwargs)))
+
+
+def inputs_in_a_row(calls: Sequence[Call]) -> Float[Tensor, "S p"]:
+    """The first input of every call, all positions one after the other."""
+    return cat([call.inputs[0].flatten(0, -2) for call in calls], 0)
+
+
+def cotangents_in_a_row(delta: Outputs) -> Float[Tensor, "b S q"]:
+    """The cotangents at the one output of every call, all positions one after the other."""
+    return cat([x.flatten(1, -2) for (x,) in delta], 1)
+
+
+def cat(parts: list[Tensor], dim: int) -> Tensor:
+    """torch.cat, which copies even a single tensor."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def is_close(value: Tensor, expected: Tensor, relative: float = 1e-3) -> bool:
+    """Whether two outputs agree to `relative`, or to a few roundings where that is more."""
+    relative = max(relative, 10 * torch.finfo(expected.dtype).eps)
+    return value.shape == expected.shape and float((value - expected).norm()) <= relative * float(expected.norm()) + 1e-12

@@ -1,0 +1,120 @@
+"""W a + b (nn.Linear, GPT-2's Conv1D, …): E_l = δ_lᵀ S with S = a·b (+ 1 where the bias moves)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ...model.calls import Call
+from ..products import Direction, preconditioned
+from .base import (
+    OuterProducts,
+    Outputs,
+    Rule,
+    as_function,
+    cotangents_in_a_row,
+    inputs_in_a_row,
+    is_close,
+    number_of,
+    own_parameters,
+)
+
+
+class Linear(Rule):
+    """A matrix and a bias, one of them or both moving."""
+
+    label = "outer product"
+
+    def __init__(self, calls: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
+        size = number_of(calls[0], moves)
+        super().__init__(calls, size, scratch=0 if P is None else size)
+        self.b = [call.inputs[0].flatten(0, -2) for call in calls]
+        self.moves, self.P = moves, P
+        self.is_transposed = type(calls[0].module) is not nn.Linear and P is not None and _is_transposed(calls[0])
+        self.can_fuse = self.has_outer_products = P is None  # a preconditioner couples a and δ
+
+    def prefers_direction(self, positions: int) -> bool:
+        """See Rule."""
+        return self.P is not None or "weight" not in self.moves or self.b[0].shape[1] < positions
+
+    def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
+        """Σ_s δ_s a_sᵀ and Σ_s δ_s, in the layout of the parameters."""
+        a, d = inputs_in_a_row(calls), cotangents_in_a_row(delta)
+        found = {}
+        if "weight" in self.moves:
+            found["weight"] = torch.matmul(a.T, d) if self.is_transposed else torch.matmul(d.mT, a)
+        if "bias" in self.moves:
+            found["bias"] = d.sum(1)
+        return found
+
+    def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:
+        """See Rule."""
+        if self.P is not None:
+            W = preconditioned(self.direction(calls, delta), self.P)
+            E = [delta[0][0].new_zeros(()) for _ in self.b]
+            if "weight" in W:
+                E = [torch.matmul(x, W["weight"] if self.is_transposed else W["weight"].mT) for x in self.b]
+            if "bias" in W:
+                E = [e + W["bias"][:, None] for e in E]
+        else:
+            a, d = inputs_in_a_row(calls), cotangents_in_a_row(delta)
+            E = [self._moved(a, d, x) for x in self.b]
+        return [[e.expand(-1, len(x), -1).reshape(-1, *shape)] for e, x, (shape,) in zip(E, self.b, self.shapes, strict=True)]
+
+    def tangent_into(self, calls: Sequence[Call], delta: Outputs, outs: Outputs) -> None:
+        """See Rule: E = δᵀ S in one product into `outs`, where the weight moves without a preconditioner."""
+        if self.P is not None or "weight" not in self.moves:
+            return super().tangent_into(calls, delta, outs)
+        a, d = inputs_in_a_row(calls), cotangents_in_a_row(delta)
+        for x, (out,) in zip(self.b, outs, strict=True):
+            torch.matmul(self._gram(x, a), d, out=out.view(len(d), len(x), -1))
+
+    def outer_products(
+        self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool
+    ) -> OuterProducts:
+        """See Rule."""
+        a, d = call.inputs[0].flatten(0, -2)[at], delta[at]
+        return [(x, d) for name, x in (("weight", a), ("bias", torch.ones_like(a[:, :1]))) if name in self.moves]
+
+    def _moved(self, a: Float[Tensor, "S p"], delta: Float[Tensor, "b S q"], x: Float[Tensor, "N p"]) -> Tensor:
+        (S, p), N = a.shape, x.shape[0]
+        if "weight" not in self.moves:
+            return delta.sum(1, keepdim=True)
+        if S * N <= 3 * (S + N) * p:  # S costs (p + b q) S N; a written direction b p q (S + N)
+            return torch.matmul(self._gram(x, a), delta)
+        moved = torch.matmul(x, torch.matmul(a.T, delta))
+        return moved + delta.sum(1, keepdim=True) if "bias" in self.moves else moved
+
+    def _gram(self, x: Float[Tensor, "N p"], a: Float[Tensor, "S p"]) -> Float[Tensor, "N S"]:
+        gram = x @ a.T
+        return gram + 1 if "bias" in self.moves else gram
+
+
+def is_linear(call: Call) -> bool:
+    """Whether output = W a + b or Wᵀ a + b, seen on random parameters."""
+    if type(call.module) is nn.Linear:
+        return True
+    own, a = random_parameters(call), call.inputs[0]
+    W = own.get("weight")
+    if W is None or W.dim() != 2 or set(own) - {"weight", "bias"} or not a.is_floating_point() or a.shape[-1] not in W.shape:
+        return False
+    (output,) = as_function(call)(own)
+    bias = own.get("bias", torch.zeros(()).to(a))
+    return any(a.shape[-1] == X.shape[0] and is_close(output, a @ X + bias) for X in (W.T, W))
+
+
+def _is_transposed(call: Call) -> bool:
+    """Whether a linear module computes a W rather than a Wᵀ."""
+    own, a = random_parameters(call), call.inputs[0]
+    (output,) = as_function(call)(own)
+    W = own["weight"]
+    return a.shape[-1] == W.shape[0] and is_close(output, a @ W + own.get("bias", torch.zeros(()).to(a)))
+
+
+def random_parameters(call: Call) -> dict[str, Tensor]:
+    """Random numbers in place of a module's own parameters, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(p.shape, generator=generator).to(p) for name, p in own_parameters(call).items()}

@@ -1,0 +1,79 @@
+"""A lookup, times a constant where the family scales it: S = scale² 1[id_s = id_t]; its padding row has no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ...model.calls import Call
+from ..products import Direction
+from .base import Outputs, Rule, as_function, cotangents_in_a_row, is_close, own_parameters
+from .linear import random_parameters
+
+
+class Lookup(Rule):
+    """A table of which every position takes a row. Its direction, a whole table, is never the smaller thing."""
+
+    label = "lookup"
+
+    def __init__(self, calls: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
+        super().__init__(calls, size=0)
+        found = [_rows_of(call) for call in calls]
+        self.o_ids, self.scale = [ids for ids, _ in found], found[0][1]
+        padding: Any = calls[0].module.padding_idx
+        self.padding = -1 if padding is None else int(padding)
+        self.P, self.height = P, len(calls[0].module.get_parameter("weight"))
+
+    def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
+        """The step of every row of the table, [b, V, d]: much larger than `rows`, which it is made of."""
+        ids, d = self._steps(calls, delta)
+        return {"weight": d.new_zeros(len(d), self.height, d.shape[2]).index_add_(1, ids, d)}
+
+    def _steps(self, calls: Sequence[Call], delta: Outputs) -> tuple[Int[Tensor, " S"], Float[Tensor, "b S q"]]:
+        ids, d = torch.cat([_rows_of(call)[0] for call in calls]), cotangents_in_a_row(delta)
+        return ids, d * (ids.ne(self.padding).to(d.dtype) * self.scale)[:, None]
+
+    def rows(self, calls: Sequence[Call], delta: Outputs) -> tuple[Int[Tensor, " S"], Float[Tensor, "b S q"]]:
+        """The rows that the calls look up and the step there: P ⊙ scale · δ, nothing in the padding row."""
+        ids, d = self._steps(calls, delta)
+        return ids, d if self.P is None else d * self.P["weight"][ids]
+
+    def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:
+        """See Rule."""
+        ids, d = self.rows(calls, delta)
+        E = [torch.matmul((x[:, None] == ids).to(d.dtype) * self.scale, d) for x in self.o_ids]
+        return [[e.reshape(-1, *shape)] for e, (shape,) in zip(E, self.shapes, strict=True)]
+
+    def looked_up(self, residual: Float[Tensor, "b S"], h: Float[Tensor, "b d"], ids: Int[Tensor, " S"]) -> Tensor:
+        """What a step residual hᵀ of a tied readout does to the lookups at `ids`, [b, S, d]."""
+        found = (residual * (ids.ne(self.padding).to(residual.dtype) * self.scale))[..., None] * h[:, None]
+        return found if self.P is None else found * self.P["weight"][ids]
+
+
+def tied_force(h: Float[Tensor, "n d"], residual: Float[Tensor, "n S"], rows: Float[Tensor, "k S d"]) -> Float[Tensor, "k n"]:
+    """The readout's direction of n tokens, residual hᵀ, times the lookup's of k tokens, `rows` at the ids of `residual`."""
+    return (torch.matmul(h, rows.to(h.dtype).mT) * residual).sum(2)
+
+
+def _rows_of(call: Call) -> tuple[Int[Tensor, " S"], float]:
+    """The rows that a lookup takes and the constant it multiplies them with: its answers to weights of 1 and of 0, 1, 2."""
+    if type(call.module) is nn.Embedding:
+        return call.inputs[0].flatten(), 1.0
+    weight = own_parameters(call)["weight"]
+    column = torch.arange(weight.shape[0], dtype=torch.float64, device=weight.device)[:, None]
+    (ones,), (count,) = (as_function(call)({"weight": x}) for x in (torch.ones_like(column), column))
+    return (count / ones).round().long().flatten(), float(ones.flatten()[0])
+
+
+def is_lookup(call: Call) -> bool:
+    """Whether output = constant · weight[ids], for a lookup whatever its signature (OPT's positions start at 2)."""
+    own = random_parameters(call)
+    if not isinstance(call.module, nn.Embedding) or set(own) != {"weight"}:
+        return False
+    ids, scale = _rows_of(call)
+    (output,) = as_function(call)(own)
+    return is_close(output, (scale * own["weight"][ids]).reshape_as(output))

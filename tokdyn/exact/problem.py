@@ -1,0 +1,149 @@
+"""All that any way of computing F needs, in one value: the model, what moves of it, and both sides.
+
+    scope = Scope.named(tracer, "full")
+    unscored = UnscoredProblem.about(Asked(update, observe, objective), scope)   # checked, no forward pass yet
+    problem = unscored.scored()                     # both sides' logits seen, c known
+    vector, problem = unscored.reduced("update")    # or scored by the reduction's own passes
+
+Every way to F is a function `fill(problem, out, *, memory, progress) -> Coverage`; naive.py is their specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, NamedTuple, Protocol, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..objective import Objective
+from ..sequences import Chi
+from .products import jvp_scored, vjp_scored
+from .progress import Progress
+from .scope import Scope
+from .sides import Observed, ScoredSide, Side, Update, gather, with_reference
+
+Coverage = dict[str, str]  # use of a tensor -> the rule that it took part by
+MEMORY = 4 << 30
+
+
+@dataclass(frozen=True)
+class Problem(Scope):
+    """F[m,l] = <J_mᵀ Γ_m, P J_lᵀ Γ_l> of these two sides; see Scope for the model and what moves.
+
+    Attributes:
+        observed: the tokens m.
+        updated: the tokens l.
+    """
+
+    observed: Side
+    updated: Side
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, L)."""
+        return len(self.observed), len(self.updated)
+
+    @cached_property
+    def readout_is_closed(self) -> bool:
+        """Whether the readout alone moves and is what its formula says (one forward pass, made once)."""
+        return self.moves_readout_alone and self.tracer.readout_residual(self.observed.batches[0]) < self.tracer.readout_bound
+
+    def transposed(self) -> Self:
+        """The problem of Fᵀ."""
+        return replace(self, observed=self.updated, updated=self.observed)
+
+    def row_blocks(self, rows: int) -> Iterator[Problem]:
+        """The problems of some rows each: whole observed sequences, of about so many tokens."""
+        for observed in self.observed.row_blocks(rows):
+            yield Problem(self.tracer, self.uses, self.P, observed, self.updated)
+
+    def empty(self) -> Float[Tensor, "M L"]:
+        """A matrix for F, NaN where nothing has been computed yet."""
+        return torch.full(self.shape, torch.nan, dtype=self.tracer.precision, device=self.tracer.device)
+
+
+@dataclass(frozen=True)
+class ScoredProblem(Problem):
+    """A problem whose sides know their sequences and their tokens' statistics."""
+
+    observed: ScoredSide
+    updated: ScoredSide
+
+
+class Asked(NamedTuple):
+    """What a user asks about."""
+
+    update: Sequence[Chi]
+    observe: Sequence[Chi]
+    objective: Objective
+    reference: nn.Module | None = None
+    weights: Tensor | None = None
+
+
+Reduction = Literal["update", "observe"]
+
+
+@dataclass(frozen=True)
+class UnscoredProblem(Scope):
+    """A problem before any logits were seen."""
+
+    observed: Observed
+    updated: Update
+
+    @classmethod
+    def about(cls, asked: Asked, scope: Scope) -> UnscoredProblem:
+        """The sides of what is asked, checked and in batches.
+
+        Raises:
+            ValueError: see `gather`; NaN logits of the reference.
+        """
+        update = asked.update if asked.reference is None else with_reference(asked.update, asked.reference)
+        observed, updated = gather(scope.tracer, update, asked.observe, asked.objective, asked.weights)
+        return cls(scope.tracer, scope.uses, scope.P, observed, updated)
+
+    def scored(self) -> ScoredProblem:
+        """Both sides scored, by a forward pass over each."""
+        return self._with(self.observed.score(self.tracer), self.updated.score(self.tracer))
+
+    def reduced(self, reduce: Reduction) -> tuple[Tensor, ScoredProblem]:
+        """Σ_l F[m,l] [M] or Σ_m F[m,l] [L] by a backward pass over one side and a tangent pass over the other.
+
+        The passes score the sides on their way; only an update of several batches whose c depends on all of them is scored
+        by a forward pass before.
+        """
+        source, sink = (self.updated, self.observed) if reduce == "update" else (self.observed, self.updated)
+        known = None if self.updated.is_by_batch else self.updated.score(self.tracer)
+        if known is not None and source is self.updated:
+            direction, pulled = self.vjp(known), known
+        else:
+            direction, pulled = vjp_scored(self.tracer, source, self.uses)
+        direction = self.preconditioned(direction)
+        if known is not None and sink is self.updated:
+            vector, pushed = self.jvp(known, direction), known
+        else:
+            vector, pushed = jvp_scored(self.tracer, sink, direction, self.uses)
+        return vector, self._with(pushed, pulled) if reduce == "update" else self._with(pulled, pushed)
+
+    def _with(self, observed: ScoredSide, updated: ScoredSide) -> ScoredProblem:
+        return ScoredProblem(self.tracer, self.uses, self.P, observed, updated)
+
+
+class Fill(Protocol):
+    """A way to the matrix."""
+
+    def __call__(
+        self, problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, progress: Progress | None = None
+    ) -> Coverage:
+        """F [M, L] into out; returns the rule that each use took part by.
+
+        Args:
+            problem: the model, what moves, both sides.
+            out: filled in blocks; what an interrupt leaves untouched stays as it was.
+            memory: bytes to take beside the model and out.
+            progress: called with (done, total).
+        """
+        ...

@@ -1,0 +1,114 @@
+"""Which parameters move: a scope of a traced model, under an optimizer's preconditioner or none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..model.optimizer import preconditioner
+from ..model.trace import Tracer
+from ..sequences import Batch
+from . import products
+from .products import Direction
+from .sides import Side
+
+CH2 = "ch2"
+
+
+def select(tracer: Tracer, scope: str) -> dict[str, str]:
+    """Which uses of which tensors a scope moves: name of the use -> name of the tensor.
+
+    "full" is every trainable tensor at all its uses; "readout" the output embedding where it makes logits; "backbone" all
+    uses before it (a tied embedding as lookup). A regular expression takes the tensors that it finds under any of their
+    names, at all their uses.
+
+    Raises:
+        ValueError: the expression is not valid, nothing trainable is in the scope, or the scope is "ch2", which moves nothing.
+    """
+    if scope == CH2:
+        raise ValueError('scope="ch2" is an estimate of the force matrix, by td.forces alone: no parameter moves by it')
+    uses = {use: tensor for use, tensor in tracer.owner.items() if tensor in tracer.trainable}
+    head = {tracer.readout.weight_name, tracer.readout.bias_name}
+    if scope == "readout":
+        uses = {use: tensor for use, tensor in uses.items() if use in head}
+    elif scope == "backbone":
+        uses = {use: tensor for use, tensor in uses.items() if use not in head}
+    elif scope != "full":
+        try:
+            pattern = re.compile(scope)
+        except re.error as error:
+            raise ValueError(
+                f'scope must be "full", "readout", "backbone" or a regular expression, got {scope!r}: {error}'
+            ) from None
+        wanted = {tensor for use, tensor in uses.items() if pattern.search(use)}
+        uses = {use: tensor for use, tensor in uses.items() if tensor in wanted}
+    if not uses:
+        some = ", ".join(list(tracer.owner)[:3])
+        raise ValueError(f"scope {scope!r} holds no trainable parameter; the model's are named like {some}, …")
+    return uses
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A traced model and what moves of it.
+
+    Attributes:
+        tracer: the model.
+        uses: name of a use of a tensor -> name of the tensor, of all uses that move.
+        P: the diagonal preconditioner by tensor, or None for the identity.
+    """
+
+    tracer: Tracer
+    uses: dict[str, str]
+    P: Direction | None
+
+    @classmethod
+    def named(cls, tracer: Tracer, scope: str, optimizer: torch.optim.Optimizer | None = None) -> Scope:
+        """What users call a scope, and the optimizer whose diagonal is P.
+
+        Raises:
+            ValueError: see `select` and `preconditioner`.
+        """
+        uses = select(tracer, scope)
+        return cls(tracer, uses, None if optimizer is None else preconditioner(optimizer, tracer))
+
+    @property
+    def moves_readout_alone(self) -> bool:
+        """Whether the readout's weight moves as readout, with its bias or not, and nothing else does."""
+        head = {self.tracer.readout.weight_name, self.tracer.readout.bias_name}
+        return self.P is None and self.tracer.readout.weight_name in self.uses and self.uses.keys() <= head
+
+    def coverage(self, name: str, rules: Mapping[str, str]) -> dict[str, str]:
+        """Every parameter name of the model with the rule it took part by, or why it takes no part in a scope of this name."""
+
+        def rule(use: str, tensor: str) -> str:
+            if use in self.uses:
+                return rules.get(use, "autograd")
+            return f"outside scope {name!r}" if tensor in self.tracer.trainable else "frozen"
+
+        return {use: rule(use, tensor) for use, tensor in self.tracer.owner.items()}
+
+    def vjp(self, side: Side) -> Direction:
+        """Σ_n J_nᵀ Γ_n, without P."""
+        return products.vjp(self.tracer, side, self.uses)
+
+    def vjp_each(self, side: Side, start: int = 0, stop: int | None = None) -> Iterator[Direction]:
+        """J_nᵀ Γ_n token by token, without P."""
+        return products.vjp_each(self.tracer, side, self.uses, start, stop)
+
+    def preconditioned(self, direction: Direction) -> Direction:
+        """P ⊙ direction."""
+        return products.preconditioned(direction, self.P)
+
+    def jvp(self, side: Side, direction: Direction) -> Float[Tensor, " N"]:
+        """<Γ_n, J_n θ̇> of every token of a side."""
+        return products.jvp(self.tracer, side, direction, self.uses)
+
+    def jvp_logits(self, batch: Batch, direction: Direction) -> tuple[Tensor, Tensor]:
+        """Logits and their velocity along a direction, each [N, V]."""
+        return products.jvp_logits(self.tracer, batch, direction, self.uses)
