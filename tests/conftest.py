@@ -1,4 +1,4 @@
-"""Shapes and types of tokdyn's signatures are checked while the tests run; --simd limits the instructions of the C++ kernels."""
+"""Shapes and types of tokdyn's signatures are checked while the tests run; --simd limits what the C++ kernels may use."""
 
 import importlib
 import sys
@@ -56,5 +56,5 @@ def limited(built: ModuleType, best: str) -> ModuleType:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    torch_has = torch.backends.cpu.get_cpu_capability()
-    return f"torch: {torch_has}, {torch.get_num_threads()} thread(s); C++ kernels: {config.getoption('--simd') or 'the best there is'}"
+    kernels = config.getoption("--simd") or "the best there is"
+    return f"torch: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s); C++ kernels: {kernels}"

@@ -347,7 +347,7 @@ def test_a_reference_model_does_not_replace_the_references_a_sequence_brings():
 
 
 def test_the_oracles_gram_matrix_adds_its_blocks_in_float64():
-    """Whole numbers up to 32: a block of 2^14 products is below 2^24, exact in any order; of all, 2^28, float32 drops digits."""
+    """Whole numbers up to 32: a block of 2^14 products is below 2^24, exact in any order; all are 2^28, beyond float32."""
     from tokdyn.exact.naive import gram
 
     a = torch.randint(1, 33, (3, 1 << 20), generator=torch.Generator().manual_seed(0)).float()
