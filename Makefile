@@ -1,6 +1,7 @@
 # make demo   install, then profile the embedded model: runs/demo/report.html
-# make test   install, then lint, type-check and test; .ci/run adds what is in the next line
+# make test   install, then lint, type-check and test; .ci/run adds what is in the next two lines
 # make test-kernels   Triton and CUDA compiled ahead of time, Triton interpreted    make test-studies   their quick forms
+# make test-portable  the numeric tests once more on code without AVX, as on a processor that has none
 # make lint   ruff and mypy alone        make wheel   build a wheel and look inside        make clean
 # make studies   every phenomenon of the papers in full, some hours: runs/studies, docs/gallery.md (DATA=folder of texts)
 # make test-matrix   the training tests against TRL 1.12, PEFT 0.20, verl and OpenRLHF, in an environment of their own
@@ -14,10 +15,10 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo studies test test-kernels test-matrix test-studies lint wheel clean
+.PHONY: help install demo studies test test-kernels test-matrix test-portable test-studies lint wheel clean
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,/^$$/s/^# //p' Makefile
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "tokdyn needs Python 3.11 or 3.12; none found (set PYTHON=...)" >&2; exit 1; }
@@ -57,6 +58,12 @@ test: lint
 
 test-kernels: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(KERNELS)
+
+NUMERIC := tests/test_exact.py tests/test_forces.py tests/test_profile.py tests/test_ops.py $(wildcard tests/test_native_*.py)
+WITHOUT_AVX := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 # torch's loops, its BLAS, its oneDNN
+
+test-portable: install
+	$(WITHOUT_AVX) OMP_NUM_THREADS=1 $(BIN)/pytest -q --simd=portable --durations=10 $(XDIST) $(NUMERIC)
 
 test-studies: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=20 -n 2 $(STUDIES)

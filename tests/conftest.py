@@ -1,8 +1,12 @@
-"""Shapes and types of tokdyn's signatures are checked while the tests run."""
+"""Shapes and types of tokdyn's signatures are checked while the tests run; --simd limits what the C++ kernels may use."""
 
+import importlib
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 
+import pytest
+import torch
 from jaxtyping import install_import_hook
 
 # where a float is expected an integer will do, as PEP 484 has it
@@ -18,3 +22,39 @@ class TritonModules:
 
 
 sys.meta_path.insert(0, TritonModules)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--simd", help="the best instruction set the C++ kernels may use: portable, avx2 or avx512")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (best := config.getoption("--simd")) is not None:
+        try:
+            built = importlib.import_module("tokdyn._C")
+            sys.modules["tokdyn._C"] = sys.modules["tokdyn"]._C = limited(built, best)
+        except (ImportError, ValueError) as error:
+            raise pytest.UsageError(f"--simd={best}: {error}") from error
+
+
+def limited(built: ModuleType, best: str) -> ModuleType:
+    """tokdyn._C as it is on a processor whose best instruction set is `best`; ValueError where this one has no such set."""
+    levels = built.simd_levels()
+    if best not in levels:
+        raise ValueError(f"not among what is built and what this processor has: {', '.join(levels)}")
+
+    def with_default(function):
+        return lambda *args, simd="", **options: function(*args, simd=simd or best, **options)
+
+    copy = ModuleType(built.__name__)
+    copy.__dict__.update(vars(built))
+    for name, function in vars(built).items():
+        if "simd: str" in (getattr(function, "__doc__", None) or ""):
+            setattr(copy, name, with_default(function))
+    copy.simd_levels = lambda: levels[: levels.index(best) + 1]
+    return copy
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    kernels = config.getoption("--simd") or "the best there is"
+    return f"torch: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s); C++ kernels: {kernels}"

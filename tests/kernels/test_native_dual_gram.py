@@ -101,7 +101,10 @@ def test_strides_and_empty_sides():
     a1, a2, d1, d2 = factors(9, 8, 6, 4)
     plain = cpp.dual_gram(a1, a2, d1, d2)
     strided = cpp.dual_gram(a1.T.contiguous().T, torch.cat([a2, a2], 1)[:, 6:], d1.repeat_interleave(2, 0)[::2], d2)
-    torch.testing.assert_close(strided, plain)
+    size = reference.dual_gram(
+        *(x.abs() for x in (a1, a2, d1, d2))
+    )  # each is within (p + q + 1) EPS of it, in any order of sums
+    assert ((strided - plain).abs() <= 2 * (6 + 4 + 1) * EPS * size).all()
     assert cpp.dual_gram(a1[:0], a2, d1[:0], d2).shape == (0, 8)
     none = torch.zeros(0, dtype=torch.int64)
     assert cpp.dual_gram(a1[:0], a2, d1[:0], d2, segments=(none, torch.zeros(8, dtype=torch.int64))).shape == (0, 1)
