@@ -59,7 +59,7 @@ test: lint
 test-kernels: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(KERNELS)
 
-NUMERIC := tests/test_exact.py tests/test_forces.py tests/test_profile.py tests/test_ops.py $(wildcard tests/test_native_*.py)
+NUMERIC := tests/exact tests/test_forces.py tests/test_profile.py tests/ops $(wildcard tests/kernels/test_native_*.py)
 WITHOUT_AVX := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 # torch's loops, its BLAS, its oneDNN
 
 test-portable: install

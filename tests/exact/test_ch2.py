@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from engines import scored
 
 import tokdyn as td
+from tokdyn.exact import sides
 from tokdyn.exact.ch2 import ch2_matrix, streams
-from tokdyn.exact.sides import prepare
 from tokdyn.model.trace import trace
-from tokdyn.objectives import SFT
 from tokdyn.testing import V_TINY, float64, random_chis, relative_error, tiny
 
 EPS = torch.finfo(torch.float64).eps
@@ -21,10 +21,10 @@ PROJECTIONS = {
 }
 
 
-def estimate(model, update, observe, **options):
+def estimate(model, update, observe):
     with trace(model) as tracer:
-        sides = prepare(tracer, update, observe, SFT(), **options)
-        return ch2_matrix(tracer, sides.o, sides.u)
+        problem = scored(tracer, update, observe)
+        return ch2_matrix(tracer, problem.observed, problem.updated)
 
 
 def by_hand(model, chis, projections):
@@ -56,11 +56,12 @@ def by_hand(model, chis, projections):
 
 @pytest.mark.parametrize("family", PROJECTIONS)
 @pytest.mark.parametrize("tokens", [2048, 9])
-def test_the_matrix_is_its_formula(family, tokens):
+def test_the_matrix_is_its_formula(family, tokens, monkeypatch):
+    monkeypatch.setattr(sides, "BATCH", tokens)
     projections = [name.format(layer) for layer in range(2) for name in PROJECTIONS[family]]
     with float64():
         model = tiny(family).double()
-        F = estimate(model, U, O, tokens=tokens)
+        F = estimate(model, U, O)
         (h_o, u_o), (h_u, u_u) = by_hand(model, O, projections), by_hand(model, U, projections)
     expected = sum(a @ b.T for a, b in zip(h_o, h_u, strict=True)) * (u_o @ u_u.T)
     assert relative_error(F, expected) < BAND
@@ -72,8 +73,8 @@ def test_the_forces_of_both_sides_enter_linearly():
         w, c = torch.linspace(-1, 2, 9, dtype=torch.float64), torch.linspace(2, -1, 11, dtype=torch.float64)
         plain = estimate(model, U, O)
         with trace(model) as tracer:
-            sides = prepare(tracer, U, O, SFT(), weights=w)
-            weighted = ch2_matrix(tracer, sides.o, sides.u.part(c))
+            problem = scored(tracer, U, O, weights=w)
+            weighted = ch2_matrix(tracer, problem.observed, problem.updated.part(c))
     assert relative_error(weighted, w[:, None] * plain * c) < BAND
 
 

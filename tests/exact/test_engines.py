@@ -2,20 +2,14 @@
 
 from functools import partial
 
+import engines
 import pytest
 import torch
+from engines import counted, forces
 
-import tokdyn as td
-from tokdyn import exact
-from tokdyn.exact import engines as matrices_of
-from tokdyn.exact.engines import matrix
-from tokdyn.exact.modules import rules
+from tokdyn.exact.modules import local
 from tokdyn.exact.modules.norms import Norm
-from tokdyn.exact.naive import naive_matrix
-from tokdyn.exact.sides import prepare
-from tokdyn.exact.sweep import budget as tiling
-from tokdyn.exact.sweep import plan, segments
-from tokdyn.exact.sweep import tile as sweep
+from tokdyn.exact.sweep import budget, plan, segments, strips
 from tokdyn.model.calls import Call
 from tokdyn.model.trace import Tracer, trace
 from tokdyn.objectives import GRPO, PPO, SFT, SimKO
@@ -24,25 +18,14 @@ from tokdyn.testing import FAMILIES, float64, random_chis, relative_error, tiny,
 U, O = random_chis([(3, 5), (2, 6)], seed=1), random_chis([(3, 4), (1, 3), (5, 2)], seed=2)  # noqa: E741
 FP32, FP64 = 1e-5, 1e-9
 ENGINES = ["sweep", "tangents"]
+CROSS = ["lookup on readout", "readout on lookup"]
+matrices = partial(engines.matrices, update=U, observe=O)
 
 
-def matrices(model, scope="full", update=U, observe=O, P=None, objective=None, **options):
-    """The naive matrix, the fast one, and its rules."""
-    with trace(model) as tracer:
-        sides = prepare(tracer, update, observe, objective or SFT())
-        uses = exact.select(tracer, scope)
-        P = P(tracer) if P else None
-        naive, fast = (torch.full((len(sides.o), len(sides.u)), torch.nan, dtype=tracer.precision) for _ in range(2))
-        naive_matrix(tracer, sides.o, sides.u, uses, P, naive)
-        by = matrix(tracer, sides.o, sides.u, uses, P, fast, **options)
-        assert set(by) == set(uses)  # every parameter took part
-        return naive, fast, by
-
-
-def with_budget(monkeypatch, budget):
+def with_budget(monkeypatch, given):
     """Have sweeps made with this budget."""
-    made = tiling.Size.tiling
-    monkeypatch.setattr(tiling.Size, "tiling", lambda *args: made(*args)._replace(budget=budget))
+    made = budget.Size.tiling
+    monkeypatch.setattr(budget.Size, "tiling", lambda *args: made(*args)._replace(budget=given))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -50,27 +33,35 @@ def with_budget(monkeypatch, budget):
 def test_memory_sets_chunks_and_tiles_and_nothing_else(engine, memory):
     few = dict(update=random_chis([(3, 3)], seed=1), observe=random_chis([(2, 2)], seed=2))
     some = few if memory < 1 << 30 else {}  # so little memory is a tile for each pair of tokens
-    naive, fast, _ = matrices(tiny("qwen2"), engine=engine, memory=memory, **some)
+    with counted() as counts:
+        naive, fast, _ = matrices(tiny("qwen2"), engine=engine, memory=memory, **some)
     assert relative_error(fast, naive) < FP32
+    if engine == "sweep":
+        assert counts["tile"] == fast.numel() if memory == 1 else (counts["tile"] == 1) == (memory == 1 << 30)
 
 
 def test_strips_of_different_lengths_meet(monkeypatch):
     """Sequences cut behind their tokens: cotangents of a short strip meet tangents made for the whole sequence."""
-    monkeypatch.setattr(sweep, "SHORTEST", 3)
-    monkeypatch.setattr(tiling, "GROUP", 5)
-    monkeypatch.setattr(tiling, "CHUNK", 2)
+    monkeypatch.setattr(strips, "SHORTEST", 3)
+    monkeypatch.setattr(budget, "GROUP", 5)
+    monkeypatch.setattr(budget, "CHUNK", 2)
     long = random_chis([(2, 21), (4, 9)], seed=3), random_chis([(3, 19)], seed=4)
-    naive, fast, _ = matrices(tiny("gemma2"), update=long[0], observe=long[1], engine="sweep")
+    with counted() as counts:
+        naive, fast, _ = matrices(tiny("gemma2"), update=long[0], observe=long[1], engine="sweep")
     assert relative_error(fast, naive) < FP32
+    assert counts["tile"] == 1 and counts["strip"] == sum(len(strips.in_strips(n)) for n in (21, 9, 19)) > 3
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_parts_of_a_tile_add_up(tied, monkeypatch):
     """What does not fit is done in parts, and the streamed side is pulled through the segment once for each."""
-    with_budget(monkeypatch, sweep.Budget(2, 3, strip=1, kept=1, graphs=1))
-    monkeypatch.setattr(sweep, "SHORTEST", 2)
-    naive, fast, _ = matrices(tiny("qwen2", tied=tied), engine="sweep")
+    with_budget(monkeypatch, strips.Budget(2, 3, strip=1, kept=1, graphs=1))
+    monkeypatch.setattr(strips, "SHORTEST", 2)
+    with counted() as counts:
+        naive, fast, _ = matrices(tiny("qwen2", tied=tied), engine="sweep")
     assert relative_error(fast, naive) < FP32
+    assert counts["part"] > counts["mixed"] > 0
+    assert all(bool(counts[cross]) == tied for cross in CROSS)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -122,16 +113,28 @@ class Experts(torch.nn.Module):
         return out.view_as(x)
 
 
+@torch.no_grad()
+def experts_of(model, chi):
+    """Which of a model's Experts run on what a sequence's tokens are read from, all but its last."""
+    run, each = set(), model.model.layers[1].mlp.each
+    hooks = [expert.register_forward_hook(lambda *_, i=i: run.add(i)) for i, expert in enumerate(each)]
+    model(chi.ids[None, :-1])
+    for hook in hooks:
+        hook.remove()
+    return run
+
+
 @pytest.mark.parametrize("by_token", [True, False])
 @pytest.mark.parametrize("shortest", [4, 64])
 def test_modules_that_only_some_tokens_call(by_token, shortest, monkeypatch):
     """Experts one by one: a sequence may leave one out, and return a module's rows in an order that its length changes."""
-    monkeypatch.setattr(sweep, "SHORTEST", shortest)
+    monkeypatch.setattr(strips, "SHORTEST", shortest)
     model = tiny("llama", tied=False)
     torch.manual_seed(0)
     model.model.layers[1].mlp = Experts(model.config.hidden_size, by_token)
     update, observe = random_chis([(1, 1), (2, 3)], seed=6), random_chis([(3, 12), (1, 2)], seed=7)
-    naive, fast, _ = matrices(model, update=update, observe=observe, engine="sweep")
+    slow = "returns something else for the beginning of a sequence" if (by_token, shortest) == (False, 4) else None
+    naive, fast, _ = matrices(model, update=update, observe=observe, engine="sweep", slow=slow)
     assert relative_error(fast, naive) < FP32
 
 
@@ -139,13 +142,22 @@ def test_modules_that_only_some_tokens_call(by_token, shortest, monkeypatch):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("graphs", [1, 1 << 30])
 def test_modules_that_only_some_sequences_call(scope, seed, graphs, monkeypatch):
-    """Which experts run differs between sequences of one length, a short one and its padding, and may be none that moves."""
-    with_budget(monkeypatch, sweep.Budget(4, 8, strip=64, kept=1 << 30, graphs=graphs))
+    """Which experts run differs between sequences of one length, a short one and its padding, and may be none that moves.
+
+    A graph of a few segments is foreseen from another sequence of that length, a graph of all is not; cuts are sought in all.
+    """
+    with_budget(monkeypatch, strips.Budget(4, 8, strip=64, kept=1 << 30, graphs=graphs))
     model = tiny("llama", tied=False)
     torch.manual_seed(0)
     model.model.layers[1].mlp = Experts(model.config.hidden_size, True)
     update, observe = random_chis([(1, 1), (1, 1)], seed=seed), random_chis([(1, 2), (3, 12), (1, 2)], seed=10 + seed)
-    naive, fast, _ = matrices(model, scope, update=update, observe=observe, engine="sweep")
+    run = [(len(chi.ids), experts_of(model, chi)) for chi in (*update, *observe)]
+    if scope == "full":
+        covered = graphs > 1 or all(mine == theirs for n, mine in run for m, theirs in run if n == m)
+    else:
+        covered = all(2 in experts for _, experts in run)
+    slow = None if covered else segments.OTHERWISE
+    naive, fast, _ = matrices(model, scope, update=update, observe=observe, engine="sweep", slow=slow)
     assert float((fast - naive).norm()) <= FP32 * float(naive.norm())
 
 
@@ -166,7 +178,7 @@ def test_a_preconditioner_scales_every_direction(family, engine):
 def test_sides_may_be_exchanged(scope):
     """The side that is looped over is chosen by cost: more updated than observed tokens is the transposed problem."""
     model = tiny("gemma2")
-    there, back = td.forces(model, U, O, scope=scope).matrix, td.forces(model, O, U, scope=scope).matrix
+    there, back = forces(model, U, O, scope=scope).matrix, forces(model, O, U, scope=scope).matrix
     assert relative_error(back.T, there) < FP32
 
 
@@ -175,26 +187,31 @@ def test_sides_may_be_exchanged(scope):
 def test_the_local_rule_agrees_with_the_special_ones(family, engine, monkeypatch):
     naive, _, by = matrices(tiny(family, tied=False), engine=engine)
     assert {"outer product", "lookup", "elementwise gain"} <= set(by.values())
-    monkeypatch.setattr(plan, "rule_for", rules.Local)
-    _, local, by = matrices(tiny(family, tied=False), engine=engine)
+    monkeypatch.setattr(plan, "rule_for", local.Local)
+    _, by_module, by = matrices(tiny(family, tied=False), engine=engine)
     assert "module-local" in by.values() and "outer product" not in by.values()
-    assert relative_error(local, naive) < FP32
+    assert relative_error(by_module, naive) < FP32
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_written_directions_agree_with_inner_products(engine):
-    """Two sequences of more than six widths: the direction is written down instead of S (rules.Linear)."""
+    """Two sequences of more than six widths: the direction is written down instead of S (modules/linear.py)."""
     chis = random_chis([(212, 6)], seed=3)
     model = tiny("llama", intermediate_size=16, max_position_embeddings=256)
-    naive, fast, _ = matrices(model, update=chis, observe=chis, engine=engine)
+    with counted() as counts:
+        naive, fast, _ = matrices(model, update=chis, observe=chis, engine=engine)
     assert relative_error(fast, naive) < FP32
+    assert not counts["inner products"] and bool(counts["direction"]) == (engine == "sweep")  # tangents do it in place
+    with counted() as counts:
+        matrices(model, engine=engine)
+    assert counts["inner products"] and not counts["direction"]
 
 
 def test_a_module_called_twice_moves_twice():
     model = tiny("llama", tied=False)
     model.model.layers[1] = model.model.layers[0]
-    naive = td.forces(model, U, O, SFT(), method="naive").matrix
-    result = td.forces(model, U, O, SFT())
+    naive = forces(model, U, O, SFT(), method="naive").matrix
+    result = forces(model, U, O, SFT())
     assert relative_error(result.matrix, naive) < FP32
     assert "outer product" in result.coverage.values()
 
@@ -202,10 +219,8 @@ def test_a_module_called_twice_moves_twice():
 def test_a_tensor_in_two_modules_takes_the_slower_exact_way_and_says_so():
     model = tiny("llama", tied=False)
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    naive = td.forces(model, U, O, SFT(), method="naive").matrix
-    result = td.forces(model, U, O, SFT())
-    assert relative_error(result.matrix, naive) < FP32
-    assert all("one direction per token" in rule and "one tensor in two modules" in rule for rule in result.coverage.values())
+    naive = forces(model, U, O, SFT(), method="naive").matrix
+    assert relative_error(forces(model, U, O, SFT(), slow="one tensor in two modules").matrix, naive) < FP32
 
 
 def test_a_weight_that_no_module_was_seen_to_use_is_not_left_out(monkeypatch):
@@ -213,9 +228,8 @@ def test_a_weight_that_no_module_was_seen_to_use_is_not_left_out(monkeypatch):
     seen = Tracer.usage
     hidden = "model.norm.weight"
     monkeypatch.setattr(Tracer, "usage", lambda *of: {name: by for name, by in seen(*of).items() if name != hidden})
-    naive, fast, by = matrices(tiny("llama", tied=False))
+    naive, fast, _ = matrices(tiny("llama", tied=False), slow=f"no module was seen to use {hidden}")
     assert relative_error(fast, naive) < FP32
-    assert all(f"no module was seen to use {hidden}" in rule for rule in by.values())
 
 
 def test_a_gain_is_recognised_by_what_it_does():
@@ -241,9 +255,8 @@ def test_a_residual_stream_is_cut_before_every_block():
     """Cuts are found, not assumed: two a layer where attention and MLP follow each other, one where they are parallel."""
     for family, cuts in (("llama", 4), ("gpt_neox", 2)):  # two layers each
         with trace(tiny(family)) as tracer:
-            side = plan.one_by_one(prepare(tracer, U, O, SFT()).o)
-            p = plan.plan(tracer, exact.select(tracer, "full"), None, side.batches)
-            of = segments.Cuts.of(partial(p.unroll, tracer), side.batches)
+            p = engines.planned(tracer, U, O)
+            side, of = p.singles[0], p.cuts
             outline, whole = of.outline(side.batches[0]), of.segments(side.batches[0], 0, len(of))
             inside = outline.segments(of.keys)
             assert len([part for part in inside if any("layers" in outline.names[i] for i in part)]) == cuts
@@ -270,50 +283,42 @@ def test_a_place_where_a_segment_cannot_be_made_by_itself_is_no_cut():
 
 
 def test_graphs_are_made_once_where_they_fit_and_again_where_they_do_not(monkeypatch):
-    """A forward pass of each strip in the first case, a pass for each of its segments in the second."""
-    passes, unroll = [], Tracer.unroll
-    monkeypatch.setattr(Tracer, "unroll", lambda *args: passes.append(1) or unroll(*args))
-    found, counts = [], []
-    for graphs in (1 << 30, 1):
-        with_budget(monkeypatch, sweep.Budget(4, 8, strip=64, kept=1 << 30, graphs=graphs))
-        passes.clear()
-        found.append(matrices(tiny("qwen2"), engine="sweep", update=U[:1], observe=O[:1]))
-        counts.append(len(passes))
-    assert counts[0] < counts[1]
-    assert all(relative_error(fast, naive) < FP32 for naive, fast, _ in found)
+    """One graph of each strip in the first case, one for each of its segments in the second."""
+    for graphs, used, other in ((1 << 30, "whole graph", "some segments"), (1, "some segments", "whole graph")):
+        with_budget(monkeypatch, strips.Budget(4, 8, strip=64, kept=1 << 30, graphs=graphs))
+        with counted() as counts:
+            naive, fast, _ = matrices(tiny("qwen2"), engine="sweep", update=U[:1], observe=O[:1])
+        assert relative_error(fast, naive) < FP32
+        assert counts["strip"] == 2 and not counts[other]
+        assert counts[used] == (2 if graphs > 1 else 2 * (counts["alone"] + counts["mixed"]))
 
 
 @pytest.mark.parametrize(
     ("update", "observe", "memory", "expected"),
     [
-        ((4, 20), (4, 20), 1 << 30, "_sweep"),
-        ((4, 2), (4, 30), 1 << 30, "_tangents"),  # a forward derivative for each of two tokens, not 30 cotangents
-        ((4, 30), (4, 2), 1 << 30, "_tangents"),
-        ((4, 20), (4, 20), 1 << 12, "_tangents"),  # each tile would be pulled back anew
-        ((4, 20), [(9, 1)] * 20, 1 << 30, "_sweep"),  # tangents would carry each of 20 tokens through 20 sequences
+        ((4, 20), (4, 20), 1 << 30, "sweep"),
+        ((4, 2), (4, 30), 1 << 30, "tangents"),  # a forward derivative for each of two tokens, not 30 cotangents
+        ((4, 30), (4, 2), 1 << 30, "tangents"),
+        ((4, 20), (4, 20), 1 << 12, "tangents"),  # each tile would be pulled back anew
+        ((4, 20), [(9, 1)] * 20, 1 << 30, "sweep"),  # tangents would carry each of 20 tokens through 20 sequences
     ],
 )
-def test_the_cheaper_engine_is_taken(update, observe, memory, expected, monkeypatch):
-    taken = []
-    for name in ("_sweep", "_tangents"):
-        run = getattr(matrices_of, name)
-        monkeypatch.setattr(matrices_of, name, lambda *args, name=name, run=run: taken.append(name) or run(*args))
+def test_the_cheaper_engine_is_taken(update, observe, memory, expected):
     update, observe = (x if isinstance(x, list) else [x] for x in (update, observe))
     sides = dict(update=random_chis(update, seed=1), observe=random_chis(observe, seed=2))
-    naive, fast, _ = matrices(tiny("llama"), memory=memory, **sides)
-    assert taken == [expected] and relative_error(fast, naive) < FP32
+    with counted() as counts:
+        naive, fast, _ = matrices(tiny("llama"), memory=memory, **sides)
+    assert counts[expected] == 1 and relative_error(fast, naive) < FP32
 
 
 @pytest.mark.parametrize("n", [19, 20, 23])
 def test_graphs_that_fit_are_made_once_whatever_the_length(n, monkeypatch):
     """Strips of lengths that do not divide the sequence, in as much memory as one could want."""
-    made = []
-    whole = segments.Cuts.whole
-    monkeypatch.setattr(sweep, "SHORTEST", 6)
-    monkeypatch.setattr(segments.Cuts, "whole", lambda *args: made.append(1) or whole(*args))
+    monkeypatch.setattr(strips, "SHORTEST", 6)
     chis = random_chis([(1, n)], seed=1)
-    matrices(tiny("qwen2"), update=chis, observe=chis, engine="sweep", memory=1 << 30)
-    assert len(made) == 2 * len(sweep.in_strips(n)) == 6
+    with counted() as counts:
+        matrices(tiny("qwen2"), update=chis, observe=chis, engine="sweep", memory=1 << 30)
+    assert counts["whole graph"] == 2 * len(strips.in_strips(n)) == 6 and not counts["some segments"]
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -345,8 +350,9 @@ def test_tangents_are_exact_to_rounding_on_every_architecture(family, lora):
     """Forces() takes the sweep where both sides are of a size (tests/exact/test_architectures.py); this is the other way."""
     model = (tiny_lora if lora else tiny)(family, tied=None).double()
     with float64():
-        naive, fast, _ = matrices(model, engine="tangents")
+        naive, fast, by = matrices(model, engine="tangents")
     assert relative_error(fast, naive) < FP64
+    engines.assert_local(by, family, lora)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -1,4 +1,4 @@
-"""Modules that act on one tensor number by number go as one, and only they."""
+"""Linear layers fused by one elementwise product go as one, and only they."""
 
 import pytest
 import torch
@@ -12,10 +12,10 @@ U, O = random_chis([(3, 5), (2, 6)], seed=1), random_chis([(3, 4), (5, 2)], seed
 
 @pytest.fixture
 def found(monkeypatch):
-    """The modules of every joint that was found."""
+    """The modules of every fusion that was found."""
     seen = []
-    joints = plan.joints
-    monkeypatch.setattr(plan, "joints", lambda *args: seen.extend(joints(*args)) or joints(*args))
+    fusions = plan.fusions
+    monkeypatch.setattr(plan, "fusions", lambda *args: seen.extend(fusions(*args)) or fusions(*args))
     return seen
 
 
@@ -27,7 +27,7 @@ def test_gate_and_up_go_as_one_and_the_forces_are_those_of_one_gradient_per_toke
         F = td.forces(model, U, O)
     assert relative_error(F.matrix, expected) < 1e-9
     pairs = [f"model.layers.{i}.mlp.{name}_proj" for i in (1, 0) for name in ("gate", "up")]
-    assert [name for joint in found for name in joint.modules] == pairs
+    assert [name for fusion in found for name in fusion.modules] == pairs
     assert {F.coverage[f"{name}.weight"] for name in pairs} == {"outer product"}
 
 
@@ -66,7 +66,7 @@ def test_what_reaches_the_output_by_another_way_stays_by_itself(kind, found):
     with float64():
         expected = td.forces(model, U, O, method="naive").matrix
         assert relative_error(td.forces(model, U, O).matrix, expected) < 1e-9
-    assert [joint.modules[0] for joint in found] == ["model.layers.1.mlp.gate_proj"]
+    assert [fusion.modules[0] for fusion in found] == ["model.layers.1.mlp.gate_proj"]
 
 
 def test_adapters_beside_frozen_layers_stay_by_themselves(found):

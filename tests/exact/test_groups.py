@@ -6,8 +6,8 @@ import torch
 import tokdyn as td
 from tokdyn import ops
 from tokdyn.exact import readout
-from tokdyn.exact.engines import size_in_bytes
 from tokdyn.exact.groups import group_labels
+from tokdyn.exact.memory import size_in_bytes
 from tokdyn.objectives import GRPO, SFT
 from tokdyn.runs.shards import Shards
 from tokdyn.testing import random_chis, relative_error, tiny
@@ -174,7 +174,7 @@ def test_the_readouts_groups_and_weighted_reductions_make_no_whole_matrix(monkey
     whole = td.forces(model, U, O, scope="readout").matrix
     weights = torch.rand(len(whole))
     monkeypatch.setattr(readout.ops, "readout_forces", spy)
-    monkeypatch.setattr(readout, "BLOCK", 2 * whole.shape[1])
+    monkeypatch.setattr(readout, "ELEMENTS", 2 * whole.shape[1])
     vector = td.forces(model, U, O, scope="readout", reduce="observe", weights=weights).vector
     assert relative_error(vector, weights @ whole) < FP32
     few = td.forces(model, U, O, scope="readout", groups="sequence", memory=2 * 4 * 4 * whole.shape[1])

@@ -11,26 +11,24 @@ from tokdyn.bench import measure
 T = 128
 CODE = """
 import sys, torch
-from tokdyn import exact
 from tokdyn.bench.measure import peak_memory
-from tokdyn.exact.matrix import matrix
+from tokdyn.exact import Asked, Scope, UnscoredProblem, sweep, tangents
+from tokdyn.model.trace import trace
 from tokdyn.objectives import SFT
-from tokdyn.sides import prepare
 from tokdyn.testing import random_chis, tiny
-from tokdyn.trace import trace
 
 engine, T, *budgets = sys.argv[1], *map(int, sys.argv[2:])
 torch.set_num_threads(1)
 model = tiny("qwen2", hidden_size=64, intermediate_size=192, num_hidden_layers=3, max_position_embeddings=T, vocabulary=64)
 own = [name for name, module in model.named_modules() if list(module.parameters(recurse=False)) and name != "lm_head"]
 with trace(model) as tracer:
-    uses = exact.select(tracer, "full")
+    scope = Scope.named(tracer, "full")
 
     def call(T, memory):
-        sides = prepare(tracer, *(random_chis([(1, T - 1)], seed=seed) for seed in (1, 2)), SFT())
-        F = torch.empty(len(sides.o), len(sides.u))
-        matrix(tracer, sides.o, sides.u, uses, None, F, engine=engine, memory=memory)
-        return tracer.record(sides.o.batches[0], own)[1]
+        sides = (random_chis([(1, T - 1)], seed=seed) for seed in (1, 2))
+        problem = UnscoredProblem.about(Asked(*sides, SFT()), scope).scored()
+        {"sweep": sweep, "tangents": tangents}[engine].fill(problem, torch.empty(problem.shape), memory=memory)
+        return tracer.record(problem.observed.batches[0], own)[1]
 
     call(4, 1 << 24)
     kept = {id(x): x.nbytes for of in call(T, 1 << 28) for x in (*of.inputs, *of.outputs)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -52,7 +52,7 @@ class Problem(Scope):
         """Whether the readout alone moves and is what its formula says (one forward pass, made once)."""
         return self.moves_readout_alone and self.tracer.readout_residual(self.observed.batches[0]) < self.tracer.readout_bound
 
-    def transposed(self) -> Self:
+    def transposed(self) -> Problem:
         """The problem of Fᵀ."""
         return replace(self, observed=self.updated, updated=self.observed)
 
@@ -132,6 +132,7 @@ class UnscoredProblem(Scope):
         return ScoredProblem(self.tracer, self.uses, self.P, observed, updated)
 
 
+@runtime_checkable
 class Fill(Protocol):
     """A way to the matrix."""
 

@@ -22,7 +22,7 @@ from ..progress import Progress
 from ..readout import readout_matrix
 from .budget import Block, Size
 from .plan import PlannedProblem, Rules, planned
-from .strips import strips
+from .strips import make_strips
 from .tile import STEPS, Tile
 from .traced import SideTracer, TracedBatch
 
@@ -57,8 +57,8 @@ def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, p
             rules |= traced.rules
         for columns in tiling.streamed:
             budget = tiling.budget
-            mine = strips(p.cuts, kept, budget.graphs // 2, budget.strip)
-            theirs = strips(p.cuts, _traced(sides[1], columns, with_calls=False), budget.graphs // 2)
+            mine = make_strips(p.cuts, kept, budget.graphs // 2, budget.strip)
+            theirs = make_strips(p.cuts, _traced(sides[1], columns, with_calls=False), budget.graphs // 2)
             part = Tile(p.fused_plan, mine, theirs, budget, heard if progress else None).fill()
             where = _tokens(sides[0], rows), _tokens(sides[1], columns)
             out[where] = closed[where] + part.to(out)

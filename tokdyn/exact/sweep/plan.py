@@ -142,6 +142,10 @@ class PlannedProblem(Problem):
 
     plan: Plan
 
+    def transposed(self) -> PlannedProblem:
+        """The problem of Fᵀ, by the same plan."""
+        return replace(self, observed=self.updated, updated=self.observed)
+
     @cached_property
     def singles(self) -> tuple[Side, Side]:
         """Both sides with every sequence in a batch of its own."""
