@@ -68,7 +68,7 @@ def conclude(curves: list[dict[str, Any]], value: float, spread: float, problems
             value < 1e-5,
         ),
         Claim(
-            "Its gradient at a forking token of a right answer is shared with the candidates (identity; theory §2 †)",
+            "Its gradient at a forking token of a right answer is shared with the candidates (identity; docs/theory.md, Objectives)",
             "weights c of the target and the N candidates are γA/(G|y|) times (1-α) and α/N",
             f"relative difference {spread:.1e}",
             spread < 1e-5,
