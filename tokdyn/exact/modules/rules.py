@@ -243,7 +243,7 @@ class Local:
 
 
 class Together:
-    """The modules of a joint (joints.py), each by its own rule: E_l = Σ_i A_i ⊙ E_{l,i}, E_{l,i} from δ_i = A_i ⊙ δ."""
+    """The modules of a joint (fused.py), each by its own rule: E_l = Σ_i A_i ⊙ E_{l,i}, E_{l,i} from δ_i = A_i ⊙ δ."""
 
     label = Linear.label
 
