@@ -100,7 +100,7 @@ def test_no_arrow_points_up():
 
 
 def test_no_circle():
-    """Groups of modules that reach one another; an __init__ that only gathers names does not count as part of what it holds."""
+    """No group of modules whose imports lead from each to every other."""
     onward = {name: {b for a, b, _ in arrows() if a == name and b != name} for name in modules()}
 
     def reached(name):
@@ -113,7 +113,6 @@ def test_no_circle():
     circles = {frozenset(b for b in reach[a] if a in reach[b]) for a in modules() if a in reach[a]}
     new, mended = ([sorted(circle) for circle in some] for some in (circles - CIRCLES, CIRCLES - circles))
     assert circles == CIRCLES, f"new: {new}; mended, take them out of CIRCLES: {mended}"
-    )
 
 
 def test_only_model_and_training_hook_a_module():
