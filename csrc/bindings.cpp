@@ -44,7 +44,7 @@ struct Level {
     {#level, &tokdyn::level::fold_fns, &tokdyn::level::logit_fns, &tokdyn::level::scan_fns, &tokdyn::level::residual_fns, \
      &tokdyn::level::vector_fns, &tokdyn::level::product_fns}
 
-// The instruction sets that are both compiled in and supported by this processor, the fastest last.
+// The instruction sets that are compiled in and supported by this processor, the fastest last.
 std::vector<Level> levels() {
     std::vector<Level> found{TOKDYN_LEVEL(portable)};
 #ifdef TOKDYN_HAS_AVX2
@@ -195,7 +195,7 @@ bool exponentials(const ChunkOf& chunk, const ReadoutOf& readout, uintptr_t rest
                                 level.forces(), threads);
 }
 
-// (targets, their columns, K of them a row, c, v or 0, u or 0, the uniform target)
+// (targets, their columns, K of them per row, c, v or 0, u or 0, the uniform target's probability of a token)
 using TermsOf = std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, double>;
 void forces(const ChunkOf& chunk, const ReadoutOf& readout, const TermsOf& terms, uintptr_t rest, int threads,
             const std::string& simd) {
@@ -236,7 +236,7 @@ void segment_dots(uintptr_t a, uintptr_t b, int64_t rows, int64_t n, uintptr_t s
     tokdyn::segment_dots({at<const float>(a), at<const float>(b), rows, n}, s, at<double>(out), S, *level.vectors, threads);
 }
 
-// (address, and how many numbers apart cotangents, batches, key heads, query heads of one and rows are)
+// (address, then the strides in elements of cotangents, batches, key heads, query heads of a key head, and rows)
 using RowsOf = std::array<int64_t, 6>;
 tokdyn::Rows rows_at(const RowsOf& x) {
     require_addresses({static_cast<uintptr_t>(x[0])});
@@ -280,7 +280,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("simd") = "", "The k most likely columns of logits [T, V]: log-probabilities and ids, [T, k].");
 
     // Kernels over chunks. A chunk is (z, rows, row stride, first column, columns) of products W h in float32, a readout
-    // (bias or 0, scale, softcap or 0, temperature); what a row carries from chunk to chunk lies in ROW_BYTES bytes.
+    // (bias or 0, scale, softcap or 0, temperature); a row's running statistics take ROW_BYTES bytes.
     m.attr("ROW_BYTES") = sizeof(tokdyn::Rest);
     m.attr("TOPK_ROW_BYTES") = sizeof(tokdyn::TopkRow);
     m.attr("CANDIDATE_BYTES") = sizeof(tokdyn::Candidate);

@@ -1,4 +1,4 @@
-"""What the CUDA C++ forms share: the extension's CUDA part, and what its row kernels take."""
+"""What the CUDA C++ forms share: the extension's CUDA part, and checks and arguments of its row kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_V = 1 << 30  # columns are counted in 32 bits
 
 
 def cuda_extension() -> ModuleType:
-    """tokdyn._C with its CUDA part; RuntimeError with the reason when this installation has none."""
+    """Return tokdyn._C, or raise RuntimeError with the reason why this installation has no CUDA part."""
     built = extension()
     if not hasattr(built, "cuda_token_stats"):
         raise RuntimeError(f"the CUDA kernels are {built.build()['cuda']}; install where nvcc is found (TOKDYN_CUDA=1 insists)")
@@ -21,7 +21,7 @@ def cuda_extension() -> ModuleType:
 
 
 def require_rows(op: str, logits: Tensor) -> None:
-    """ValueError for logits that a row kernel cannot read: another shape, dtype or device, columns that are not adjacent."""
+    """Raise ValueError unless the logits are [T, V], of a supported dtype, on a CUDA device, with adjacent columns."""
     if logits.dim() != 2 or not 1 <= logits.shape[1] <= MAX_V:
         raise ValueError(f"{op}: logits must be [T, V] with V in [1, 2^30], got {list(logits.shape)}")
     if logits.dtype not in DTYPES:
@@ -33,10 +33,10 @@ def require_rows(op: str, logits: Tensor) -> None:
 
 
 def rows(logits: Tensor) -> tuple[int, str, int, int, int]:
-    """The logits as the extension takes them: address, dtype, T, V, row stride."""
+    """Describe logits to the extension: address, dtype, T, V, row stride."""
     return logits.data_ptr(), DTYPES[logits.dtype], *logits.shape, logits.stride(0)
 
 
 def place(logits: Tensor) -> dict[str, int]:
-    """Where to launch: the tensor's device and torch's current stream there."""
+    """Return the tensor's device and torch's current stream there, on which the extension launches."""
     return dict(device=logits.get_device(), stream=torch.cuda.current_stream(logits.device).cuda_stream)

@@ -1,4 +1,4 @@
-"""What the Triton forms share on the host: where they run, and the products W h by cuBLAS, chunk by chunk."""
+"""Host code that the Triton forms share: checks of their arguments, and the products W h by cuBLAS, in chunks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # and how Triton calls them
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # with Triton's names
 
 
 def on_device_of(op: str, *tensors: Tensor | None) -> torch.cuda.device_of:
-    """The context that makes the tensors' GPU current; None stands for an argument that is not there.
+    """Return a context in which the tensors' GPU is the current device; a None among them is an absent argument.
 
     Raises ValueError when the tensors are not on one device, or not on a GPU while Triton compiles (it interprets kernels on
     the CPU when TRITON_INTERPRET=1 is set before it is imported).
@@ -27,7 +27,7 @@ def on_device_of(op: str, *tensors: Tensor | None) -> torch.cuda.device_of:
 
 
 def require_logits(op: str, logits: Tensor) -> None:
-    """ValueError for logits that a row kernel cannot read: another shape, another dtype, columns that are not adjacent."""
+    """Raise ValueError unless the logits are [T, V], of a supported dtype, with columns adjacent in memory."""
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"{op}: logits must be [T, V] with V >= 1, got {list(logits.shape)}")
     if logits.dtype not in DTYPES:
@@ -37,7 +37,7 @@ def require_logits(op: str, logits: Tensor) -> None:
 
 
 def require_readout(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
-    """ValueError for a readout that cannot be one."""
+    """Raise ValueError unless hidden, weight, bias and softcap form a readout: shapes that fit, one supported dtype."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or not len(weight):
         raise ValueError(f"{op}: hidden must be [T, d], weight [V, d], got {list(hidden.shape)} and {list(weight.shape)}")
     if hidden.dtype not in DTYPES or weight.dtype != hidden.dtype:
@@ -49,27 +49,28 @@ def require_readout(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def factors(scale: float, softcap: float | None, temperature: float = 1.0) -> tuple[float | None, float | None]:
-    """(factor, cap) with softcap(scale x) / temperature = cap tanh(factor x), or factor x without a cap; None where it is 1."""
+    """(factor, cap) such that softcap(scale x) / temperature = cap tanh(factor x), or factor x without a cap; None for a 1."""
     factor, cap = (scale / temperature, None) if softcap is None else (scale / softcap, softcap / temperature)
     return None if factor == 1 else factor, cap
 
 
 def adjacent(x: Tensor) -> Tensor:
-    """X with adjacent columns."""
+    """Return x, copied if its columns are not adjacent in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """A b in float32, [n, k] by [k, m], half precision multiplied as it is and summed in float32."""
+    """Return a b in float32, [n, k] by [k, m]; half-precision inputs are multiplied as they are and summed in float32."""
     if a.dtype == torch.float32:
         return torch.mm(a, b)
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
 
 
 def products(hidden: Tensor, weight: Tensor, limit: int) -> Iterator[tuple[int, Tensor]]:
-    """First column and float32 products [T, n] of hidden [T, d] with every n rows of weight [V, d].
+    """Yield hidden @ weight.T in chunks of the vocabulary: the chunk's first column and its float32 products [T, n].
 
-    All share one buffer of `limit` bytes, or of 1024 columns where that is more.
+    hidden [T, d], weight [V, d]. A chunk is valid until the next one: all share one buffer of `limit` bytes, or of 1024 columns
+    where that is more.
     """
     T, V = len(hidden), len(weight)
     n = min(V, max(1024, limit // (4 * T) // 1024 * 1024))

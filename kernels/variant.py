@@ -1,4 +1,4 @@
-"""What production launches, written down where it is launched, so that it can be compiled and judged without a GPU."""
+"""How a Triton kernel is launched, as data, so that a machine without a GPU can compile it and check its machine code."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 
 class Variant(NamedTuple):
-    """One compilation of a Triton kernel: what `variants()` of every kernels/<op>/triton.py lists for typical shapes.
+    """One compilation of a Triton kernel; `variants()` of every kernels/<op>/triton.py lists those of typical shapes.
 
-    name: what it is called in a table, as "token_stats bf16".
+    name: its row in a table, such as "token_stats bf16".
     kernel: the `@triton.jit` function.
     signature: type of every run-time argument by its name, in Triton's notation ("*bf16", "i64", "fp32"); a type that ends in
         ":16" promises a pointer or integer divisible by 16, which the launch infers and the width of a load depends on.
@@ -17,8 +17,8 @@ class Variant(NamedTuple):
     elements: input elements that a thread block handles in one turn of its main loop; 0 where no budget per element applies.
     budget: SASS instructions that a thread may spend on one of its elements in that loop; 0 for no budget. Instructions are
         counted per thread: length of the loop · 32 num_warps / elements.
-    architectures: for which it is launched so.
-    maxnreg: registers that a thread may have, of the launch; None leaves them to ptxas.
+    architectures: compute capabilities on which it is launched with these constants.
+    maxnreg: limit on registers per thread; None leaves it to ptxas.
     """
 
     name: str

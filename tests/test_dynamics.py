@@ -1,4 +1,4 @@
-"""The identities of theory.md §1 in float64, and the forces of the whole library against the paper's dense A K G."""
+"""The identities of docs/theory.md, The decomposition, in float64; all of td.forces against the paper's dense A K G."""
 
 import pytest
 import torch

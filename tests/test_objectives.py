@@ -1,4 +1,4 @@
-"""Objectives against every closed form of theory.md §2, and against autograd through dense logits, in float64."""
+"""Objectives against the closed forms of docs/theory.md, Objectives, and against autograd through dense logits, in float64."""
 
 from types import SimpleNamespace
 

@@ -266,7 +266,7 @@ def test_a_preference_pair_has_roles_one_group_and_one_prompt():
 )
 def test_advantages_are_centred_and_divided_by_the_population_spread(rewards, scale, advantages):
     chis = td.rollouts(tokenizer("byte"), "The cat", [" sat"] * len(rewards), rewards, scale=scale, group=4)
-    assert [chi.advantage for chi in chis] == pytest.approx(advantages, abs=5e-8)  # the digits that theory.md prints
+    assert [chi.advantage for chi in chis] == pytest.approx(advantages, abs=5e-8)  # as docs/theory.md, Advantages, prints them
     assert {(chi.role, chi.group) for chi in chis} == {("response", 4)}
 
 

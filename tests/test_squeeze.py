@@ -1,4 +1,4 @@
-"""Squeezing: the toy numbers of the notebook, the lemma, and the sign rule (theory.md §4)."""
+"""Squeezing: the toy numbers of the notebook, the lemma, and the sign rule (docs/theory.md, Squeezing)."""
 
 import json
 from importlib.resources import files
@@ -9,7 +9,7 @@ import torch
 
 from tokdyn import squeeze
 
-# the recipe and the results of the learning-dynamics paper's toy notebook, recomputed in float64
+# the paper's toy experiment (arXiv 2407.10490, appendix on squeezing; its notebook), recomputed in float64
 ORACLE = json.loads(files("tokdyn.studies").joinpath("squeeze.json").read_text())
 
 

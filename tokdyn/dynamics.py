@@ -1,8 +1,9 @@
-"""The paper's page in code: A, K, G and Δ log pi as pure functions of tensors, dense, for small vocabularies.
+"""The paper's decomposition in code: A, K, G, F and Δ log pi as pure functions of dense tensors, for small vocabularies.
 
     [Δ log pi(· | chi_o)]_m = -eta A_m Σ_l K_{m,l} G_l + O(eta²)
 
-(Ren & Sutherland, arXiv 2407.10490, eq. 4 and 6). Nothing here is fast; it is what the fast forms are tested against.
+(Ren & Sutherland, arXiv 2407.10490, eq. 4 and 6; docs/theory.md, The decomposition). Slow on purpose: the fast computations are
+tested against it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def K(J_o: Float[Tensor, "M V P"], J_u: Float[Tensor, "L V P"]) -> Float[Tensor,
 
 
 def G(logits: Float[Tensor, "L V"], gterm: GTerm) -> Float[Tensor, "L V"]:
-    """Loss gradient at the logits, G_l = ∂L/∂z_l, rebuilt from the GTerm (formula there)."""
+    """Loss gradient at the logits, G_l = ∂L/∂z_l, from its GTerm (objective.GTerm has the formula)."""
     return -gterm.force(logits)
 
 

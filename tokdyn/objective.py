@@ -1,4 +1,4 @@
-"""What the engine asks of a loss: `Objective`, and the gradient at the logits that it answers with.
+"""The interface between a loss and the engine: `Objective`, and `GTerm`, the gradient of a loss at the logits.
 
 The losses themselves are in objectives.py.
 """
@@ -20,15 +20,15 @@ from .sequences import Chi
 
 @dataclass(frozen=True)
 class GTerm:
-    """The loss gradient at the logits, without the logits: everything besides pi that G needs.
+    """The loss gradient at the logits, without the logits: everything besides pi that G needs (docs/theory.md, Objectives).
 
         G_l = (Σ_k c_lk (pi_l - e_{targets_lk}) - v_l pi_l ⊙ (log pi_l + H_l) + u_l (pi_l - 1/V)) / temperature
 
     with pi = softmax(z / temperature) and H its entropy.
 
     Args:
-        targets: the token of each position, or K tokens of it of which the first is its own.
-        c: -∂L/∂log pi of them, by position and target.
+        targets: the token of each position, or K tokens per position, the first of which stands there.
+        c: -∂L/∂log pi of the targets; positive pulls a target up, negative pushes it down.
         v: ∂L/∂H, or None where the loss reads no entropy.
         uniform: u = -∂L/∂(mean log pi), or None.
         temperature: what the loss divides the logits by.
@@ -41,14 +41,14 @@ class GTerm:
     temperature: float = 1.0
 
     def force(self, logits: Float[Tensor, "L V"]) -> Float[Tensor, "L V"]:
-        """Γ = -G at these logits, the force of each token on its own logits; [L, V], nats per unit learning rate."""
+        """Γ = -G at these logits, the negative gradient of the loss at each token's own logits; [L, V], loss per logit."""
         if self.temperature == 1:
             return logit_force(logits, self.targets, self.c, self.v, self.uniform)
         return logit_force(logits / self.temperature, self.targets, self.c, self.v, self.uniform) / self.temperature
 
     @property
     def own_c(self) -> Float[Tensor, "L"]:
-        """c of each position's own token, where it has further targets."""
+        """c of the token that stands at each position, without that of further targets; [L]."""
         return self.c if self.c.dim() == 1 else self.c[:, 0]
 
     @property
@@ -57,13 +57,13 @@ class GTerm:
         return self.targets.dim() == 1 and self.v is None and self.uniform is None and self.temperature == 1
 
     def rows(self, index: Tensor | slice) -> GTerm:
-        """Some of the tokens."""
+        """The terms of some tokens."""
         v, uniform = (None if x is None else x[index] for x in (self.v, self.uniform))
         return replace(self, targets=self.targets[index], c=self.c[index], v=v, uniform=uniform)
 
     @classmethod
     def joined(cls, terms: Sequence[GTerm]) -> GTerm:
-        """The tokens of several, one after the other; v and u are 0 where one lacks what another has.
+        """Concatenate the tokens of several terms; v or u that only some of them have is 0 for the others.
 
         Raises:
             ValueError: their temperatures differ.
@@ -83,17 +83,17 @@ class GTerm:
         return cls(targets, c, v, uniform, *temperatures)
 
     def to(self, device: torch.device) -> GTerm:
-        """The same on a device."""
+        """The same term on a device."""
         v, uniform = (None if x is None else x.to(device) for x in (self.v, self.uniform))
         return replace(self, targets=self.targets.to(device), c=self.c.to(device), v=v, uniform=uniform)
 
     def split(self, sizes: Sequence[int]) -> list[GTerm]:
-        """One for each run of so many tokens."""
+        """Split into terms of `sizes` consecutive tokens each."""
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         return [self.rows(slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
 
     def times(self, weights: Float[Tensor, "L"]) -> GTerm:
-        """The gradient of each token times a weight."""
+        """Multiply the gradient of each token by a weight: c, v and u."""
         w = weights.to(self.c)
         v, uniform = (None if x is None else x * w for x in (self.v, self.uniform))
         return replace(self, c=self.c * (w if self.c.dim() == 1 else w[:, None]), v=v, uniform=uniform)
@@ -101,7 +101,7 @@ class GTerm:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a loss may read beside the targets' log-probabilities; only what its `needs` names is filled.
+    """What a loss may read besides the targets' log-probabilities; only the fields that its `needs` names are filled.
 
     Args:
         entropy: H of the distribution at each scored token, [L], differentiable.
@@ -125,8 +125,9 @@ RANGES = {"label_smoothing": (0, 1), "epsilon": (0, 1), "alpha": (0, 1), "quanti
 class Objective:
     """A loss over log-probabilities. Subclasses are frozen dataclasses whose fields are the paper's constants.
 
-    `reads` says what sequences it is made for: "completion", "preference" (chosen and rejected) or "rollouts" (advantages).
-    `needs` names the fields of Scores it reads; `by_sequence` says that a sequence's c depends on no other sequence.
+    Class attributes: `reads`, the kind of sequences, "completion", "preference" (chosen and rejected) or "rollouts" (with
+    advantages); `needs`, the fields of Scores that the loss reads; `by_sequence`, whether a sequence's c depends on no other
+    sequence.
     """
 
     reads: ClassVar[str] = "completion"
@@ -140,7 +141,7 @@ class Objective:
             for names in ({"loss", "g_terms"}, {"by_sequence"})
         )
         if given < promised:
-            cls.by_sequence = False  # that was said of another loss
+            cls.by_sequence = False  # the inherited value described another loss
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
@@ -152,7 +153,7 @@ class Objective:
         """The loss, summed over sequences, pairs or groups.
 
         Args:
-            log_probs: log pi of the scored tokens of all `chis`, one after the other, [L] nats.
+            log_probs: log pi of the scored tokens of all `chis`, concatenated, [L] nats.
             chis: the sequences they belong to.
             scores: the further quantities that `needs` names.
         """
@@ -162,8 +163,8 @@ class Objective:
         """c = -dL/dlog pi, v = dL/dH and u = -dL/d(mean log pi) at `log_probs`, by autograd in float64.
 
         Raises:
-            ValueError: the lengths do not fit, a needed score is absent, or the objective lacks what it needs of the
-                sequences (a pair's partner, an advantage).
+            ValueError: the lengths do not fit, a needed score is absent, or the sequences lack what the loss needs (a
+                pair's partner, an advantage).
         """
         L = sum(len(chi) for chi in chis)
         if log_probs.shape != (L,):
@@ -201,6 +202,6 @@ class Objective:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Name and constants, as written into a run."""
+        """Name and constants, as a run records them."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
         return {"name": type(self).__name__, "arguments": {k: v for k, v in values.items() if not isinstance(v, Objective)}}

@@ -4,12 +4,12 @@ Every loss here reads log pi(y_l) of the scored tokens, a vector [L]. Its gradie
 
     G_l = c_l (pi_l - e_{y_l}),   c_l = -dL/d log pi(y_l),
 
-so c comes from autograd on that vector; nothing is derived by hand (the closed forms are the tests' oracle). c > 0 pulls
+and autograd on that small vector gives c; the closed forms (docs/theory.md, Objectives) are the tests' oracle. c > 0 pulls
 the token up, c < 0 pushes it down. Three generalisations cover the rest: several target tokens per position (c [L, K]), an
 entropy term v_l = dL/dH_l, and a uniform target u_l = -dL/d(mean over the vocabulary of log pi_l).
 
 The loss is a SUM over sequences, pairs or prompts (a group), normalised inside each as its paper does; scale eta to turn the
-sum into a mean. pi_ref and pi_old come with the Chi; where absent they are the policy itself, as at step 0.
+sum into a mean. pi_ref and pi_old are fields of the Chi; if absent they are the policy itself, as at step 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .objective import Objective as Objective
 from .objective import Scores as Scores
 from .sequences import Chi
 
-# ---------------------------------------------------------------- what losses are made of
+# ---------------------------------------------------------------- parts of losses
 
 
 def _each(x: Tensor, chis: Sequence[Chi]) -> list[Tensor]:
@@ -242,7 +242,7 @@ class ORPO(_Preference):
 
 @dataclass(frozen=True)
 class DPOP(_Preference):
-    """-log σ(β(h - λ max(0, -r⁺))): DPO that pays for lowering the chosen answer (arXiv 2402.13228, eq. 3)."""
+    """-log σ(β(h - λ max(0, -r⁺))): DPO with a penalty on lowering the chosen answer (arXiv 2402.13228, eq. 3)."""
 
     beta: float = 0.1
     lam: float = 5.0
@@ -420,7 +420,10 @@ class SimKO(GRPO):
 
 @dataclass(frozen=True)
 class LLDS(GRPO):
-    """GRPO with a penalty on lost likelihood, λ Σ_t max(0, log pi_old - log pi), on responses that lost it in sum."""
+    """GRPO + λ Σ_t max(0, log pi_old - log pi) on responses whose total log-probability fell (after arXiv 2512.04220).
+
+    The authors' released code differs: it penalises responses with A >= 0 only, by the mean over their tokens.
+    """
 
     lam: float = 0.2
 

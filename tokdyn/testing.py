@@ -1,4 +1,4 @@
-"""Tiny random models of every family and other things that tests, benchmarks and users' own checks share."""
+"""Tiny random models of every family, random sequences and an error measure, for tests, benchmarks and users' own checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ V_TINY = 61
 
 
 def _families() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Per family its class and shape: what makes it special is switched on and acts within eight tokens."""
+    """Class and configuration of every family; its special features are enabled and have an effect within eight tokens."""
     wide = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64)
     grouped = wide | dict(num_key_value_heads=2, head_dim=8)
     paired = wide | dict(num_key_value_heads=2)
@@ -58,12 +58,13 @@ def tiny(family: str, *, tied: bool | None = True, seed: int = 0, vocabulary: in
 
     Args:
         family: one of FAMILIES.
-        tied: whether lookup and readout share their weight; None as the family has it.
-        seed, vocabulary: of the random weights; how many tokens.
-        changes: further settings of the family's configuration.
+        tied: whether lookup and readout share their weight; None takes the family's default.
+        seed: of the random weights.
+        vocabulary: number of tokens.
+        changes: further fields of the family's configuration.
 
     Raises:
-        ValueError: no such family (names those there are).
+        ValueError: no such family; the message lists the families.
     """
     import transformers as tf
 
@@ -86,7 +87,9 @@ def tiny_lora(family: str, *, seed: int = 0, r: int = 4, **options: Any) -> nn.M
     """
     import peft
 
-    targets: Any = ["in_proj", "x_proj"] if family == "mamba" else "all-linear"  # its other weights are read, not called
+    targets: Any = (
+        ["in_proj", "x_proj"] if family == "mamba" else "all-linear"
+    )  # its other weights are used without calling their module
     model = peft.get_peft_model(
         tiny(family, seed=seed, **options),
         peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, task_type="CAUSAL_LM"),
@@ -103,7 +106,7 @@ def _perturbed(model: nn.Module, only_trainable: bool = False) -> nn.Module:
 
 
 class float64(TorchFunctionMode):  # noqa: N801
-    """Inside the block every cast to float32 is one to float64: `with float64():` a `model.double()` is float64 throughout.
+    """Turn casts to float32 into casts to float64: inside `with float64():` a `model.double()` computes in float64 throughout.
 
     transformers casts to float32 inside norms, softmax, rotary angles, routers and state-space scans whatever the model's
     precision; with those casts a float64 model is right to about 1e-6 only.
@@ -117,7 +120,7 @@ class float64(TorchFunctionMode):  # noqa: N801
 
 
 def random_chis(lengths: list[tuple[int, int]], *, seed: int = 0, vocabulary: int = V_TINY, **metadata: Any) -> list[Chi]:
-    """Sequences of random tokens; each length is (prompt, response)."""
+    """Sequences of random tokens; `lengths` holds (prompt, response) of each in tokens, `metadata` further fields of Chi."""
     generator = torch.Generator().manual_seed(seed)
     chis = []
     for i, (x, y) in enumerate(lengths):

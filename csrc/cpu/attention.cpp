@@ -1,4 +1,4 @@
-// One cotangent and key head after the other over threads, keys in blocks that stay in the second cache.
+// Threads take pairs of cotangent and key head; keys come in blocks that stay in the L2 cache.
 #include "attention.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace tokdyn {
 namespace {
 
-constexpr int64_t KEYS = 512;  // scores of a block: rows x KEYS
+constexpr int64_t KEYS = 512;  // a block of scores is rows x KEYS
 
 float* row_at(const Rows& x, int64_t n, int64_t b, int64_t h, int64_t g) {
     return x.at + n * x.n + b * x.batch + h * x.head + g * x.group;

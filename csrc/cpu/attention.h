@@ -5,13 +5,14 @@
 
 namespace tokdyn {
 
-// Where the numbers of a cotangent, a batch, a key head, a query head of it and a row begin; a row's own are adjacent.
+// Strides, in elements, of cotangents, batches, key heads, query heads of a key head, and rows; a row is contiguous.
 struct Rows {
     float* at;
     int64_t n, batch, head, group, row;
 };
 
-// rows queries and the keys that they see, of which dk and dv hold something already for the first `old`. P [B, Hk, G, rows, padded] and W = slope ⊙ P, 0 in the padding up to a multiple
+// A block of `rows` queries and the keys that they see; dk and dv are added to for the first `old` keys and written for the
+// others. P [B, Hk, G, rows, padded] and W = slope ⊙ P are 0 in the padding up to a multiple
 // of 16; q [B, Hk, G, rows, D], k [B, Hk, keys, D], v transposed [B, Hk, E, padded], o [B, Hk, G, rows, E]; D and E multiples
 // of 16.
 struct AttentionBlock {

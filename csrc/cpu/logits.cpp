@@ -7,7 +7,7 @@
 namespace tokdyn {
 namespace {
 
-constexpr int64_t PER_THREAD = 1 << 16;  // logits that are worth a thread
+constexpr int64_t PER_THREAD = 1 << 16;  // fewest logits for one thread
 
 bool any_nan(const float* z, int64_t n) {
     for (int64_t j = 0; j < n; ++j)
@@ -28,7 +28,7 @@ void fold_logits(const Chunk& chunk, int64_t r, Rest& rest, int64_t y, float z_y
     const bool broken = std::isnan(rest.sum + rest.xsum + rest.sqsum);
     fns.float32(rest, row_of(chunk, r), chunk.first, chunk.n, y, z_y);
     if (rest.max < INFINITY) return;
-    // inf - inf is no sign of a NaN among the logits
+    // with a logit of +inf the sums are NaN (inf - inf) without a NaN among the logits
     const bool is_nan = broken || any_nan(row_of(chunk, r), chunk.n);
     rest.sum = rest.xsum = rest.sqsum = is_nan ? NAN : 0.0;
 }

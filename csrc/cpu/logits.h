@@ -1,5 +1,5 @@
-// What the kernels over chunks of logits share: a BLAS writes the products x = W h of some rows and n adjacent columns into a
-// buffer, and here they become logits, in place, and are folded into the statistics of their rows.
+// What the kernels over chunks of logits share: a BLAS writes the products x = W h of some rows and n adjacent columns to a
+// buffer; here they are turned into logits in place and folded into the statistics of their rows.
 #pragma once
 #include "token_stats.h"
 
@@ -12,7 +12,7 @@ struct Readout {
 };
 
 struct LogitFns {
-    void (*apply)(float* z, int64_t n, const Readout& readout);  // readout.bias stands at the first of the n columns
+    void (*apply)(float* z, int64_t n, const Readout& readout);  // readout.bias points at the first of the n columns
 };
 namespace portable { extern const LogitFns logit_fns; }
 namespace avx2 { extern const LogitFns logit_fns; }
@@ -22,18 +22,18 @@ namespace avx512 { extern const LogitFns logit_fns; }
 struct Chunk {
     float* z;
     int64_t rows, row_stride, first, n;
-    Readout readout;  // its bias stands at column 0 of the vocabulary
+    Readout readout;  // its bias points at column 0 of the vocabulary
 };
 
 inline float* row_of(const Chunk& chunk, int64_t r) { return chunk.z + r * chunk.row_stride; }
 
-// Products to logits, one row.
+// Turns one row of products into logits.
 void finish_logits(const Chunk& chunk, int64_t r, const LogitFns& fns);
 
-// Logits into the row's statistics. A row that meets +inf keeps max = +inf; its sums are NaN if the row holds a NaN, else 0.
+// Folds logits into the row's statistics. After a +inf the row has max = +inf, and sums that are NaN if it holds a NaN, else 0.
 void fold_logits(const Chunk& chunk, int64_t r, Rest& rest, int64_t y, float z_y, const FoldFns& fns);
 
-// The softmax is undefined: a NaN, a logit of +inf, or none above -inf.
+// Whether the softmax is undefined: a NaN, a logit of +inf, or none above -inf.
 inline bool is_undefined(const Rest& rest) {
     return rest.argmax < 0 || !(rest.max < INFINITY) || !(rest.sum + rest.xsum < INFINITY);
 }

@@ -1,4 +1,4 @@
-// parallel_for on the threads that torch's own loops run on, where this process has such, else on threads started per call.
+// parallel_for on the OpenMP threads of torch if this process has them, else on threads started per call.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -13,8 +13,8 @@
 
 namespace tokdyn {
 
-// GNU OpenMP's entry point (LLVM's and Intel's have it too), if some library of the process brought one: torch does. Two pools
-// of threads would take turns on one processor, because OpenMP's spin for a while when their loop is over.
+// GNU OpenMP's entry point (LLVM's and Intel's have it too) if a library of the process has it, as torch does. A second pool of
+// threads would compete with OpenMP's for the processor, because those spin for a while after their loop.
 using Team = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 inline Team openmp_team() {
 #ifdef TOKDYN_DLSYM
@@ -26,13 +26,13 @@ inline Team openmp_team() {
 }
 
 // Calls body(i) for every i in [0, n), each once, on at most `threads` threads (the caller's included). body must not throw.
-// It returns when the last body has: a helper that the system starts late finds nothing left to do and is not waited for.
+// It returns when the last body has returned; a thread that starts too late finds nothing to do and is not waited for.
 template <class Body>
 void parallel_for(int64_t n, int threads, const Body& body) {
     struct Progress {
         std::atomic<int64_t> next{0}, done{0};
     };
-    const auto progress = std::make_shared<Progress>();  // outlives this call where a helper does
+    const auto progress = std::make_shared<Progress>();  // shared, because a late thread may outlive this call
     const auto work = [progress, n, &body] {
         for (int64_t i; (i = progress->next.fetch_add(1, std::memory_order_relaxed)) < n;) {
             body(i);
@@ -48,7 +48,7 @@ void parallel_for(int64_t n, int threads, const Body& body) {
     try {
         for (int64_t k = 1; k < all; ++k) std::thread(work).detach();
     } catch (const std::system_error&) {
-        // the system grants no further thread: those that started, and this one, do the work
+        // no further thread can be started: the others and this one do the work
     }
     work();
     while (progress->done.load(std::memory_order_acquire) < n) std::this_thread::yield();

@@ -1,10 +1,10 @@
-// Products of small matrices that lie anywhere in memory, for kernels whose blocks are too small for a BLAS.
+// Products of small strided matrices, for kernels whose blocks are too small for a BLAS.
 #pragma once
 #include <cstdint>
 
 namespace tokdyn {
 
-// A matrix whose rows and columns are so many numbers apart.
+// A matrix by its strides of rows and columns, in elements.
 struct Strided {
     const float* at;
     int64_t row, column;

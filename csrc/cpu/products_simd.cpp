@@ -1,12 +1,12 @@
-// A product of matrices as tiles of c that stay in registers while k runs.
+// Matrix products by tiles of c that stay in registers during the loop over k.
 #include "products.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int ROWS = 6;                         // of a tile
-constexpr int COLUMNS = WIDTH == 16 ? 4 : 2;    // vectors of a tile: 24 (12) sums leave registers for a row of b and one of a
-constexpr int64_t DEPTH = 256;                  // of a panel of b, which stays in the first cache
+constexpr int ROWS = 6;                         // rows of a tile
+constexpr int COLUMNS = WIDTH == 16 ? 4 : 2;    // vectors per row of a tile: leaves registers for a row of b and one of a
+constexpr int64_t DEPTH = 256;                  // rows of a panel of b, which stays in the L1 cache
 
 template <int R, int C>
 void tile(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t K,

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t PER_THREAD = 1 << 16;
 
-// What a row's force takes from its statistics; e = e^{z - max}, S their sum.
+// What Γ of a row needs of its statistics; with e = e^{z - max}, S is their sum.
 struct Softmax {
     double max, S, tail, mean;  // tail = S - 1, summed; mean = Σ e (z - max) / S, so that log pi + H = z - max - mean
 
@@ -25,7 +25,7 @@ struct Softmax {
     }
 };
 
-// own: room for K numbers.
+// `own` is scratch for K numbers.
 void force_row(const Chunk& chunk, int64_t r, const Terms& terms, const Rest& rest, const ForceFns& fns, double* own) {
     float* z = row_of(chunk, r);
     const int64_t K = terms.K, *y = terms.targets + r * K, *column = terms.columns + r * K;
@@ -36,10 +36,10 @@ void force_row(const Chunk& chunk, int64_t r, const Terms& terms, const Rest& re
     for (int64_t k = 0; k < K; ++k) C += c[k];
 
     const auto here = [&](int64_t k) { return column[k] >= chunk.first && column[k] < chunk.first + chunk.n; };
-    for (int64_t k = 0; k < K; ++k) {  // before the vector loop writes over the logits
+    for (int64_t k = 0; k < K; ++k) {  // before the vector loop overwrites the logits
         if (!here(k)) continue;
         const double z_y = z[column[k] - chunk.first], t = z_y - p.max, e = std::exp(t), pi = e / p.S;
-        const double others = (y[k] == rest.argmax ? p.tail : p.S - e) / p.S;  // 1 - pi_y without that difference
+        const double others = (y[k] == rest.argmax ? p.tail : p.S - e) / p.S;  // 1 - pi_y, without that subtraction
         double c_y = 0;
         for (int64_t i = 0; i < K; ++i) c_y += y[i] == y[k] ? c[i] : 0;
         own[k] = C * others + (c_y - C) + (pi > 0 ? v * pi * (t - p.mean) : 0) + u * (terms.uniform - pi);
@@ -66,7 +66,7 @@ bool exponentials(const Chunk& chunk, Rest* rest, float* factor, const int64_t* 
         const bool raised = before.argmax >= 0 && rest[r].max > before.max;
         factor[r] = raised ? std::exp(before.max - rest[r].max) : 1.0f;
         if (raised) any.store(true, std::memory_order_relaxed);
-        const float reference = rest[r].argmax < 0 ? 0 : rest[r].max;  // -inf throughout: zeros so far
+        const float reference = rest[r].argmax < 0 ? 0 : rest[r].max;  // all logits -inf so far: exponentials are 0
         fns.residual.residual(row_of(chunk, r), chunk.n, {reference, 1, 0, 0, 0, chunk.readout.softcap});
         for (const int64_t* id = begin; id < end; ++id) row_of(chunk, r)[*id - chunk.first] = 0;
     });

@@ -1,5 +1,5 @@
-// Chunks of logits to chunks of what two sides of readout_forces multiply: exponentials that are normalised at the end, or
-// forces where the row's statistics are known.
+// Turns chunks of products into the factors that the two sides of readout_forces multiply: exponentials, normalised at the
+// end, or Γ if the row's statistics are known.
 #pragma once
 #include "logits.h"
 #include "vectors.h"
@@ -23,22 +23,22 @@ struct ForceFns {
     const ResidualFns& residual;
 };
 
-// Products to e^{z - max} · slope, max the row's largest logit so far, once `rest` holds the chunk. factor [rows] is what the
-// row's earlier exponentials must be multiplied by. The n_dropped columns `dropped` (ascending) become 0. True if a factor is
-// not 1.
+// Folds the products into `rest` and replaces them by e^{z - max} · slope, max the row's largest logit so far. The row's
+// earlier exponentials must then be multiplied by factor [rows]; returns whether a factor is not 1. The n_dropped columns `dropped`
+// (ascending) become 0.
 bool exponentials(const Chunk& chunk, Rest* rest, float* factor, const int64_t* dropped, int64_t n_dropped, const ForceFns& fns,
                   int threads);
 
-// The loss of each row: K targets with weights c, the entropy term v, the uniform target u (either may be null).
+// The GTerm of each row: K targets with weights c, the entropy's weight v, the uniform target's u (v and u may be null).
 struct Terms {
     const int64_t* targets;  // [rows, K]
-    const int64_t* columns;  // [rows, K], where the targets stand among the chunks' columns
+    const int64_t* columns;  // [rows, K], the targets' columns in the chunks
     int64_t K;
     const float *c, *v, *u;
-    double uniform;  // what u puts on every token: 1/V, or 0 where the other side sums to zero over the tokens
+    double uniform;  // a token's probability under the uniform target: 1/V, or 0 if the other side sums to zero over the tokens
 };
 
-// Products to the force Γ · slope of each row, from the statistics of the whole row:
+// Replaces products by Γ · slope, from the statistics of the whole row:
 //   Γ_j = Σ_k c_k ([j = y_k] - pi_j) + v pi_j (log pi_j + H) + u (uniform - pi_j)
 void forces(const Chunk& chunk, const Terms& terms, const Rest* rest, const ForceFns& fns, int threads);
 

@@ -9,7 +9,7 @@ constexpr int GROUP = 4 * WIDTH;
 void residual_group(float* z, const tokdyn::Residual& row) {
     Vec x[4], s[4], e[4];
     for (int i = 0; i < 4; ++i) x[i] = load(z + i * WIDTH);
-    for (int i = 0; i < 4; ++i) s[i] = min(splat(EXP_END), sub(splat(row.reference), x[i]));  // in this order a NaN passes
+    for (int i = 0; i < 4; ++i) s[i] = min(splat(EXP_END), sub(splat(row.reference), x[i]));  // keeps a NaN in this order
     exp_negated(s, e);
     for (int i = 0; i < 4; ++i) e[i] = zero_at_end(e[i], s[i]);
     const Vec alpha = splat(row.alpha);

@@ -56,7 +56,7 @@ inline Count count_at_least(Count n, Vec a, Vec b) {
 }
 inline int64_t total(Count n) { return _mm512_reduce_add_epi32(n); }
 constexpr float EXP_END = 110.0f;
-inline bool all_within(const Vec (&s)[4]) {  // below 0 the sign bit, and beyond the end the size, make a large unsigned number
+inline bool all_within(const Vec (&s)[4]) {  // as unsigned bits, an s < 0 is large by its sign bit and an s > EXP_END by its size
     __m512i bits[4];
     for (int i = 0; i < 4; ++i) bits[i] = _mm512_castps_si512(s[i]);
     const __m512i most = _mm512_max_epu32(_mm512_max_epu32(bits[0], bits[1]), _mm512_max_epu32(bits[2], bits[3]));
@@ -80,9 +80,9 @@ inline void exp_negated(const Vec (&s)[4], Vec (&e)[4]) {
         const Vec power = _mm512_permutex2var_ps(low, _mm512_castps_si512(shifted[i]), high);
         p[i] = fma(power, p[i], power);
     }
-    for (int i = 0; i < 4; ++i) e[i] = _mm512_scalef_ps(p[i], n[i]);  // floor(n); gradual underflow is off, so it reaches 0
+    for (int i = 0; i < 4; ++i) e[i] = _mm512_scalef_ps(p[i], n[i]);  // by 2^floor(n); gradual underflow is off: reaches 0
 }
-inline Vec zero_at_end(Vec e, Vec) { return e; }  // it is
+inline Vec zero_at_end(Vec e, Vec) { return e; }  // it is 0 already
 
 #elif defined(__AVX2__)
 using Vec = __m256;
@@ -134,7 +134,7 @@ inline Vec scale_by_power(Vec p, Vec shifted) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
 }
 
-#else  // 16-byte vectors in the compiler's own notation: SSE2, NEON, or plain scalars
+#else  // 16-byte vectors of the compiler's vector extension: SSE2, NEON, or plain scalars
 typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t Int __attribute__((vector_size(16)));
 typedef int64_t Long __attribute__((vector_size(16)));
@@ -209,8 +209,8 @@ inline void exp_negated(const Vec (&s)[4], Vec (&e)[4]) {
 inline Vec zero_at_end(Vec e, Vec s) { return where_less(s, splat(EXP_END), e, mul(sub(splat(EXP_END), s), e)); }
 #endif
 
-// Four vectors from 4 WIDTH adjacent elements, in an order of their own: of a pair of bfloat16 in 32 bits each is a float
-// after one instruction, where keeping the order takes a shuffle more.
+// Loads 4 WIDTH adjacent elements into four vectors, not in order: each bfloat16 of a 32-bit pair becomes a float by one
+// instruction, and keeping the order would take a shuffle more.
 inline void load4(const float* p, Vec (&x)[4]) {
     for (int i = 0; i < 4; ++i) x[i] = load(p + i * WIDTH);
 }
@@ -219,7 +219,7 @@ inline void load4(const bf16* p, Vec (&x)[4]) {
     load_pairs(p + 2 * WIDTH, x[2], x[3]);
 }
 
-// The largest element of four vectors; what it is where one is NaN is not said.
+// The largest element of four vectors; unspecified if one is NaN.
 inline float top_of(const Vec (&x)[4]) {
     float lanes[WIDTH];
     store(lanes, max(max(x[0], x[1]), max(x[2], x[3])));
@@ -246,7 +246,7 @@ inline void tanh4(Vec (&x)[4]) {
     }
 }
 
-// Results below 1.2e-38 become 0 while this lives: they cost some hundred cycles each and change no sum.
+// While this object exists, results below 1.2e-38 become 0: denormals cost some hundred cycles each and change no sum.
 class FlushDenormals {
   public:
 #ifdef TOKDYN_X86

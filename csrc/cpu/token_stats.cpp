@@ -13,14 +13,14 @@ namespace tokdyn {
 namespace {
 
 constexpr int64_t CHUNK = 32768;         // columns folded as one; fixed, so that no result depends on the thread count
-constexpr int64_t PER_THREAD = 1 << 16;  // logits that are worth a thread
+constexpr int64_t PER_THREAD = 1 << 16;  // fewest logits for one thread
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
-// left and right hold adjacent stretches of one row; on a tie the left argmax stays.
+// Merges adjacent parts of one row; on a tie the left argmax is kept.
 Rest merge(Rest left, Rest right) {
-    if (right.max > left.max) std::swap(left, right);  // the argmax of a tie is never swapped away
+    if (right.max > left.max) std::swap(left, right);  // strict, so that a tie keeps the left argmax
     if (right.argmax >= 0) lower_to(left.max, right);
-    left.sum += right.sum;  // also when right is empty: a NaN must survive
+    left.sum += right.sum;  // even if right is empty: its sum may be a NaN, which must not be lost
     left.xsum += right.xsum;
     left.sqsum += right.sqsum;
     left.above += right.above;
@@ -36,7 +36,7 @@ float logit(const TokenStatsArgs& args, int64_t t, int64_t j) {
     return z;
 }
 
-// The second look at a row without a softmax.
+// A second pass over a row that has no softmax.
 void look_again(const TokenStatsArgs& args, int64_t t) {
     const int64_t y = args.targets[t];
     const float z_y = logit(args, t, y);
@@ -109,7 +109,7 @@ void token_stats(const TokenStatsArgs& args, const FoldFns& fns, int threads) {
     };
 
     threads = static_cast<int>(std::min<int64_t>(threads, 1 + args.T * args.V / PER_THREAD));
-    if (args.T >= 4 * int64_t{threads}) {  // enough rows for everyone
+    if (args.T >= 4 * int64_t{threads}) {  // enough rows for all threads
         parallel_for(args.T, threads, [&](int64_t t) {
             Rest rest = chunk(t, 0);
             for (int64_t k = 1; k < chunks; ++k) rest = merge(rest, chunk(t, k));

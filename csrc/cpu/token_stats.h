@@ -9,9 +9,9 @@ namespace tokdyn {
 
 enum class Dtype { float32, bfloat16 };
 
-// Statistics of a set of columns that never holds the target y. With a = argmax, and every sum over the set without a:
+// Statistics of a set of columns without the target y. With a = argmax, and every sum over the set without a:
 //   sum = Σ e^{z_j - max}    xsum = Σ e^{z_j - max} (z_j - max)    sqsum = Σ e^{2 (z_j - max)}
-// a and y stay outside the sums because what is left then has full relative accuracy however peaked the row is.
+// a and y are left out so that the sums of the other columns have full relative accuracy however peaked the row is.
 struct Rest {
     float max;
     int64_t argmax;  // lowest column among ties; -1 while the set has no entry above -inf
@@ -20,8 +20,7 @@ struct Rest {
 };
 constexpr Rest NO_COLUMNS = {-INFINITY, -1, 0, 0, 0, 0};
 
-// Takes the sums relative to a larger `max` instead, the set's own maximum now included. (static: one private copy per
-// instruction set.)
+// Rescales the sums to a larger `max` and adds the set's own maximum to them. (static: each instruction set has its own copy.)
 static inline void lower_to(double max, Rest& rest) {
     const double d = rest.max - max, s = exp(d);
     rest.xsum = s * (rest.xsum + d * (rest.sum + 1));
@@ -29,8 +28,8 @@ static inline void lower_to(double max, Rest& rest) {
     rest.sqsum = s * s * (rest.sqsum + 1);
 }
 
-// Takes n columns of one row, which stand at `data`, into `rest`; the first of them is column `first`. Column y is left out and
-// z_y is what ranks are counted against: y = -1 and z_y = NaN for a row without a target. One read, nothing allocated.
+// Adds columns [first, first + n) of one row, at `data`, to `rest`. Column y is left out, and ranks are counted against z_y;
+// for a row without a target y = -1 and z_y = NaN. One read, nothing allocated.
 using FoldFn = void (*)(Rest& rest, const void* data, int64_t first, int64_t n, int64_t y, float z_y);
 
 // The fp32 vector loop of every instruction set that this build holds; null where it was not compiled.
@@ -47,11 +46,11 @@ struct TokenStatsOut {
     float* argmax_log_prob;
 };
 
-// Row t of the result from the target y, its logit and every other column; false, and nothing written, where the row has no
-// softmax: a NaN, a logit of +inf, or -inf throughout.
+// Writes row t of the result from the target y, its logit and the sums over all other columns. Returns false, and writes
+// nothing, if the row has no softmax: a NaN, a logit of +inf, or all logits -inf.
 bool finish_row(const TokenStatsOut& out, int64_t t, int64_t y, float z_y, Rest rest);
 
-// The row without a softmax: NaN, with the rank and argmax that its comparisons give (0 and -1 where a NaN leaves none).
+// Writes a row that has no softmax: NaN, with the rank and argmax by comparison (0 and -1 if it holds a NaN).
 void finish_undefined(const TokenStatsOut& out, int64_t t, int64_t rank, int64_t argmax);
 
 struct TokenStatsArgs {

@@ -1,12 +1,12 @@
-// The vector loop of token_stats: one read of a stretch of a row, the columns other than the target.
+// The vector loop of token_stats: one read of a part of a row, leaving out the target.
 #include "simd.h"
 #include "token_stats.h"
 
 namespace {
 
-constexpr int GROUP = 4 * WIDTH;  // columns taken together
-constexpr int FLUSH = 32;         // groups whose sums stay in fp32 lanes before they go to double
-constexpr int AHEAD = 2048;       // bytes to prefetch ahead: the processor's own prefetching stops at every page of 4 KiB
+constexpr int GROUP = 4 * WIDTH;  // columns per turn
+constexpr int FLUSH = 32;         // groups that are summed in fp32 lanes before they are added to double
+constexpr int AHEAD = 2048;       // bytes to prefetch ahead: the hardware prefetcher stops at the end of a page of 4 KiB
 
 // The running sums: double totals, and fp32 lanes for the last few groups. All relative to rest.max.
 template <class T>
@@ -19,7 +19,7 @@ class Accumulator {
 
     bool empty() const { return rest_.argmax < 0; }  // nothing above -inf so far
 
-    // A full group on one side of y. False, and nothing done, if it holds a new maximum. Not while empty().
+    // Adds a full group on one side of y; returns false, and adds nothing, if it holds a new maximum. Requires !empty().
     bool take(const T* p, Vec rank_threshold) {
         Vec x[4], s[4];
         for (int byte = 0; byte < GROUP * static_cast<int>(sizeof(T)); byte += 64)
@@ -36,7 +36,7 @@ class Accumulator {
         return true;
     }
 
-    // Any n <= GROUP columns, the first of them column j: the target, a new maximum and the ragged end are all legal here.
+    // Adds any n <= GROUP columns from column j on; they may hold the target or a new maximum.
     void take_slowly(const T* p, int64_t j, int n, Vec rank_threshold) {
         float x[GROUP];
         for (int i = 0; i < 4; ++i) store(x + i * WIDTH, splat(-INFINITY));  // contributes nothing
@@ -82,7 +82,7 @@ class Accumulator {
         clear_lanes();
     }
 
-    // A higher maximum: what was summed is taken relative to it, and the old maximum joins the sums.
+    // Takes a higher maximum: rescales the sums to it and adds the old maximum to them.
     void raise(float top) {
         flush();
         if (!empty()) tokdyn::lower_to(top, rest_);
@@ -90,16 +90,16 @@ class Accumulator {
         reference_ = splat(top);
     }
 
-    // s = max - z, of which -inf, a NaN or what is far below the maximum may be some.
+    // For s = max - z that may be inf, NaN or beyond EXP_END.
     void accumulate_clamped(Vec (&s)[4]) {
-        for (int i = 0; i < 4; ++i) s[i] = min(splat(EXP_END), s[i]);  // in this order a NaN passes
+        for (int i = 0; i < 4; ++i) s[i] = min(splat(EXP_END), s[i]);  // min with the operands in this order keeps a NaN
         Vec e[4];
         exp_negated(s, e);
         for (int i = 0; i < 4; ++i) e[i] = zero_at_end(e[i], s[i]);
         accumulate(s, e);
     }
 
-    // s = max - z in [0, EXP_END)
+    // For s = max - z in [0, EXP_END).
     void accumulate(const Vec (&s)[4]) {
         Vec e[4];
         exp_negated(s, e);

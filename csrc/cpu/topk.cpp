@@ -11,8 +11,8 @@
 namespace tokdyn {
 namespace {
 
-constexpr int64_t STRETCH = 4096;        // columns that are folded, then scanned while the cache holds them
-constexpr int64_t PER_THREAD = 1 << 16;  // logits that are worth a thread
+constexpr int64_t STRETCH = 4096;        // columns that are folded into the sums, then scanned while they are in the cache
+constexpr int64_t PER_THREAD = 1 << 16;  // fewest logits for one thread
 
 float widen(float z) { return z; }
 float widen(uint16_t z) {
@@ -32,7 +32,7 @@ void thin(TopkRow& row, Candidate* best, int64_t k) {
     row.threshold = best[k - 1].z;
 }
 
-// Columns [first, first + n) of a row, which stand at z.
+// Columns [first, first + n) of a row, at z.
 template <class T>
 void take(TopkRow& row, Candidate* best, int64_t k, const T* z, int64_t first, int64_t n, const ScanFn& scan, int64_t group) {
     const int64_t capacity = topk_capacity(k);
@@ -41,12 +41,12 @@ void take(TopkRow& row, Candidate* best, int64_t k, const T* z, int64_t first, i
         if (row.count == capacity) thin(row, best, k);
     };
     int64_t j = 0;
-    if (row.count < k) {  // never thinned so far: the first k columns are candidates whatever they are
+    if (row.count < k) {  // the first k columns are candidates, whatever their logits
         for (; j < n && row.count < k; ++j) push(j);
         if (row.count < k) return;
         thin(row, best, k);
     }
-    const bool plain = !std::isnan(row.rest.sum + row.rest.xsum);  // otherwise there may be a NaN, which the scan does not see
+    const bool plain = !std::isnan(row.rest.sum + row.rest.xsum);  // otherwise there may be a NaN, which the scan would miss
     while (j < n) {
         if (plain && (j = scan(z, j, n, row.threshold)) == n) return;
         for (const int64_t end = std::min(n, j + group); j < end; ++j)
@@ -57,7 +57,7 @@ void take(TopkRow& row, Candidate* best, int64_t k, const T* z, int64_t first, i
 void finish(TopkRow& row, Candidate* best, int64_t t, const TopkOut& out) {
     std::partial_sort(best, best + out.k, best + row.count, outranks);
     const Rest& rest = row.rest;
-    const float top = best[0].z;  // where the softmax is undefined, the log-sum-exp is this: NaN, inf or -inf
+    const float top = best[0].z;  // the log-sum-exp if the softmax is undefined: NaN, inf or -inf
     const double log_S = std::log1p(rest.sum);
     for (int64_t i = 0; i < out.k; ++i) {
         const float z = best[i].z;
@@ -70,7 +70,7 @@ template <class T>
 void topk(const T* logits, int64_t rows, int64_t V, int64_t row_stride, const TopkOut& out, FoldFn fold, ScanFn scan,
           int64_t group, int threads) {
     const int64_t capacity = topk_capacity(out.k);
-    std::vector<Candidate> candidates(threads * capacity);  // here, where a lack of memory can still be thrown
+    std::vector<Candidate> candidates(threads * capacity);  // allocated here: a bad_alloc may not be thrown inside threads
     parallel_for(threads, threads, [&](int64_t worker) {
         Candidate* best = candidates.data() + worker * capacity;
         for (int64_t t = worker; t < rows; t += threads) {

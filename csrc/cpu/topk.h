@@ -9,14 +9,14 @@ struct Candidate {
     int64_t id;
 };
 
-// A row on its way: at least the k best of the columns so far, in no order, in best[0, count).
+// A row's state between chunks: best[0, count) holds at least the k best of the columns so far, unordered.
 struct TopkRow {
     Rest rest;
     float threshold;  // a later column must exceed it
     int64_t count;
 };
 
-// Room for the candidates of one row: the larger, the more rarely it is thinned to k.
+// Size of a row's candidate buffer; the larger it is, the more rarely it is reduced to k.
 inline int64_t topk_capacity(int64_t k) { return k + k / 2 + 64; }
 
 // The first column j in [begin, n) of a group of 64 (AVX-512) that holds an element above the threshold, or n.
@@ -31,19 +31,19 @@ namespace avx512 { extern const ScanFns scan_fns; }
 
 struct TopkOut {
     int64_t k;
-    float* values;  // [rows, k], falling; of equal logits the lower id first
+    float* values;  // [rows, k], descending; of equal logits the lower id first
     int64_t* ids;   // [rows, k]
 };
 
-// logits [T, V] in one read.
+// The top k of logits [T, V] in one read.
 void topk_log_probs(const void* logits, Dtype dtype, int64_t T, int64_t V, int64_t row_stride, const TopkOut& out,
                     const FoldFns& fold, const ScanFns& scan, int threads);
 
-// One chunk of products into `state` and the rows' candidates, topk_capacity(k) each.
+// Adds one chunk of products to `state` and the rows' candidates, topk_capacity(k) each.
 void topk_chunk(const Chunk& chunk, int64_t k, TopkRow* state, Candidate* best, const FoldFns& fold, const LogitFns& logits,
                 const ScanFns& scan, int threads);
 
-// The result once every column went by.
+// Writes the results after the last chunk.
 void finish_topk(int64_t rows, TopkRow* state, Candidate* best, const TopkOut& out, int threads);
 
 }  // namespace tokdyn

@@ -1,4 +1,4 @@
-// Where the next logit above a threshold stands.
+// Finds the next logit above a threshold.
 #include "simd.h"
 #include "topk.h"
 

@@ -30,7 +30,7 @@ struct TopKArgs {
 
 constexpr int MAX_K = 32;                        // one for each lane of a warp
 constexpr int64_t MAX_V = int64_t{1} << 30;      // columns are counted in 32 bits
-constexpr int64_t MAX_T = (int64_t{1} << 31) - 1;  // blocks of a grid
+constexpr int64_t MAX_T = (int64_t{1} << 31) - 1;  // limit of blocks in a grid
 
 int token_stats(const TokenStatsArgs& args, int device, void* stream);
 int topk_log_probs(const TopKArgs& args, int device, void* stream);

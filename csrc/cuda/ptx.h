@@ -1,11 +1,11 @@
-// The instructions that C++ has no word for, each as one function. Nothing else in csrc/cuda holds PTX.
+// Instructions without a C++ intrinsic, one function each. No other file of csrc/cuda holds PTX.
 #ifndef TOKDYN_CUDA_PTX_H
 #define TOKDYN_CUDA_PTX_H
 #include <cstdint>
 
 namespace tokdyn::cuda {
 
-// Maxima that let a NaN through; the second of two bfloat16 each.
+// Maxima that return NaN if an operand is NaN; the second works on pairs of bfloat16.
 __device__ inline float max_nan(float a, float b) {
     float r;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
@@ -34,7 +34,7 @@ __device__ inline uint32_t count_pair_at_least(uint32_t counts, uint32_t a, uint
     return counts;
 }
 
-// 16 bytes that nobody writes meanwhile and nobody needs again soon: past the first-level cache.
+// Loads 16 read-only bytes that are not reused, without allocating in the L1 cache.
 __device__ inline void load_16_bytes(const void* address, uint32_t (&words)[4]) {
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])

@@ -1,4 +1,4 @@
-// What the row kernels share: a row of logits as groups of 16 bytes, entries that order logits, reductions over a block.
+// What the row kernels share: a row of logits as groups of 16 bytes, sortable entries, reductions over a block.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -13,9 +13,9 @@ namespace tokdyn::cuda {
 
 constexpr int WARP = 32;
 constexpr unsigned EVERY_LANE = 0xffffffffu;
-constexpr int MAX_THREADS = 512;  // of a block, which takes one row
-constexpr int TOGETHER = 4;       // groups that a thread loads and folds at a time
-constexpr int BATCH = 4;          // turns of that kind between two flushes of its sums
+constexpr int MAX_THREADS = 512;  // per block; a block takes one row
+constexpr int TOGETHER = 4;       // groups that a thread loads at a time
+constexpr int BATCH = 4;          // such loads between two flushes of a thread's sums
 
 __device__ inline float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
@@ -24,7 +24,7 @@ __device__ inline uint32_t twice(float x) {  // a bfloat16 in both halves
     return bits | bits >> 16;
 }
 
-// A group of WIDTH adjacent logits as they lie in memory, four words; Bound is one logit in the form that a word is compared with.
+// WIDTH adjacent logits as four words of memory; Bound is a logit in the form in which a word can be compared with it.
 template <class T>
 struct Group;
 
@@ -35,7 +35,7 @@ struct Group<float> {
     uint32_t words[4];
 
     __device__ static Bound bound(float x) { return x; }
-    __device__ static Group nothing() { return {0xff800000u, 0xff800000u, 0xff800000u, 0xff800000u}; }  // -inf throughout
+    __device__ static Group nothing() { return {0xff800000u, 0xff800000u, 0xff800000u, 0xff800000u}; }  // all -inf
     __device__ float operator[](int i) const { return __uint_as_float(words[i]); }
     __device__ void set(int i, float x) { words[i] = __float_as_uint(x); }
     template <int N>
@@ -77,7 +77,7 @@ struct Group<__nv_bfloat16> {
     }
 };
 
-// The next number of type T above x: z >= above(x) says z > x.
+// The next number of type T above x, so that z >= above(x) means z > x.
 template <class T>
 __device__ float above(float x) {
     constexpr uint32_t step = sizeof(T) == 2 ? 0x10000u : 1u;
@@ -113,7 +113,7 @@ struct Row {
         load_16_bytes(data + head + int64_t{WIDTH} * (g - 1), r.words);
         return r;
     }
-    __device__ Group<T> load_if(bool wanted, int g) const {  // what is not wanted is -inf
+    __device__ Group<T> load_if(bool wanted, int g) const {  // all -inf if not wanted
         return wanted ? load(g) : Group<T>::nothing();
     }
     __device__ Group<T> load_ragged(int g) const {  // 0 <= g <= last; what is missing is -inf
@@ -125,8 +125,8 @@ struct Row {
     }
 };
 
-// (x, j) as a number: the larger logit is the larger entry, of equal ones that of the lower j, and NaN is above all. No entry
-// is 0, and -0 equals +0.
+// (x, j) as one integer, larger for the larger logit and, of equal logits, for the lower j; NaN is the largest, -0 equals
+// +0, and no entry is 0.
 __device__ inline uint64_t entry(float x, uint32_t j) {
     const uint32_t bits = __float_as_uint(x + 0.0f);
     const uint32_t order = isnan(x) ? 0xffffffffu : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -158,13 +158,13 @@ __device__ T warp_reduce(T value, Op op) {
     return value;
 }
 
-// Folds one value per thread over the block; every thread gets the result. `scratch` has room for 32 values, `none` changes none.
+// Reduces one value per thread over the block; every thread gets the result. `scratch` holds 32 values, `none` is the identity.
 template <class T, class Op>
 __device__ T block_reduce(T value, Op op, T none, void* scratch) {
     T* const of_warp = static_cast<T*>(scratch);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     value = warp_reduce(value, op);
-    __syncthreads();  // scratch may still be read from last time
+    __syncthreads();  // scratch may still be in use by an earlier call
     if (lane == 0) of_warp[warp] = value;
     __syncthreads();
     return warp_reduce(lane < static_cast<int>(blockDim.x) / WARP ? of_warp[lane] : none, op);
@@ -178,7 +178,7 @@ int launch_rows(void (*kernel)(Args), Args args, int device, void* stream) {
     cudaError_t error = cudaSetDevice(device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return error;
-    const int threads = T < 2 * processors ? MAX_THREADS : MAX_THREADS / 2;  // few rows: more hands on each
+    const int threads = T < 2 * processors ? MAX_THREADS : MAX_THREADS / 2;  // more threads per row if there are few rows
     void* parameters[] = {&args};
     return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(T)), dim3(threads), parameters, 0,
                             static_cast<cudaStream_t>(stream));

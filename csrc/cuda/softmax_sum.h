@@ -5,13 +5,13 @@
 namespace tokdyn::cuda {
 
 // Σ e, Σ e u and Σ e² with e = 2^u and u = a x - c: a is log2(e) and c the same multiple of a reference m near the largest logit
-// seen. The reference moves only when a logit passes it by SLACK bits, which after a thread's first groups is rare; u never
-// exceeds SLACK, so no sum overflows. Sums of a group go to a batch and batches to the total, which keeps rounding from piling
-// up along a row. With MOMENTS false only Σ e is kept.
+// seen. The reference moves only if a logit exceeds it by SLACK bits, which is rare after a thread's first groups; u never
+// exceeds SLACK, so no sum overflows. Groups are summed into a batch and batches into the total, so that rounding does not grow
+// along a row. With MOMENTS false only Σ e is kept.
 template <class T, bool MOMENTS>
 class SoftmaxSum {
   public:
-    // Adds groups whose largest logit is `top`. A NaN in them makes the sums NaN or stays out; -inf adds 0.
+    // Adds groups whose largest logit is `top`. A NaN in them makes the sums NaN or is left out; -inf adds 0.
     template <int N>
     __device__ void add(const Group<T> (&groups)[N], float top) {
         if (top > limit_) raise(top);
@@ -64,7 +64,7 @@ class SoftmaxSum {
         if (MOMENTS) batch_.xsum += xsum, batch_.sqsum += sqsum;
     }
 
-    // Makes `top` the reference and takes the sums relative to it. Logits beyond 2^100 lie so far apart that e is 1 or 0 whatever
+    // Makes `top` the reference and rescales the sums to it. Logits beyond 2^100 lie so far apart that e is 1 or 0 whatever
     // a is; a small one keeps a x finite there. Then Σ e u, of which no term counts, may become NaN, and is left out.
     __device__ __forceinline__ void raise(float top) {
         flush();

@@ -6,7 +6,7 @@ namespace {
 
 static_assert(TOGETHER * BATCH * 4 <= 256, "a bfloat16 counts to 256");
 
-// Counts the logits that are at least a bound.
+// Counts the logits that are not below a bound.
 template <class T>
 class Counter {
   public:
@@ -15,7 +15,7 @@ class Counter {
     __device__ int total() const { return total_; }
 
   private:
-    uint32_t pair_ = 0;  // two counts in bfloat16, where they are taken two at a time
+    uint32_t pair_ = 0;  // two counts as a pair of bfloat16, if logits are compared in pairs
     int total_ = 0;
 };
 
@@ -45,12 +45,12 @@ __device__ void Counter<__nv_bfloat16>::flush() {
     pair_ = 0;
 }
 
-// What one thread has seen of a row: of groups 0 .. last those whose number is `thread` modulo `threads`.
+// One thread's statistics of a row, over the groups whose number is `thread` modulo `threads`.
 template <class T>
 struct Lane {
     SoftmaxSum<T, true> softmax;
     Counter<T> counter;
-    float top = -INFINITY;  // NaN once a NaN was seen
+    float top = -INFINITY;  // NaN after a NaN
     int top_group = 0;      // first seen in this group or in one of the next TOGETHER - 1 of this thread
 
     // Groups g, g + stride, ...; those up to group `before` are counted against `at_least`, the others against `larger`.
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) token_stats_kernel(TokenStatsA
     const auto at_least = Group<T>::bound(z_y), larger = Group<T>::bound(above<T>(z_y));
     Lane<T> lane;
 #pragma unroll 1
-    for (int end = 0; end < 2; ++end)  // what lies outside the boundaries
+    for (int end = 0; end < 2; ++end)  // the columns outside the 16-byte boundaries
         if (const int g = end ? row.last : 0; g % threads == thread && row.columns(g) > 0)
             lane.add({row.load_ragged(g)}, g, 0, -1, at_least, larger);
     Group<T> groups[TOGETHER];
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) token_stats_kernel(TokenStatsA
         if (const Group<T> seen[1] = {row.load_ragged(g)}; Group<T>::max(seen) == top) mine = g;
     const int top_group = -block_reduce(-mine, Larger(), -row.last - 1, scratch), owner = top_group % threads;
 
-    // Its owner has it in its sums, where it hides the rest of a peaked row. All threads together read the owner's groups again
-    // and leave this one column out.
+    // In the sums of the thread that owns it, it would drown the rest of a peaked row. All threads together read that thread's
+    // groups again without this column.
     SoftmaxSum<T, true> again;
     for (int g = owner + thread * threads; held && g <= row.last; g += threads * threads) {
         Group<T> group[1] = {row.load_ragged(g)};

@@ -6,7 +6,7 @@ namespace {
 
 constexpr int MAX_WARPS = MAX_THREADS / WARP;
 
-// Puts a bitonic sequence of one entry per lane into falling order.
+// Sorts a bitonic sequence of one entry per lane in descending order.
 __device__ uint64_t falling(uint64_t e) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
@@ -17,12 +17,12 @@ __device__ uint64_t falling(uint64_t e) {
     return e;
 }
 
-// The 32 largest entries that a warp has seen, one per lane, falling; the k-th decides what may enter. 0 is no entry.
+// The 32 largest entries that a warp has seen, one per lane, descending; a new entry must exceed the k-th. 0 is no entry.
 class WarpTop {
   public:
     __device__ explicit WarpTop(int k) : k_(k) {}
 
-    // Whether columns with this largest logit hold one that may enter; `later` ones come after all that was offered. A NaN may.
+    // Whether columns with this largest logit may hold a new entry; `later` ones follow all offered before. A NaN always may.
     __device__ bool open_to(float largest, bool later) const {
         return worst_ == 0 || !(later ? largest <= worst_logit_ : largest < worst_logit_);
     }
@@ -41,7 +41,7 @@ class WarpTop {
         worst_logit_ = entry_logit(worst_);
     }
 
-    // Takes over the 32 entries of another warp, one per lane, falling.
+    // Merges the 32 entries of another warp, one per lane, descending.
     __device__ void merge(const uint64_t* other) { top_ = falling(max(top_, other[WARP - 1 - threadIdx.x % WARP])); }
     __device__ uint64_t mine() const { return top_; }
 
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) topk_kernel(TopKArgs args) {
     const Row<T> row(args.logits, t);
     SoftmaxSum<T, false> softmax;
     WarpTop best(args.k);
-    float top = -INFINITY;  // NaN once a NaN was seen
+    float top = -INFINITY;  // NaN after a NaN
 
     // The columns outside the boundaries are the first warp's, one per lane: those before first, so that columns come in order.
     const auto take_ragged = [&](int g) {
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) topk_kernel(TopKArgs args) {
         softmax.add(groups, largest);
         if (turn % BATCH == 0) softmax.flush();
         unsigned waiting = __ballot_sync(EVERY_LANE, best.open_to(largest, true));
-        while (waiting) {  // one lane after the other hands its groups to the warp
+        while (waiting) {  // the warp takes the waiting lanes' groups one after the other
             const int source = __ffs(waiting) - 1;
             __syncwarp();
             if (lane == source)
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(MAX_THREADS, 2) topk_kernel(TopKArgs args) {
     double sum = 0, unused = 0;
     if (isfinite(top)) softmax.add_to(top, sum, unused, unused);
     sum = block_reduce(sum, Plus(), 0.0, scratch);
-    for (int half = warps / 2; half; half /= 2) {  // the upper half of the warps hands over to the lower
+    for (int half = warps / 2; half; half /= 2) {  // the lower half of the warps merges the upper half's entries
         if (warp >= half && warp < 2 * half) tops[warp][lane] = best.mine();
         __syncthreads();
         if (warp < half) best.merge(tops[warp + half]);

@@ -8,7 +8,7 @@ from torch import Tensor
 def apply_A(logits: Tensor, x: Tensor) -> Tensor:
     """A x = x - (pi·x) 1, the log-softmax Jacobian A = I - 1 piᵀ on one column or k of them.
 
-    logits [T, V], x [T, V] or [T, V, k] -> like x. If z moves by x, log pi moves by A x at first order.
+    logits [T, V], x [T, V] or [T, V, k] -> like x. If z changes by x, log pi changes by A x to first order.
     """
     pi = logits.softmax(-1)
     if x.dim() == pi.dim():

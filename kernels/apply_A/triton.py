@@ -1,4 +1,4 @@
-"""apply_A and softmax_jvp on a GPU: one pass for pi·x, another that writes; every lane sums on its own until the row ends."""
+"""apply_A and softmax_jvp on a GPU: a pass over the row for pi·x, then one that writes; lanes are reduced once per row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..launch import DTYPES, on_device_of, require_logits
 from ..token_stats.triton import _exp, _finite_or_zero
 from ..variant import Variant
 
-COLUMNS = 32  # columns of x that a thread block takes at most
+COLUMNS = 32  # most columns of x per thread block
 TILE = 8192  # elements of x in a tile
 
 
@@ -19,7 +19,7 @@ TILE = 8192  # elements of x in a tile
 def _jacobian_kernel(
     Z, X, OUT, V, k, z_t, x_t, x_v, x_k, PI: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """OUT [T, V, k] = x - pi·x for BK columns of a row, times pi when PI is set."""
+    """OUT [T, V, k] = x - pi·x for BK columns of one row, multiplied by pi if PI."""
     parts = tl.cdiv(k, BK)
     row = (tl.program_id(0) // parts).to(tl.int64)
     columns = (tl.program_id(0) % parts * BK + tl.arange(0, BK)).to(tl.int64)
@@ -64,7 +64,7 @@ def apply_A(logits: Tensor, x: Tensor) -> Tensor:
     """A x = x - (pi·x) 1 as reference.apply_A defines it, for one column or k of them.
 
     logits [T, V] with adjacent columns, x [T, V] or [T, V, k] with any strides, each float32, bfloat16 or float16 -> like x, in
-    the wider of both types; sums are float32. A row with a NaN is NaN and leaves the others alone. Nothing flows back.
+    the wider of both types; sums are float32. A row with a NaN becomes NaN, other rows are not affected. It has no derivative.
     torch.compile keeps it as one node, torch.ops.tokdyn.apply_A_triton.
 
     Raises ValueError for another dtype, device or shape. Cost: logits read once, x twice, the result written once.
@@ -79,12 +79,12 @@ def _apply_A(logits: Tensor, x: Tensor) -> Tensor:
 
 @_apply_A.register_fake
 def empty_like_both(logits: Tensor, x: Tensor) -> Tensor:
-    """The result's shape, type and (adjacent) layout."""
+    """Return an uninitialised, contiguous result: the shape of x, the wider dtype of both."""
     return x.new_empty(x.shape, dtype=torch.promote_types(logits.dtype, x.dtype))
 
 
 def jacobian(op: str, logits: Tensor, x: Tensor, *, pi: bool) -> Tensor:
-    """x - pi·x, times pi when asked; softmax_jvp is that."""
+    """Return x - pi·x (apply_A), multiplied by pi if `pi` (softmax_jvp)."""
     require_logits(op, logits)
     if x.dim() not in (2, 3) or x.shape[:2] != logits.shape or x.dtype not in DTYPES:
         raise ValueError(
@@ -104,7 +104,7 @@ def jacobian(op: str, logits: Tensor, x: Tensor, *, pi: bool) -> Tensor:
 
 
 def _shape(k: int) -> dict[str, int]:
-    """A tile of TILE elements, sixteen warps: few rows at a time, so that the second look at x finds it in the L2 cache."""
+    """Constants of the launch: large tiles of one row, so that few rows are in flight and the second read of x hits L2."""
     BK = min(COLUMNS, triton.next_power_of_2(k))
     return dict(BV=TILE // BK, BK=BK, num_warps=16, num_stages=1)
 
@@ -115,7 +115,7 @@ def variants() -> list[Variant]:
 
 
 def jacobian_variants(op: str, *, pi: bool) -> list[Variant]:
-    """x [T, V] and [T, V, 8], adjacent, of a vocabulary that is a multiple of 16."""
+    """Variants for x [T, V] and [T, V, 8], contiguous, with V a multiple of 16."""
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         name = DTYPES[dtype]

@@ -19,7 +19,7 @@ def cotangent_attention(
     """
     B, Hk, G, T, D = q.shape
     n, S, E = len(do), *v.shape[2:]
-    # of a head's memory [queries, n, width]: each of the products below is one of two matrices
+    # a head's results lie as [queries, n, width], so that each product below is a single matrix product
     dq, dk = q.new_zeros(B, Hk, G, T, n, D), k.new_zeros(B, Hk, n, S, D)
     dv = v.new_zeros(B, Hk, S, n, E + 1)
     values = torch.cat([v, torch.ones_like(v[..., :1])], -1)  # dO Vᵀ - rowsum(dO ⊙ O) in one product

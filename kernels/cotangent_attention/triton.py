@@ -35,12 +35,12 @@ def _query_kernel(
     BM: tl.constexpr, BN: tl.constexpr, PAIR: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """DQ [n, B, H, T, D] of one cotangent or, with PAIR, of two, and DELTA = rowsum(dO ⊙ O), [n, B, H, T]."""
+    """DQ [n, B, H, T, D] of one cotangent, or of two with PAIR, and DELTA = rowsum(dO ⊙ O), [n, B, H, T]."""
     blocks = tl.cdiv(T, BM)
-    block = blocks - 1 - tl.program_id(0) % blocks  # of a causal mask the longest rows first
+    block = blocks - 1 - tl.program_id(0) % blocks  # under a causal mask the longest rows come first
     head = (tl.program_id(0) // blocks).to(tl.int64) % (B * H)
     one = (tl.program_id(0) // blocks).to(tl.int64) // (B * H) * (2 if PAIR else 1)
-    two = tl.minimum(one + 1, n - 1)  # of an odd number the last twice
+    two = tl.minimum(one + 1, n - 1)  # of an odd number the last is computed twice
     b, h, first = head // H, head % H, block.to(tl.int64) * BM
     i, s, d, c = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BE)
     row = i < T - block * BM
@@ -68,7 +68,7 @@ def _query_kernel(
         dq2 = tl.zeros([BD, BM], tl.float32)
 
     low, full, rest, high = _span(SPANS, block, S, BN, SPLIT)
-    for edge in tl.static_range(0 if SPLIT else 1, 2):  # the blocks that are wholly seen, then the others
+    for edge in tl.static_range(0 if SPLIT else 1, 2):  # first the blocks that need no mask, then the others
         for j in range(full - low + high - rest if edge else rest - full):
             start = (tl.where(j < full - low, low + j, rest - full + low + j) if edge else full + j) * BN
             near = start + s < S
@@ -117,7 +117,7 @@ def _key_kernel(
 ):  # fmt: skip
     """DK [n, B, H / G, S, D] and DV [n, B, H / G, S, E] of one cotangent or two, summed over the G heads that share k and v."""
     blocks = tl.cdiv(S, BN)
-    block = tl.program_id(0) % blocks  # of a causal mask the longest columns first
+    block = tl.program_id(0) % blocks  # under a causal mask the longest columns come first
     head = (tl.program_id(0) // blocks).to(tl.int64) % (B * H // G)
     one = (tl.program_id(0) // blocks).to(tl.int64) // (B * H // G) * (2 if PAIR else 1)
     two = tl.minimum(one + 1, n - 1)
@@ -183,12 +183,12 @@ def cotangent_attention(
     """dQ, dK, dV for n cotangents as reference.cotangent_attention defines them: one attention, then two passes for every two.
 
     do [n, B, Hk, G, T, E] in the dtype of q [B, Hk, G, T, D], k [B, Hk, S, D], v [B, Hk, S, E]; D and E at most 256, mask
-    [B or 1, 1, T, S] -> [n, B, Hk, G, T, D], [n, B, Hk, S, D], [n, B, Hk, S, E]. Nothing is added atomically: the same input
+    [B or 1, 1, T, S] -> [n, B, Hk, G, T, D], [n, B, Hk, S, D], [n, B, Hk, S, E]. There are no atomic additions: the same input
     gives the same bits. torch.compile keeps it as one node, torch.ops.tokdyn.cotangent_attention_triton.
 
-    Raises ValueError for other shapes, dtypes or devices. Cost: 12 T S D flops a head and cotangent (8 of them its own, 2 a
-    product that both passes need, 2 the shared softmax), and 4 for the attention; memory for its values and, a row, two numbers
-    and one for every cotangent.
+    Raises ValueError for other shapes, dtypes or devices. Cost: 12 T S D flops per head and cotangent (8 its own, 2 for a
+    product that both passes need, 2 for the shared softmax), and 4 for the attention; memory for the attention's output and,
+    per row, two numbers and one for every cotangent.
     """
     return _cotangent_attention(q, k, v, do, mask, scale, softcap)
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..native import ROWS, address, extension, require_float, require_ids, row_blocks
 
-TILE = (2048, 2048)  # rows and columns of a tile
-ROOM = 16 << 20  # bytes of the summed outer products of one side
-CALL = 1e6  # flops that the call of a matrix product costs
+TILE = (2048, 2048)  # rows and columns of a tile of the Gram matrices
+ROOM = 16 << 20  # most bytes of one side's summed outer products
+CALL = 1e6  # overhead of calling a matrix product, in flops
 
 
 def dual_gram(
@@ -82,7 +82,7 @@ def _dual_gram(
 
 @_dual_gram.register_fake
 def _check(a1, a2, d1, d2, out, add, rows, columns, simd) -> None:
-    """ValueError for arguments that do not fit."""
+    """Raise ValueError unless the arguments fit; also the op's fake for torch.compile."""
     op = "dual_gram"
     require_float(op, a1=a1, a2=a2, d1=d1, d2=d2, out=out)
     M, L = a1.shape[0], a2.shape[0]
@@ -111,7 +111,7 @@ Factors = tuple[Tensor, Tensor, Tensor]  # a [n, p], d [n, q] and the segments [
 def tiles(
     a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, out: Tensor | None = None
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Rows, columns and the two Gram matrices of every tile, in buffers that are used again; a1 a2ᵀ in `out` if given."""
+    """Yield rows, columns and both Gram matrices of every tile, in reused buffers; a1 a2ᵀ is written to `out` if given."""
     M, L = len(a1), len(a2)
     buffers = [torch.empty(min(M, TILE[0]) * min(L, TILE[1])) for _ in range(2 if out is None else 1)]
     for rows in row_blocks(M, TILE[0]):
@@ -127,7 +127,7 @@ def tiles(
 
 
 def outer_block(M: int, L: int, shape: tuple[int, ...], p: int, q: int) -> int:
-    """Columns of d to take at a time into summed outer products, or 0 where tiles of the Gram matrices cost less."""
+    """Return how many columns of d `outer_sums` should take at a time, or 0 where `tile_sums` costs less."""
     largest = max(*shape, 1)
     block = min(q, ROOM // (4 * max(largest * p, 1)))
     if block < min(q, 8):
@@ -138,7 +138,7 @@ def outer_block(M: int, L: int, shape: tuple[int, ...], p: int, q: int) -> int:
 
 
 def outer_sums(o: Factors, u: Factors, shape: tuple[int, ...], block: int, simd: str) -> Tensor:
-    """<Σ_m a_m d_mᵀ, Σ_l a_l d_lᵀ> for every pair of segments, `block` columns of d at a time; in float64."""
+    """Return <Σ_m a_m d_mᵀ, Σ_l a_l d_lᵀ> for every pair of segments in float64, computed `block` columns of d at a time."""
     total = torch.zeros(shape, dtype=torch.float64)
     members = [list(parts_of(side[2], n)) for side, n in zip((o, u), shape, strict=True)]
     p, q = o[0].shape[1], o[1].shape[1]
@@ -154,7 +154,7 @@ def outer_sums(o: Factors, u: Factors, shape: tuple[int, ...], block: int, simd:
 
 
 def tile_sums(o: Factors, u: Factors, shape: tuple[int, ...], block: int, simd: str) -> Tensor:
-    """Sums of the tiles' products over pairs of segments, in float64."""
+    """Return Σ (a_m·a_l)(d_m·d_l) for every pair of segments in float64, summed tile by tile of the Gram matrices."""
     total = torch.zeros(shape, dtype=torch.float64)
     for rows, columns, g_a, g_d in tiles(o[0], u[0], o[1], u[1]):
         by_row = torch.zeros(len(g_a), shape[1], dtype=torch.float64)
@@ -167,7 +167,7 @@ def tile_sums(o: Factors, u: Factors, shape: tuple[int, ...], block: int, simd: 
 
 
 def parts_of(segments: Tensor, n: int) -> Iterator[tuple[int, slice | Tensor]]:
-    """Every segment with the rows it holds, at most ROWS at a time: slices where the segments are in order."""
+    """Yield (segment, its rows), at most ROWS rows at a time; the rows are slices if the segment ids are sorted."""
     in_order = bool((segments[1:] >= segments[:-1]).all())
     order = None if in_order else segments.argsort(stable=True)
     ends = torch.bincount(segments, minlength=n).cumsum(0).tolist()

@@ -12,15 +12,15 @@ from torch import Tensor
 from ..launch import DTYPES, adjacent, on_device_of, product
 from ..variant import Variant
 
-RANK = {2: 2048, 4: 32}  # largest p + q, by bytes of an element, that is multiplied in registers without segments
-BUFFER = 256 << 20  # bytes of each of the two products of cuBLAS that exist at a time
-ROOM = 64 << 20  # bytes of the summed outer products of one side
+RANK = {2: 2048, 4: 32}  # by bytes of an element: up to this p + q the products stay in registers (without segments)
+BUFFER = 256 << 20  # most bytes of each of the two buffers of products by cuBLAS
+ROOM = 64 << 20  # most bytes of one side's summed outer products
 NOWHERE = tl.constexpr(2147483647)
 
 
 @triton.jit
 def _gram(A1, A2, ms, ls, m_inside, l_inside, P, a_m, a_l, BK: tl.constexpr, WIDE: tl.constexpr):
-    """The tile A1[ms] A2[ls]ᵀ, [BM, BL]. WIDE multiplies in float32, for the interpreter, whose product of halves is wrong."""
+    """The tile A1[ms] A2[ls]ᵀ, [BM, BL]. WIDE multiplies in float32: the interpreter's half-precision dot is wrong."""
     k = tl.arange(0, BK)
     one = A1 + ms.to(tl.int64)[:, None] * a_m + k[None, :]  # [BM, BK]
     two = A2 + ls.to(tl.int64)[:, None] * a_l + k[None, :]  # [BL, BK]
@@ -40,7 +40,7 @@ def _product_kernel(
     A1, A2, D1, D2, OUT, M, L, P, Q, a_m, a_l, d_m, d_l, o_m, o_l,
     BM: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of OUT = or, with ADD, += (A1 A2ᵀ) ⊙ (D1 D2ᵀ)."""
+    """Write, or with ADD add, a tile of (A1 A2ᵀ) ⊙ (D1 D2ᵀ) to OUT."""
     down = tl.cdiv(M, BM)
     ms = tl.program_id(0) % down * BM + tl.arange(0, BM)
     ls = tl.program_id(0) // down * BL + tl.arange(0, BL)
@@ -56,7 +56,7 @@ def _product_kernel(
 
 @triton.jit
 def _known(IDS, at, n, S):
-    """Segments of the rows `at`, NOWHERE beyond n and for an id outside [0, S)."""
+    """Segment ids of the rows `at`; NOWHERE for rows beyond n and for ids outside [0, S)."""
     ids = tl.load(IDS + at, mask=at < n, other=-1)
     return tl.where((ids >= 0) & (ids < S), ids, NOWHERE).to(tl.int32)
 
@@ -66,7 +66,7 @@ def _segments_kernel(
     A1, A2, D1, D2, ROWS, COLUMNS, OUT, M, L, P, Q, a_m, a_l, d_m, d_l, o_m, o_l, S_o, S_u,
     BM: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of (A1 A2ᵀ) ⊙ (D1 D2ᵀ) summed over every pair of segments it touches, and each sum added to OUT at once."""
+    """Sum a tile of (A1 A2ᵀ) ⊙ (D1 D2ᵀ) over each pair of segments in it, and add each sum to OUT atomically."""
     down = tl.cdiv(M, BM)
     ms = tl.program_id(0) % down * BM + tl.arange(0, BM)
     ls = tl.program_id(0) // down * BL + tl.arange(0, BL)
@@ -89,7 +89,7 @@ def _segments_kernel(
 def _outer_kernel(
     A, D, ROWS, OUT, M, P, Q, a_m, d_m, S, BM: tl.constexpr, BP: tl.constexpr, BQ: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """OUT [S, P, Q] += Σ of a_m d_mᵀ over the rows of each segment, BM of them and a tile of P x Q at a time."""
+    """Add Σ a_m d_mᵀ over each segment's rows to OUT [S, P, Q]: BM rows and a tile of P x Q per program."""
     down, across = tl.cdiv(P, BP), tl.cdiv(Q, BQ)
     tile = tl.program_id(0) % (down * across)
     ms = tl.program_id(0) // (down * across) * BM + tl.arange(0, BM)
@@ -99,7 +99,7 @@ def _outer_kernel(
     rows = _known(ROWS, ms, M, S)
     row = tl.min(rows, 0)
     while row < NOWHERE:
-        # nothing of another segment is read: 0 times inf would be NaN
+        # rows of other segments are not read: 0 times inf would be NaN
         here = (rows == row)[:, None]
         a = tl.load(A, mask=here & (p < P)[None, :], other=0.0)
         d = tl.load(D, mask=here & (q < Q)[None, :], other=0.0)
@@ -123,16 +123,17 @@ def dual_gram(
     """out += (a1 a2ᵀ) ⊙ (d1 d2ᵀ), or its sums over pairs of segments, as reference.dual_gram defines it.
 
     a1 [M, p], a2 [L, p], d1 [M, q], d2 [L, q] of one dtype, float32, bfloat16 or float16 -> float32 [M, L]; with segments =
-    (ids [M], ids [L]) int64 -> [S_o, S_u]. Everything is summed in float32; `out` is float32. Segment sums are collected by
-    atomic additions, so their last bits may differ from run to run. Nothing flows back. torch.compile keeps it as one node,
+    (ids [M], ids [L]) int64 -> [S_o, S_u]. Everything is summed in float32; `out` is float32. Segment sums are added
+    atomically, so their last bits may differ from run to run. It has no derivative. torch.compile keeps it as one node,
     torch.ops.tokdyn.dual_gram_triton.
 
-    Raises ValueError for other shapes, dtypes or devices. A row whose id lies outside
-    [0, S) of a given `out` is left out: nobody waits for the GPU to look.
+    Raises ValueError for other shapes, dtypes or devices. Rows whose id lies outside [0, S) of a given `out` are ignored:
+    checking the ids would wait for the GPU.
 
-    Cost: 2 M L (p + q) flops. With segments no product [M, L] exists, and where that is cheaper the sum is an inner product of
-    sums of outer products, Σ_{m,l} (a_m·a_l)(d_m·d_l) = <Σ_m a_m d_mᵀ, Σ_l a_l d_lᵀ>, 2 (M + L + S_o S_u) p q flops and up to
-    64 MiB. Without, up to p + q = 2048 (32 in float32) nothing but the result exists; beyond, two buffers of up to 256 MiB.
+    Cost: 2 M L (p + q) flops. With segments no [M, L] array exists; the sums are computed tile by tile or, where that is
+    cheaper, as inner products of summed outer products, Σ_{m,l} (a_m·a_l)(d_m·d_l) = <Σ_m a_m d_mᵀ, Σ_l a_l d_lᵀ>, with
+    2 (M + L + S_o S_u) p q flops and up to 64 MiB. Without segments, no buffer up to p + q = 2048 (32 in float32), and
+    two of up to 256 MiB beyond.
     """
     ids, shape = segments or (None, None), (len(a1), len(a2))
     if segments is not None:
@@ -187,7 +188,7 @@ def _no_result(a1, a2, d1, d2, out, add, rows, columns) -> None:
 
 
 def _tiles(kernel, a1, a2, d1, d2, *rest, **constants) -> None:
-    """`kernel` on every tile of [M, L]; rest are the tensors behind the factors, the last of them the output."""
+    """Launch `kernel` on every tile of [M, L]; `rest` holds its further tensors, the output last."""
     (M, P), (L, Q), out = a1.shape, d2.shape, rest[-1]
     shape = launch_shape(a1.dtype, add=constants.get("ADD", False))
     programs = triton.cdiv(M, shape["BM"]) * triton.cdiv(L, shape["BL"])
@@ -198,7 +199,7 @@ def _tiles(kernel, a1, a2, d1, d2, *rest, **constants) -> None:
 
 
 def _sum_segments(a1, a2, d1, d2, out, rows, columns) -> None:
-    """Tiles summed pair by pair, or sums of outer products multiplied with each other, whichever has fewer flops."""
+    """Sum over pairs of segments: tile by tile, or from summed outer products, whichever has fewer flops."""
     (M, p), (L, q), (S_o, S_u) = a1.shape, d2.shape, out.shape
     if (M + L + S_o * S_u) * p * q >= M * L * (p + q) or 4 * max(S_o, S_u) * p * q > ROOM:
         _tiles(_segments_kernel, a1, a2, d1, d2, rows, columns, out, S_o=S_o, S_u=S_u)
@@ -216,7 +217,7 @@ def _sum_segments(a1, a2, d1, d2, out, rows, columns) -> None:
 
 
 def _by_cublas(a1, a2, d1, d2, out, add) -> None:
-    """Both products in float32, as many rows as a buffer holds, and one pass that multiplies them."""
+    """Both products by cuBLAS into float32 buffers, as many rows at a time as fit, then multiplied elementwise."""
     step = max(1, BUFFER // (4 * len(a2)))
     for first in range(0, len(a1), step):
         some = slice(first, first + step)
@@ -228,14 +229,14 @@ def _by_cublas(a1, a2, d1, d2, out, add) -> None:
 
 
 def launch_shape(dtype: torch.dtype, *, add: bool = False) -> dict[str, Any]:
-    """Rows, columns and depth of a tile; two accumulators of 128 x 128 leave no registers for a third tile to add them to."""
+    """Rows, columns and depth of a tile: two accumulators of 128 x 128 are all that the registers hold."""
     if dtype == torch.float32:
         return dict(BM=64, BL=64, BK=16, num_warps=4, num_stages=3)
     return dict(BM=128, BL=64 if add else 128, BK=64, num_warps=8, num_stages=3)
 
 
 def outer_shape(dtype: torch.dtype) -> dict[str, Any]:
-    """Rows and the tile of their outer products."""
+    """Rows per program, and the tile of P x Q of their outer products."""
     return dict(BM=16 if dtype == torch.float32 else 64, BP=64, BQ=64, num_warps=4, num_stages=1)
 
 

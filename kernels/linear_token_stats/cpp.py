@@ -19,7 +19,7 @@ from ..native import (
     rows_at_once,
 )
 
-WIDTH = 1024  # columns from which on MKL was seen to sum as it does in the wider product of a chunk
+WIDTH = 1024  # from this many columns on MKL was seen to sum in the same order as in a chunk's product
 
 
 def linear_token_stats(
@@ -37,13 +37,13 @@ def linear_token_stats(
 
     hidden [T, d], weight [V, d], bias [V] in float32 or bfloat16 on the CPU, targets [T] int64 -> eight tensors [T] in the
     order of token_stats; rank and argmax are int64, the others float32. bfloat16 is widened, which is exact, and its products
-    are summed in float32: logits carry no rounding to 8 bits. A NaN touches the rows whose logits it is part of. It has no
+    are summed in float32: logits are not rounded to 8 bits. A NaN affects only rows whose logits contain it. It has no
     derivative. It is torch.ops.tokdyn.linear_token_stats_cpp; `simd` as in token_stats.
 
-    Ranks are counted against z_y while the logits go by, so z_y comes first, from a product of the same hidden states with the
-    rows of the targets. From then on it is the target's logit: whatever a chunk holds in column y is skipped, and log_prob,
-    rank and argmax belong to one set of logits. Two tokens with equal rows of W tie exactly wherever the BLAS sums a product
-    in the same order at every place of its result.
+    Counting the rank needs the target's logit z_y before the first chunk. It is computed first, as the product of the hidden
+    states with the targets' rows of W, and column y of the chunks is skipped, so that log_prob, rank and argmax belong to one
+    set of logits. Two tokens with equal rows of W tie exactly if the BLAS sums a product in the same order at every place of
+    its result.
 
     Raises ValueError for shapes, dtypes, devices and constants that do not fit, RuntimeError without the extension.
     Cost: 2 T V d flops, and 2 T · 1024 d for z_y; at most 64 MiB beside the arguments up to d = 8192.
@@ -85,7 +85,7 @@ def _linear_token_stats(
 
 @_linear_token_stats.register_fake
 def _empty(hidden, weight, targets, bias, scale, softcap, temperature, simd) -> tuple[Tensor, Tensor]:
-    """Room for the result, once the arguments were found to fit."""
+    """Check the arguments, then return uninitialised results; also the op's fake for torch.compile."""
     op = "linear_token_stats"
     Readout.of(op, weight, bias, scale, softcap, temperature, hidden=hidden)
     require_ids(op, targets=targets)
@@ -95,7 +95,7 @@ def _empty(hidden, weight, targets, bias, scale, softcap, temperature, simd) -> 
 
 
 def target_logits(readout: Readout, h: Tensor, y: Tensor, columns: int, buffer: Tensor, simd: str) -> Tensor:
-    """z[t, y_t] of every row, by the product that makes the chunks: of as many rows, and of at least WIDTH columns."""
+    """Return z_y of every row, by a product with as many rows as the chunks' and at least WIDTH columns (same rounding)."""
     z_y = torch.empty(len(h))
     most = min(columns, max(64, BUFFER // max(h.shape[1], 1)))  # 32 MiB of gathered weights
     for part in row_blocks(len(h), most):

@@ -1,7 +1,7 @@
-"""linear_token_stats on a GPU: products by cuBLAS, a chunk of the vocabulary at a time, folded into the statistics of the rows.
+"""linear_token_stats on a GPU: products by cuBLAS in chunks of the vocabulary, each folded into the rows' running sums.
 
-`fused=True` keeps the products in registers instead: less memory, slower. What a row carries from chunk to chunk, and the
-device functions that work on it, are those of token_stats (its README.md).
+`fused=True` keeps the products in registers instead: less memory, slower. The running sums and the device functions on them are
+those of token_stats (README.md there).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ..token_stats.triton import (
 )
 from ..variant import Variant
 
-BUFFER = 64 << 20  # bytes of float32 products that exist at a time
-ROWS = 16384  # hidden states that meet a chunk of the vocabulary together
-SPLIT = 2048  # columns of the vocabulary that a thread block of the fused kernel goes through
+BUFFER = 64 << 20  # most bytes of the buffer of float32 products
+ROWS = 16384  # hidden states that are multiplied with a chunk at a time
+SPLIT = 2048  # columns of the vocabulary per thread block of the fused kernel
 
 
 @triton.jit(do_not_specialize=["d", "V", "h_t", "w_v"])
@@ -51,10 +51,10 @@ def _target_kernel(H, W, Y, Z, V, d, h_t, w_v, BD: tl.constexpr):
 def _fold_kernel(
     X, Y, Z, BIAS, SUMS, SEEN, REAL, WHOLE, T, n, v0, scale, cap, last, LANES: tl.constexpr, E: tl.constexpr
 ):  # fmt: skip
-    """A chunk of products X [T, n], columns v0 to v0 + n, joins SUMS [4, T] and SEEN [2, T]; after the last come the results.
+    """Fold a chunk of products X [T, n], columns v0 to v0 + n, into SUMS [4, T] and SEEN [2, T]; the last writes the results.
 
-    Column y of the chunk is overwritten by Z, the product that the row was given at the start, so that rank, log-prob and
-    argmax all belong to one set of logits.
+    Column y of the chunk is replaced by Z, the row's z_y computed beforehand, so that rank, log-prob and argmax belong to one
+    set of logits.
     """
     row = tl.program_id(0).to(tl.int64)
     T = T.to(tl.int64)
@@ -89,12 +89,12 @@ def _linear_kernel(
     H, W, Y, Z, BIAS, SUMS, SEEN, T, V, d, h_t, w_v, scale, cap,
     SPLIT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The sums of BT rows over SPLIT columns without column y: SUMS [splits, 4, T], SEEN [splits, 2, T].
+    """Running sums of BT rows over SPLIT columns, without column y: SUMS [splits, 4, T], SEEN [splits, 2, T].
 
-    WIDE multiplies in float32, for Triton's interpreter, whose bfloat16 product is wrong.
+    WIDE multiplies in float32: the bfloat16 dot of Triton's interpreter is wrong.
     """
     tiles = tl.cdiv(T, BT)
-    split = tl.program_id(0) // tiles  # neighbours read the same weights
+    split = tl.program_id(0) // tiles  # neighbouring programs read the same weights
     rows = (tl.program_id(0) % tiles * BT + tl.arange(0, BT)).to(tl.int64)
     inside = rows < T
     y = tl.load(Y + rows, mask=inside, other=-1).to(tl.int32)
@@ -133,7 +133,7 @@ def _linear_kernel(
         base = _finite_or_zero(higher)
         gap = tl.maximum(m - base, FLOOR)
         f = _exp(gap)
-        joins = tl.where(rises, _weight(gap), 0.0)  # the largest so far, once it is not
+        joins = tl.where(rises, _weight(gap), 0.0)  # the old maximum joins the sums when a larger logit replaces it
         m = higher
         a = tl.where(rises, top_at, a)
         u = z - base[:, None]
@@ -153,7 +153,7 @@ def _linear_kernel(
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def _finish_kernel(Y, Z, BIAS, SUMS, SEEN, REAL, WHOLE, T, splits, scale, cap, BT: tl.constexpr):
-    """The splits of every row merged in order, then column y: BT rows at a time."""
+    """Merge the splits of BT rows in order, add column y, and write the results."""
     rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     inside = rows < T
     T = T.to(tl.int64)
@@ -194,13 +194,13 @@ def linear_token_stats(
 
     hidden [T, d], weight [V, d] of one dtype, float32, bfloat16 or float16; bias [V]; targets [T] int64 -> eight tensors [T] in
     the order of token_stats; rank and argmax are int64, the others float32. Logits are float32 whatever the inputs. A row with
-    a NaN, or a target outside [0, V), gives NaN, rank 0 and argmax -1. Nothing flows back. torch.compile keeps it as one node,
-    torch.ops.tokdyn.linear_token_stats_triton.
+    a NaN, or a target outside [0, V), gives NaN, rank 0 and argmax -1. It has no derivative. torch.compile keeps it as one
+    node, torch.ops.tokdyn.linear_token_stats_triton.
 
-    z_y is a product of its own, summed in float32; another logit that equals it but for rounding may rank on either side.
+    z_y is computed by a product of its own in float32; a logit that differs from it only by rounding may rank on either side.
 
     Raises ValueError for another dtype, device or shape. Cost: 2 T V d flops, and T V products written and read once, through a
-    buffer of 64 MiB; fused, no buffer but 24 bytes for each row and 2048 columns.
+    buffer of 64 MiB; with fused, 24 bytes for each row and 2048 columns instead.
     """
     return in_order(*_linear_token_stats(hidden, weight, targets, bias, scale, softcap, temperature, fused))
 
@@ -244,7 +244,7 @@ def _empty_stats(hidden, weight, targets, bias, scale, softcap, temperature, fus
 
 
 def _chunked(hidden, weight, targets, z_y, bias, factor, cap, real, whole) -> None:
-    """Blocks of rows, then chunks of the vocabulary as wide as the buffer allows, so that the weights are read once a block."""
+    """Loop over blocks of rows and, inside, chunks as wide as the buffer allows: the weights are read once per block."""
     T, V = len(hidden), len(weight)
     sums, seen = z_y.new_empty(4, T), whole.new_empty((2, T), dtype=torch.int32)
     for first in range(0, T, ROWS):
@@ -256,7 +256,7 @@ def _chunked(hidden, weight, targets, z_y, bias, factor, cap, real, whole) -> No
 
 
 def _fused(hidden, weight, targets, z_y, bias, factor, cap, real, whole) -> None:
-    """Sums of every block of rows and SPLIT columns, products in registers; then the splits are merged."""
+    """One kernel for the sums of blocks of rows over SPLIT columns, products in registers; a second merges the splits."""
     (T, d), V = hidden.shape, len(weight)
     splits = triton.cdiv(V, SPLIT)
     sums, seen = z_y.new_empty(splits, 4, T), whole.new_empty((splits, 2, T), dtype=torch.int32)
@@ -271,13 +271,13 @@ def _fused(hidden, weight, targets, z_y, bias, factor, cap, real, whole) -> None
 
 
 def _fold_shape(T: int) -> dict[str, int]:
-    """A warp to a row where rows abound: chunks are short then, and what follows the loop costs by the lane."""
+    """One warp per row if there are many rows: chunks are then short, and the work after the loop grows with the lanes."""
     warps = 1 if T >= 2048 else 4
     return dict(LANES=32 * warps, E=4, num_warps=warps, num_stages=1)
 
 
 def _tiles(dtype: torch.dtype) -> dict[str, int]:
-    """Tokens, vocabulary and width of a tile of the fused kernel: the largest that spill no registers."""
+    """Rows, columns and depth of a tile of the fused kernel: the largest that spill no registers."""
     if dtype == torch.float32:
         return dict(BT=32, BV=64, BD=32, num_warps=4, num_stages=3)
     return dict(BT=64, BV=128, BD=64, num_warps=8, num_stages=3)

@@ -1,4 +1,4 @@
-"""readout_forces on the CPU: chunks of products from BLAS, made by C++ into what the two sides multiply (csrc/README.md)."""
+"""readout_forces on the CPU: chunks of products by BLAS, turned into exponentials or forces by C++ (csrc/README.md)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..native import Readout, address, chunk, extension, products, require_ids, row_blocks, rows_at_once
 
-TILE = 4096  # most rows of either side in a tile of the Gram matrix that is only made to be summed
-SIDE = 8192  # most rows of either side at a time, and fewer where their widened copy would pass ROOM
-ROOM = 64 << 20  # bytes of the products of both sides
+TILE = 4096  # with reduce: most rows of either side in a tile of the matrix
+SIDE = 8192  # most rows of either side at a time; fewer where their float32 copy would exceed ROOM
+ROOM = 64 << 20  # most bytes of both sides' products
 
 
 def readout_forces(
@@ -42,8 +42,8 @@ def readout_forces(
     Raises ValueError for shapes, dtypes, devices and constants that do not fit, RuntimeError without the extension.
 
     Cost: 2 (M + L) V d + 2 M L V flops, and 2 L V d more with v, or with uniform under a softcap, whose forces need the
-    row's softmax beforehand. Memory: the result, and up to 128 MiB. With reduce, whichever is cheaper: tiles of up to 4096² of
-    that matrix, each summed and dropped, or the summed direction of W in chunks of the vocabulary, 6 (M + L) V d flops.
+    row's softmax beforehand. Memory: the result, and up to 128 MiB. With reduce, the cheaper of: tiles of up to 4096² of
+    that matrix, each summed and dropped, or one side's summed gradient of W in chunks of the vocabulary, 6 (M + L) V d flops.
     """
     return _readout_forces(h_o, y_o, h_u, targets_u, c, weight, bias, scale, softcap, v, uniform, train_bias, reduce, simd)
 
@@ -92,7 +92,7 @@ def _readout_forces(
 
 @_readout_forces.register_fake
 def _empty(h_o, y_o, h_u, targets_u, c, weight, bias, scale, softcap, v, uniform, train_bias, reduce, simd) -> Tensor:
-    """Room for the result, once the arguments were found to fit."""
+    """Check the arguments, then return uninitialised results; also the op's fake for torch.compile."""
     op = "readout_forces"
     Readout.of(op, weight, bias, scale, softcap, h_o=h_o, h_u=h_u)
     require_ids(op, y_o=y_o, targets_u=targets_u)
@@ -112,7 +112,7 @@ def _empty(h_o, y_o, h_u, targets_u, c, weight, bias, scale, softcap, v, uniform
 
 @dataclass(frozen=True)
 class Side:
-    """Hidden states [n, d] and the loss of each: targets and c [n, K], v and u [n] or None for zeros."""
+    """Hidden states h [n, d] of one side and its GTerm: targets and c [n, K], v and u [n], None for zeros."""
 
     h: Tensor
     targets: Tensor
@@ -122,34 +122,34 @@ class Side:
 
     @classmethod
     def of(cls, h: Tensor, targets: Tensor, c: Tensor, v: Tensor | None, u: Tensor | None) -> Side:
-        """A side with contiguous float32 terms; a term of zeros is none."""
+        """Build a side with contiguous float32 terms; v or u that is all zero becomes None."""
         v, u = (None if x is None or not x.any() else x.detach().float().contiguous() for x in (v, u))
         shape = (len(h), -1) if targets.numel() else (len(h), 1 if targets.dim() == 1 else targets.shape[1])
         return cls(h.detach(), targets.reshape(shape).contiguous(), c.detach().float().reshape(shape).contiguous(), v, u)
 
     def rows(self, part: slice) -> Side:
-        """Some of its rows."""
+        """Return some rows of this side."""
         v, u = (None if x is None else x[part] for x in (self.v, self.u))
         return Side(self.h[part], self.targets[part], self.c[part], v, u)
 
 
 class Stream:
-    """One call: the chunks of the vocabulary, and what the two sides become in them."""
+    """One call of readout_forces: a readout, and the passes over its vocabulary in chunks."""
 
     def __init__(self, readout: Readout, train_bias: bool, simd: str):
         self.readout, self.train_bias, self.simd = readout, train_bias, simd
         self.C, self.V, self.threads = extension(), len(readout.weight), torch.get_num_threads()
 
     def must_know(self, side: Side) -> bool:
-        """Whether a force off the target needs the row's softmax, so that a pass for its statistics comes first."""
+        """Whether Γ off the targets needs the normalised softmax, so that a pass for the statistics must come first."""
         return side.v is not None or (side.u is not None and self.readout.softcap > 0)
 
     def columns(self, rows: int) -> int:
-        """Tokens in a chunk for two sides with this many rows together."""
+        """Return how many tokens make a chunk when both sides together have this many rows."""
         return max(256, min(ROOM // (4 * max(rows, 1)), self.readout.columns(1)))
 
     def gram(self, o: Side, u: Side, out: Tensor) -> None:
-        """The matrix of two sides into out [M, L]; see csrc/README.md for what is streamed."""
+        """Write the matrix of two sides into out [M, L]; csrc/README.md derives what is accumulated."""
         M, L, known = len(o.h), len(u.h), self.must_know(u)
         out.zero_()
         if not (M and L):
@@ -174,7 +174,7 @@ class Stream:
             by_column = self.normalisers(rest_u) * (u.c.sum(1) + (0 if u.u is None else u.u))
         self.rescale(out, self.normalisers(rest_o), by_column)
 
-        # what the stream left out: the columns of the targets, with forces as they are
+        # the columns of the targets, which the loop above left out, with normalised forces
         some = self.readout.at(targets)
         uniform = 1 / self.V if known else 0.0
         at_o, at_u = (torch.searchsorted(targets, side.targets) for side in (o, u))
@@ -187,7 +187,7 @@ class Stream:
             out[part] *= (h_o[part] @ h_u.T + float(self.train_bias)) * self.readout.scale**2
 
     def through_weight(self, source: Side, sink: Side) -> Tensor:
-        """Σ over the source of the matrix: D = Σ_s force_s h_sᵀ, chunk by chunk of its rows, then force_t · D h_t -> [sink]."""
+        """Sum the matrix over the source side -> [sink]: D = Σ_s γ_s h_sᵀ in chunks of its rows, then γ_t · D h_t."""
         most = min(rows_at_once(source.h), rows_at_once(sink.h))
         columns = self.columns(2 * most)
         buffer, moved = torch.empty(most * columns), torch.empty(most * columns)
@@ -214,13 +214,13 @@ class Stream:
         return (torch.cat(total) * self.readout.scale**2).float() if total else torch.zeros(0)
 
     def fresh(self, n: int) -> Tensor:
-        """Statistics of n rows that have seen no token."""
+        """Return the running statistics of n rows before the first token."""
         rest = torch.empty(n, self.C.ROW_BYTES, dtype=torch.uint8)
         self.C.clear_rows(address(rest), n)
         return rest
 
     def statistics(self, side: Side, columns: int, buffer: Tensor) -> Tensor:
-        """A pass over the vocabulary for the softmax of every row."""
+        """Make a pass over the vocabulary and return every row's softmax statistics."""
         rest, h = self.fresh(len(side.h)), side.h.float()
         for first, w in self.readout.chunks(columns):
             z = chunk(products(h, w, buffer), first)
@@ -228,7 +228,7 @@ class Stream:
         return rest
 
     def exponentials(self, z: Tensor, first: int, rest: Tensor, factor: Tensor, dropped: Tensor) -> bool:
-        """e^(z - max) in place of the products; True if a maximum rose, and what came before is to be multiplied by factor."""
+        """Turn products into e^(z - max) in place; True if a maximum rose: earlier sums must then be multiplied by `factor`."""
         return self.C.exponentials(
             chunk(z, first), self.readout.numbers, address(rest), address(factor), address(dropped), len(dropped),
             threads=self.threads, simd=self.simd,
@@ -244,10 +244,13 @@ class Stream:
         at: Tensor | None = None,
         uniform: float | None = None,
     ) -> Tensor:
-        """The forces, with the softcap's slope, in place of the products.
+        """Turn products into γ (Γ times the softcap's slope) in place.
 
-        `readout` and `at` [n, K]: the vocabulary that z has columns of, and where in it the targets stand, if it is not the
-        whole; `uniform`: its share of every token, if not 1/V.
+        Args:
+            z, first: the products and their first column.
+            side, rest: the rows' GTerm and softmax statistics.
+            readout, at: a restricted vocabulary, and the targets' columns in it [n, K], if z does not cover the whole one.
+            uniform: probability of a token under the uniform target, if not 1/V.
         """
         places, share = side.targets if at is None else at, 1 / self.V if uniform is None else uniform
         self.C.forces(
@@ -258,13 +261,13 @@ class Stream:
         return z
 
     def normalisers(self, rest: Tensor) -> Tensor:
-        """1 / Σ e^(z - max) of every row."""
+        """Return 1 / Σ e^(z - max) of every row."""
         out = torch.empty(len(rest))
         self.C.normalisers(address(rest), len(rest), address(out))
         return out
 
     def rescale(self, matrix: Tensor, by_row: Tensor, by_column: Tensor) -> None:
-        """matrix[m, l] *= by_row[m] by_column[l], in place."""
+        """Multiply matrix[m, l] by by_row[m] by_column[l], in place."""
         self.C.rescale(
             address(matrix), *matrix.shape, matrix.stride(0), address(by_row), address(by_column),
             threads=self.threads, simd=self.simd,

@@ -11,7 +11,7 @@ def readout_logits(
 ) -> Tensor:
     """z = softcap(scale · (W h + b)) with softcap(x) = s tanh(x/s); hidden [.., d], weight [V, d] -> [.., V].
 
-    Half precision gives float32 logits: rounding them to 8 bits would be an error of its own.
+    Half-precision inputs give float32 logits: rounding the logits to 8 bits would be a further error.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     hidden, weight, bias = hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
@@ -20,14 +20,14 @@ def readout_logits(
 
 
 def logit_force(logits: Tensor, targets: Tensor, c: Tensor, v: Tensor | None = None, uniform: Tensor | None = None) -> Tensor:
-    """Γ = -G, the force of a loss at the logits.
+    """Γ = -G, minus the gradient of a loss at the logits, from its GTerm (tokdyn/objective.py).
 
     Γ_l = Σ_k c_lk (e_{targets_lk} - pi_l) + v_l pi_l ⊙ (log pi_l + H_l) + u_l (1/V - pi_l)
 
     logits [L, V], targets and c [L] or [L, K], v and uniform [L] -> [L, V]; half precision is computed in float32.
 
-    A target's own column is C (1 - pi_y) + (Σ of its c) - C with C = Σ_k c_k and 1 - pi_y summed over the other tokens: for one
-    target no digits are lost as pi_y goes to 1.
+    A target's own column is computed as C (1 - pi_y) + (Σ of its c) - C, with C = Σ_k c_k and 1 - pi_y summed over the other
+    tokens: with one target no digits are lost as pi_y goes to 1.
     """
     z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     log_pi = z.log_softmax(-1)
@@ -62,11 +62,11 @@ def readout_forces(
     train_bias: bool = False,
     reduce: str | None = None,
 ) -> Tensor:
-    """Forces when only the readout weight moves (CH1; NTHR is its sum over observed tokens).
+    """F if only the readout's weight moves (docs/theory.md, The kernel; NTHR is its sum over observed tokens).
 
     F[m, l] = (h_m·h_l [+ 1 where the bias moves too]) <g_m, γ_l>
 
-    with g and γ the observed residual e_y - pi and the update force Γ, each pulled back through softcap and scale.
+    with g = e_y - pi at the observed token and γ = Γ at the update token, each pulled back through softcap and scale.
 
     h_o [M, d], y_o [M], h_u [L, d], targets_u and c [L] or [L, K], weight [V, d]
     -> [M, L]; reduce="update" sums over l -> [M]; reduce="observe" sums over m -> [L].

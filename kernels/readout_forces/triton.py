@@ -1,7 +1,7 @@
-"""readout_forces on a GPU: products by cuBLAS, a chunk of the vocabulary at a time, turned into what the two sides multiply.
+"""readout_forces on a GPU: products by cuBLAS in chunks of the vocabulary, turned into exponentials or forces.
 
-One read of the logits: a chunk holds e^{z - m} relative to each row's largest logit so far, without the columns that need their
-digits, and the softmax is normalised at the end. README.md beside this file derives it, and says when two reads are taken.
+In one read of the logits a chunk becomes e^{z - m}, m each row's largest logit so far, without the targets' columns; the
+softmax is normalised at the end. README.md beside this file derives it, and says when two reads are needed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ..launch import adjacent, factors, on_device_of, product, products, require
 from ..token_stats.triton import FLOOR, _exp, _finite_or_zero, _logit
 from ..variant import Variant
 
-BUFFER = 1 << 30  # bytes of the float32 products of both sides that exist at a time
-ROOM = 64 << 20  # the same with reduce, where nothing as large as M x L exists, and of the products in the last step
+BUFFER = 1 << 30  # most bytes of both sides' float32 products
+ROOM = 64 << 20  # the same with reduce, which has no [M, L] array, and in _finish_kernel
 ROW = dict(BLOCK=1024, num_warps=4, num_stages=1)
 TILE = dict(BM=16, BL=128, num_warps=8, num_stages=1)
 
 
 @triton.jit
 def _slope(z, cap):
-    """Derivative of cap tanh(x / cap) where it has the value z, 1 without a cap."""
+    """Derivative of cap tanh(x / cap) in terms of its value z; 1 without a cap."""
     if cap is None:
         slope = 1.0
     else:
@@ -38,10 +38,10 @@ def _slope(z, cap):
 def _absorb_kernel(
     Z, Y, E, TOP, SUM, MIX, OWN, F, BIAS, n, v0, K, scale, cap, BLOCK: tl.constexpr, STORE: tl.constexpr
 ):  # fmt: skip
-    """A chunk of products Z [T, n], columns v0 to v0 + n, joins the sums of its rows, all but the columns of targets Y [T, K].
+    """Fold a chunk of products Z [T, n], columns v0 to v0 + n, into the rows' running sums, leaving out the targets Y [T, K].
 
-    With z its logits: TOP the largest, SUM = Σ e^{z - TOP}, MIX = Σ e^{z - TOP} (z - TOP), F the factor that older sums took;
-    OWN [T, K] the targets' logits; with STORE, E [T, n] = e^{z - TOP} dz/dx without the targets' columns.
+    With z the logits: TOP the largest so far, SUM = Σ e^{z - TOP}, MIX = Σ e^{z - TOP} (z - TOP), F the factor by which a new
+    maximum rescaled the older sums; OWN [T, K] the targets' logits; with STORE, E [T, n] = e^{z - TOP} dz/dx, 0 at the targets.
     """
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
@@ -81,7 +81,7 @@ def _absorb_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _add_kernel(X, P, F_O, F_U, M, L, BM: tl.constexpr, BL: tl.constexpr):
-    """X [M, L] = F_O X F_U + P, the sums of earlier chunks brought to the rows' and columns' new maxima."""
+    """X [M, L] = F_O X F_U + P: rescale the sums of earlier chunks to the new maxima of rows and columns, add a chunk's."""
     down = tl.cdiv(M, BM)
     ms = tl.program_id(0) % down * BM + tl.arange(0, BM)
     ls = tl.program_id(0) // down * BL + tl.arange(0, BL)
@@ -89,7 +89,7 @@ def _add_kernel(X, P, F_O, F_U, M, L, BM: tl.constexpr, BL: tl.constexpr):
     at = (tl.program_id(0) % down).to(tl.int64) * BM * L + (tl.arange(0, BM)[:, None] * L + ls[None, :])
     f = tl.load(F_O + ms, mask=ms < M, other=0.0)[:, None] * tl.load(F_U + ls, mask=ls < L, other=0.0)[None, :]
     x = tl.load(X + at, mask=inside, other=0.0)
-    # the older sum is 0 where a maximum was -inf, and its factor too
+    # where a maximum was -inf, the older sum is 0 and so is its factor
     tl.store(X + at, f * x + tl.load(P + at, mask=inside, other=0.0), mask=inside)
 
 
@@ -98,7 +98,7 @@ def _finish_kernel(
     X, H, Z_O, Z_U, Y_O, Y_U, BASE_O, INVERSE_O, OWN_O, BASE_U, INVERSE_U, OWN_U, C, BIAS, M, L, K, shift, factor, scale, cap,
     BM: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """X [M, L], sums over the columns that are no target of m or l, becomes F.
+    """Turn X [M, L], the sums over columns that are no target of m or l, into F: normalise, and add the targets' columns.
 
     H [M, L] = h_m·h_l; Z_U [M, L] the products of h_l with the weights of y_m; Z_O [M, K L] of h_m with those of l's targets.
     """
@@ -135,7 +135,7 @@ def _finish_kernel(
 def _residual_kernel(
     Z, Y, R, BASE, INVERSE, OWN, C, V, ENTROPY, U, BIAS, n, v0, K, each, scale, cap, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """R [T, n] = dz/dx ⊙ Γ for a chunk of products Z, with V and U the weights of entropy and of a uniform target, or None.
+    """R [T, n] = dz/dx ⊙ Γ for a chunk of products Z; V and U are the weights of entropy and uniform target, or None.
 
     OWN [T, K] is the first part of Γ at the targets Y, -C pi elsewhere; `each` is one over the size of the vocabulary.
     """
@@ -193,16 +193,16 @@ def readout_forces(
 
     h_o [M, d], y_o [M], h_u [L, d], targets_u and c [L] or [L, K], weight [V, d], bias [V], v and uniform [L] -> float32
     [M, L]; reduce="update" sums over l -> [M]; reduce="observe" over m -> [L]. Hidden states and weight share float32, bfloat16
-    or float16; ids are int64; c, v and uniform are taken in float32. Logits are float32; of half precision the residuals that
-    the two sides multiply are bfloat16, summed in float32, and those of the targets float32. A row with a NaN, or a target
-    outside [0, V), gives NaN there. Nothing flows back. torch.compile keeps it as one node,
+    or float16; ids are int64; c, v and uniform are taken in float32. Logits are float32. With half-precision inputs the
+    exponentials or residuals that the two sides multiply are bfloat16, summed in float32, and those at the targets float32. A
+    row with a NaN, or a target outside [0, V), gives NaN there. It has no derivative. torch.compile keeps it as one node,
     torch.ops.tokdyn.readout_forces_triton.
 
     Raises ValueError for other shapes, dtypes or devices.
 
-    Cost: 2 (M + L) V d + 2 M L V + 2 (K + 2) M L d flops, the products of one side alone where h_o and h_u are the same tensor;
-    memory: the result, as much again, and about 1.5 GiB, less where M + L < 2000. With v or uniform, the logits twice.
-    With reduce and M L above (M + L) d, nothing of size M L: the summed direction of the weight, a chunk at a time,
+    Cost: 2 (M + L) V d + 2 M L V + 2 (K + 2) M L d flops, the products of one side only if h_o and h_u are one tensor;
+    memory: the result, as much again, and about 1.5 GiB, less if M + L < 2000. With v or uniform, the logits twice.
+    With reduce and M L > (M + L) d nothing of size M L is made: one side's summed gradient of the weight is, in chunks,
     6 (M + L) V d flops and about 256 MiB.
     """
     return _readout_forces(h_o, y_o, h_u, targets_u, c, weight, bias, scale, softcap, v, uniform, train_bias, reduce)
@@ -260,7 +260,7 @@ def _empty_forces(
 
 
 class Readout(NamedTuple):
-    """z = cap tanh(factor (W h + b)), or factor (W h + b) without a cap; None is 1 or absent. `scale` is dz/d(W h) at 0."""
+    """z = cap tanh(factor (W h + b)), or factor (W h + b) without a cap; None is 1 or no cap. `scale` is dz/d(W h) at 0."""
 
     weight: Tensor
     bias: Tensor | None
@@ -271,7 +271,7 @@ class Readout(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Hidden states [T, d], targets and c [T, K], weights of entropy and of a uniform target [T] or None."""
+    """Hidden states [T, d] of one side and its GTerm: targets and c [T, K], v and uniform [T] or None."""
 
     hidden: Tensor
     targets: Tensor
@@ -281,7 +281,7 @@ class Side(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What _absorb_kernel carries of every row from chunk to chunk."""
+    """Running sums of every row, which _absorb_kernel updates chunk by chunk (its docstring names them)."""
 
     top: Tensor
     sum: Tensor
@@ -291,9 +291,10 @@ class Sums(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """pi = e^{z - base} inverse, the entropy, Σ_k c, and, at each target, Γ without entropy and uniform target, times dz/dx.
+    """Every row's softmax, pi = e^{z - base} · inverse, and its GTerm: entropy, total = Σ_k c_k, targets, and Γ at them.
 
-    `targets` has -1 where a row names a token again, whose c the first of its kind carries.
+    own [T, K] is Γ at the targets without its entropy and uniform parts, times dz/dx. If a row names a token twice, the first
+    carries the sum of their c and `targets` is -1 at the second.
     """
 
     base: Tensor
@@ -318,7 +319,7 @@ def _absorb(z: Tensor, v0: int, side: Side, sums: Sums, readout: Readout, stored
 
 
 def _softmax(side: Side, sums: Sums, readout: Readout, *, sloped: bool) -> Softmax:
-    """The softmax of every row from its sums without the targets; 1 - pi of a target, summed over the others, is exact."""
+    """Add the targets' columns to the rows' sums. 1 - pi of a target is summed over the others, so no digits are lost."""
     y, K = side.targets, side.targets.shape[1]
     equal = y[:, :, None] == y[:, None, :]  # [T, K, K]
     distinct = ~equal.tril(-1).any(2)
@@ -335,12 +336,14 @@ def _softmax(side: Side, sums: Sums, readout: Readout, *, sloped: bool) -> Softm
         t = sums.own / readout.cap
         own = own * (1 - t) * (1 + t)
     mixed = sums.mix + torch.where(kept > 0, kept * z, 0.0).sum(1)
-    known = torch.where(distinct, y.clamp(0, len(readout.weight) - 1), -1)  # a row with another target is NaN by now
+    known = torch.where(
+        distinct, y.clamp(0, len(readout.weight) - 1), -1
+    )  # a row with an id outside the vocabulary is NaN already
     return Softmax(base, 1 / sum, sum.log() - mixed / sum, total, known, own)
 
 
 def _chunks(observed: Side, updated: Side, readout: Readout, same: bool, bytes: int):
-    """First column of every chunk and the products of both sides, [M, n] and [L, n]; one and the same where h is."""
+    """Yield first column and products [M, n], [L, n] of every chunk; one tensor for both if both sides' h are the same."""
     M = len(observed.hidden)
     hidden = observed.hidden if same else torch.cat([observed.hidden, updated.hidden])
     for v0, z in products(hidden, readout.weight, bytes):
@@ -366,7 +369,7 @@ def _matrix(observed: Side, updated: Side, readout: Readout, same: bool) -> Tens
     K, weight = u.targets.shape[1], readout.weight
     at_targets, at_y = weight[u.targets.T.flatten()], weight[o.targets[:, 0]]
     step = max(1, ROOM // (4 * L * (K + 2)))
-    for first in range(0, M, step):  # rows whose last products fit in the room
+    for first in range(0, M, step):  # as many rows as keep the last products within ROOM
         some = slice(first, first + step)
         h = observed.hidden[some]
         _finish_kernel[_tiles(len(h), L)](
@@ -379,7 +382,7 @@ def _matrix(observed: Side, updated: Side, readout: Readout, same: bool) -> Tens
 
 
 def _matrix_of_residuals(observed: Side, updated: Side, readout: Readout, same: bool) -> Tensor:
-    """F from two reads of the logits, for forces whose every column needs the row's softmax."""
+    """F from two reads of the logits, for Γ of which every column needs the normalised softmax."""
     X = None
     for _, r_o, r_u in _both_residuals(observed, updated, readout, same, BUFFER):
         X = product(r_o, r_u.T) if X is None else X.add_(product(r_o, r_u.T))
@@ -389,7 +392,7 @@ def _matrix_of_residuals(observed: Side, updated: Side, readout: Readout, same: 
 
 
 def _reduced(observed: Side, updated: Side, readout: Readout, reduce: str, same: bool) -> Tensor:
-    """Sums of F over one side from that side's summed direction of the weight, Σ_l γ_l h_lᵀ, a chunk at a time."""
+    """Sum F over one side by that side's summed gradient of the weight, Σ_l γ_l h_lᵀ, in chunks of the vocabulary."""
     left, right = (observed, updated) if reduce == "update" else (updated, observed)
     half = torch.float32 if left.hidden.dtype == torch.float32 else torch.bfloat16
     left_hidden, right_hidden = left.hidden.to(half), right.hidden.to(half)
@@ -404,7 +407,7 @@ def _reduced(observed: Side, updated: Side, readout: Readout, reduce: str, same:
 
 
 def _both_residuals(observed: Side, updated: Side, readout: Readout, same: bool, bytes: int):
-    """dz/dx ⊙ g and dz/dx ⊙ Γ, chunk by chunk, after a first read of the logits for the softmax of every row."""
+    """Read the logits once for every row's softmax, then again: yield dz/dx ⊙ g and dz/dx ⊙ Γ of every chunk."""
     sides = (observed, updated)
     sums = [_sums(side) for side in sides]
     for v0, *both in _chunks(observed, updated, readout, same, bytes):
@@ -430,7 +433,7 @@ def _tiles(M: int, L: int) -> tuple[int]:
 
 
 def variants() -> list[Variant]:
-    """The five kernels: a plain readout with one target, and one with everything there is."""
+    """The five kernels, for a plain readout with one target, and with bias, softcap and K targets."""
     found = []
     row, tile = dict(BLOCK=ROW["BLOCK"]), dict(BM=TILE["BM"], BL=TILE["BL"])
     rows, tiles = (ROW["num_warps"], ROW["num_stages"]), (TILE["num_warps"], TILE["num_stages"])
@@ -442,7 +445,7 @@ def variants() -> list[Variant]:
         elements = constants["BLOCK"] if budget else 0
         found.append(Variant(f"readout_forces {what}", kernel, signature, constants, *shape, elements, budget))
 
-    # a launch makes a constant of K = 1; with more the loop over the targets is unrolled, and every copy of it counted
+    # Triton compiles K = 1 as a constant; for more targets it unrolls the loop over them, and each copy counts
     for name, absent, budget in (("plain", dict(BIAS=None, scale=None, cap=None, K=1), 18.0), ("bias, softcap", {}, 85.0)):
         for stored in ("*bf16:16", "*fp32:16", None):
             arguments = dict(Z="*fp32:16", Y="*i64:16", E=stored or "", BIAS="*bf16:16") | sums | sizes

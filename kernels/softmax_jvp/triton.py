@@ -1,4 +1,4 @@
-"""softmax_jvp on a GPU: the kernel of apply_A, which multiplies by pi before it writes."""
+"""softmax_jvp on a GPU: the kernel of apply_A with a factor pi."""
 
 from __future__ import annotations
 

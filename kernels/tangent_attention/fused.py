@@ -1,4 +1,4 @@
-"""Attention and one cotangent of it by PyTorch's fused kernel, which keeps no scores: for the CPU, where nothing is capped."""
+"""Attention and its vjp for one cotangent by PyTorch's fused kernel, which keeps no scores: on the CPU, without a softcap."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """As in the reference; a row that sees nothing gives 0."""
+    """As reference.attention; a query that sees no key gives 0."""
     o = scaled_dot_product_attention(q.flatten(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return o.unflatten(1, q.shape[1:3])
 
@@ -16,7 +16,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 def cotangent_attention(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As in the reference, for the one cotangent do [1, B, Hk, G, T, E]."""
+    """As the reference of cotangent_attention, for a single cotangent do [1, B, Hk, G, T, E]."""
     with torch.enable_grad():
         given = [x.detach().requires_grad_() for x in (q, k, v)]
         dq, dk, dv = torch.autograd.grad(attention(*given, mask, scale), given, do[0])

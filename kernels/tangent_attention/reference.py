@@ -7,17 +7,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-ELEMENTS = 1 << 20  # scores of all tangents held at a time; rows of queries are taken in blocks of that size
-ROWS = 32  # but so many at least
+ELEMENTS = 1 << 20  # most scores of all tangents at a time: a block of queries is as large as that allows
+ROWS = 32  # fewest queries of a block
 
 
 def blocks(
     q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None, n: int = 1, rows: int | None = None
 ) -> Iterator[tuple]:
-    """Row blocks of the attention: (rows, keys, P, slope) with P [B, Hk, G, t, s] over the keys that the block can see.
+    """Yield blocks of queries: (rows, keys, P, slope) with P [B, Hk, G, t, s] over the keys that the block can see.
 
     A block has `rows` queries, or as many as keep the scores of n tangents below ELEMENTS.
-    slope is the derivative of the capped score by the plain one, times scale: 1·scale without a cap.
+    slope is d(capped score)/d(q·k): `scale` without a cap.
     """
     B, Hk, G, T, _ = q.shape
     S = k.shape[-2]
@@ -39,7 +39,7 @@ def blocks(
             s = s.masked_fill(~seen, torch.finfo(s.dtype).min)
         P = s.softmax(-1)
         if seen is not None and not bool((some := seen.any(-1, keepdim=True)).all()):
-            P = P * some  # a row that sees nothing attends to nothing
+            P = P * some  # a query that sees no key gets 0, not a mean of all values
         yield queries, keys, P, slope
 
 
@@ -62,11 +62,11 @@ def tangent_attention(
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Ȯ for n tangents, the softmax computed once for all of them and no T x T kept per tangent.
+    """Ȯ for n tangents; the softmax is computed once for all of them, and no [T, T] array is kept per tangent.
 
         Ȯ = P V̇ + (P ⊙ Ṡ) V - μ O,   Ṡ = slope ⊙ (Q̇ Kᵀ + Q K̇ᵀ),   μ = rowsum(P ⊙ Ṡ)
 
-    dq [n, B, Hk, G, T, D], dk and dv [n, B, Hk, S, D] -> [n, B, Hk, G, T, D]. Cost 8 T² D flops a head and tangent.
+    dq [n, B, Hk, G, T, D], dk and dv [n, B, Hk, S, D] -> [n, B, Hk, G, T, D]. Cost 8 T² D flops per head and tangent.
     """
     B, Hk, G, T, _ = q.shape
     n, out = len(dq), []

@@ -1,7 +1,8 @@
-"""Softmax attention and its tangents on a GPU, the softmax recomputed tile by tile; README.md beside this file derives it.
+"""Softmax attention and its jvp for many tangents on a GPU, recomputing the softmax tile by tile (README.md derives it).
 
-A program owns BM queries of a head and goes over blocks of BN keys. Scores are [BM, BN], accumulators transposed, [D, BM]: what
-was computed in registers is then always the right factor of a product, which Hopper's matrix units read from shared memory.
+A program owns BM queries of a head and loops over blocks of BN keys. Scores are [BM, BN], accumulators transposed, [D, BM]: a
+factor that was computed in registers is then always the right one of a dot, which Hopper's matrix units read from shared
+memory.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from ..launch import DTYPES, adjacent, on_device_of
 from ..variant import Variant
 
 LOG2E = tl.constexpr(1.4426950408889634)
-WIDEST = 256  # of a head
+WIDEST = 256  # largest head width
 
-# Queries and keys of a tile, columns at a time (0: all at once), whether two tangents go together, warps and stages, for heads
-# up to 64, 128 and 256 wide: the largest tried that spill no register, with any mask and cap. Not measured on a GPU.
+# (queries, keys, CHUNK or 0, PAIR, warps, stages) for heads up to 64, 128 and 256 wide: the largest tried that spill no
+# register with any mask and softcap. CHUNK: columns of a factor read at a time; PAIR: two tangents per program. Not measured
+# on a GPU.
 SHAPES = {
     "sm_90": {
         "attention": ((64, 64, 0, 0, 4, 3), (64, 32, 0, 0, 4, 3), (64, 16, 0, 0, 4, 2)),
@@ -46,7 +48,7 @@ SHAPES = {
 
 @triton.jit
 def _tile(X, rows, inside, d, D: tl.constexpr, GUARD: tl.constexpr, WIDE: tl.constexpr):
-    """Rows of a matrix with adjacent columns, from offset `rows` of each: [R, BD], zero beyond D and, with GUARD, outside."""
+    """Load rows at offsets `rows`, [R, BD]; zero beyond column D and, with GUARD, in rows that are not `inside`."""
     at = X + rows[:, None] + d[None, :]
     if GUARD and D == d.shape[0]:
         x = tl.load(at, mask=inside[:, None], other=0.0)
@@ -61,7 +63,7 @@ def _tile(X, rows, inside, d, D: tl.constexpr, GUARD: tl.constexpr, WIDE: tl.con
 
 @triton.jit
 def _factor(X, rows, inside, d, D: tl.constexpr, GUARD: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
-    """A factor of _scores: its tile, or with CHUNK where its rows begin."""
+    """A factor for _scores: the loaded tile, or with CHUNK pointers to the beginnings of its rows."""
     if CHUNK:
         x = X + rows[:, None]
     else:
@@ -71,7 +73,7 @@ def _factor(X, rows, inside, d, D: tl.constexpr, GUARD: tl.constexpr, CHUNK: tl.
 
 @triton.jit
 def _scores(x, a, b, a_inside, b_inside, D: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr):
-    """X + a bᵀ; with CHUNK both factors are read that many columns at a time, which keeps float32 in the registers."""
+    """Return x + a bᵀ; with CHUNK both factors are read CHUNK columns at a time, to fit float32 into the registers."""
     if CHUNK:
         c = tl.arange(0, CHUNK)
         for first in range(0, D, CHUNK):
@@ -88,7 +90,7 @@ def _scores(x, a, b, a_inside, b_inside, D: tl.constexpr, CHUNK: tl.constexpr, W
 
 @triton.jit
 def _capped(x, scale, cap):
-    """Exponents of a score x = q·k to the base 2, y log2(e) with y = scale x or cap tanh(scale x / cap), and dy/dx."""
+    """For a score x = q·k return y log2(e), y = scale x or cap tanh(scale x / cap), and the slope dy/dx."""
     if cap is None:
         y = x * (scale * LOG2E)
         slope = scale
@@ -106,7 +108,7 @@ def _capped(x, scale, cap):
 
 @triton.jit
 def _span(SPANS, block, count, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
-    """Blocks that one block meets: low to high with anything seen, full to rest of these wholly seen; without SPLIT none."""
+    """Blocks [low, high) in which anything is seen, and [full, rest) among them that need no mask (empty without SPLIT)."""
     if SPANS is None:
         low = 0
         full = 0
@@ -125,7 +127,7 @@ def _span(SPANS, block, count, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def _seen(MASK, corner, i, j, m_i, m_j, inside):
-    """Which pairs of a tile of queries and keys are `inside` and, where there is a mask, True in it."""
+    """Return which pairs of a tile are `inside` and, if there is a mask, allowed by it."""
     if MASK is not None:
         inside = tl.load(MASK + corner + (i * m_i + j * m_j), mask=inside, other=0) != 0
     return inside
@@ -133,7 +135,7 @@ def _seen(MASK, corner, i, j, m_i, m_j, inside):
 
 @triton.jit(do_not_specialize=["R", "C", "blocks"])
 def _blocks_kernel(MASK, KINDS, R, C, blocks, m_b, m_r, m_c, BR: tl.constexpr, BC: tl.constexpr):
-    """KINDS [B, R / BR, C / BC]: 0 where nothing of a block of the mask is seen, 2 where everything is, else 1."""
+    """KINDS [B, R / BR, C / BC] of the mask's blocks: 0 if nothing in a block is seen, 2 if everything is, else 1."""
     i = tl.program_id(0).to(tl.int64)
     row = i // blocks % tl.cdiv(R, BR) * BR + tl.arange(0, BR)
     column = i % blocks * BC + tl.arange(0, BC)
@@ -148,7 +150,7 @@ def _blocks_kernel(MASK, KINDS, R, C, blocks, m_b, m_r, m_c, BR: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["blocks"])
 def _spans_kernel(KINDS, SPANS, blocks, N: tl.constexpr):
-    """The four numbers of _span for every row of KINDS; of several wholly seen runs the first."""
+    """The four numbers of _span for every row of KINDS; [full, rest) is the first of several wholly seen runs."""
     i = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, N)
     kind = tl.load(KINDS + i * blocks + j, mask=j < blocks, other=0)
@@ -168,9 +170,9 @@ def _attention_kernel(
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """PV [B, H, T, E], and of every row its largest base-2 exponent (inf where nothing is seen) and sum [B, H, T]."""
+    """PV [B, H, T, E], and every row's largest base-2 exponent (inf if it sees nothing) and sum of exponentials, [B, H, T]."""
     blocks = tl.cdiv(T, BM)
-    block = blocks - 1 - tl.program_id(0) % blocks  # of a causal mask the longest rows first
+    block = blocks - 1 - tl.program_id(0) % blocks  # under a causal mask the longest rows come first
     head = (tl.program_id(0) // blocks).to(tl.int64)
     b, h, first = head // H, head % H, block.to(tl.int64) * BM
     i, s, d, c = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BE)
@@ -187,7 +189,7 @@ def _attention_kernel(
     sum = tl.zeros([BM], tl.float32)
     o = tl.zeros([BE, BM], tl.float32)
     low, full, rest, high = _span(SPANS, block, S, BN, SPLIT)
-    for edge in tl.static_range(0 if SPLIT else 1, 2):  # the blocks that are wholly seen, then the others
+    for edge in tl.static_range(0 if SPLIT else 1, 2):  # first the blocks that need no mask, then the others
         for j in range(full - low + high - rest if edge else rest - full):
             start = (tl.where(j < full - low, low + j, rest - full + low + j) if edge else full + j) * BN
             near = start + s < S
@@ -218,7 +220,7 @@ def _move(
     out, mean, e, right, q, q_dot, k, v, K_DOT, V_DOT, k_at, v_at, row, near, d, c,
     D: tl.constexpr, E: tl.constexpr, edge: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """What a block of keys adds to Σ e (v̇ + ṡ v) and Σ e ṡ of one tangent; e is there as factor and as slope times itself."""
+    """Add a block of keys to out = Σ e (v̇ + ṡ v) and mean = Σ e ṡ of one tangent, given right = eᵀ and e times the slope."""
     k_dot = _factor(K_DOT, k_at, near, d, D, edge, CHUNK, WIDE)
     v_dot = _tile(V_DOT, v_at, near, c, E, edge, WIDE)
     w = _scores(tl.zeros(e.shape, tl.float32), q_dot, k, row, near, D, CHUNK, WIDE)
@@ -235,15 +237,15 @@ def _tangent_kernel(
     BM: tl.constexpr, BN: tl.constexpr, PAIR: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """OUT [n, B, H, T, E] of one tangent or, with PAIR, of two that share the recomputed softmax.
+    """OUT [n, B, H, T, E] of one tangent, or with PAIR of two that share the recomputed softmax.
 
-    Rows of a tangent are as far apart as those of its primal.
+    A tangent has the row strides of its primal.
     """
     blocks = tl.cdiv(T, BM)
     block = blocks - 1 - tl.program_id(0) % blocks
     head = (tl.program_id(0) // blocks).to(tl.int64) % (B * H)
     one = (tl.program_id(0) // blocks).to(tl.int64) // (B * H) * (2 if PAIR else 1)
-    two = tl.minimum(one + 1, n - 1)  # of an odd number the last twice
+    two = tl.minimum(one + 1, n - 1)  # of an odd number the last is computed twice
     b, h, first = head // H, head % H, block.to(tl.int64) * BM
     i, s, d, c = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BE)
     row = i < T - block * BM
@@ -303,13 +305,13 @@ def _tangent_kernel(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None) -> Tensor:
-    """softmax(cap(scale q kᵀ) where mask) v as reference.attention defines it, nothing of size T x T beside the mask.
+    """softmax(cap(scale q kᵀ) where mask) v as reference.attention defines it; nothing of size T x T except the mask.
 
     q [B, Hk, G, T, D], k [B, Hk, S, D], v [B, Hk, S, E] of one dtype, bfloat16, float16 or float32, D and E at most 256; mask
-    [B or 1, 1, T, S] -> [B, Hk, G, T, E]. Blocks of the mask in which nothing is seen are skipped, those in which everything is
-    are not masked. Nothing flows back. torch.compile keeps it as one node, torch.ops.tokdyn.attention_triton.
+    [B or 1, 1, T, S] -> [B, Hk, G, T, E]. Blocks of the mask in which nothing is seen are skipped; those in which everything is
+    seen are not masked. It has no derivative. torch.compile keeps it as one node, torch.ops.tokdyn.attention_triton.
 
-    Raises ValueError for other shapes, dtypes or devices. Cost: 4 T S D flops a head; float32 at a small part of the rate.
+    Raises ValueError for other shapes, dtypes or devices. Cost: 4 T S D flops per head; float32 does not use the matrix units.
     """
     return _attention(q, k, v, mask, scale, softcap)
 
@@ -325,13 +327,13 @@ def tangent_attention(
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Ȯ for n tangents as reference.tangent_attention defines it: one attention, then one pass for every two of them.
+    """Ȯ for n tangents as reference.tangent_attention defines it: one attention, then one pass for every two tangents.
 
     dq [n, B, Hk, G, T, D], dk [n, B, Hk, S, D], dv [n, B, Hk, S, E] in the dtype of q, k, v -> [n, B, Hk, G, T, E]; those, the
     mask and the errors are as in `attention`. torch.compile keeps it as one node, torch.ops.tokdyn.tangent_attention_triton.
 
-    Cost: 9 T S D flops a head and tangent, 8 of them the tangent's own, and 4 for the attention; memory for its values and two
-    numbers a row.
+    Cost: 9 T S D flops per head and tangent (8 its own, 1 a share of the softmax), and 4 for the attention; memory for the
+    attention's output and two numbers per row.
     """
     return _tangent_attention(q, k, v, dq, dk, dv, mask, scale, softcap)
 
@@ -393,7 +395,7 @@ def _empty_tangents(q, k, v, dq, dk, dv, mask, scale, softcap) -> Tensor:
 def run_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The attention of q [B, H, T, D] into `out`, and of every row its largest exponent and its sum, [B, H, T]."""
+    """Write the attention of q [B, H, T, D] to `out`; return it with every row's largest exponent and sum, [B, H, T]."""
     B, H, T, _ = q.shape
     top, sum = (q.new_empty(B, H, T, dtype=torch.float32) for _ in range(2))
     shape = launch_shape("attention", q, v, softcap)
@@ -406,10 +408,10 @@ def run_attention(
 
 
 def spans(mask: Tensor | None, rows: int, columns: int, *, by_key: bool = False) -> tuple[tuple, tuple]:
-    """What the kernels take of a mask: its bytes and which blocks meet, then strides.
+    """Prepare a mask for the kernels: its bytes, the spans of _span for every block of rows, and strides.
 
-    The blocks of `columns` keys that every block of `rows` queries meets are [B or 1, blocks, 4] as in _span; by_key the blocks
-    of `columns` queries that every block of `rows` keys meets. Strides of batch, query and key, and of the spans' batch.
+    Spans [B or 1, blocks, 4]: for every block of `rows` queries the blocks of `columns` keys; by_key, for every block of `rows`
+    keys the blocks of `columns` queries. Strides: the mask's of batch, query and key, and the spans' of batch.
     """
     if mask is None:
         return (None, None), (0, 0, 0, 0)
@@ -426,7 +428,7 @@ def spans(mask: Tensor | None, rows: int, columns: int, *, by_key: bool = False)
 
 
 def launch_shape(kernel: str, q: Tensor, v: Tensor, softcap: float | None, n: int = 0) -> dict[str, Any]:
-    """Constants of a launch on q [B, H, T, D] and v [B, Hk, S, E]; of n tangents or cotangents whether two go together."""
+    """Constants of a launch on q [B, H, T, D] and v [B, Hk, S, E] with n tangents or cotangents."""
     family = "float32" if q.dtype == torch.float32 else "interpreted"
     if q.is_cuda and family != "float32":
         family = "sm_90" if torch.cuda.get_device_capability(q.device) >= (9, 0) else "sm_80"
@@ -434,14 +436,14 @@ def launch_shape(kernel: str, q: Tensor, v: Tensor, softcap: float | None, n: in
 
 
 def shape_of(kernel: str, family: str, D: int, E: int, capped: bool, n: int) -> dict[str, Any]:
-    """The row of SHAPES for heads of that width; a capped score leaves the passes of the cotangents no registers for a pair."""
+    """Look up SHAPES for a head width; with a softcap the cotangents' passes have no registers for PAIR."""
     widths = [max(16, triton.next_power_of_2(x)) for x in (D, E)]
     row = 0 if max(widths) <= 64 else 1 if max(widths) <= 128 else 2
     BM, BN, chunk, pair, warps, stages = SHAPES[family][kernel][row]
     found = dict(D=D, E=E, BD=widths[0], BE=widths[1], BM=BM, BN=BN, CHUNK=chunk, num_warps=warps, num_stages=stages)
     if family == "float32":
-        # a mask costs little beside these products, a second loop its code; and ptxas spills to fit two blocks unless it is
-        # told that a thread may have all its registers
+        # masking costs little beside these products, so one loop serves blocks with and without a mask; and ptxas spills, to
+        # fit two blocks on a multiprocessor, unless a thread is allowed all registers
         found |= dict(SPLIT=False, maxnreg=255)
     else:
         found |= dict(SPLIT=True)
@@ -450,14 +452,14 @@ def shape_of(kernel: str, family: str, D: int, E: int, capped: bool, n: int) -> 
 
 
 def alike(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    """A primal and its tangents with adjacent columns and rows equally far apart; copied where they are not."""
+    """Return a primal and its tangents with adjacent columns and equal row strides; copied if they differ."""
     if x.stride(-1) == dx.stride(-1) == 1 and x.stride(-2) == dx.stride(-2):
         return x, dx
     return x.contiguous(), dx.contiguous()
 
 
 def require_attention(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None) -> None:
-    """ValueError for an attention that cannot be one."""
+    """Raise ValueError unless q, k, v and mask form an attention that the kernels take."""
     if q.dim() != 5 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"{op}: q must be [B, Hk, G, T, D], k and v [B, Hk, S, .], got {[list(x.shape) for x in (q, k, v)]}")
     if k.shape != (*q.shape[:2], k.shape[2], q.shape[4]) or v.shape[:3] != k.shape[:3]:
@@ -478,7 +480,7 @@ def require_attention(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
 
 
 def variants() -> list[Variant]:
-    """The attention and its tangents for heads 64, 128 and 256 wide, as launched on either GPU, and what reads the mask."""
+    """The attention and its tangents for heads 64, 128 and 256 wide on sm_80 and sm_90, and the kernels that read the mask."""
     signature = dict(MASK="*u8:16", KINDS="*u8:16", R="i32", C="i32", blocks="i32", m_b="i32:16", m_r="i32:16", m_c="i32")
     by_block = Variant("blocks of a mask", _blocks_kernel, signature, dict(BR=64, BC=64), 4, 3)
     signature = dict(KINDS="*u8:16", SPANS="*i32:16", blocks="i32")
@@ -487,7 +489,7 @@ def variants() -> list[Variant]:
 
 
 def attention_variants(**kernels: Any) -> list[Variant]:
-    """Each kernel for every family and row of SHAPES, with a mask, and a softcap from the second row on."""
+    """Variants of each kernel for every entry of SHAPES, with a mask; for the wider heads also with a softcap."""
     found = []
     for kernel, function in kernels.items():
         for family, name, architectures in (("sm_80", "bf16", (80,)), ("sm_90", "bf16", (90,)), ("float32", "fp32", (80, 90))):
@@ -504,7 +506,7 @@ def attention_variants(**kernels: Any) -> list[Variant]:
 
 
 def _type(argument: str, name: str) -> str:
-    """Triton's notation for an argument of the attention kernels."""
+    """Return the type of an attention kernel's argument in Triton's notation."""
     own = {key: "*fp32:16" for key in ("PV", "TOP", "SUM", "DELTA")}
     own |= dict(MASK="*u8:16", SPANS="*i32:16", m_s="i32", s_b="i32")
     if argument in own:

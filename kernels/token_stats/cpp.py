@@ -13,11 +13,11 @@ def token_stats(logits: Tensor, targets: Tensor, *, simd: str = "") -> tuple[Ten
 
     logits [T, V] on the CPU, float32 or bfloat16, any row stride, adjacent columns; targets [T] int64 -> (logsumexp, log_prob,
     entropy, collision, g_norm, rank, argmax, argmax_log_prob), each [T]; rank and argmax are int64, the others float32. A row
-    with a NaN gives NaN, rank 0 and argmax -1 and leaves the other rows alone. It has no derivative. It is
-    torch.ops.tokdyn.token_stats_cpp, which torch.compile keeps as it is.
+    with a NaN gives NaN, rank 0 and argmax -1; other rows are not affected. It has no derivative. It is
+    torch.ops.tokdyn.token_stats_cpp, one node to torch.compile.
 
-    `simd` names an instruction set of tokdyn._C.simd_levels(); empty takes the fastest. The result depends on it in the last
-    bits, and not on the number of threads (torch.get_num_threads()).
+    `simd` names an instruction set of tokdyn._C.simd_levels(); empty takes the fastest. The result depends on it in its last
+    bits, but not on the number of threads (torch.get_num_threads()).
 
     Raises ValueError for another dtype, device or layout and for a target outside [0, V), and RuntimeError when this
     installation has no extension. Cost: T·V logits read once, about 25 vector instructions for every 16 (AVX-512).
@@ -40,7 +40,7 @@ def _token_stats(logits: Tensor, targets: Tensor, simd: str) -> tuple[Tensor, Te
 
 @_token_stats.register_fake
 def _empty(logits: Tensor, targets: Tensor, simd: str) -> tuple[Tensor, Tensor]:
-    """Room for the result, once the arguments were found to fit."""
+    """Check the arguments, then return uninitialised results; also the op's fake for torch.compile."""
     op = "token_stats"
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"{op}: logits must be [T, V] and targets [T], got {list(logits.shape)} and {list(targets.shape)}")

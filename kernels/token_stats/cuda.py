@@ -13,10 +13,10 @@ def token_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
 
     logits [T, V] on a CUDA device, float32 or bfloat16, any row stride, adjacent columns; targets [T] int64 -> (logsumexp,
     log_prob, entropy, collision, g_norm, rank, argmax, argmax_log_prob), each [T]; rank and argmax are int64, the others
-    float32. A row with a NaN, or a target outside [0, V), gives NaN, rank 0 and argmax -1 and leaves the other rows alone.
-    Nothing flows back to the logits. It is torch.ops.tokdyn.token_stats_cuda, which torch.compile keeps as it is.
+    float32. A row with a NaN, or a target outside [0, V), gives NaN, rank 0 and argmax -1; other rows are not affected.
+    It has no derivative. It is torch.ops.tokdyn.token_stats_cuda, one node to torch.compile.
 
-    Raises ValueError for another dtype, device or layout, RuntimeError without the CUDA part or when the launch fails; never
+    Raises ValueError for another dtype, device or layout, RuntimeError without the CUDA part or when the launch fails; it never
     waits for the device. Cost: T·V logits read once, about 11 instructions for each bfloat16 on sm_90.
     """
     real, whole = _token_stats(logits, targets)

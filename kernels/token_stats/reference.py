@@ -1,4 +1,4 @@
-"""Specification of token_stats, in plain torch: any device, any float type, differentiable where it is defined."""
+"""Specification of token_stats, in plain torch: any device, any float dtype, differentiable except for ranks and argmax."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def token_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """Statistics of softmax(logits) at the targets; half precision is computed in float32.
+    """Statistics of softmax(logits) at the targets; half-precision logits are computed in float32.
 
     logits [T, V], targets [T] -> (logsumexp, log_prob, entropy, collision, g_norm, rank, argmax, argmax_log_prob), each [T]:
 
@@ -15,7 +15,7 @@ def token_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         entropy   = -Σ_v pi_v log pi_v         collision = Σ_v pi_v²
         g_norm    = ‖pi - e_y‖                 rank = #{v : z_v > z_y, or z_v = z_y and v < y}
 
-    No result subtracts two numbers that agree in their leading digits, so a peaked row keeps its own: with S = 1 + R the sum
+    No result is a difference of two nearly equal numbers, so that peaked rows keep their digits: with S = 1 + R the sum
     of e^{z-max}, R over all but the argmax, log S is log1p(R), entropy is log S - Σ e^{z-max}(z-max)/S, and g_norm² is
     Σ_{v≠y} pi_v² + (1-pi_y)² with 1-pi_y = Σ_{v≠y} pi_v. A row of NaN logits gives NaN, rank 0 and argmax -1.
     """

@@ -1,7 +1,7 @@
 """token_stats on a GPU: one read of the logits by a thread block per row; README.md beside this file derives it.
 
-A tile of logits is [LANES, E], E of them adjacent in memory and in one lane. Every lane keeps the sums over what it has seen,
-relative to its own running maximum, so that nothing crosses lanes before the row ends.
+A tile of logits is [LANES, E]: E adjacent logits per lane. Every lane keeps its own running maximum, and its sums relative to
+it, so that lanes are reduced only once, at the end of the row.
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ from torch import Tensor
 from ..launch import DTYPES, on_device_of, require_logits
 from ..variant import Variant
 
-BYTES = 16  # of one load by one lane
-TURNS = tl.constexpr(4)  # such loads in flight, z0 to z3 in _row
+BYTES = 16  # per load and lane
+TURNS = tl.constexpr(4)  # loads in flight per lane: z0 to z3 in _row
 LOG2E = tl.constexpr(1.4426950408889634)
-FLOOR = tl.constexpr(-200.0)  # _weight(x) is 0 from here down, and 0 · x is still 0
-LIFT = tl.constexpr(50.0)  # sums hold e^x 2^50, so that squares of e^-80 survive in float32
+FLOOR = tl.constexpr(-200.0)  # _weight(x) is 0 for every x below, and 0 · FLOOR is still 0
+LIFT = tl.constexpr(50.0)  # sums are of e^x 2^50, so that squares of e^-80 do not underflow in float32
 UNIT = tl.constexpr(2.0**50)
 
 
 @triton.jit
 def _exp(x):
-    """e^x by the exp2 that flushes denormals: one multiplication and one special-function instruction."""
+    """e^x by exp2 with denormals flushed: one multiplication and one special-function instruction."""
     return tl.exp2(x * LOG2E)
 
 
 @triton.jit
 def _weight(x):
-    """e^x 2^50, at the same price."""
+    """e^x 2^50, at the cost of _exp."""
     return tl.exp2(x * LOG2E + LIFT)
 
 
 @triton.jit
 def _log1p(x):
-    """Log(1 + x) with the digits of a small x: the quotient of log(w) and w - 1 varies slowly where w rounds 1 + x."""
+    """Return log1p(x) = log(w) x / (w - 1), w = 1 + x rounded: log(w) / (w - 1) varies slowly, so the rounding cancels."""
     w = 1.0 + x
     return tl.where(w == 1.0, x, tl.log(w) * (x / tl.where(w == 1.0, 1.0, w - 1.0)))
 
 
 @triton.jit
 def _finite_or_zero(m):
-    """What to subtract before e^.: m, or 0 where a maximum is infinite and m - m would be NaN."""
+    """Return m as the reference of exponentials, or 0 if m is infinite, where m - m would be NaN."""
     return tl.where(tl.abs(m) < float("inf"), m, 0.0)
 
 
 @triton.jit
 def _next_above(x):
-    """The float32 after x, NaN after inf: z > x is z >= that, so one comparison serves both sides of y."""
+    """Return the next float32 above x (NaN above inf): z > x is z >= that, so one comparison counts before and after y."""
     bits = x.to(tl.int32, bitcast=True)
     above = tl.where(bits >= 0, bits + 1, tl.where(bits == -2147483648, 1, bits - 1))
     return above.to(tl.float32, bitcast=True)
@@ -57,7 +57,7 @@ def _next_above(x):
 
 @triton.jit
 def _tanh(x):
-    """tanh, by its series where (1 - e) / (1 + e) would cancel."""
+    """tanh, by its series near 0, where (1 - e) / (1 + e) would cancel."""
     e = _exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     x2 = x * x
@@ -67,7 +67,7 @@ def _tanh(x):
 
 @triton.jit
 def _logit(x, BIAS, column, inside, scale, cap):
-    """cap tanh(scale (x + bias)), or scale (x + bias) without a cap; what is None is left out."""
+    """Return cap tanh(scale (x + bias)), or scale (x + bias) without a cap; a None is left out."""
     if BIAS is not None:
         if inside is None:
             x += tl.load(BIAS + column).to(tl.float32)
@@ -82,7 +82,7 @@ def _logit(x, BIAS, column, inside, scale, cap):
 
 @triton.jit
 def _raise(top, block, m, at, s, t, q):
-    """The sums of every lane relative to its maximum once a block's `top` has joined; all [LANES], no lane sees another."""
+    """Raise every lane's maximum to a block's `top` and rescale its sums; all [LANES], lane by lane."""
     at = tl.where((top > m) | ((top == m) & (block < at)), block, at)
     higher = tl.maximum(m, top)
     base = _finite_or_zero(higher)
@@ -93,7 +93,7 @@ def _raise(top, block, m, at, s, t, q):
 
 @triton.jit
 def _add(z, base, floor, counted, s, t, q, above):
-    """A tile z [LANES, E] joins the sums of the lanes."""
+    """Add a tile z [LANES, E] to the sums of the lanes."""
     u = z - base[:, None]
     e = _weight(u)
     ahead = z >= floor
@@ -107,7 +107,7 @@ def _add(z, base, floor, counted, s, t, q, above):
 def _lane_again(
     X, lane, shift, end, first, second, base, BIAS, v0, scale, cap, LANES: tl.constexpr, E: tl.constexpr
 ):  # fmt: skip
-    """The sums of one lane once more, without the positions `first` and `second`."""
+    """Compute the sums of one lane again, leaving out the positions `first` and `second`."""
     s = tl.zeros([LANES], tl.float32)
     t = tl.zeros([LANES], tl.float32)
     q = tl.zeros([LANES], tl.float32)
@@ -127,11 +127,11 @@ def _lane_again(
 def _row(
     X, start, V, y, z_y, BIAS, v0, scale, cap, LANES: tl.constexpr, E: tl.constexpr
 ):  # fmt: skip
-    """One read of the V logits that begin at X[start], columns v0 to v0 + V of a row whose target y may lie elsewhere.
+    """Read the V logits from X[start] on once: columns v0 to v0 + V of a row, whose target y may lie outside them.
 
     -> m, a, s, t, q, above: the largest logit and its first column; Σ e, Σ e (z - m) and Σ e² with e = 2^50 e^{z-m} over all
-    but columns a and y; how many columns precede y. A NaN shows in s. Positions p count from the 16-byte boundary at or before
-    X[start].
+    but columns a and y; how many columns rank before y. A NaN makes s NaN. Positions p count from the 16-byte boundary at or
+    before X[start].
     """
     WIDTH: tl.constexpr = LANES * E
     BLOCK: tl.constexpr = TURNS * WIDTH
@@ -140,7 +140,7 @@ def _row(
     X += start // E * E
     here = (y >= v0) & (y < v0 + V)
     y_at = tl.where(here, shift + (y - v0).to(tl.int32), -1)
-    until = tl.where(y < v0, -1, tl.where(here, y_at, 2147483647))  # a block that ends here or before lies left of y
+    until = tl.where(y < v0, -1, tl.where(here, y_at, 2147483647))  # blocks that end at or before it lie left of y
     strictly = _next_above(z_y)
 
     lane = tl.arange(0, LANES)
@@ -152,8 +152,8 @@ def _row(
     q = tl.zeros([LANES], tl.float32)
     above = tl.zeros([LANES], tl.float32)
 
-    # blocks wholly inside the row, then the edges in pieces of a single turn: the first block where the row begins inside it,
-    # and what is left behind the last whole one
+    # first the blocks that lie inside the row, then the edges in pieces of one turn: the first block, if the row begins inside
+    # it, and the rest after the last whole block
     whole = end // BLOCK
     first = tl.where(shift > 0, 1, 0)
     for block in range(first, whole):
@@ -185,7 +185,7 @@ def _row(
         m, at, base, s, t, q = _raise(tl.max(z, 1), turn // TURNS, m, at, s, t, q)
         s, t, q, above = _add(z, base, floor, inside, s, t, q, above)
 
-    # a is in the first block in which a lane met the largest; still to be counted are the equals before y in y's own block
+    # find column a in the first block that holds the largest logit, and count the logits equal to z_y before y in y's block
     M = tl.max(m, 0)
     a_block = tl.min(tl.where(m == M, at, 2147483647 // BLOCK), 0)
     y_block = tl.maximum(y_at, 0) // BLOCK
@@ -204,7 +204,7 @@ def _row(
         equal += tl.sum((inside & (z == z_y)).to(tl.int32), 1)
     a_at = tl.min(a_each, 0)
 
-    # the lanes of the largest and of y hold sums in which they drown the rest: summed again without them
+    # in the lanes that hold a and y these two drown the rest of the sums: sum those lanes again without them
     base = _finite_or_zero(M)
     a_lane = a_at // E % LANES
     y_lane = tl.where(here, y_at // E % LANES, -1)
@@ -225,7 +225,7 @@ def _row(
 
 @triton.jit
 def _merge(m1, a1, s1, t1, q1, m2, a2, s2, t2, q2, y):
-    """Two parts of a row, as _row describes each; the smaller maximum joins the sums unless it is y."""
+    """Merge two parts of a row, each as _row returns it; the smaller maximum joins the sums unless it is y."""
     left = (m1 > m2) | ((m1 == m2) & (a1 < a2))
     m = tl.maximum(m1, m2)
     base = _finite_or_zero(m)
@@ -243,16 +243,16 @@ def _merge(m1, a1, s1, t1, q1, m2, a2, s2, t2, q2, y):
 
 @triton.jit
 def _store(REAL, WHOLE, row, T, m, a, s, t, q, above, y, z_y, inside):
-    """The eight results of a row from the sums over all its columns but a and y: REAL [6, T], WHOLE [2, T]."""
+    """Write a row's eight results, REAL [6, T] and WHOLE [2, T], from the sums over all its columns but a and y."""
     d = z_y - m
     e = tl.where(a == y, 0.0, _weight(d))
-    one = tl.where(a == y, 0.0, UNIT)  # the argmax, seen from y
+    one = tl.where(a == y, 0.0, UNIT)  # what the argmax adds to the sum over v ≠ y
     rest = (s + e) / UNIT
     log_S = _log1p(rest)
     S = 1.0 + rest
     weighted = (t + e * tl.maximum(d, FLOOR)) / UNIT
     others = s + one
-    scale = tl.where(others > 2.0**60, 2.0**-40, 1.0)  # of a flat row the square would pass the largest float
+    scale = tl.where(others > 2.0**60, 2.0**-40, 1.0)  # the square of a flat row would overflow
     length = tl.sqrt_rn((one * one + q) * (scale * scale) + (others * scale) * (others * scale)) / (UNIT * scale)
     broken = (s != s) | (z_y != z_y)
     lost = tl.where(broken | (tl.abs(m) == float("inf")), float("nan"), 0.0)
@@ -283,8 +283,8 @@ def token_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
 
     logits [T, V], float32, bfloat16 or float16, any row stride, adjacent columns; targets [T] int64 -> (logsumexp, log_prob,
     entropy, collision, g_norm, rank, argmax, argmax_log_prob), each [T]; rank and argmax are int64, the others float32. A row
-    with a NaN, or a target outside [0, V), gives NaN, rank 0 and argmax -1 and leaves the other rows alone. Nothing flows back
-    to the logits. It is torch.ops.tokdyn.token_stats_triton, which torch.compile keeps as it is.
+    with a NaN, or a target outside [0, V), gives NaN, rank 0 and argmax -1; other rows are not affected. It has no
+    derivative. It is torch.ops.tokdyn.token_stats_triton, one node to torch.compile.
 
     Raises ValueError for another dtype, device or layout. Cost: T·V logits read once, about 14 instructions each.
     """
@@ -292,7 +292,7 @@ def token_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
 
 
 def in_order(real: Tensor, whole: Tensor) -> tuple[Tensor, ...]:
-    """The results of _store, REAL [6, T] and WHOLE [2, T], in the order of token_stats."""
+    """Return the results of _store, REAL [6, T] and WHOLE [2, T], in the order of token_stats."""
     logsumexp, log_prob, entropy, collision, g_norm, argmax_log_prob = real.unbind()
     return logsumexp, log_prob, entropy, collision, g_norm, *whole.unbind(), argmax_log_prob
 
@@ -323,19 +323,19 @@ def _empty_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def aligned(x: Tensor) -> tuple[Tensor, int]:
-    """A view of x from the 16-byte boundary at or before it, and how many elements lie between."""
+    """Return a view of x from the 16-byte boundary at or before it, and how many elements lie between."""
     lead = x.data_ptr() % BYTES // x.element_size()
     return x.as_strided((1,), (1,), x.storage_offset() - lead), lead
 
 
 def _shape(T: int, dtype: torch.dtype) -> dict[str, int]:
-    """Four warps to a row; eight where there are fewer rows than a large GPU needs to be busy."""
+    """Four warps per row; eight if there are too few rows to fill a large GPU."""
     warps = 4 if T >= 512 else 8
     return dict(LANES=32 * warps, E=BYTES // dtype.itemsize, num_warps=warps, num_stages=1)
 
 
 def variants() -> list[Variant]:
-    """The kernel for many rows and for few, in the usual types of logits."""
+    """The kernel for many rows and for few, in bfloat16 and float32."""
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         name = DTYPES[dtype]

@@ -1,4 +1,4 @@
-"""topk_log_probs and linear_topk_log_probs on the CPU in C++: one pass with a rising threshold (csrc/cpu/topk.cpp)."""
+"""topk_log_probs and linear_topk_log_probs on the CPU in C++: one pass with a rising threshold (csrc/README.md)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..native import (
     rows_at_once,
 )
 
-CANDIDATES = 16 << 20  # bytes of the candidates of the rows that are under way
+CANDIDATES = 16 << 20  # most bytes of the candidates of all rows of a block
 
 
 def topk_log_probs(logits: Tensor, k: int, *, simd: str = "") -> tuple[Tensor, Tensor]:
-    """The k largest log-probabilities of every row, falling, and their tokens; of equal logits the lower id first.
+    """The k largest log-probabilities of every row, in descending order, and their tokens; equal logits by id.
 
     logits [T, V] on the CPU, float32 or bfloat16, any row stride, adjacent columns -> values [T, k] float32, ids [T, k] int64.
-    A row with a NaN gives NaN and, as a sort would, the ids of NaN first. It has no derivative. It is
+    A row with a NaN gives NaN, with the ids of NaN first, as torch.sort has them. It has no derivative. It is
     torch.ops.tokdyn.topk_log_probs_cpp; `simd` as in token_stats.
 
     Raises ValueError for another dtype, device, layout or k, RuntimeError without the extension. Cost: T·V logits read once.
@@ -93,7 +93,7 @@ def _linear_topk_log_probs(
 
 @_topk_log_probs.register_fake
 def _empty(logits, k, simd) -> tuple[Tensor, Tensor]:
-    """Room for the result, once the arguments were found to fit."""
+    """Check the arguments, then return uninitialised results; also the op's fake for torch.compile."""
     op = "topk_log_probs"
     require_float(op, logits=logits)
     if logits.dim() != 2:
@@ -104,7 +104,7 @@ def _empty(logits, k, simd) -> tuple[Tensor, Tensor]:
 
 @_linear_topk_log_probs.register_fake
 def _empty_linear(hidden, weight, k, bias, scale, softcap, simd) -> tuple[Tensor, Tensor]:
-    """Room for the result, once the arguments were found to fit."""
+    """Check the arguments, then return uninitialised results; also the op's fake for torch.compile."""
     op = "linear_topk_log_probs"
     Readout.of(op, weight, bias, scale, softcap, hidden=hidden)
     return _k_of_every_row(op, hidden, k, weight.shape[0])

@@ -11,14 +11,14 @@ MAX_K = 32  # one for each lane of a warp
 
 
 def topk_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest log-probabilities of every row, falling, and their tokens; of equal logits the lower id first.
+    """The k largest log-probabilities of every row, in descending order, and their tokens; equal logits by id.
 
     logits [T, V] on a CUDA device, float32 or bfloat16, any row stride, adjacent columns; k at most MAX_K -> values [T, k]
-    float32, ids [T, k] int64. A row with a NaN gives NaN and, as a sort would, the ids of NaN first. Nothing flows back. It is
-    torch.ops.tokdyn.topk_log_probs_cuda, which torch.compile keeps as it is.
+    float32, ids [T, k] int64. A row with a NaN gives NaN, with the ids of NaN first, as torch.sort has them. It
+    has no derivative. It is torch.ops.tokdyn.topk_log_probs_cuda, one node to torch.compile.
 
-    Raises ValueError for another dtype, device, layout or k, RuntimeError without the CUDA part or when the launch fails; never
-    waits for the device. Cost: T·V logits read once; in random order a warp stops about k ln(V / 8k) times for one that enters.
+    Raises ValueError for another dtype, device, layout or k, RuntimeError without the CUDA part or when the launch fails; it
+    never waits for the device. Cost: T·V logits read once; for logits in random order a warp inserts about k ln(V / 8k) times.
     """
     return _topk_log_probs(logits, k)
 

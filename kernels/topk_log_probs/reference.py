@@ -9,7 +9,7 @@ from ..readout_forces.reference import readout_logits
 
 
 def topk_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest log-probabilities of every row, falling, and their tokens; of equal ones the lower id first.
+    """The k largest log-probabilities of every row, in descending order, and their tokens; equal logits by id.
 
     logits [T, V] -> values [T, k], ids [T, k].
     """

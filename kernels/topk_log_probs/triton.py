@@ -1,9 +1,9 @@
-"""topk_log_probs on a GPU: one read of the logits leaves the largest of every 32, then only what leads is looked at again.
+"""topk_log_probs on a GPU: one read keeps the largest of every 32 logits (the leader), then only k groups are read again.
 
-The k largest tokens of a row lie in the k groups with the largest leaders: were one outside, k leaders would be ahead of it.
-"Ahead" is the order of the result (larger first, of equals the lower id), in which groups of adjacent tokens keep their order,
-and which a single int64 carries: the logit's bits, made monotone, above the complement of the id. The same holds for 32 groups
-and their leader, so that three lists of a few hundred are searched instead of one of V.
+The k largest tokens of a row lie in the k groups with the largest leaders: if one lay outside, k leaders would rank before it.
+The order (larger logit first, of equals the lower id) is that of one int64 key: the logit's bits, made monotone, above the
+complement of the id. Leaders are grouped by 32 in turn (the chiefs), so that three lists of a few hundred keys are searched
+instead of one of V.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ..token_stats.triton import BYTES, _exp, _finite_or_zero, _logit, aligned
 from ..variant import Variant
 
 MOST = 128  # largest k
-GROUP = tl.constexpr(32)  # adjacent tokens with one leader
-BUFFER = 64 << 20  # bytes of leaders, and of float32 products, that exist at a time
-NOTHING = tl.constexpr(-(1 << 63))  # behind every key
-ROWS = 16384  # hidden states that meet a chunk of the vocabulary together
+GROUP = tl.constexpr(32)  # adjacent tokens per leader
+BUFFER = 64 << 20  # most bytes of the leaders, and of the float32 products
+NOTHING = tl.constexpr(-(1 << 63))  # smaller than every key
+ROWS = 16384  # hidden states that are multiplied with a chunk at a time
 SCAN = dict(LANES=128, num_warps=4, num_stages=1)
 
 
 @triton.jit
 def _key(z, id):
-    """int64 that orders as (larger z, lower id) do; NaN is the largest, as in a sort of torch."""
+    """Return an int64 key, larger for larger z and, of equal z, for the lower id; NaN is the largest, as in torch.sort."""
     bits = z.to(tl.int32, bitcast=True)
     bits = tl.where(bits == -2147483648, 0, bits)  # -0 equals 0
     bits = tl.where(bits < 0, bits ^ 2147483647, bits)
@@ -37,20 +37,20 @@ def _key(z, id):
 
 @triton.jit
 def _id(key):
-    """The id in a key; a number beyond every id where the key is NOTHING."""
+    """Return the id in a key; larger than every id if the key is NOTHING."""
     return tl.where(key == NOTHING, 2147483647, 2147483647 - (key & 4294967295).to(tl.int32))
 
 
 @triton.jit
 def _value(key):
-    """The logit in a key."""
+    """Return the logit in a key."""
     bits = (key >> 32).to(tl.int32)
     return tl.where(bits < 0, bits ^ 2147483647, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _first(keys, more, k, K: tl.constexpr):
-    """The k largest of `keys` and `more`, falling, [K]; no two keys are equal. One is taken out at a time."""
+    """Return the k largest of `keys` and `more` in descending order, [K], by taking out one at a time; keys are distinct."""
     o = tl.arange(0, K)
     found = tl.full([K], NOTHING, tl.int64)
     for i in range(0, k):
@@ -63,7 +63,7 @@ def _first(keys, more, k, K: tl.constexpr):
 
 @triton.jit
 def _of_group(x, LANES: tl.constexpr, E: tl.constexpr):
-    """The largest of every group of a tile x [LANES, E], known to each of the neighbouring lanes that share it: [LANES]."""
+    """Return the largest of every group of a tile x [LANES, E], repeated in all lanes that hold the group: [LANES]."""
     lanes: tl.constexpr = GROUP // E
     largest = tl.max(tl.reshape(tl.max(x, 1), [LANES // lanes, lanes]), 1)
     return tl.reshape(tl.broadcast_to(largest[:, None], [LANES // lanes, lanes]), [LANES])
@@ -71,7 +71,7 @@ def _of_group(x, LANES: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def _lead(leader, turn, LEADERS, kept, LANES: tl.constexpr, E: tl.constexpr):
-    """The leaders [LANES] of the turn-th tile of the row are written where kept, by the first lane of each group."""
+    """Write the leaders [LANES] of the row's turn-th tile where `kept`, by the first lane of each group."""
     lane = tl.arange(0, LANES)
     group = turn * (LANES * E // GROUP) + lane // (GROUP // E)
     tl.store(LEADERS + group, leader, mask=kept & (lane % (GROUP // E) == 0))
@@ -134,7 +134,7 @@ def _scan_kernel(
     S = tl.sum(_exp(m - base) * s, 0)
     tl.store(SUMS + row, M)
     tl.store(SUMS + T + row, S + _exp(m0 - base) * s0)
-    if S != S:  # a maximum passes over NaN, which should lead
+    if S != S:  # tl.max ignores NaN, which should rank first
         tl.debug_barrier()
         for turn in range(0, tl.cdiv(end, WIDTH)):
             p = turn * WIDTH + one
@@ -150,7 +150,7 @@ def _select_kernel(
     X, BIAS, CHIEFS, LEADERS, SUMS, BEST, VALUES, IDS, T, G, V, stride, lead, v0, k, scale, cap, last,
     E: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The k first of CHIEFS [T, G/32], of the leaders under them, then of the tokens and BEST [T, K], the keys before v0."""
+    """Take the k largest of CHIEFS [T, G/32], of their leaders, then of the leaders' tokens and BEST [T, K] so far."""
     row = tl.program_id(0).to(tl.int64)
     start = lead + row * stride
     shift = (start % E).to(tl.int32)
@@ -182,11 +182,11 @@ def _select_kernel(
 
 
 def topk_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest log-probabilities of every row, falling, and their tokens; of equal logits the lower id first.
+    """The k largest log-probabilities of every row, in descending order, and their tokens; equal logits by id.
 
     logits [T, V], float32, bfloat16 or float16, any row stride, adjacent columns -> values [T, k] float32, ids [T, k] int64.
-    A row with a NaN gives NaN and, as a sort would, the ids of NaN first. Nothing flows back. torch.compile keeps it as one
-    node, torch.ops.tokdyn.topk_log_probs_triton.
+    A row with a NaN gives NaN, with the ids of NaN first, as torch.sort has them. It has no derivative. torch.compile keeps it
+    as one node, torch.ops.tokdyn.topk_log_probs_triton.
 
     Raises ValueError for another dtype, device or layout and for k outside [1, min(V, 128)]. Cost: T·V logits read once; their
     leaders, 4 bytes for every 32 logits, written and read once through at most 64 MiB.
@@ -214,7 +214,7 @@ def linear_topk_log_probs(
 
 @torch.library.custom_op("tokdyn::topk_log_probs_triton", mutates_args=(), schema="(Tensor logits, int k) -> (Tensor, Tensor)")
 def _topk_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and ids, in blocks of rows whose leaders fit the buffer."""
+    """Return values and ids, in blocks of rows whose leaders fit the buffer."""
     require_logits("topk_log_probs", logits)
     _require_k("topk_log_probs", k, logits.shape[1])
     values, ids = _empty_lists(logits, k)
@@ -241,7 +241,7 @@ def _empty_lists(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _linear_topk_log_probs(
     hidden: Tensor, weight: Tensor, k: int, bias: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Values and ids, a chunk of the vocabulary after the other; the best keys and the sums so far wait in between."""
+    """Return values and ids, chunk by chunk of the vocabulary, with the best keys and the sums so far kept in between."""
     require_readout("linear_topk_log_probs", hidden, weight, bias, softcap)
     _require_k("linear_topk_log_probs", k, len(weight))
     values, ids = _empty_linear_lists(hidden, weight, k, bias, scale, softcap)
@@ -263,7 +263,7 @@ def _empty_linear_lists(hidden, weight, k, bias, scale, softcap) -> tuple[Tensor
 
 
 def _state(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Room for what the rows carry from chunk to chunk: SUMS [2, T] and BEST [T, K]."""
+    """Return uninitialised SUMS [2, T] and BEST [T, K], which the rows keep from chunk to chunk."""
     T, K = len(rows), _list_length(k)
     return rows.new_empty((2, T), dtype=torch.float32), rows.new_empty((T, K), dtype=torch.int64)
 
@@ -272,7 +272,7 @@ def _launch(
     x: Tensor, bias: Tensor | None, v0: int, factor: float | None, cap: float | None, k: int, last: bool,
     state: tuple[Tensor, Tensor], values: Tensor, ids: Tensor,
 ) -> None:  # fmt: skip
-    """Both kernels on logits or products x [T, n], columns v0 to v0 + n."""
+    """Launch both kernels on logits or products x [T, n], columns v0 to v0 + n."""
     (T, n), (sums, best) = x.shape, state
     E = BYTES // x.element_size()
     G = GROUP.value * triton.cdiv(n + E, GROUP.value**2)
@@ -280,7 +280,7 @@ def _launch(
     view, lead = aligned(x)
     where = (T, G, n, x.stride(0), lead, v0)
     _scan_kernel[(T,)](view, bias, leaders, sums, *where, factor, cap, E=E, **SCAN)
-    chiefs = leaders.unflatten(1, (-1, GROUP.value)).amax(2)  # a NaN leads
+    chiefs = leaders.unflatten(1, (-1, GROUP.value)).amax(2)  # NaN ranks first
     _select_kernel[(T,)](
         view, bias, chiefs, leaders, sums, best, values, ids, *where, k, factor, cap, int(last), E=E, **_select_shape(k, G)
     )

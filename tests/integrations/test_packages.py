@@ -1,7 +1,7 @@
 """verl's engine and OpenRLHF's training step, their own code: they train the same to the bit, and c is the slope of their loss.
 
 `make test-matrix` installs both. They run on one process of a CPU: verl's FSDP2 engine as it is, OpenRLHF's actor with what
-asks for a GPU standing aside (workers/openrlhf_actor.py).
+asks for a GPU standing aside (tests/workers/openrlhf_actor.py).
 """
 
 import os

@@ -1,4 +1,4 @@
-"""verl and OpenRLHF: stand-ins with the call protocol of their actors; their own code is in test_integrations_packages.py.
+"""verl and OpenRLHF: stand-ins with the call protocol of their actors; their own code is in test_packages.py.
 
 Each keeps of the original: names, arguments, shapes, the order of calls, in-place division of the logits, the roll of the
 labels, and how the response's log-probs are cut out. docs/training.md says what was run of the packages themselves.

@@ -70,7 +70,7 @@ def conclude(table: list[dict[str, Any]], scored: list[dict[str, float]], gap: f
     rank = {key: estimate(_rank(table, scored, key, s) for s in seeds) for key in ("ches", "ches_normalised", "length")}
     claims = [
         Claim(
-            "CHES is the readout's force without its factor <g, g> (identity; theory §3)",
+            "CHES is the readout's force without its factor <g, g> (identity; docs/theory.md, The kernel)",
             "the readout's force of the rejected answer's tokens on the chosen one's is (h⁺·h⁻) <g⁺, g⁻>, to float32 rounding",
             f"relative difference {gap:.1e}",
             gap < 1e-4,

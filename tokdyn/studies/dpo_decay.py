@@ -108,7 +108,7 @@ def conclude(table: list[dict[str, Any]], pairs: int) -> Result:
             argmax["on-policy DPO"].high < 0 < keeps.low,
         ),
         Claim(
-            f"So do the other losses, and SPIN ({PAPER}; theory §5)",
+            f"So do the other losses, and SPIN ({PAPER}; docs/theory.md, Phenomena)",
             "at equal margin the argmax rises less than in off-policy DPO, in every variant, intervals of the differences too",
             "nats a token against DPO: " + ", ".join(f"{name} {x.words()} at {margin[name]:.2f}" for name, x in argmax.items()),
             all(difference.high < 0 for difference in argmax.values()),

@@ -75,7 +75,7 @@ def conclude(table: list[dict[str, Any]], pairs: int) -> Result:
             chosen.low > 0,
         ),
         Claim(
-            f"and decay more slowly ({PAPER}; theory §5)",
+            f"and decay more slowly ({PAPER}; docs/theory.md, Phenomena)",
             "what they have lost from their highest reading at equal margin is less, the difference's interval too",
             f"{_listed(decay)}; difference {slower.words('nats a token')} at a margin of {margin:.2f}",
             slower.high < 0,

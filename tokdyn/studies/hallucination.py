@@ -67,7 +67,7 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
             estimate(beyond).low > 0,
         ),
         Claim(
-            "The exact force says so before the first step (theory §5)",
+            "The exact force says so before the first step (docs/theory.md, Phenomena)",
             "mean force of the whole training set per token: foreign answers above 0, and between own and unseen ones",
             ", ".join(f"{kind} {value:+.3g}" for kind, value in pull.items()) + " nats a token per unit learning rate",
             pull["foreign"] > 0 and pull["own"] > pull["foreign"] > pull["unseen"],

@@ -77,7 +77,7 @@ def conclude(tables: dict[str, list[dict[str, Any]]], gap: float) -> Result:
             gap < 1e-4,
         ),
         Claim(
-            "First order is right: the exact force predicts a real step (theory §5, AKG per token)",
+            "First order is right: the exact force predicts a real step (docs/theory.md, The decomposition)",
             f"rank correlation with the real change of each chosen answer, step of {SMALL} nats: 0.95 or more at every stage, "
             "and no estimate above it",
             "; ".join(f"{stage}: exact {small[stage, 'exact']:.3f}, readout {small[stage, 'readout']:.3f}" for stage in stages),

@@ -72,13 +72,13 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
     eps = torch.finfo(torch.float32).eps
     claims = [
         Claim(
-            "At a shared prefix DPO's two gradients cancel (identity; theory §4, from arXiv 2407.10490 eq. 6)",
+            "At a shared prefix DPO's two gradients cancel (identity; docs/theory.md, Contexts)",
             "‖G⁺ + G⁻‖ / (‖G⁺‖ + ‖G⁻‖) = 0 up to float32 rounding of the logits",
             f"at most {max(prefix):.1e} over {len(prefix)} positions of {len(pairs)} pairs",
             max(prefix) < 1e3 * eps,
         ),
         Claim(
-            "Where the answers part, only the two tokens' logits are pushed, by β(1-a) (identity; theory §4)",
+            "Where the answers part, only the two tokens' logits are pushed, by β(1-a) (identity; docs/theory.md, Contexts)",
             "‖G⁺ + G⁻ - β(1-a)(e₋ - e₊)‖ / ‖β(1-a)(e₋ - e₊)‖ = 0 up to rounding",
             f"at most {max(parting):.1e} over {len(parting)} pairs",
             max(parting) < 1e3 * eps,
@@ -90,14 +90,14 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
             max(forces) < 1e-4,
         ),
         Claim(
-            "Squeezing needs the positions behind the divergence (theory §4)",
+            "Squeezing needs the positions behind the divergence (docs/theory.md, Squeezing)",
             "along the rejected answer the argmax (not the target) gains more from the positions behind than from that one",
             f"behind minus divergence {estimate(rest).words('probability a position', of='pairs')}; "
             + ", ".join(f"{part} {100 * sum(g) / len(g):+.2f}%" for part, g in gain.items()),
             estimate(rest).low > 0,
         ),
         Claim(
-            "Only losses with c⁺ = -c⁻ cancel: SimPO, KTO and SPPO do push the shared prefix (from the table of theory §2)",
+            "Only losses with c⁺ = -c⁻ cancel: SimPO, KTO and SPPO do push the shared prefix (docs/theory.md, Objectives)",
             "|c⁺ + c⁻| / (|c⁺| + |c⁻|) zero for DPO, IPO and SLiC, above zero for SimPO, KTO and SPPO",
             "mean over pairs: " + ", ".join(f"{name} {value:.2g}" for name, value in of_loss.items()),
             all((value < 1e-6) == (name in ("DPO", "IPO", "SLiC")) for name, value in of_loss.items() if name != "DPOP"),

@@ -3,7 +3,7 @@
 Peng, Ren et al., *SimKO* (arXiv 2510.14807, later CaSP), §3-4: GRPO concentrates a policy on its most likely token, which
 costs pass@K. SimKO gives a share α of a right answer's gradient at high-entropy tokens to the N most likely candidates, and
 presses a wrong answer harder (λ) where its token is the most likely one. Here with the paper's constants on the sums of
-grpo_forces.py, besides GRPO, from the same start and on the same problems; the tree of the paper is the study simko-tree.
+grpo-forces, besides GRPO, from the same start and on the same problems; the tree of the paper is the study simko-tree.
 
 Identities, asserted: SimKO's loss has GRPO's value, and at its forking tokens the gradient at the logits is sg(γ)A(pi - ẽ)
 with ẽ = (1-α)e_y + (α/N) Σ e_candidates. Measured, over seeds: pass@1, pass@K, top-1 mass and entropy.
@@ -68,7 +68,8 @@ def conclude(curves: list[dict[str, Any]], value: float, spread: float, problems
             value < 1e-5,
         ),
         Claim(
-            "Its gradient at a forking token of a right answer is shared with the candidates (identity; theory §2 †)",
+            "Its gradient at a forking token of a right answer is shared with the candidates (identity; docs/theory.md, "
+            "Objectives)",
             "weights c of the target and the N candidates are γA/(G|y|) times (1-α) and α/N",
             f"relative difference {spread:.1e}",
             spread < 1e-5,

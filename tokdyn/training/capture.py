@@ -1,4 +1,4 @@
-"""Capture: the training-time counterpart of trace.py. Hooks on a causal LM in, (h, y, c, v) of every scored token out.
+"""Capture: the training-time counterpart of model/trace.py. Hooks on a causal LM in, (h, y, c, v) of every scored token out.
 
 c = -∂L/∂log pi(y) and v = ∂L/∂H come from the backward pass that the trainer runs anyway, by what the model's output offers,
 never by a version:

@@ -8,7 +8,7 @@ and the share of Δθ that this step's own gradient made, -eta a P ⊙ g with th
 update's tokens: F_l = eta a clip <Σ_m w_m ∇ log pi(y_m), P J_lᵀ Γ_l>. The rest of Δθ is carried over: momentum, weight decay.
 
 On a model that is whole on every rank all of it comes from one tangent pass each, at θ, which is kept as a copy; for a sharded
-one see sharded.py.
+one see probe_sharded.py.
 """
 
 from __future__ import annotations
