@@ -32,7 +32,7 @@ def random_logits(T: int, V: int, dtype: torch.dtype, scale: float = 3.0, offset
     return logits, torch.randint(0, V, (T,), generator=g, device=DEVICE)
 
 
-def check(agree, logits: Tensor, targets: Tensor, impl: str) -> ops.TokenStats:
+def check(agree, logits: Tensor, targets: Tensor, impl: str, **band: float) -> ops.TokenStats:
     ours, plain, exact = (
         ops.token_stats(z, targets, impl=name)
         for z, name in ((logits, impl), (logits, "reference"), (logits.double(), "reference"))
@@ -40,7 +40,7 @@ def check(agree, logits: Tensor, targets: Tensor, impl: str) -> ops.TokenStats:
     for name, value, same, truth in zip(NAMES, ours, plain, exact, strict=True):
         # logsumexp may be near 0 while the logits and log Σ e^z are not
         size = truth.abs() + 1 if name == "logsumexp" else None
-        agree(name, value, same, truth, size=size)
+        agree(name, value, same, truth, size=size, **band)
     return ours
 
 
@@ -121,12 +121,14 @@ def test_offset_and_steep_rows(agree, offset: float, impl: str):
 
 @pytest.mark.parametrize("gap", [5.0, 20.0, 40.0, 75.0])
 def test_peaked_rows_keep_their_digits(agree, gap: float, impl: str):
+    """The exponent u of e = 2^u is rounded, which changes e by gap EPS, and the instruction by 4; collision has e squared."""
+    band = (2 * gap + 8) * 2.0**-24
     logits = torch.full((2, 50257), -gap, device=DEVICE)
     logits[:, 40000] = 0
-    ours = check(agree, logits, torch.tensor([40000, 7], device=DEVICE), impl)
+    ours = check(agree, logits, torch.tensor([40000, 7], device=DEVICE), impl, band=band)
     each = math.exp(-gap)
     exact = math.log1p(50256 * each) + 50256 * each * gap / (1 + 50256 * each)
-    assert float(ours.entropy[0]) == pytest.approx(exact, rel=64 * 2.0**-24)
+    assert float(ours.entropy[0]) == pytest.approx(exact, rel=band)
 
 
 def test_offsets_beyond_32_bits(agree, impl: str):

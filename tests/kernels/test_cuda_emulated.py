@@ -201,7 +201,10 @@ def test_sorted_and_steep_rows(emulated: Emulated, order: str):
 
 @pytest.mark.parametrize("gap", [5.0, 20.0, 40.0, 75.0])
 def test_peaked_rows_keep_relative_accuracy(emulated: Emulated, gap: float):
-    """One logit at 0, V - 1 at -gap: closed forms in log1p, where the naive expressions are 0 or rounding noise."""
+    """One logit at 0, V - 1 at -gap: closed forms in log1p, where the naive expressions are 0 or rounding noise.
+
+    The exponent u of e = 2^u is rounded, which changes e by gap EPS, and the instruction by 4; collision has e squared.
+    """
     V = 50257
     logits = torch.full((2, V), -gap)
     logits[:, 40000] = 0
@@ -216,7 +219,7 @@ def test_peaked_rows_keep_relative_accuracy(emulated: Emulated, gap: float):
         (log_S, -gap - log_S, entropy, collision, g_low, 8, 40000, -log_S),
     ]
     ours = torch.stack([c.double() for c in emulated.token_stats(logits, torch.tensor([40000, 7])).values()], 1)
-    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), rtol=8 * EPS, atol=0)
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), rtol=(2 * gap + 8) * EPS, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -108,7 +108,7 @@ def test_ties_rank_the_lower_token_first(V: int, dtype: torch.dtype, simd: str):
     values, ids = topk_cpp.linear_topk_log_probs(h, W, k, simd=simd)
     exact, places = topk_reference.linear_topk_log_probs(h.double(), W.double(), k)
     assert torch.equal(ids, places)
-    assert ((values - exact).abs() <= 4 * EPS * exact.abs()).all()
+    assert ((values - exact).abs() <= 16 * EPS * exact.abs()).all()  # the logits are exact; the band of token_stats given them
 
 
 @pytest.mark.parametrize("simd", LEVELS)

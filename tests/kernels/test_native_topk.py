@@ -75,6 +75,7 @@ def test_offset_logits(offset: float):
 @pytest.mark.parametrize("gap", [5.0, 20.0, 75.0])
 @pytest.mark.parametrize("simd", LEVELS)
 def test_a_confident_first_choice_keeps_its_digits(gap: float, simd: str):
+    """The band of `check`, and e^-gap carries the error of ln2 in float32 gap times (test_native_token_stats.py)."""
     V = 50257
     logits = torch.full((1, V), -gap)
     logits[0, 40000] = 0
@@ -82,7 +83,8 @@ def test_a_confident_first_choice_keeps_its_digits(gap: float, simd: str):
     log_S = math.log1p((V - 1) * math.exp(-gap))
     assert ids.tolist() == [[40000, 0]]
     expected = torch.tensor([[-log_S, -gap - log_S]], dtype=torch.float64)
-    torch.testing.assert_close(values.double(), expected, rtol=8 * EPS, atol=0)
+    ln2 = abs(float(torch.tensor(math.log(2))) / math.log(2) - 1)
+    torch.testing.assert_close(values.double(), expected, rtol=16 * EPS + ln2 * gap, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
