@@ -12,7 +12,7 @@ import torch
 import tokdyn as td
 from tokdyn import exact
 from tokdyn.exact import matrix as engine_choice
-from tokdyn.exact import rules, segments, sweep, tangents
+from tokdyn.exact import norms, rotary, rules, segments, sweep, tangents
 from tokdyn.exact.naive import naive_matrix
 from tokdyn.objectives import SFT
 from tokdyn.sides import prepare
@@ -44,6 +44,8 @@ PLACES = {
     "direction": [(rules.Linear, "direction")],  # a linear layer's direction, written down
     "inner products": [(rules.Linear, "_gram")],  # of a linear layer's inputs
     "joint": [(rules.Together, "fill"), (rules.Together, "factors")],  # layers fused by an elementwise product met as one
+    "norm": [(norms._Pulled, "apply")],  # the derivative of a norm, and of a rotary embedding, in closed form
+    "rotary": [(rotary._Turned, "apply")],
     "lookup on readout": [(sweep, "tied"), (tangents, "tied")],  # the two cross terms of a tied embedding
     "readout on lookup": [(rules.Embedding, "looked_up")],
 }

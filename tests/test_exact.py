@@ -91,8 +91,10 @@ def test_both_engines_take_every_form_of_force(engine, objective):
     some = zip(random_chis([(2, 5), (3, 4), (1, 6)], seed=5), (1.0, -1.0, 0.5), strict=True)
     update = [chi.with_(group=0, advantage=advantage) for chi, advantage in some]
     for observe in (U[:1], [*O, *U]):
-        naive, fast, _ = matrices(tiny("qwen2"), update=update, observe=observe, objective=objective, engine=engine)
+        with counted() as counts:
+            naive, fast, _ = matrices(tiny("qwen2"), update=update, observe=observe, objective=objective, engine=engine)
         assert relative_error(fast, naive) < FP32
+        assert all(counts[cross] for cross in CROSS)
 
 
 class Experts(torch.nn.Module):
@@ -311,6 +313,23 @@ def test_the_cheaper_engine_is_taken(update, observe, memory, expected):
     with counted() as counts:
         naive, fast, _ = matrices(tiny("llama"), memory=memory, **sides)
     assert counts[expected] == 1 and relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize(
+    ("family", "alone", "mixed", "joints"), [("llama", 3, 3, 2), ("gpt_neox", 2, 2, 0), ("mixtral", 2, 4, 0)]
+)
+def test_what_the_sweep_spares_is_spared(family, alone, mixed, joints):
+    """Above the last attention each cotangent stays at its own position, and a gated MLP is met as one module.
+
+    Those segments are the readout's norm, in two (its input and its output are cuts), and an MLP behind its attention: not one
+    beside it, nor a stack of experts, which sorts its rows. Two sequences with a module each meet one group of tokens.
+    """
+    with counted() as counts:
+        naive, fast, _ = matrices(tiny(family), update=U[:1], observe=O[:1], engine="sweep")
+    assert relative_error(fast, naive) < FP32
+    assert (counts["alone"], counts["mixed"]) == (alone, mixed)
+    assert bool(counts["joint"]) == bool(joints)
+    assert counts["norm"] and bool(counts["rotary"]) == (family != "gpt_neox")  # which turns a part of a head
 
 
 @pytest.mark.parametrize("n", [19, 20, 23])
