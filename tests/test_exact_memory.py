@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from tokdyn.bench import measure
 T = 128
 CODE = """
 import sys, torch
+from engines import assert_rules, counted
 from tokdyn import exact
 from tokdyn.bench.measure import peak_memory
 from tokdyn.exact.matrix import matrix
@@ -29,10 +31,12 @@ with trace(model) as tracer:
     def call(T, memory):
         sides = prepare(tracer, *(random_chis([(1, T - 1)], seed=seed) for seed in (1, 2)), SFT())
         F = torch.empty(len(sides.o), len(sides.u))
-        matrix(tracer, sides.o, sides.u, uses, None, F, engine=engine, memory=memory)
+        assert_rules(matrix(tracer, sides.o, sides.u, uses, None, F, engine=engine, memory=memory))
         return tracer.record(sides.o.batches[0], own)[1]
 
-    call(4, 1 << 24)
+    with counted() as counts:
+        call(4, 1 << 24)
+    assert counts[engine] == 1
     kept = {id(x): x.nbytes for of in call(T, 1 << 28) for x in (*of.inputs, *of.outputs)}
     print(sum(kept.values()), *(peak_memory(lambda: call(T, memory), torch.device("cpu")) for memory in budgets))
 """
@@ -41,7 +45,8 @@ with trace(model) as tracer:
 def peaks(engine, *budgets):
     """Bytes of what one pass leaves with the modules, and the most taken with each budget."""
     command = [sys.executable, "-c", CODE, engine, str(T), *map(str, budgets)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | measure.steady_memory())
+    env = os.environ | measure.steady_memory() | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     calls, *found = map(int, done.stdout.split())
     return calls, found
