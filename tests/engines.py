@@ -12,7 +12,7 @@ import pytest
 import tokdyn as td
 from tokdyn.exact import Asked, Scope, UnscoredProblem, naive, per_direction, sweep, tangents
 from tokdyn.exact import engines as choice
-from tokdyn.exact.modules import fused, linear, lookup
+from tokdyn.exact.modules import fused, linear, lookup, norms, rotary
 from tokdyn.exact.sweep import plan, segments, strips, tile
 from tokdyn.model.trace import trace
 from tokdyn.objectives import SFT
@@ -43,6 +43,8 @@ PLACES = {
     "direction": [(linear.Linear, "direction")],  # a linear layer's direction, written down
     "inner products": [(linear.Linear, "_gram")],  # of a linear layer's inputs
     "joint": [(fused.Fused, "tangent_into"), (fused.Fused, "outer_products")],  # layers fused by an elementwise product
+    "norm": [(norms._Pulled, "apply")],  # the derivative of a norm, and of a rotary embedding, in closed form
+    "rotary": [(rotary._Turned, "apply")],
     "lookup on readout": [(tile, "tied_force"), (tangents, "tied_force")],  # the two cross terms of a tied embedding
     "readout on lookup": [(lookup.Lookup, "looked_up")],
 }

@@ -378,6 +378,20 @@ def test_an_unknown_name_is_answered_with_the_nearest_ones():
         td.by_name("qqq")
 
 
+@pytest.mark.parametrize(
+    "beta, message",
+    [
+        (-1.0, r"IPO: beta must lie in \[0, inf\], got -1.0"),
+        (float("nan"), "IPO: beta must lie in"),
+        (0, "IPO: beta must be positive"),
+    ],
+)
+def test_a_beta_that_turns_ipos_target_around_is_refused(beta, message):
+    """At beta < 0 the margin would be pulled to 1/(2 beta) < 0, the rejected answer above the chosen one."""
+    with pytest.raises(ValueError, match=message):
+        td.IPO(beta=beta)
+
+
 def test_an_unknown_constant_is_answered_with_those_there_are():
     with pytest.raises(ValueError, match="DPO has no constant 'gamma': it has beta"):
         td.by_name("dpo", gamma=1.0)

@@ -53,6 +53,10 @@ def test_a_run_in_float32_is_right_to_float32(run):
     assert run.about["checks"]["row sums of the matrix against the tangent pass"] < FP32 * cancelled
 
 
+def test_the_default_step_moves_one_observed_token_by_a_fifth_of_a_nat(run):
+    assert run.about["settings"]["eta"] * float(run.vector.abs().max()) == pytest.approx(0.2, rel=1e-6)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_squeezing_columns_are_a_step_of_the_readout_weight_also_through_a_softcap(family):
     model = tiny(family)

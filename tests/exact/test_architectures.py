@@ -9,23 +9,15 @@ import copy
 
 import pytest
 import torch
+from engines import assert_local, counted, forces
 from torch import nn
 
-import tokdyn as td
 from tokdyn.model.trace import trace
 from tokdyn.objectives import SFT
 from tokdyn.testing import FAMILIES, float64, random_chis, relative_error, tiny, tiny_lora
 
 U, O = random_chis([(5, 3), (2, 4)], seed=1), random_chis([(4, 4), (1, 2)], seed=2)  # noqa: E741
 FP32, FP64 = 1e-5, 1e-9
-FAST = {"outer product", "lookup", "elementwise gain", "readout in closed form"}
-# What no closed form covers moves by its own module's vjp and jvp: stacks of experts and their routers (tensors of three
-# axes; two outputs), the state-space scan, and weights that a module around theirs reads without calling theirs.
-EXPERTS = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-MAMBA = ("A_log", "mixer.D", "conv1d.weight", "conv1d.bias", "dt_proj.weight", "dt_proj.bias")
-LOCAL = {"mamba": MAMBA, "mixtral": EXPERTS, "qwen2_moe": EXPERTS}
-# PEFT writes the adapter of an expert stack or router into its weight: the wrapper around it reads both factors
-LOCAL_LORA = {"mixtral": ("mlp.gate.lora", "mlp.experts.lora", "mlp.experts.base_layer.lora")}
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
 
@@ -35,15 +27,18 @@ def build(family, lora):
 
 
 def force(model, **options):
-    return td.forces(model, U, O, SFT(), **options)
+    return forces(model, U, O, SFT(), **options)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forces_are_those_of_one_gradient_per_token(family, lora):
     model = build(family, lora)
-    naive, full = force(model, method="naive").matrix, force(model)
+    naive = force(model, method="naive").matrix
+    with counted() as counts:
+        full = force(model)
     assert relative_error(full.matrix, naive) < FP32
+    assert counts["sweep"] and counts["alone"]  # the other way: tests/exact/test_engines.py
     for reduce, axis in (("update", 1), ("observe", 0)):
         vector = force(model, reduce=reduce).vector
         # rounding of a sum is relative to the sum of magnitudes
@@ -58,10 +53,7 @@ def test_forces_are_those_of_one_gradient_per_token(family, lora):
 
     trainable = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     assert {name for name, rule in full.coverage.items() if rule != "frozen"} == trainable
-    local = {name for name in trainable if full.coverage[name] == "module-local"}
-    assert {full.coverage[name] for name in trainable - local} <= FAST
-    expected = (LOCAL_LORA if lora else LOCAL).get(family, ())
-    assert local == {name for name in trainable if any(part in name for part in expected)}
+    assert_local(full.coverage, family, lora)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
@@ -136,17 +128,16 @@ def test_weights_read_by_the_module_around_and_outputs_on_one_anothers_path(scop
 def test_the_padding_row_has_no_gradient(tied):
     model = tiny("llama", tied=tied, pad_token_id=int(U[0].ids[0]))
     chis = [U[0], O[0].with_(ids=torch.cat([U[0].ids[:1], O[0].ids[1:]]))]
-    naive = td.forces(model, U, chis, SFT(), method="naive").matrix
-    assert relative_error(td.forces(model, U, chis, SFT()).matrix, naive) < FP32
+    naive = forces(model, U, chis, SFT(), method="naive").matrix
+    assert relative_error(forces(model, U, chis, SFT()).matrix, naive) < FP32
 
 
 def test_logits_beyond_the_readouts_formula_take_the_slower_exact_way_and_say_so():
     model = tiny("llama", tied=False)
     head = model.lm_head.forward
     model.lm_head.forward = lambda h: 2 * head(h).sin()
-    naive, fast = force(model, method="naive").matrix, force(model)
+    naive, fast = force(model, method="naive").matrix, force(model, slow="the readout's formula")
     assert relative_error(fast.matrix, naive) < FP32
-    assert all("the readout's formula" in rule for rule in fast.coverage.values())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral"])

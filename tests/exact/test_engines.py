@@ -9,6 +9,8 @@ from engines import counted, forces
 
 from tokdyn.exact.modules import local
 from tokdyn.exact.modules.norms import Norm
+from tokdyn.exact.naive import fill as naive_fill
+from tokdyn.exact.readout import readout_matrix
 from tokdyn.exact.sweep import budget, plan, segments, strips
 from tokdyn.model.calls import Call
 from tokdyn.model.trace import Tracer, trace
@@ -90,8 +92,26 @@ def test_both_engines_take_every_form_of_force(engine, objective):
     some = zip(random_chis([(2, 5), (3, 4), (1, 6)], seed=5), (1.0, -1.0, 0.5), strict=True)
     update = [chi.with_(group=0, advantage=advantage) for chi, advantage in some]
     for observe in (U[:1], [*O, *U]):
-        naive, fast, _ = matrices(tiny("qwen2"), update=update, observe=observe, objective=objective, engine=engine)
+        with counted() as counts:
+            naive, fast, _ = matrices(tiny("qwen2"), update=update, observe=observe, objective=objective, engine=engine)
         assert relative_error(fast, naive) < FP32
+        assert all(counts[cross] for cross in CROSS)
+
+
+@pytest.mark.parametrize("objective", [SFT(label_smoothing=0.1), PPO(entropy=0.3), SimKO()], ids=lambda of: type(of).__name__)
+def test_the_readout_takes_every_form_of_force_on_either_side(objective):
+    """F of the exchanged sides is the transpose, whichever side has the dense or the several targets."""
+    some = zip(random_chis([(2, 5), (3, 4)], seed=5), (1.0, -1.0), strict=True)
+    update = [chi.with_(group=0, advantage=advantage) for chi, advantage in some]
+    with trace(tiny("qwen2")) as tracer:
+        problem = engines.scored(tracer, update, U[:1], objective, "readout")
+        naive = problem.empty()
+        naive_fill(problem, naive)
+        there, back = readout_matrix(problem), readout_matrix(problem.transposed())
+        sums = [readout_matrix(problem.transposed(), reduce) for reduce in ("update", "observe")]
+    assert relative_error(there, naive) < FP32 and relative_error(back, naive.T) < FP32
+    # rounding of a sum is relative to the sum of magnitudes
+    assert all(float((x - naive.sum(i)).norm()) < FP32 * float(naive.abs().sum(i).norm()) for i, x in enumerate(sums))
 
 
 class Experts(torch.nn.Module):
@@ -195,7 +215,7 @@ def test_the_local_rule_agrees_with_the_special_ones(family, engine, monkeypatch
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_written_directions_agree_with_inner_products(engine):
-    """Two sequences of more than six widths: the direction is written down instead of S (modules/linear.py)."""
+    """Two sequences of more than six widths: the direction is written down instead of S (tokdyn/exact/modules/linear.py)."""
     chis = random_chis([(212, 6)], seed=3)
     model = tiny("llama", intermediate_size=16, max_position_embeddings=256)
     with counted() as counts:
@@ -309,6 +329,23 @@ def test_the_cheaper_engine_is_taken(update, observe, memory, expected):
     with counted() as counts:
         naive, fast, _ = matrices(tiny("llama"), memory=memory, **sides)
     assert counts[expected] == 1 and relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize(
+    ("family", "alone", "mixed", "gated"), [("llama", 3, 3, True), ("gpt_neox", 2, 2, False), ("mixtral", 2, 4, False)]
+)
+def test_what_the_sweep_spares_is_spared(family, alone, mixed, gated):
+    """Above the last attention each cotangent stays at its own position, and a gated MLP is met as one module.
+
+    Those segments are what is above the readout's norm, the norm, and an MLP behind its attention: not one beside it, nor a
+    stack of experts, which sorts its rows.
+    """
+    with counted() as counts:
+        naive, fast, _ = matrices(tiny(family), update=U[:1], observe=O[:1], engine="sweep")
+    assert relative_error(fast, naive) < FP32
+    assert (counts["alone"], counts["mixed"]) == (alone, mixed)
+    assert bool(counts["joint"]) == gated
+    assert counts["norm"] and bool(counts["rotary"]) == (family != "gpt_neox")  # which turns a part of a head
 
 
 @pytest.mark.parametrize("n", [19, 20, 23])

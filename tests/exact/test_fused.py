@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from engines import counted, forces
 
-import tokdyn as td
 from tokdyn.exact.sweep import plan
 from tokdyn.testing import float64, random_chis, relative_error, tiny
 
@@ -23,12 +23,14 @@ def found(monkeypatch):
 def test_gate_and_up_go_as_one_and_the_forces_are_those_of_one_gradient_per_token(family, found):
     model = tiny(family).double()
     with float64():
-        expected = td.forces(model, U, O, method="naive").matrix
-        F = td.forces(model, U, O)
+        expected = forces(model, U, O, method="naive").matrix
+        with counted() as counts:
+            F = forces(model, U, O)
     assert relative_error(F.matrix, expected) < 1e-9
     pairs = [f"model.layers.{i}.mlp.{name}_proj" for i in (1, 0) for name in ("gate", "up")]
     assert [name for fusion in found for name in fusion.modules] == pairs
     assert {F.coverage[f"{name}.weight"] for name in pairs} == {"outer product"}
+    assert counts["sweep"] and counts["joint"]
 
 
 class ReadTwice(torch.nn.Module):
@@ -64,8 +66,10 @@ def test_what_reaches_the_output_by_another_way_stays_by_itself(kind, found):
     model = tiny("llama").double()
     model.model.layers[0].mlp = kind(model.model.layers[0].mlp)
     with float64():
-        expected = td.forces(model, U, O, method="naive").matrix
-        assert relative_error(td.forces(model, U, O).matrix, expected) < 1e-9
+        expected = forces(model, U, O, method="naive").matrix
+        with counted() as counts:
+            assert relative_error(forces(model, U, O).matrix, expected) < 1e-9
+    assert counts["sweep"] and counts["joint"]
     assert [fusion.modules[0] for fusion in found] == ["model.layers.1.mlp.gate_proj"]
 
 
@@ -75,6 +79,7 @@ def test_adapters_beside_frozen_layers_stay_by_themselves(found):
     config = peft.LoraConfig(r=2, target_modules=["gate_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     model = peft.get_peft_model(tiny("llama"), config).double()
     with float64():
-        expected = td.forces(model, U, O, method="naive").matrix
-        assert relative_error(td.forces(model, U, O).matrix, expected) < 1e-9
-    assert not found
+        expected = forces(model, U, O, method="naive").matrix
+        with counted() as counts:
+            assert relative_error(forces(model, U, O).matrix, expected) < 1e-9
+    assert counts["sweep"] and not counts["joint"] and not found

@@ -3,7 +3,8 @@
     w = f(y_1, ..., y_k) elementwise, all that the y_i act on     =>     δ_{y_i} = A_i ⊙ δ_w,   A_i = ∂w/∂y_i
     what the parameters behind all y_i do to w together:                    E = Σ_i A_i ⊙ E_i
 
-One cotangent is kept instead of several, and met once. Which layers they are is seen in a random cotangent (sweep/fuse.py).
+One cotangent is kept instead of several, and met once. Which layers they are is seen in a random cotangent
+(tokdyn/exact/sweep/fuse.py).
 """
 
 from __future__ import annotations

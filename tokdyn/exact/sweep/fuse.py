@@ -1,4 +1,7 @@
-"""Which linear layers are fused by one elementwise product, seen in a random cotangent (modules/fused.py has the rule)."""
+"""Which linear layers are fused by one elementwise product, seen in a random cotangent.
+
+The rule of such layers is in tokdyn/exact/modules/fused.py.
+"""
 
 from __future__ import annotations
 

@@ -135,7 +135,9 @@ def in_strips(tokens: int, longest: int | None = None) -> list[slice]:
     return [slice(a, min(a + length, tokens)) for a in range(0, tokens, length)]
 
 
-def make_strips(cuts: Cuts, tokens: Sequence[tuple[TracedBatch, slice]], graphs: int, longest: int | None = None) -> list[Strip]:
+def make_strips(
+    cuts: Cuts, tokens: Sequence[tuple[TracedBatch, slice]], graphs: int, longest: int | None = None
+) -> list[Strip]:
     """The tokens of one side of a tile as strips, with their cotangents at the input of the readout.
 
     Args:
