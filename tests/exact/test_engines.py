@@ -272,7 +272,7 @@ def test_a_place_where_a_segment_cannot_be_made_by_itself_is_no_cut():
 def test_graphs_are_made_once_where_they_fit_and_again_where_they_do_not(monkeypatch):
     """A forward pass of each strip in the first case, a pass for each of its segments in the second."""
     passes, unroll = [], Tracer.unroll
-    monkeypatch.setattr(Tracer, "unroll", lambda *args: passes.append(1) or unroll(*args))
+    monkeypatch.setattr(Tracer, "unroll", lambda *args, **options: passes.append(1) or unroll(*args, **options))
     found, counts = [], []
     for graphs in (1 << 30, 1):
         with_budget(monkeypatch, sweep.Budget(4, 8, strip=64, kept=1 << 30, graphs=graphs))

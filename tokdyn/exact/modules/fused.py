@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...model.calls import Call, Joined
-from ...model.trace import Place
+from ...model.unroll import Place
 from ..sweep.segments import Outline, common_cuts, depth_of, depths
 
 

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...model.calls import Call, Joined
-from ...model.trace import Place, Tracer
+from ...model.trace import Tracer
+from ...model.unroll import Place
 from ...objective import GTerm
 from ...sequences import Batch
 from ..modules.fused import Joint, joints
@@ -93,7 +94,15 @@ class Plan:
     ) -> tuple[Tensor, list[Call], dict[Place, Tensor]]:
         """Tracer.unroll at the moving modules, with the derivatives of norms, rotary embeddings and joints in closed form."""
         with turned(tracer.model):
-            return tracer.unroll(batch, self.names, self.norms, {of.place: of for of in self.joints}, places, bottom, top)
+            return tracer.unroll(
+                batch,
+                self.names,
+                replace_outputs=self.norms,
+                replace_inputs={of.place: of for of in self.joints},
+                places=places,
+                start_at=bottom,
+                stop_at=top,
+            )
 
     def is_unseen(self, tracer: Tracer, use: str) -> bool:
         """Whether no module was seen to use this tensor, nor the readout."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from ...model.calls import Call
-from ...model.trace import Place
+from ...model.unroll import Place
 from ...sequences import Batch
 from ..modules.rules import Unsupported
 
