@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tokdyn import ops
+from tokdyn.ops import dispatch
 
 FOLDER = Path(__file__).parent / "interpreted"
 FILES = sorted(FOLDER.glob("test_*.py"))
@@ -82,12 +83,12 @@ def test_a_gpu_tensor_goes_to_triton_unless_something_else_is_asked(monkeypatch)
     def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype).as_subclass(OnGpu)
 
-    monkeypatch.setattr(ops, "_has_triton", lambda: True)
-    assert ops._takes_triton(on_gpu(2, 3), None, on_gpu(3, dtype=torch.float16))
-    assert not ops._takes_triton(on_gpu(2, 3), torch.zeros(3))
-    assert not ops._takes_triton(on_gpu(2, 3, dtype=torch.float64))
-    assert not ops._takes_triton(on_gpu(2, 3).requires_grad_())
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    assert dispatch.takes_triton(on_gpu(2, 3), None, on_gpu(3, dtype=torch.float16))
+    assert not dispatch.takes_triton(on_gpu(2, 3), torch.zeros(3))
+    assert not dispatch.takes_triton(on_gpu(2, 3, dtype=torch.float64))
+    assert not dispatch.takes_triton(on_gpu(2, 3).requires_grad_())
     with torch.no_grad():
-        assert ops._takes_triton(on_gpu(2, 3).requires_grad_())
-    monkeypatch.setattr(ops, "_has_triton", lambda: False)
-    assert not ops._takes_triton(on_gpu(2, 3))
+        assert dispatch.takes_triton(on_gpu(2, 3).requires_grad_())
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    assert not dispatch.takes_triton(on_gpu(2, 3))

@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 import tokdyn as td
 from tokdyn.dynamics import G as G_of
-from tokdyn.model.trace import Tracer, scale_and_cap
+from tokdyn.model.readout import scale_and_cap
+from tokdyn.model.trace import Tracer
 from tokdyn.model.unwrap import unwrap
 from tokdyn.testing import tiny, tiny_lora
 from tokdyn.training import capture as capturing

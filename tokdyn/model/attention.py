@@ -2,9 +2,9 @@
 
 Fused attention has no forward mode, and eager attention keeps T² numbers per head and tangent. This one recomputes the
 softmax, once for many tangents: on a GPU tile by tile in Triton, elsewhere in blocks of queries (ops.tangent_attention,
-ops.cotangent_attention). It is registered with transformers under the name ATTENTION, with boolean
-masks, so that causal, sliding-window, padded and packed inputs arrive as the model makes them; grouped heads and soft-capped
-scores are its own. Attention sinks are not: models that have them are traced with eager attention.
+ops.cotangent_attention). It is registered with transformers under the name ATTENTION. Transformers gives it boolean masks, so
+causal, sliding-window, padded and packed inputs arrive as the model makes them. It computes grouped heads and soft-capped
+scores itself, attention sinks it does not: models that have them are traced with eager attention.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ATTENTION = "tokdyn"
 
 
 class _Tangent(torch.autograd.Function):
-    """Ȯ of one tangent; under vmap, of all tangents at once."""
+    """The jvp of `_Attention`: Ȯ of one tangent (dq, dk, dv), under vmap of all of them in one call."""
 
     @staticmethod
     def forward(q, k, v, dq, dk, dv, mask, scale, softcap):
@@ -38,13 +38,13 @@ class _Tangent(torch.autograd.Function):
     def vmap(info, in_dims, q, k, v, dq, dk, dv, mask, scale, softcap):
         if any(dim is not None for dim in in_dims[:3]):
             return _one_by_one(_Tangent, info, in_dims, (q, k, v, dq, dk, dv, mask, scale, softcap))
-        dq, dk, dv = _spread(info, in_dims[3:6], (dq, dk, dv))
-        with torch.no_grad():  # as in forward, so that the operator may take a form that has no gradient
+        dq, dk, dv = _batch_first(info, in_dims[3:6], (dq, dk, dv))
+        with torch.no_grad():  # as in forward, so that the operator may take a form without gradient
             return tangent_attention(q, k, v, dq, dk, dv, mask, scale, softcap), 0
 
 
 class _Cotangent(torch.autograd.Function):
-    """dQ, dK, dV of one cotangent; under vmap, of all cotangents at once."""
+    """The vjp of `_Attention`: dq, dk, dv of one cotangent do, under vmap of all of them in one call."""
 
     @staticmethod
     def forward(q, k, v, do, mask, scale, softcap):
@@ -62,18 +62,18 @@ class _Cotangent(torch.autograd.Function):
     def vmap(info, in_dims, q, k, v, do, mask, scale, softcap):
         if any(dim is not None for dim in in_dims[:3]):
             return _one_by_one(_Cotangent, info, in_dims, (q, k, v, do, mask, scale, softcap))
-        (do,) = _spread(info, in_dims[3:4], (do,))
-        T, rows = q.shape[-2], _touched(do)
+        (do,) = _batch_first(info, in_dims[3:4], (do,))
+        T, rows = q.shape[-2], _nonzero_queries(do)
         with torch.no_grad():
-            seen = mask if mask is None else mask[..., rows, :]
-            dq, dk, dv = cotangent_attention(q[..., rows, :], k, v, do[..., rows, :], seen, scale, softcap)
+            rows_mask = mask if mask is None else mask[..., rows, :]
+            dq, dk, dv = cotangent_attention(q[..., rows, :], k, v, do[..., rows, :], rows_mask, scale, softcap)
             if dq.shape[-2] < T:
                 dq = torch.nn.functional.pad(dq, (0, 0, rows.start, T - rows.stop))
             return (dq, dk, dv), (0, 0, 0)
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(cap(scale q kᵀ) where mask) v; shapes as in the reference."""
+    """softmax(cap(scale q kᵀ) where mask) v with q [B, Hk, G, T, D], k and v [B, Hk, S, D]: `ops.attention`."""
 
     @staticmethod
     def forward(q, k, v, mask, scale, softcap):
@@ -101,21 +101,24 @@ class _Attention(torch.autograd.Function):
         return _one_by_one(_Attention, info, in_dims, inputs)
 
 
-def _spread(info: Any, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """The batched dimension in front, everywhere."""
+def _batch_first(info: Any, dims: tuple[int | None, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """The tensors with vmap's dimension in front; those without one are expanded."""
     n = info.batch_size
     return [x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, dims, strict=True)]
 
 
-def _touched(do: Tensor) -> slice:
-    """From the first to the last query at which some cotangent is not zero: a model's last attention has few of them."""
+def _nonzero_queries(do: Tensor) -> slice:
+    """From the first to the last query at which some cotangent is not zero, one query at least.
+
+    A model's last attention has cotangents at the scored tokens alone.
+    """
     others = [dim for dim in range(do.dim()) if dim != do.dim() - 2]
-    found = (do.amax(others).ne(0) | do.amin(others).ne(0)).nonzero()
-    return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 1)
+    nonzero = (do.amax(others).ne(0) | do.amin(others).ne(0)).nonzero()
+    return slice(int(nonzero[0]), int(nonzero[-1]) + 1) if len(nonzero) else slice(0, 1)
 
 
 def _one_by_one(function: Any, info: Any, dims: Any, inputs: tuple[Any, ...]) -> Any:
-    """A batch of primals (a module-local rule on an attention block): one after the other."""
+    """The vmap rule for a batch of primals (rules.Local on an attention block): one call after the other."""
     rows = []
     for i in range(info.batch_size):
         row = [x if dim is None else x.select(dim, i) for x, dim in zip(inputs, dims, strict=True)]
@@ -135,7 +138,7 @@ def tracing_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The form transformers calls: query [B, H, T, D], key and value [B, Hk, S, D] -> [B, T, H, D]."""
+    """`_Attention` in transformers' signature: query [B, H, T, D], key and value [B, Hk, S, D] -> ([B, T, H, D], None)."""
     B, H, T, D = query.shape
     Hk, S = key.shape[1], key.shape[2]
     mask = attention_mask
@@ -149,12 +152,12 @@ def tracing_attention(
 
 
 def register() -> None:
-    """Make the attention known to transformers, with the boolean masks it wants."""
+    """Register the attention with transformers under ATTENTION, with boolean masks that are always written out."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    def explicit(*args: Any, allow_is_causal_skip: bool = False, **kwargs: Any) -> Tensor | None:
+    def written_out(*args: Any, allow_is_causal_skip: bool = False, **kwargs: Any) -> Tensor | None:
         return sdpa_mask(*args, allow_is_causal_skip=False, **kwargs)
 
     AttentionInterface.register(ATTENTION, tracing_attention)
-    AttentionMaskInterface.register(ATTENTION, explicit)
+    AttentionMaskInterface.register(ATTENTION, written_out)

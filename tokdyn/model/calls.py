@@ -1,4 +1,4 @@
-"""A call of a module as data: what went in and what came out."""
+"""Calls of modules as data, and the floating-point tensors in what they are given and return."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Call:
 
     @property
     def outputs(self) -> list[Tensor]:
-        """The tensors of real numbers that came out: what a parameter can move."""
+        """The floating-point tensors that came out: what a parameter can move."""
         return floats(self.output)
 
     def detached(self) -> Call:
@@ -36,12 +36,15 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Joined(Call):
-    """Calls of several modules as one, which returns a tensor w that each number of their outputs acts on by itself."""
+class FusedCall(Call):
+    """The calls of several modules whose outputs y_i meet in one elementwise product w, as one call that returns w.
 
-    parts: tuple[tuple[Call, Tensor], ...] = ()  # each with the slope ∂w/∂output
+    parts: the calls with their slopes A_i = ∂w/∂y_i, each of the shape of w: a cotangent δ at w is A_i ⊙ δ at y_i.
+    """
 
-    def detached(self) -> Joined:
+    parts: tuple[tuple[Call, Tensor], ...] = ()
+
+    def detached(self) -> FusedCall:
         """The same calls outside the graph they were recorded in."""
         return replace(self, output=self.output.detach(), parts=tuple((call.detached(), A) for call, A in self.parts))
 
@@ -52,5 +55,5 @@ def floats(tree: Any) -> list[Tensor]:
 
 
 def map_floats(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """The same structure with f of each of them."""
+    """The same structure with f applied to each of its floating-point tensors."""
     return tree_map(lambda x: f(x) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)

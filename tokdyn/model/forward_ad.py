@@ -1,7 +1,8 @@
-"""What a model needs for forward derivatives and torch.func, for as long as it is traced: attention, experts, adapters.
+"""What lets a model run under torch.func and forward-mode AD for as long as it is traced.
 
-Fused attention and grouped products have no forward derivative; some custom functions have only a backward; PEFT's adapters
-of parameters write in their forward pass. All of it is put back on exit, also after an error.
+Fused attention and grouped matrix products have no jvp, some custom autograd functions have only a backward, and PEFT's
+adapters of parameters write in their forward pass. Each context manager here changes one of these and puts it back on exit,
+also after an error.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from .attention import ATTENTION, register
 
 @contextlib.contextmanager
 def traceable(model: nn.Module) -> Iterator[None]:
-    """Let a model run under torch.func inside the block."""
+    """Let a model run under torch.func, jvp included, inside the block."""
     implementations = _implementations(model, attention=_traceable_attention(model), experts="eager")
     with implementations, _forward_derivatives(model), _parameter_adapters(model):
         yield
 
 
 @contextlib.contextmanager
-def _implementations(model: nn.Module, **names: str) -> Iterator[None]:
-    """Choose the implementations of attention and of mixtures of experts (grouped products have no forward derivative).
+def _implementations(model: nn.Module, attention: str, experts: str) -> Iterator[None]:
+    """Choose a model's implementations of attention and of mixtures of experts, by transformers' names for them.
 
-    They are written to the configurations, where every transformers model reads them at each call; set_attn_implementation
-    refuses some models (Falcon) and reaches no experts.
+    They are written to the configurations, where every transformers model reads them at each call: set_attn_implementation
+    refuses some models (Falcon) and does not reach experts.
     """
-    keys = {"_attn_implementation_internal": names["attention"], "_experts_implementation_internal": names["experts"]}
+    keys = {"_attn_implementation_internal": attention, "_experts_implementation_internal": experts}
     configs = [config for module in model.modules() if hasattr(config := getattr(module, "config", None), "__dict__")]
     before = [(config, key, vars(config)[key]) for config in configs for key in keys if vars(config).get(key) is not None]
     try:
@@ -51,7 +52,7 @@ def _implementations(model: nn.Module, **names: str) -> Iterator[None]:
 
 
 def _traceable_attention(model: Any) -> str:
-    """The tracing attention where the model takes its attention from transformers' interface and has no sinks, else eager."""
+    """ATTENTION where the model takes its attention from transformers' interface and has no sinks, else "eager"."""
     interface = hasattr(model, "_can_set_attn_implementation") and model._can_set_attn_implementation()
     sinks = any(hasattr(module, "sinks") for module in model.modules())
     if not interface or sinks:
@@ -71,20 +72,23 @@ def _say_eager(model: str, why: str) -> None:
 
 @contextlib.contextmanager
 def _forward_derivatives(model: nn.Module) -> Iterator[None]:
-    """Give the custom autograd functions beside the model's modules that have only a backward a forward derivative too."""
-    beside = {type(module).__module__ for module in model.modules()}
-    values = [value for name in beside for value in vars(sys.modules[name]).values() if isinstance(value, type)]
-    old = [
-        f for f in values if issubclass(f, torch.autograd.Function) and f.setup_context is torch.autograd.Function.setup_context
-    ]
-    old = [f for f in old if "apply" not in vars(f) and f is not torch.autograd.Function]
+    """Give old-style autograd functions, which have only a backward, a jvp: those in the files of the model's modules."""
+    files = {type(module).__module__ for module in model.modules()}
+    classes = {value for name in files for value in vars(sys.modules[name]).values() if isinstance(value, type)}
+    old_style = [f for f in classes if issubclass(f, torch.autograd.Function) and _is_old_style(f)]
     try:
-        for f in old:
-            f.apply = _with_transpose(f).apply  # type: ignore[method-assign]
+        for f in old_style:
+            f.apply = _with_jvp(f).apply  # type: ignore[method-assign]
         yield
     finally:
-        for f in old:
+        for f in old_style:
             del f.apply
+
+
+def _is_old_style(f: type[torch.autograd.Function]) -> bool:
+    """Whether a function's forward takes a context (no setup_context), and nobody has replaced its apply."""
+    base = torch.autograd.Function
+    return f is not base and f.setup_context is base.setup_context and "apply" not in vars(f)
 
 
 @contextlib.contextmanager
@@ -92,14 +96,14 @@ def _parameter_adapters(model: nn.Module) -> Iterator[None]:
     """Let PEFT's adapters of parameters (expert stacks, routers) run under torch.func.
 
     In every forward pass they register a parametrization, which writes the frozen tensor onto itself and sets its
-    requires_grad to what it is: torch.func refuses both, although nothing changes.
+    requires_grad to what it already is. torch.func refuses both, although nothing changes; both are skipped.
     """
     wrapper = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", ())
     if not any(isinstance(module, wrapper) for module in model.modules()):
         yield
         return
 
-    class SameGrad(TorchFunctionMode):
+    class SkipSameRequiresGrad(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is Tensor.requires_grad_ and args[0].requires_grad == (*args, True)[1]:
                 return args[0]
@@ -108,27 +112,27 @@ def _parameter_adapters(model: nn.Module) -> Iterator[None]:
     write = parametrize._maybe_set
     try:
         parametrize._maybe_set = lambda dest, src: None if dest is src else write(dest, src)
-        with SameGrad():
+        with SkipSameRequiresGrad():
             yield
     finally:
         parametrize._maybe_set = write
 
 
-def _with_transpose(old: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """A function of tensors with only a backward w -> Jᵀw, as one that torch.func takes: J is the transpose of its backward."""
+def _with_jvp(old: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """An old-style function of tensors as one that torch.func takes; its jvp J ẋ is the transpose of its backward g -> Jᵀ g."""
 
-    def pull(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Callable[..., Any]]:
+    def forward_and_vjp(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Callable[..., Any]]:
         context = SimpleNamespace(needs_input_grad=(True,) * len(inputs), saved_tensors=())
         context.save_for_backward = lambda *saved: setattr(context, "saved_tensors", saved)
         output = old.forward(context, *inputs)
-        return output, lambda w: old.backward(context, w)
+        return output, lambda g: old.backward(context, g)
 
     class New(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
         def forward(*inputs: Tensor) -> Tensor:  # type: ignore[override]
-            return pull(inputs)[0]
+            return forward_and_vjp(inputs)[0]
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -136,13 +140,13 @@ def _with_transpose(old: type[torch.autograd.Function]) -> type[torch.autograd.F
             ctx.save_for_forward(*inputs)
 
         @staticmethod
-        def backward(ctx: Any, w: Tensor) -> Any:  # type: ignore[override]
-            return pull(ctx.saved_tensors)[1](w)
+        def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+            return forward_and_vjp(ctx.saved_tensors)[1](g)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor) -> Tensor:  # type: ignore[override]
-            output, back = pull(ctx.saved_tensors)
-            given = tangents if len(tangents) > 1 else tangents[0]
-            return vjp(back, torch.zeros_like(output))[1](given)[0]
+            output, pull_back = forward_and_vjp(ctx.saved_tensors)
+            like_backward = tangents if len(tangents) > 1 else tangents[0]  # a backward with one result returns no tuple
+            return vjp(pull_back, torch.zeros_like(output))[1](like_backward)[0]
 
     return New

@@ -1,4 +1,4 @@
-"""Rows of logits, some at a time: what makes several [N, V] on its way to a number a row stays in the caches."""
+"""Logits in blocks of rows: the several [N, V] intermediates behind one number a row stay in a CPU's caches."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CACHED, LARGE = 2**18, 2**26  # entries of a block on a CPU, whose caches hold some of it, and on a device
+CACHED, LARGE = 2**18, 2**26  # entries of a block, on a CPU and on a GPU
 
 
 def blocks(z: Float[Tensor, "N V"]) -> Iterator[slice]:
-    """Slices of rows that together are all of z."""
+    """Slices that together cover the rows of z, in order; one empty slice where there are none."""
     n = max(1, (CACHED if z.device.type == "cpu" else LARGE) // max(1, z.shape[1]))
     return (slice(start, start + n) for start in range(0, max(1, len(z)), n))
 
 
 @torch.no_grad()
 def log_probs(z: Float[Tensor, "N V"], y: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """log pi(y_n) in float64: differences of it over one small step keep their digits."""
+    """log pi(y_n) in float64, for differences of it over one small step; no gradient."""
     y = y.to(z.device)[:, None]
     return torch.cat([z[rows].double().log_softmax(1).gather(1, y[rows]).squeeze(1) for rows in blocks(z)])

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..kernels.readout_forces.reference import logit_force
-from ..model.trace import Readout, scale_and_cap
-from ..model.unwrap import backbone, base_layer, is_sharded, readout_of, unwrap
+from ..model.readout import Readout, readout_of, scale_and_cap
+from ..model.unwrap import backbone, base_layer, is_sharded, unwrap
 from ..ops import TokenStats
 from . import diagnosis
 from .forward import IGNORED, Forward, Layout, basis, fit, moments, right_aligned, shifted, stats_of_logits

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..kernels.readout_forces.reference import logit_force
-from ..model.trace import Readout
+from ..model.readout import Readout
 from ..objective import GTerm
 from ..ops import TokenStats, token_stats
 from ..sequences import Chi

@@ -30,6 +30,7 @@ from .. import exact
 from ..exact import products
 from ..exact.sides import row_table
 from ..kernels.readout_forces.reference import logit_force
+from ..model.optimizer import steps_of
 from ..model.trace import Tracer, trace
 from ..model.unwrap import local
 from ..objective import GTerm
@@ -40,7 +41,7 @@ from . import distributed as ranks
 from . import probe_sharded as sharded
 from .capture import Capture
 from .forward import Forward
-from .observation import Seen, steps_of, through_readout
+from .observation import Seen, through_readout
 from .steps import Step
 
 TOKENS = 768  # padded positions looked at together: several [TOKENS, V] at a time

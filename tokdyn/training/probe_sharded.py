@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from ..exact.sides import row_table
 from ..kernels.readout_forces.reference import logit_force
-from ..model.trace import Readout
+from ..model.optimizer import steps_of
+from ..model.readout import Readout
 from ..model.unwrap import is_sharded, whole
 from ..ops import token_stats
 from ..ops.rows import log_probs
 from ..sequences import Chi, collate
 from .capture import Capture
 from .forward import ROWS, Forward
-from .observation import Seen, steps_of, through_readout
+from .observation import Seen, through_readout
 
 Read = tuple[Tensor, Tensor, Tensor]
 

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...model.calls import Call, Joined
-from ...model.trace import Place
+from ...model.calls import Call, FusedCall
+from ...model.unroll import Place
 from ..products import Direction
 from .base import OuterProducts, Outputs, Rule
 from .linear import Linear
@@ -29,7 +29,7 @@ class Fused(Rule):
 
     label = Linear.label
 
-    def __init__(self, call: Joined, parts: Sequence[Linear]) -> None:
+    def __init__(self, call: FusedCall, parts: Sequence[Linear]) -> None:
         super().__init__([call], size=sum(part.size for part in parts))
         self.parts, self.slopes, self.modules = parts, [A for _, A in call.parts], len(parts)
         self.has_outer_products = all(rule.has_outer_products for rule in parts)
@@ -37,7 +37,7 @@ class Fused(Rule):
     def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
         """The direction of each layer's parameters, named by the layer's number."""
         (whole,), ((d,),) = calls, delta
-        assert isinstance(whole, Joined)
+        assert isinstance(whole, FusedCall)
         own = enumerate(zip(self.parts, whole.parts, strict=True))
         return {f"{i}.{k}": x for i, (rule, (call, A)) in own for k, x in rule.direction([call], [[A * d]]).items()}
 
@@ -50,7 +50,7 @@ class Fused(Rule):
     def tangent_into(self, calls: Sequence[Call], delta: Outputs, outs: Outputs) -> None:
         """See Rule."""
         (whole,), ((d,),), ((E,),) = calls, delta, outs
-        assert isinstance(whole, Joined)
+        assert isinstance(whole, FusedCall)
         for i, (rule, (call, A), slope) in enumerate(zip(self.parts, whole.parts, self.slopes, strict=True)):
             part = E if i == 0 else torch.empty_like(E)
             rule.tangent_into([call], [[A * d]], [[part]])
@@ -63,7 +63,7 @@ class Fused(Rule):
         self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool
     ) -> OuterProducts:
         """See Rule: those of all layers."""
-        assert isinstance(call, Joined)
+        assert isinstance(call, FusedCall)
         own = zip(self.parts, call.parts, strict=True)
         return [x for rule, (of, A) in own for x in rule.outer_products(of, delta * A.flatten(0, -2), at, preconditioned)]
 
@@ -104,6 +104,6 @@ class Fusion:
         ys = [call.output for call in mine]
         slopes = torch.autograd.grad(w, ys, torch.ones_like(w))
         whole = _Elementwise.apply(w.detach(), slopes, *ys)
-        joined = Joined(self.name, mine[0].module, (), {}, whole, tuple(zip(mine, slopes, strict=True)))
+        joined = FusedCall(self.name, mine[0].module, (), {}, whole, tuple(zip(mine, slopes, strict=True)))
         calls[:] = [joined if call is mine[0] else call for call in calls if call is mine[0] or call.name not in self.modules]
         return whole

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...model.calls import Call
-from ...model.trace import Place
+from ...model.unroll import Place
 from ..graph import depth_of, depths, node_of
 from ..modules.fused import Fusion
 from .segments import Outline, common_cuts

@@ -8,8 +8,9 @@ from functools import cached_property, partial
 
 from torch import Tensor
 
-from ...model.calls import Call, Joined
-from ...model.trace import Place, Tracer
+from ...model.calls import Call, FusedCall
+from ...model.trace import Tracer
+from ...model.unroll import Place, Unrolled
 from ...sequences import Batch
 from ..errors import NotReplayable, Unsupported
 from ..modules.base import Rule
@@ -91,7 +92,7 @@ class Plan:
         return rule
 
     def _rule(self, calls: list[Call]) -> Rule:
-        if isinstance(calls[0], Joined):
+        if isinstance(calls[0], FusedCall):
             return Fused(calls[0], [Linear([of], self.moves[of.name]) for of, _ in calls[0].parts])
         return rule_for(calls, self.moves[calls[0].name], self.P.get(calls[0].name))
 
@@ -118,12 +119,20 @@ class Plan:
         tracer: Tracer,
         batch: Batch,
         places: Sequence[Place] | None = None,
-        bottom: Place | None = None,
-        top: Place | None = None,
-    ) -> tuple[Tensor, list[Call], dict[Place, Tensor]]:
+        start_at: Place | None = None,
+        stop_at: Place | None = None,
+    ) -> Unrolled:
         """Tracer.unroll at the moving modules, with the derivatives of norms, rotary embeddings and fusions in closed form."""
         with turned(tracer.model):
-            return tracer.unroll(batch, self.names, self.norms, {of.place: of for of in self.fusions}, places, bottom, top)
+            return tracer.unroll(
+                batch,
+                self.names,
+                replace_outputs=self.norms,
+                replace_inputs={of.place: of for of in self.fusions},
+                places=places,
+                start_at=start_at,
+                stop_at=stop_at,
+            )
 
     def labels(self, problem: Problem, rules: Mapping[str, Rule]) -> Coverage:
         """The label of every moving use's rule."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...model.calls import Call
-from ...model.trace import Place
+from ...model.unroll import Place
 from ...sequences import Batch
 from ..errors import Unsupported
 from ..graph import batched_vjp, depth_of, depths, node_of
