@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import pkgutil
 from importlib import import_module
+from importlib.abc import InspectLoader
 from types import ModuleType
 
 
@@ -33,6 +34,7 @@ def load(name: str) -> ModuleType:
 
 
 def _source(module: pkgutil.ModuleInfo) -> str:
-    """The text of a module, which need not be importable: a study's packages are an extra."""
+    """The source of a module, read without importing it: the packages that a study needs are an extra."""
     spec = module.module_finder.find_spec(module.name, None)
-    return (spec.loader.get_source(spec.name) or "") if spec and spec.loader else ""
+    loader = spec.loader if spec else None
+    return loader.get_source(module.name) or "" if isinstance(loader, InspectLoader) else ""

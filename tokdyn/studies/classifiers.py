@@ -81,7 +81,7 @@ def descend(
         gradients = torch.autograd.grad(cross_entropy(model(x[drawn]), targets[drawn]), moved)
         with torch.no_grad():
             for p, g in zip(moved, gradients, strict=True):
-                p -= eta * g
+                p.sub_(eta * g)
         if after:
             after(step)
 

@@ -36,7 +36,7 @@ def run(quick: bool = False, seed: int = 0) -> Result:
     order = estimate(orders)
     ranks = estimate([td.rank_correlation(e, d) for e, d in zip(energy, distance, strict=True)])
     turns = estimate([td.rank_correlation(e, c) for e, c in zip(energy, cosine, strict=True)])
-    peak = dot.mean(0).argmax().item()
+    peak = int(dot.mean(0).argmax())
     inside = estimate((dot[:, 1:-1].max(1).values - torch.maximum(dot[:, 0], dot[:, -1])).tolist())
     rise, fall = (estimate((dot[:, peak] - dot[:, end]).tolist()) for end in (-1, 0))
     claims = [
@@ -125,7 +125,7 @@ def one(seed: int) -> tuple[Tensor, float]:
     return torch.stack(found), order
 
 
-def formula_order(features: nn.Module, head: nn.Module, data: Data, n: int = 30) -> float:
+def formula_order(features: nn.Module, head: nn.Sequential, data: Data, n: int = 30) -> float:
     """log2 of how much the residual of Δh = -(η/N) Σ K (∇_h z)ᵀ (p - e_y) falls when a real step is halved."""
     x, y = data.x[:n], data.y[:n]
     J = jacobians(features, x)  # [n, d, P]

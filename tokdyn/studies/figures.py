@@ -29,6 +29,7 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 9.0, height: float
         options: further arguments of Figure.subplots, e.g. sharey=True.
     """
     import matplotlib
+    from cycler import cycler
     from matplotlib.figure import Figure
 
     style = {
@@ -36,7 +37,7 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 9.0, height: float
         "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
         "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.grid": True, "grid.color": GRID,
         "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.facecolor": "none", "legend.frameon": False, "legend.fontsize": 8,
-        "lines.linewidth": 1.6, "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "mathtext.fontset": "dejavusans",
+        "lines.linewidth": 1.6, "axes.prop_cycle": cycler(color=COLOURS), "mathtext.fontset": "dejavusans",
     }  # fmt: skip
     with matplotlib.rc_context(style):
         made = Figure(figsize=(width, height * rows), layout="constrained", facecolor=PAPER)

@@ -16,6 +16,7 @@ the shared tokens are pulled up and pushed down alike.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ def run(quick: bool = False, seed: int = 0) -> Result:
     curves = []
     for run_seed in range(seed, seed + (1 if quick else 5)):
         for name in ("GRPO", "Pos-only", "NTHR"):
-            size = dict(steps=2, every=2, prompts=4, samples=8) if quick else dict(steps=30, every=10, prompts=8, samples=16)
-            rows = train(taught, tokenizer, sums, name, seed=run_seed, **size)
+            schedule = Schedule(2, 2, 4, 8) if quick else Schedule(30, 10, 8, 16)
+            rows = train(taught, tokenizer, sums, name, schedule, seed=run_seed)
             curves += [{"method": name, "seed": run_seed} | row for row in rows]
     with float64():
         gap = _identity(copy.deepcopy(taught).double(), rollouts.of(mixed[0]))
@@ -262,7 +263,7 @@ def _identity(model: Any, chis: list[td.Chi]) -> float:
     def log_pi(i: int) -> Tensor:
         return (hidden[i] @ leaf.T).log_softmax(1).gather(1, chis[i].ids[chis[i].scored][:, None]).squeeze(1)
 
-    right = sum(log_pi(i).sum() for i, chi in enumerate(chis) if chi.advantage and chi.advantage > 0)
+    right = torch.stack([log_pi(i).sum() for i, chi in enumerate(chis) if chi.advantage and chi.advantage > 0]).sum()
     (toward,) = torch.autograd.grad(right, leaf)
     truth = torch.stack([(toward * torch.autograd.grad(value, leaf, retain_graph=True)[0]).sum()
                          for i in range(2) for value in log_pi(i)])  # fmt: skip
@@ -272,18 +273,45 @@ def _identity(model: Any, chis: list[td.Chi]) -> float:
 # ---------------------------------------------------------------- training
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How long a policy is trained and how it is read.
+
+    Attributes:
+        steps: optimizer steps.
+        every: steps from one reading to the next; the last step is read too.
+        prompts: problems of a step, each answered G times.
+        samples: fresh answers to every problem for a reading.
+    """
+
+    steps: int
+    every: int
+    prompts: int
+    samples: int
+
+
 def train(
-    model: Any, tokenizer: Any, sums: list[arithmetic.Sum], method: str, *, steps: int, every: int, prompts: int, samples: int,
-    seed: int, lr: float = LR, objective: td.objectives.GRPO | None = None,
+    model: Any, tokenizer: Any, sums: list[arithmetic.Sum], method: str, schedule: Schedule, *, seed: int,
+    objective: td.objectives.GRPO | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Readings {step, pass@1, pass@K, top-1 mass, entropy} of a policy trained on its own rollouts, so many prompts a step."""
+    """Readings {step, pass@1, pass@K, top-1 mass, entropy} of a copy of the model that learns from its own answers.
+
+    Args:
+        model, tokenizer: where the policy starts.
+        sums: the problems.
+        method: "GRPO", "Pos-only", "NTHR" or "random tokens" (`weights_of`), or any name for the objective unweighted.
+        schedule: steps and readings.
+        seed: of batches and samples.
+        objective: GRPO's loss when absent.
+    """
     policy = copy.deepcopy(model)
-    optimizer, rows = training.adam(policy, lr), []
+    optimizer, rows = training.adam(policy, LR), []
     objective = objective or td.objectives.GRPO()
+    steps, prompts = schedule.steps, schedule.prompts
     batches = list(training.batches(sums, prompts, seed, epochs=1 + steps * prompts // len(sums)))
     for n in range(steps + 1):
-        if n % every == 0 or n == steps:
-            rows.append({"step": n} | reading(policy, tokenizer, sums, samples, seed))
+        if n % schedule.every == 0 or n == steps:
+            rows.append({"step": n} | reading(policy, tokenizer, sums, schedule.samples, seed))
         if n < steps:
             rollouts = arithmetic.roll_out(policy, tokenizer, batches[n], G, seed=1000 * seed + n).chis
             learned = [chi for chi in rollouts if chi.advantage]

@@ -23,6 +23,7 @@ import tokdyn as td
 
 from ..exact.groups import group_labels
 from ..loading import load_model
+from ..objectives import Objective
 from . import texts, training
 from .figures import COLOURS, GREY, figure
 from .result import Claim, Result, estimate
@@ -158,6 +159,12 @@ def _matrix(model: Any, u: list[td.Chi], o: list[td.Chi], scope: str, **options:
     return F.double()
 
 
+def _vector(model: Any, u: list[td.Chi], o: list[td.Chi], objective: Objective, **options: Any) -> Tensor:
+    vector = td.forces(model, u, o, objective, **options).vector
+    assert vector is not None
+    return vector
+
+
 def _tokens(model: Any, tokenizer: Any, rows: list[texts.Row]) -> tuple[list[dict], list[dict], float]:
     """Token by token: each estimate's correlation with the exact force, by where the observed token stands; layers' shares."""
     chis = [chi for chi in texts.preferences(tokenizer, rows) if chi.group == 0 or chi.role == "chosen"]
@@ -198,9 +205,7 @@ def _pairs(model: Any, tokenizer: Any, rows: list[texts.Row], steps: tuple[str, 
         real = {name: td.verify(model, pair, chosen, dpo, move=SMALL if name == "small" else LARGE) for name in steps}
         found = {"exact": float(real["small"].predicted.sum() / real["small"].eta)}
         for scope in ("readout", "ch2"):
-            vector = td.forces(model, pair, chosen, dpo, scope=scope, reduce="update").vector
-            assert vector is not None
-            found[scope] = float(vector.sum())
+            found[scope] = float(_vector(model, pair, chosen, dpo, scope=scope, reduce="update").sum())
         plus, minus = (h.double() for h in training.hidden(model, pair))
         sums = plus.sum(0), minus.sum(0)
         found["-CHES"] = float(sums[0] @ sums[0] - sums[0] @ sums[1])
@@ -208,9 +213,9 @@ def _pairs(model: Any, tokenizer: Any, rows: list[texts.Row], steps: tuple[str, 
         found["-CHES, length-normalised"] = float(means[0] @ means[0] - means[0] @ means[1])
         changes = {f"real_{name}": float(v.actual.sum() / v.eta) for name, v in real.items()}
         pairs.append({"pair": i} | found | changes | {f"linearity_{name}": v.linearity for name, v in real.items()})
-        push = [td.forces(model, pair[1:], chosen, td.objectives.SFT(), scope=scope, reduce="observe").vector
-                for scope in ("full", "readout")]  # fmt: skip
-        scores.append({"pair": i, "rank": td.rank_correlation(*push), "sign": td.sign_delta(*push)})
+        exact, cheap = (_vector(model, pair[1:], chosen, td.objectives.SFT(), scope=scope, reduce="observe")
+                        for scope in ("full", "readout"))  # fmt: skip
+        scores.append({"pair": i, "rank": td.rank_correlation(exact, cheap), "sign": td.sign_delta(exact, cheap)})
     return pairs, scores
 
 

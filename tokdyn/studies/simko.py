@@ -22,7 +22,7 @@ from ..loading import load_model
 from ..objectives import Scores
 from . import arithmetic, training
 from .figures import BLUE, VERMILION, band, figure
-from .grpo_forces import G, K, gained, gains, train
+from .grpo_forces import G, K, Schedule, gained, gains, train
 from .result import Claim, Estimate, Result, estimate
 
 PAPER = "arXiv 2510.14807 §4"
@@ -44,12 +44,12 @@ def run(quick: bool = False, seed: int = 0) -> Result:
     taught = arithmetic.half_taught(model, tokenizer, sums, seed=seed)
     rollouts = [chi for chi in arithmetic.roll_out(taught, tokenizer, sums[:4], G, seed=seed).chis if chi.advantage]
     value, spread = _identities(taught, rollouts)
-    size = dict(steps=4, every=4, prompts=4, samples=8) if quick else dict(steps=60, every=10, prompts=8, samples=16)
+    schedule = Schedule(4, 4, 4, 8) if quick else Schedule(60, 10, 8, 16)
     curves = [
         {"method": name, "seed": s} | row
         for s in range(seed, seed + (1 if quick else 5))
         for name, objective in LOSSES.items()
-        for row in train(taught, tokenizer, sums, name, seed=s, objective=objective, **size)
+        for row in train(taught, tokenizer, sums, name, schedule, seed=s, objective=objective)
     ]
     return conclude(curves, value, spread, len(sums))
 

@@ -94,15 +94,15 @@ def force(objective: Objective, pi: Tensor, y: Tensor, right: Tensor) -> Tensor:
     A > 0: ẽ - pi where the gate is open (e_y - pi elsewhere), ẽ = (1-α) e_y + (α/N) Σ e_top.    A < 0: -λ (e_y - pi) where the
     gate is open and y is the most likely token, -(e_y - pi) elsewhere. Each is divided by the length 3 and by no group size.
     """
-    alpha, lam, N, q = (getattr(objective, name, 0.0) for name in ("alpha", "lam", "n_candidates", "quantile"))
     e = torch.nn.functional.one_hot(y, 4).to(pi)
-    if not N:
+    if not isinstance(objective, SimKO):
         return torch.where(right[..., None, None], e - pi, pi - e) / 3
+    alpha, N = objective.alpha, objective.n_candidates
     entropy = -(pi * pi.log()).nan_to_num().sum(-1)
-    gate = (entropy > entropy.quantile(q, dim=-1, keepdim=True))[..., None]
+    gate = (entropy > entropy.quantile(objective.quantile, dim=-1, keepdim=True))[..., None]
     top = pi.topk(N, -1).indices
     shared = (1 - alpha) * e + (alpha / N) * torch.zeros_like(e).scatter(-1, top, 1.0)
-    harder = 1 + (lam - 1) * (gate & (top[..., :1] == y[..., None])).to(pi)
+    harder = 1 + (objective.lam - 1) * (gate & (top[..., :1] == y[..., None])).to(pi)
     return torch.where(right[..., None, None], torch.where(gate, shared, e) - pi, harder * (pi - e)) / 3
 
 

@@ -255,8 +255,8 @@ def demo_model(pairs: int, places: int, seed: int) -> dict[str, list[Any]]:
             pushes = [td.Chi(torch.cat([chi.ids[:t], torch.tensor([y])]), last) for y in pushed]
             for scope in ("readout", "full"):
                 found = td.forces(model, pushes, pushes, td.objectives.SFT(), scope=scope, reduce="update")
-                for row, (rank, y) in enumerate(zip(MODEL_RANKS, pushed, strict=True)):
-                    words = found.vocabulary(row, row, k=len(log_pi))
+                for m, (rank, y) in enumerate(zip(MODEL_RANKS, pushed, strict=True)):
+                    words = found.vocabulary(m, m, k=len(log_pi))
                     down = torch.empty_like(log_pi)
                     down[words.rising] = -words.rise.double()
                     own, down = down[y], down / -down[y]  # per nat that y⁻ loses
