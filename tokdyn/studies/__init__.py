@@ -1,7 +1,8 @@
 """The phenomena of the learning-dynamics papers, one module each, with a figure and the numbers that decide it: `tokdyn study`.
 
 A module here that defines `run(quick=False, seed=0) -> Result` is a study, and its name is the module's; its docstring says
-what is shown and by which paper. The other modules are what studies share.
+what is shown and by which paper. The other modules are what studies share. Functions that train, sample or write name all of
+model, tokenizer, data, sizes and seed, so that some take more than five arguments: a study reads as its table of settings.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from types import ModuleType
 
 
 def names() -> list[str]:
-    """All studies as the command line spells them, with dashes."""
+    """Names of all studies, sorted, as the command line spells them (with dashes)."""
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if "\ndef run(" in _source(module))
 
 
 def load(name: str) -> ModuleType:
-    """The module of a study.
+    """Import the module of a study.
 
     Raises:
         ValueError: there is no study of that name, or a package that it needs is not installed.

@@ -84,7 +84,7 @@ def run(quick: bool = False, seed: int = 0) -> Result:
 
 
 def one(seed: int) -> tuple[Tensor, float]:
-    """Energy and adaptation for every τ, [τ, column], and the order of the first-order formula, for one seed."""
+    """One seed: COLUMNS for every τ, [τ, column], and the order of the residual of the first-order formula."""
     train, _ = digits(seed, train=300)
     first, second = train.y < 5, train.y >= 5
     source, target = Data(train.x[first], train.y[first]), Data(train.x[second], train.y[second] - 5)
@@ -148,7 +148,7 @@ def formula_order(features: nn.Module, head: nn.Sequential, data: Data, n: int =
 
 
 def draw(energy: Tensor, distance: Tensor, cosine: Tensor, dot: Tensor) -> Any:
-    """Adaptation of the features against the energy at the start of fine-tuning."""
+    """Three panels against the energy at the start of fine-tuning: distance, cosine and h·h₀ of the features."""
     made, axes = figure(1, 3, width=11, title="Little head probing leaves energy, and energy moves the features")
     at = energy.mean(0)
     for panel, values, colour, label, title in zip(

@@ -61,17 +61,17 @@ def band(axes: Any, x: Any, runs: Any, colour: str, label: str | None = None, **
 
 
 def svg(figure: Any, name: str, *, inline: bool) -> str:
-    """The figure as SVG text: a part of a page (inline), or a file of its own, which brings its two sets of colours along.
+    """The figure as SVG text: a part of a page (inline), or a file of its own, with colours for light and for dark paper.
 
     Args:
         figure: a matplotlib Figure.
         name: what its ids begin with, so that several figures share a page; also the seed of the ids, which makes the text
             the same each time.
-        inline: leave the colours to the page (`style`).
+        inline: leave the definition of the colours to the page (`style`).
     """
     import matplotlib
 
-    for axes in figure.axes:  # what was added after `figure` took matplotlib's own style
+    for axes in figure.axes:  # titles and legends made outside the rc_context of `figure`
         text, legend = axes.get_title(), axes.get_legend()
         if text:
             axes.set_title("")

@@ -37,7 +37,7 @@ LOSSES: dict[str, Objective] = {
 
 
 def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> Result:
-    """The cancellation on pairs that share a prefix, in G, in exact forces and in real steps.
+    """Measure the cancellation on pairs that share a prefix: at the logits, in exact forces and in real steps.
 
     Args:
         quick: fewer pairs, exact forces on two of them instead of six.
@@ -70,7 +70,7 @@ def _drawn(tokenizer: Any, quick: bool, data: str | Path | None) -> list[list[td
 
 
 def conclude(tables: dict[str, list[dict[str, Any]]], forces: list[float]) -> Result:
-    """The claims, from readings by position, by loss and by step, and the prefix's exact forces of some pairs."""
+    """The study's claims and figure, from rows by position, by loss and by step, and the relative force of some prefixes."""
     import pyarrow as pa
 
     by_position, by_loss, by_step = (tables[name] for name in ("positions", "losses", "steps"))
@@ -89,7 +89,7 @@ def conclude(tables: dict[str, list[dict[str, Any]]], forces: list[float]) -> Re
 
 
 def _identities(by_position: list[dict[str, Any]], forces: list[float], pairs: int) -> list[Claim]:
-    """What the algebra says of the prefix and of the divergence, at the logits and through all parameters."""
+    """Claims that are identities: what cancels at the prefix and at the divergence."""
     prefix = [row["cancelled"] for row in by_position if row["offset"] < 0]
     parting = [row["off_two_logits"] for row in by_position if row["offset"] == 0]
     eps = torch.finfo(torch.float32).eps
@@ -116,7 +116,7 @@ def _identities(by_position: list[dict[str, Any]], forces: list[float], pairs: i
 
 
 def _measured(gain: dict[str, list[float]], by_loss: list[dict[str, Any]], pairs: int) -> list[Claim]:
-    """Where the argmax gains its mass, and which losses cancel."""
+    """Claims that are measured: where the argmax gains its mass, and which losses cancel."""
     rest = [b - a for a, b in zip(gain["divergence"], gain["behind it"], strict=True)]
     of_loss = {name: sum(row["share"] for row in by_loss if row["loss"] == name) / pairs for name in LOSSES}
     return [
@@ -137,17 +137,19 @@ def _measured(gain: dict[str, list[float]], by_loss: list[dict[str, Any]], pairs
 
 
 def _spliced(row: dict[str, str], other: dict[str, str]) -> dict[str, str]:
-    """The chosen answer against one that keeps its first third and goes on with another prompt's: nobody would give it."""
+    """The pair whose rejected answer is the first third of the chosen one, continued with another prompt's answer."""
     here, there = row["chosen"].split(" "), other["chosen"].split(" ")
     return row | {"rejected": " ".join(here[: len(here) // 3] + there[len(there) // 3 :])}
 
 
 def _shares(tokenizer: Any, row: dict[str, str]) -> bool:
+    """Whether both answers begin with the same two tokens."""
     a, b = (tokenizer(row[key]).input_ids for key in ("chosen", "rejected"))
     return a[:2] == b[:2]
 
 
 def _shared(pair: list[td.Chi]) -> int:
+    """Number of scored tokens before the first difference."""
     a, b = (chi.ids[chi.scored].tolist() for chi in pair)
     return next(k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
 
@@ -159,7 +161,7 @@ def _weights(model: Any, pair: list[td.Chi], objective: Objective) -> Tensor:
 
 @torch.no_grad()
 def _positions(model: Any, pair: list[td.Chi]) -> list[dict[str, float]]:
-    """What the two gradients at the logits add up to, position by position, relative to the divergence."""
+    """Norms of the sum of both answers' gradients at the logits; one row a position, counted from the divergence."""
     objective = td.objectives.DPO()
     z = training.logits(model, pair)
     gterm = objective.g_terms(torch.cat(training.log_probs(model, pair)), pair)
@@ -189,7 +191,7 @@ def _prefix_weights(model: Any, pair: list[td.Chi]) -> list[dict[str, Any]]:
 
 
 def _part_of(pair: list[td.Chi]) -> Tensor:
-    """0 shared, 1 divergence, 2 behind, for the scored tokens of both answers."""
+    """Index into PARTS for the scored tokens of both answers: 0 shared prefix, 1 divergence, 2 behind it."""
     k = _shared(pair)
     return torch.cat([(torch.arange(len(chi)) >= k).long() + (torch.arange(len(chi)) > k).long() for chi in pair])
 

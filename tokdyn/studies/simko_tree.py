@@ -127,7 +127,7 @@ def train(objective: Objective, first: int, seeds: int, steps: int, every: int) 
 
 
 def identity_claim(seed: int) -> Claim:
-    """The closed form of `force` against td.objectives, on random responses of both signs."""
+    """Claim that `force` is minus the G of td.objectives, on random responses of both signs."""
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
     for i in range(50):
@@ -150,7 +150,7 @@ def identity_claim(seed: int) -> Claim:
 
 
 def curves(found: dict[str, Tensor], steps: list[int]) -> pa.Table:
-    """Probability of each rewarded path by objective, step and seed."""
+    """Table of the probability of each rewarded path by objective, step and seed."""
     rows = [
         (name, step, s, REWARDED[k], float(x[i, s, k]))
         for name, x in found.items()
@@ -162,7 +162,7 @@ def curves(found: dict[str, Tensor], steps: list[int]) -> pa.Table:
 
 
 def draw(accuracy: dict[str, Tensor], modes: dict[str, Tensor], found: dict[str, Tensor], steps: list[int]) -> Any:
-    """Accuracy, paths kept, and where the probability lies at the end."""
+    """Accuracy and number of kept paths through training, and the probabilities of the rewarded paths at its end."""
     made, (left, middle, right) = figure(
         1, 3, width=11, title="Sharing a correct token's gradient keeps more ways to the reward"
     )
