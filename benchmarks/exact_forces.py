@@ -33,287 +33,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import gc
 import importlib.metadata
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import platform
-import statistics
-import tempfile
-import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from exact_forces_processes import measure, ratio
+from exact_forces_sides import LINEAR, OURS, PEERS, PLAIN, Size
 
 BOUND = 1e-5
-LINEAR = r"\.layers\.\d+\..*_proj\."  # what the peers cover of this model: the backbone's linear layers
-OURS, PLAIN = "tangent", "forward+backward"
-PEERS = ("bergson", "kronfluence")
-
-
-class Size(NamedTuple):
-    """Tokens per sequence and side, vocabulary, width, layers, sequences per side."""
-
-    length: int
-    vocabulary: int
-    width: int
-    layers: int
-    batch: int = 1
-
-
-def model_of(size: Size) -> Any:
-    """A random model of Qwen2 shape; the same on every side."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        hidden_size=size.width, num_hidden_layers=size.layers, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=int(2.75 * size.width), vocab_size=size.vocabulary, tie_word_embeddings=True,
-        max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, use_cache=False,
-    )  # fmt: skip
-    return Qwen2ForCausalLM(config).eval()
-
-
-def texts(size: Size) -> list[Any]:
-    """Update and observed sequences: one token of prompt, the rest scored."""
-    from tokdyn.testing import random_chis
-
-    return [random_chis([(1, size.length)] * size.batch, seed=seed, vocabulary=size.vocabulary) for seed in (1, 2)]
-
-
-def tokdyn_side(model: Any, **options: Any) -> Callable:
-    """td.forces: (matrix or vector, number of parameters that took part)."""
-    import tokdyn as td
-
-    def run(update: Any, observe: Any) -> tuple[Any, int]:
-        result = td.forces(model, update, observe, **options)
-        moving = [name for name, rule in result.coverage.items() if rule != "frozen" and not rule.startswith("outside scope")]
-        tensors = {id(p): p.numel() for p in map(model.get_parameter, moving)}
-        return result.matrix if result.vector is None else result.vector, sum(tensors.values())
-
-    return run
-
-
-def plain_side(model: Any) -> Callable:
-    """One forward and backward pass of the update, gradients of all parameters."""
-    import torch
-
-    def run(update: Any, observe: Any) -> tuple[None, int]:
-        ids = torch.stack([chi.ids for chi in update])
-        z = model(ids[:, :-1]).logits
-        torch.nn.functional.cross_entropy(z.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
-        model.zero_grad()
-        return None, sum(p.numel() for p in model.parameters())
-
-    return run
-
-
-def bergson_side(model: Any, args: argparse.Namespace, folder: str) -> Callable:
-    """bergson's token_influence="output": query gradients by its collector, then a tangent pass for each."""
-    from bergson import CollectorComputer, GradientProcessor, IndexConfig, InMemoryCollector
-    from bergson.data import allocate_batches, pad_and_tensor
-    from bergson.score.output_influence import output_token_influence, query_directions
-    from datasets import Dataset
-
-    tokens = max(args.peer_tokens or 2048, args.length + 1)  # 2048 is its default
-    cfg = IndexConfig(run_path=f"{folder}/index", include_bias=True, token_batch_size=tokens)
-    cfg.partial_run_path.mkdir(parents=True)
-    model.requires_grad_(False)  # as bergson sets a model up: hooks take what they need
-    model.get_input_embeddings().requires_grad_(True)
-
-    def run(update: Any, observe: Any) -> tuple[Any, int]:
-        (u,), (o,) = ([chi.ids.tolist() for chi in side] for side in (update, observe))
-        documents = [o if args.whole else o[: t + 1] for t in range(1, len(o))]
-        labels = [[-100] * t + [o[t]] + [-100] * (len(ids) - t - 1) for t, ids in enumerate(documents, 1)]
-        queries = Dataset.from_dict(dict(input_ids=documents, labels=labels, length=[len(ids) for ids in documents]))
-        model.set_attn_implementation("sdpa")
-        collector = InMemoryCollector(
-            model=model.base_model, data=queries, cfg=cfg, processor=GradientProcessor(include_bias=cfg.include_bias)
-        )
-        batches = allocate_batches(queries["length"][:], cfg.token_batch_size)
-        CollectorComputer(model, queries, collector=collector, batches=batches, cfg=cfg).run_with_collector_hooks()
-        model.set_attn_implementation("eager")  # as bergson does: the fused one has no forward derivative
-        grads = {name: g.T for name, g in collector.gradients.items()}
-        x, y, _, _ = pad_and_tensor([u], labels=[u], sync_max_len=False)
-        rates, _ = output_token_influence(model, x, y, query_directions(model, grads, collector.target_info), cfg)
-        return rates[0].T, sum(len(g) for g in grads.values())
-
-    return run
-
-
-def kronfluence_side(model: Any, args: argparse.Namespace, folder: str) -> Callable:
-    """kronfluence's pairwise scores without a preconditioner, one example per loss token."""
-    import torch
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
-    from kronfluence.task import Task
-    from kronfluence.utils.dataset import DataLoaderKwargs
-
-    tracked = [name for name, m in model.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)]
-    covered = sum(p.numel() for name in tracked for p in model.get_submodule(name).parameters())
-
-    class TokenLoss(Task):
-        def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> Any:
-            ids, last, targets = batch
-            h = model.model(ids).last_hidden_state[torch.arange(len(ids)), last]
-            return torch.nn.functional.cross_entropy(model.lm_head(h), targets, reduction="sum")
-
-        def compute_measurement(self, batch: Any, model: Any) -> Any:
-            return self.compute_train_loss(batch, model)
-
-        def get_influence_tracked_modules(self) -> list[str]:
-            return tracked
-
-    def collate(examples: list[tuple[Any, int]]) -> tuple[Any, Any, Any]:
-        ids = [ids if args.whole else ids[:t] for ids, t in examples]
-        targets = torch.stack([ids[t] for ids, t in examples])
-        return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True), torch.tensor([t - 1 for _, t in examples]), targets
-
-    task = TokenLoss()
-    analyzer = Analyzer("tokens", prepare_model(model, task), task, cpu=True, disable_tqdm=True, output_dir=folder)
-    analyzer.fit_all_factors("identity", [], factor_args=FactorArguments(strategy="identity"))
-
-    def run(update: Any, observe: Any) -> tuple[Any, int]:
-        (u,), (o,) = ([chi.ids for chi in side] for side in (update, observe))
-        train, query = ([(ids, t) for t in range(1, len(ids))] for ids in (u, o))
-        examples = max(1, (args.peer_tokens or 8192) // len(u))
-        analyzer.compute_pairwise_scores(
-            "scores", "identity", query, train, examples, examples, dataloader_kwargs=DataLoaderKwargs(collate_fn=collate),
-            score_args=ScoreArguments(query_gradient_accumulation_steps=len(query)), overwrite_output_dir=True,
-        )  # fmt: skip
-        return analyzer.load_pairwise_scores("scores")["all_modules"], covered
-
-    return run
-
-
-def side_of(name: str, model: Any, args: argparse.Namespace, scope: str, folder: str) -> Callable:
-    """What a side's name stands for."""
-    match name.partition("="):
-        case ("tangent", _, _):
-            return tokdyn_side(model, scope=scope, memory=args.memory << 20)
-        case ("naive", _, _):
-            return tokdyn_side(model, scope=scope, memory=args.naive_memory << 20, method="naive")
-        case ("reduce", _, axis):
-            return tokdyn_side(model, scope=scope, reduce=axis)
-        case ("bergson", _, _):
-            return bergson_side(model, args, folder)
-        case ("kronfluence", _, _):
-            return kronfluence_side(model, args, folder)
-        case _:
-            return plain_side(model)
-
-
-def resident(what: str) -> float:
-    """VmRSS (now) or VmHWM (the most since it was reset) of this process in MiB; NaN where the system does not say."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(what):
-                return int(line.split()[1]) / 1024
-    return math.nan
-
-
-def work(connection: Any, name: str, size: Size, scope: str, args: argparse.Namespace) -> None:
-    """A side's process: warm up, then run when told to, and report seconds, peak, result and parameters."""
-    import torch
-
-    torch.set_num_threads(args.threads)
-    if name in PEERS:  # progress bars and logs
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(EOFError, BrokenPipeError):  # the parent has gone
-        try:
-            serve(connection, side_of(name, model_of(size), args, scope, folder), size)
-        except Exception:
-            connection.send(traceback.format_exc())
-
-
-def serve(connection: Any, run: Callable, size: Size) -> None:
-    run(*texts(size._replace(length=min(8, size.length), batch=1)))
-    sides = texts(size)
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what the warm-up left behind would hide what is taken anew
-    base = resident("VmRSS")
-    connection.send("ready")
-    while connection.recv():
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark so far
-        start, cpu = time.perf_counter(), time.process_time()
-        result, parameters = run(*sides)
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        peak = resident("VmHWM") - base
-        connection.send((seconds, cpu, peak, None if result is None else result.detach().numpy().copy(), parameters))
-        del result
-
-
-class Worker:
-    """A side in a process of its own; a context manager."""
-
-    def __init__(self, context: Any, name: str, size: Size, scope: str, args: argparse.Namespace):
-        self.name, (self.here, there) = name, context.Pipe()
-        self.process = context.Process(target=work, args=(there, name, size, scope, args), daemon=True)
-        self.process.start()
-        there.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def answer(self) -> Any:
-        """The next message. Ends the run when the side has failed."""
-        try:
-            said = self.here.recv()
-        except EOFError:
-            self.process.join()
-            code = self.process.exitcode
-            raise SystemExit(f"{self.name} ended with code {code}: out of memory? Try a smaller size") from None
-        if isinstance(said, str) and said != "ready":
-            raise SystemExit(f"{self.name} failed:\n{said}")
-        return said
-
-    def once(self) -> Any:
-        self.here.send(True)
-        return self.answer()
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self.here.send(False)
-        self.process.join(5)
-        self.process.terminate()
-
-
-def measure(context: Any, names: list[str], size: Size, scope: str, args: argparse.Namespace) -> tuple[list[dict], list[Any]]:
-    """All sides at one size, taking turns: a row per side, and their results."""
-    with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(Worker(context, name, size, scope, args)) for name in names]
-        for worker in workers:
-            assert worker.answer() == "ready"
-        found: dict[str, list[Any]] = {name: [] for name in names}
-        for turn in range(args.repeat):
-            for worker in workers[:: -1 if turn % 2 else 1]:
-                found[worker.name].append(worker.once())
-    rows = []
-    for name, runs in found.items():
-        seconds = [run[0] for run in runs]
-        row = dict(side=name, scope="linear" if scope == LINEAR else scope, parameters=runs[0][4], **size._asdict())
-        row |= dict(runs=len(runs), median_s=statistics.median(seconds), min_s=min(seconds), max_s=max(seconds))
-        row |= dict(cpu_s=statistics.median(run[1] for run in runs), peak_MiB=max(run[2] for run in runs))
-        rows.append(row | dict(ratio=None, error=None, seconds=seconds))
-    return rows, [runs[-1][3] for runs in found.values()]
-
-
-def ratio(row: dict, to: dict) -> float:
-    """Median over the rounds of row's time / to's time."""
-    return statistics.median(a / b for a, b in zip(row["seconds"], to["seconds"], strict=True))
 
 
 def compare(context: Any, peer: str, size: Size, args: argparse.Namespace) -> tuple[list[dict], str]:
-    """Ours beside a peer at one size: two rows and a sentence."""
+    """Measure ours beside a peer at one size: two rows and a sentence."""
     import numpy as np
 
     scope = LINEAR if peer in PEERS else "full"
@@ -331,7 +67,7 @@ def compare(context: Any, peer: str, size: Size, args: argparse.Namespace) -> tu
 
 
 def reduction(context: Any, size: Size, args: argparse.Namespace) -> tuple[list[dict], str]:
-    """Both reductions beside one forward and backward pass of the update: three rows and a sentence."""
+    """Measure both reductions beside one forward and backward pass of the update: three rows and a sentence."""
     import numpy as np
 
     rows, (_, onto, by) = measure(context, [PLAIN, "reduce=update", "reduce=observe"], size, "full", args)
@@ -352,7 +88,7 @@ def exponent(x: list[int], y: list[float]) -> tuple[float, float]:
 
 
 def scaling(context: Any, size: Size, args: argparse.Namespace) -> tuple[list[dict], list[str], dict]:
-    """Our cost against length and against width: a row each, what was fitted in words, and as numbers."""
+    """Measure ours at several lengths and widths: a row each, the fitted exponents in words, and as numbers."""
     import numpy as np
 
     rows, said, fits = [], [], {}
@@ -393,7 +129,7 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of everything that takes part; None where it is not installed."""
+    """Versions of Python and the compared packages; None for one that is not installed."""
     found: dict[str, str | None] = dict(python=platform.python_version())
     for name in ("tokdyn", "torch", "transformers", "numpy", *PEERS):
         found[name] = importlib.metadata.version(name) if importlib.util.find_spec(name) else None
@@ -401,7 +137,7 @@ def versions() -> dict[str, str | None]:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows, aligned."""
+    """The rows as text with aligned columns."""
     forms = dict(side="", scope="", parameters="", length="", vocabulary="", width="", layers="", batch="", runs="",
                  median_s=".3f", min_s=".3f", max_s=".3f", cpu_s=".3f", peak_MiB=".0f", ratio=".2f", error=".1e")  # fmt: skip
     cells = [list(forms)] + [["-" if row[k] is None else format(row[k], f) for k, f in forms.items()] for row in rows]

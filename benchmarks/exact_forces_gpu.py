@@ -42,7 +42,7 @@ def qwen(layers: int, device: torch.device, quick: bool) -> torch.nn.Module:
 
 
 def both(model: torch.nn.Module, tokens: int, length: int) -> tuple[list[td.Chi], list[td.Chi]]:
-    """Update and observed sequences of at most `length` tokens, `tokens` of them scored on each side."""
+    """Update and observed sequences of `length` tokens behind one of prompt, the last one shorter; `tokens` scored a side."""
     V = model.config.vocab_size
     each = [(1, min(length, tokens - first)) for first in range(0, tokens, length)]
     return random_chis(each, seed=1, vocabulary=V), random_chis(each, seed=2, vocabulary=V)
@@ -67,7 +67,7 @@ def timed(call: Any, device: torch.device) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Errors first, then times."""
+    """Compute both errors, then time matrix and reduction, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=4096, help="tokens on each side of the matrix")
     parser.add_argument("--reduced", type=int, default=32768, help="tokens on each side of the reduction")

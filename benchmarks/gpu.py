@@ -59,7 +59,7 @@ class Stage:
 
 
 def stages(python: str, scratch: Path) -> list[Stage]:
-    """What is run, in order."""
+    """The stages in the order they run; those of one phase run side by side."""
     triton = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/*/triton.py"))
     cuda = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
     install = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--upgrade"]
@@ -91,7 +91,7 @@ def stages(python: str, scratch: Path) -> list[Stage]:
 
 
 def missing(stage: Stage) -> str:
-    """Why a stage cannot start, or ""."""
+    """Packages and programs that a stage needs and this machine lacks, as a sentence; "" when it can start."""
     packages = [name for name in stage.needs if not name.endswith("!")]
     absent = [f"the package {name}" for name in packages if not importlib.util.find_spec(name)]
     for name in (name[:-1] for name in stage.needs if name.endswith("!")):
@@ -167,7 +167,7 @@ def check(found: list[Stage]) -> list[str]:
 
 
 def about_machine() -> dict[str, Any]:
-    """The GPU, versions, and the commit."""
+    """The GPU, versions of what takes part, the date and the commit."""
     import torch
 
     gpu = torch.cuda.get_device_properties(0)
@@ -226,7 +226,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Check, run, write."""
+    """Check the machine, run the stages, and write the results as JSON and Markdown; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the two files")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything")

@@ -17,6 +17,7 @@ from tokdyn.cli import app
 
 
 def joined(arguments: list[str]) -> None:
+    """The command `join`: several runs as one table."""
     parser = argparse.ArgumentParser(prog="kernels.py join")
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--json", type=Path)

@@ -68,7 +68,7 @@ def setting(args: argparse.Namespace):
 
 
 def block(way: str, steps: int, parts) -> tuple[float, float]:
-    """Seconds per step, by the clock and of the processor."""
+    """Seconds per step of a training, (by the clock, of the processor): "off", "recorded", "between" records, or "probe"."""
     import tokdyn as td
 
     model, optimizer, batches, probe, loss = parts
@@ -100,7 +100,7 @@ def block(way: str, steps: int, parts) -> tuple[float, float]:
 
 
 def memory(way: str, args: argparse.Namespace, queue) -> None:
-    """Peak MiB of a process that trains one way."""
+    """Main function of a process that trains one way and puts its peak resident MiB into the queue."""
     parts = setting(args)
     block(way, args.steps, parts)
     status = Path("/proc/self/status")  # ru_maxrss of a new process starts at its parent's

@@ -37,3 +37,9 @@ def test_every_dependency_is_pinned_inside_its_range():
     optional = [line for lines in PROJECT["project"]["optional-dependencies"].values() for line in lines]
     for requirement in map(Requirement, PROJECT["project"]["dependencies"] + optional + PROJECT["build-system"]["requires"]):
         assert requirement.specifier.contains(versions[requirement.name.lower()]), requirement
+
+
+def test_mypy_reads_kernels_under_the_name_that_they_are_installed_as():
+    checked = [ROOT / path for path in PROJECT["tool"]["mypy"]["files"]]
+    (link,) = (path for path in checked if path.name == "kernels")
+    assert link.resolve() == ROOT / "kernels" and link.relative_to(ROOT / ".mypy").parts == ("tokdyn", "kernels")

@@ -37,9 +37,9 @@ def dual_gram(
     2 (M + L + S_o S_u) p q, with up to 16 MiB a side for those sums; the cheaper way is taken. Segments that are not in order
     add 8 bytes a row.
     """
-    ids, shape = segments or (None, None), (len(a1), len(a2))
+    ids, shape = segments or (None, None), [len(a1), len(a2)]
     if segments is not None:
-        shape = tuple(int(s.max()) + 1 if s.numel() else 0 for s in segments)
+        shape = [int(s.max()) + 1 if s.numel() else 0 for s in segments]
     total = torch.empty(shape) if out is None else out
     _dual_gram(a1, a2, d1, d2, total, out is not None, *ids, simd)
     return total

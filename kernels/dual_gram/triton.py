@@ -135,13 +135,13 @@ def dual_gram(
     2 (M + L + S_o S_u) p q flops and up to 64 MiB. Without segments, no buffer up to p + q = 2048 (32 in float32), and
     two of up to 256 MiB beyond.
     """
-    ids, shape = segments or (None, None), (len(a1), len(a2))
+    ids, shape = segments or (None, None), [len(a1), len(a2)]
     if segments is not None:
         for name, side in zip(("rows", "columns"), segments, strict=True):
             if side.dtype != torch.int64 or side.dim() != 1:
                 raise ValueError(f"dual_gram: the segments of {name} must be int64 with one dimension, got {side.dtype}")
         if out is None:
-            shape = tuple(int(side.max()) + 1 if len(side) else 0 for side in segments)
+            shape = [int(side.max()) + 1 if len(side) else 0 for side in segments]
     total = a1.new_empty(shape, dtype=torch.float32) if out is None else out
     _dual_gram(a1, a2, d1, d2, total, out is not None, *ids)
     return total
@@ -175,7 +175,8 @@ def _dual_gram(
         return
     with on_device_of(op, *given, out, rows, columns):
         if rows is not None and columns is not None:
-            _sum_segments(*(adjacent(x) for x in given), out, rows.contiguous(), columns.contiguous())
+            ids = rows.contiguous(), columns.contiguous()
+            _sum_segments(adjacent(a1), adjacent(a2), adjacent(d1), adjacent(d2), out, *ids)
         elif a1.shape[1] + d1.shape[1] <= RANK[a1.element_size()]:
             _tiles(_product_kernel, *(adjacent(x) for x in given), out, ADD=add)
         else:

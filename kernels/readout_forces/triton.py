@@ -416,10 +416,11 @@ def _both_residuals(observed: Side, updated: Side, readout: Readout, same: bool,
     found = [_softmax(side, at, readout, sloped=False) for side, at in zip(sides, sums, strict=True)]
     for v0, *both in _chunks(observed, updated, readout, same, bytes):
         made = [_residuals(z, side) for z, side in zip(both, sides, strict=True)]
-        for z, side, at, r in zip(both, sides, found, made, strict=True):
+        for z, side, softmax, r in zip(both, sides, found, made, strict=True):
             _residual_kernel[(len(z),)](
-                z, at.targets, r, at.base, at.inverse, at.own, at.total, side.v, at.entropy, side.uniform, readout.bias,
-                z.shape[1], v0, at.targets.shape[1], 1 / len(readout.weight), readout.factor, readout.cap, **ROW,
+                z, softmax.targets, r, softmax.base, softmax.inverse, softmax.own, softmax.total, side.v, softmax.entropy,
+                side.uniform, readout.bias, z.shape[1], v0, softmax.targets.shape[1], 1 / len(readout.weight),
+                readout.factor, readout.cap, **ROW,
             )  # fmt: skip
         yield v0, *made
 

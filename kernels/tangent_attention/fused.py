@@ -18,6 +18,6 @@ def cotangent_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference of cotangent_attention, for a single cotangent do [1, B, Hk, G, T, E]."""
     with torch.enable_grad():
-        given = [x.detach().requires_grad_() for x in (q, k, v)]
-        dq, dk, dv = torch.autograd.grad(attention(*given, mask, scale), given, do[0])
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        dq, dk, dv = torch.autograd.grad(attention(q, k, v, mask, scale), (q, k, v), do[0])
     return dq[None], dk[None], dv[None]

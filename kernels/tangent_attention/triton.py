@@ -348,7 +348,7 @@ def _attention(q, k, v, mask, scale, softcap) -> Tensor:
     out = _empty_attention(q, k, v, mask, scale, softcap)
     if out.numel():
         with on_device_of("attention", q, k, v, mask):
-            run_attention(*(adjacent(x) for x in (q.flatten(1, 2), k, v)), mask, scale, softcap, out)
+            run_attention(adjacent(q.flatten(1, 2)), adjacent(k), adjacent(v), mask, scale, softcap, out)
     return out
 
 

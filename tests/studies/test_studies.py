@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from claims import CLAIMS, FALSE, FEW, LANGUAGE, LONG, problems
 from typer.testing import CliRunner
 
 import tokdyn.studies.squeezing as any_study
@@ -40,6 +41,39 @@ def test_every_module_that_runs_is_a_study_with_its_source():
         text = (FOLDER / f"{name.replace('-', '_')}.py").read_text()
         assert re.match(r'"""[^"]+\n\n[^"]*(arXiv|preprint|thesis)', text), f"{name}: a docstring with its source"
         assert re.search(r"\ndef run\(quick: bool = False, seed: int = 0[^)]*\) -> Result:", text), name
+
+
+def test_every_study_is_run_and_every_claim_of_the_gallery_is_listed():
+    """The verdicts there are those that the list gives as reasons."""
+    assert sorted(CLAIMS) == studies.names()
+    verdicts = {}
+    for line in (FOLDER.parents[1] / "docs" / "gallery.md").read_text().splitlines():
+        if row := re.fullmatch(r"\| \[(.+?)\]\(#.+?\) \| (.+?) \| .* \| (yes|\*\*no\*\*) \|", line):
+            verdicts[row[1], row[2].replace("\\|", "|")] = row[3] == "yes"
+    assert set(verdicts) == {(study, text) for study, listed in CLAIMS.items() for text in listed.texts(quick=False)}
+    for study, listed in CLAIMS.items():
+        assert set(listed.open.values()) <= {FEW, FALSE, LONG}
+        holds = {*listed.asserted, *(text for text, why in listed.open.items() if why != FALSE)}
+        assert holds == {text for text in listed.texts(quick=False) if verdicts[study, text]}, study
+
+
+def test_a_claim_that_fails_is_gone_reworded_or_new_is_named():
+    asserted, listed = LANGUAGE["ches-filter"].asserted[0], LANGUAGE["ches-filter"].open
+    claims = [dict(claim=text, oracle="o", measured="m", holds=text == asserted) for text in (asserted, *listed)]
+    told = dict(study="ches-filter", quick=True, claims=claims)
+    assert problems(told) == []
+    claims[0]["holds"] = False
+    assert problems(told) == [f"ches-filter: does not hold: {asserted!r}. Oracle: o. Measured: m."]
+    claims[0] |= dict(claim=asserted.replace("factor", "second factor"), holds=True)
+    gone, new = problems(told)
+    assert gone == f"ches-filter: missing: {asserted!r}, reworded as {claims[0]['claim']!r}?"
+    assert new.startswith(f"ches-filter: not listed: {claims[0]['claim']!r}")
+    del claims[0]
+    assert problems(told) == [f"ches-filter: missing: {asserted!r}"]
+    only_full = next(text for text, why in LANGUAGE["grpo-forces"].open.items() if why == LONG)
+    full = dict(study="grpo-forces", quick=False, claims=[])
+    assert any(only_full in problem for problem in problems(full))
+    assert not any(only_full in problem for problem in problems(full | dict(quick=True)))
 
 
 def test_names_that_are_no_study_are_refused_with_the_nearest():

@@ -1,4 +1,7 @@
-"""Every operator beside plain torch, torch.compile and other projects' kernels, in one run on one machine: `tokdyn bench`."""
+"""Every operator beside plain torch, torch.compile and other projects' kernels, in one run on one machine: `tokdyn bench`.
+
+The arguments of `bench` are the options of the command, and so more than five.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +22,17 @@ from .cases import Bar, Case, cases_on
 from .measure import MIB, Call, Floors, floors, interleaved, machine, once, peak_memory, spread, steady_memory, versions
 
 Stage = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where and how the sides of a case are measured; the fields are those arguments of `bench`."""
+
+    device: torch.device
+    quick: bool
+    rounds: int
+    seconds: float
+    memory: bool
 
 
 def bench(
@@ -41,7 +56,7 @@ def bench(
         quick: small sizes, to see that everything runs.
         rounds, seconds: the sides of a case take turns for so many rounds; after three, a case ends when so long has passed.
         memory: also measure peak memory, on a CPU in a process of its own for every case.
-        stage: told what is being done.
+        stage: called with what is measured next, the number of cases done, and the number of all.
 
     Returns:
         machine, versions, date, settings, floors (GB/s and TFLOP/s), rows (one for a side of a case) and bars (the numbers
@@ -73,7 +88,7 @@ def bench(
     for done, case in enumerate(chosen):
         stage(f"{case.name} {_kind(case)}", done, len(chosen))
         mine = [name for name in case.sides if not sides or any(name.startswith(side) for side in sides)]
-        rows = measured(case, mine, place, limits, rounds, seconds, memory, quick)
+        rows = measured(case, mine, limits, Settings(place, quick, rounds, seconds, memory))
         found["rows"] += rows.values()
         if not quick:
             found["bars"] += [held(bar, case, rows) for bar in case.bars]
@@ -125,19 +140,23 @@ def join(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _kind(case: Case) -> str:
+    """The dtype as "float32"."""
     return str(case.dtype).removeprefix("torch.")
 
 
 def _known(what: str, given: Sequence[str], known: set[str]) -> None:
+    """ValueError for a given name that no known one begins with."""
     for name in given:
         if not any(k.startswith(name) for k in known):
             raise ValueError(f"no {what} {name!r} on this device: there are {', '.join(sorted(known))}")
 
 
-def measured(
-    case: Case, names: list[str], device: torch.device, limits: Floors, rounds: int, seconds: float, memory: bool, quick: bool
-) -> dict[str, dict[str, Any]]:
-    """One row for each side of a case."""
+def measured(case: Case, names: list[str], limits: Floors, settings: Settings) -> dict[str, dict[str, Any]]:
+    """Run the named sides of a case: {side: row} with times, rates, difference from the reference and peak memory.
+
+    A side that raises is part of the result: its row has ran=False and the reason.
+    """
+    device = settings.device
     inputs = case.make(device)
     rows = {name: dict(case=case.name, op=case.op, dtype=_kind(case), sizes=case.sizes, side=name, ran=True) for name in names}
     calls: dict[str, Call] = {}
@@ -149,13 +168,13 @@ def measured(
                 results[name] = case.main(call())
                 alone = once(call, device)
                 repeats[name] = min(100, math.ceil(5e-3 / max(alone, 1e-6))) if device.type == "cuda" else 1
-                if memory and device.type == "cuda":
+                if settings.memory and device.type == "cuda":
                     rows[name]["peak_mib"] = round(peak_memory(call, device) / MIB, 1)
-        except Exception as error:  # a side that cannot run here is part of the result
+        except Exception as error:
             rows[name] |= dict(ran=False, why=_said(error))
             del calls[name]
     with torch.no_grad():
-        times = interleaved(calls, device, rounds=rounds, seconds=seconds, repeats=repeats)
+        times = interleaved(calls, device, rounds=settings.rounds, seconds=settings.seconds, repeats=repeats)
     base = next((name for name in ("reference", "eager") if name in results), None)
     for name, taken in times.items():
         median, low, high = spread(taken)
@@ -165,14 +184,14 @@ def measured(
             gb_per_s=case.moved / median / 1e9 or None, tflop_per_s=case.flops / median / 1e12 or None,
             differs=_difference(results[name], results[base]) if base else None,
         )  # fmt: skip
-    if memory and device.type == "cpu":
+    if settings.memory and device.type == "cpu":
         del inputs, results, calls
-        _add_memory(rows, case, quick)
+        _add_memory(rows, case, settings.quick)
     return rows
 
 
 def _add_memory(rows: dict[str, dict[str, Any]], case: Case, quick: bool) -> None:
-    """Peak memory of every side that ran, from a process of its own for the case."""
+    """Add the peak memory of every side that ran, measured in a new process (`tokdyn.bench.memory`)."""
     names = [name for name, row in rows.items() if row["ran"]]
     request = dict(case=case.name, dtype=str(case.dtype), sides=names, quick=quick, threads=torch.get_num_threads())
     done = subprocess.run(
@@ -202,7 +221,7 @@ def _said(error: Exception) -> str:
 
 
 def held(bar: Bar, case: Case, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A bar with what was found: its value, and whether it is met; None where a side did not run."""
+    """Compare a bar with the rows of its case: the value, and whether it is met; None where a side did not run."""
     mine, other = rows.get(bar.side, {}), rows.get(bar.other, {})
 
     def ratio(field: str, over: dict[str, Any], under: dict[str, Any]) -> float | None:

@@ -2,7 +2,8 @@
 
 A side is a function of the case's inputs. "eager" is what one would write in plain torch, "compile" the same through
 torch.compile; sides called "..., loss only" compute less than we do. Sides are listed wherever they might run; one that does
-not is reported with the reason.
+not is reported with the reason. Forms of an operator take the operator's own arguments, and makers of a case its device, sizes
+and dtype, some more than five.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def tokens(device: torch.device, V: int, *shape: int, seed: int = 0) -> Tensor:
 
 
 def native(op: Side, device: torch.device, *, cuda: bool = False, **options: Any) -> dict[str, Side]:
-    """Our own forms of an operator that belong to the device."""
+    """Our implementations of an operator for this device, by the name that `impl` takes."""
     names = ["cpp"] if device.type == "cpu" else ["triton"] + ["cuda"] * cuda
     return {name: (lambda *x, name=name: op(*x, impl=name, **options)) for name in names}
 
@@ -82,7 +83,7 @@ def compiled(function: Side) -> Side:
 
 
 def eager_token_stats(z: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """The eight statistics as one would write them."""
+    """token_stats in plain torch, from all log-probabilities."""
     log_pi = z.float().log_softmax(-1)
     pi = log_pi.exp()
     at_y = log_pi.gather(1, y[:, None])
@@ -96,28 +97,28 @@ def eager_token_stats(z: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 
 
 def eager_linear(h: Tensor, W: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """The statistics of all logits at once."""
+    """linear_token_stats in plain torch, with all logits in memory."""
     return eager_token_stats(h @ W.T, y)
 
 
 def eager_topk(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Largest log-probabilities."""
+    """topk_log_probs in plain torch."""
     return z.float().log_softmax(-1).topk(k)
 
 
 def eager_apply_A(z: Tensor, x: Tensor) -> Tensor:
-    """A x."""
+    """apply_A in plain torch: x - pi·x."""
     return x - (z.float().softmax(-1) * x).sum(-1, keepdim=True).to(x.dtype)
 
 
 def eager_softmax_jvp(z: Tensor, x: Tensor) -> Tensor:
-    """Pi's motion."""
+    """softmax_jvp in plain torch: pi ⊙ (x - pi·x)."""
     pi = z.float().softmax(-1)
     return (pi * (x - (pi * x).sum(-1, keepdim=True))).to(x.dtype)
 
 
 def eager_readout_forces(h_o: Tensor, y_o: Tensor, h_u: Tensor, y_u: Tensor, c: Tensor, W: Tensor) -> Tensor:
-    """Both residual matrices, then two products."""
+    """readout_forces in plain torch: both residual matrices [M, V], then two products."""
     ones = torch.ones_like(c)[:, None]
     g = -(h_o @ W.T).float().softmax(-1)
     g.scatter_add_(1, y_o[:, None], torch.ones_like(h_o[:, :1], dtype=g.dtype))
@@ -128,12 +129,12 @@ def eager_readout_forces(h_o: Tensor, y_o: Tensor, h_u: Tensor, y_u: Tensor, c: 
 
 
 def eager_dual_gram(a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor) -> Tensor:
-    """Two products and their product."""
+    """dual_gram in plain torch: (a1 a2ᵀ) ⊙ (d1 d2ᵀ)."""
     return (a1 @ a2.T) * (d1 @ d2.T)
 
 
 def eager_segments(a1: Tensor, a2: Tensor, d1: Tensor, d2: Tensor, rows: Tensor, columns: Tensor, S: int) -> Tensor:
-    """The same, and its sums over pairs of segments."""
+    """dual_gram over segments in plain torch: the whole matrix, then its sums over pairs of segments."""
     gram = eager_dual_gram(a1, a2, d1, d2).float()
     by_row = gram.new_zeros(S, len(a2)).index_add_(0, rows, gram)
     return gram.new_zeros(S, S).index_add_(1, columns, by_row)
@@ -168,7 +169,7 @@ def cce_loss(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
 
 
 def token_stats(device: torch.device, T: int, V: int, dtype: torch.dtype) -> Case:
-    """Statistics of logits."""
+    """The case of token_stats."""
     sides: dict[str, Side] = native(ops.token_stats, device, cuda=True)
     bars = [Bar("cpp", "speedup", 10, "eager"), Bar("cpp", "speedup", 2, "compile"), Bar("cpp", "floor", 0.30)]
     if device.type == "cuda":
@@ -187,7 +188,7 @@ def loss_of(result: Any) -> Tensor:
 
 
 def linear_token_stats(device: torch.device, T: int, d: int, V: int, dtype: torch.dtype, *, large: bool = False) -> Case:
-    """Statistics from hidden states; `large` for the memory of our own form alone."""
+    """The case of linear_token_stats; `large` measures the memory of our own implementation alone."""
     sides: dict[str, Side] = native(ops.linear_token_stats, device)
     bars = [Bar("cpp", "times", 1.15, "bare matmul"), Bar("cpp", "mib", 64)]
     if device.type == "cuda":
@@ -211,7 +212,7 @@ def linear_token_stats(device: torch.device, T: int, d: int, V: int, dtype: torc
 
 
 def topk_log_probs(device: torch.device, T: int, V: int, k: int, dtype: torch.dtype) -> Case:
-    """Most likely tokens."""
+    """The case of topk_log_probs."""
     sides = native(lambda z, impl: ops.topk_log_probs(z, k, impl=impl), device, cuda=True)
     return Case(
         "topk_log_probs", "topk_log_probs", dtype, dict(T=T, V=V, k=k),
@@ -222,7 +223,7 @@ def topk_log_probs(device: torch.device, T: int, V: int, k: int, dtype: torch.dt
 
 
 def jacobian(op: str, device: torch.device, T: int, V: int, dtype: torch.dtype) -> Case:
-    """apply_A or softmax_jvp on one column; on the CPU the specification is our only form."""
+    """The case of apply_A or softmax_jvp on one column; on the CPU the reference is our only implementation."""
     call, eager = {"apply_A": (ops.apply_A, eager_apply_A), "softmax_jvp": (ops.softmax_jvp, eager_softmax_jvp)}[op]
     ours = "reference" if device.type == "cpu" else "triton"
     sides: dict[str, Side] = {ours: lambda z, x: call(z, x, impl=ours), "eager": eager, "compile": compiled(eager)}
@@ -234,7 +235,7 @@ def jacobian(op: str, device: torch.device, T: int, V: int, dtype: torch.dtype) 
 
 
 def readout_forces(device: torch.device, M: int, d: int, V: int, dtype: torch.dtype, *, large: bool = False) -> Case:
-    """Forces of M update tokens on M others; `large` sums over the update, for the memory of our own form alone."""
+    """The case of readout_forces, M tokens a side; `large` sums over the update and measures our own memory alone."""
     reduce = "update" if large else None
     sides: dict[str, Side] = native(ops.readout_forces, device, reduce=reduce)
     bars = [Bar("cpp", "speedup", 1.3, "eager"), Bar("cpp", "memory", 0.1, "eager")] if dtype == FP32 else []
@@ -265,7 +266,7 @@ def readout_forces(device: torch.device, M: int, d: int, V: int, dtype: torch.dt
 
 
 def dual_gram(device: torch.device, M: int, p: int, dtype: torch.dtype, *, segments: int = 0) -> Case:
-    """Inner products of gradients; with `segments` summed over pairs of so many."""
+    """The case of dual_gram; with `segments`, summed over pairs of that many segments a side."""
     cpu = device.type == "cpu"
     ours = "cpp" if cpu else "triton"
     flops = 4.0 * M * M * p
@@ -295,7 +296,7 @@ def dual_gram(device: torch.device, M: int, p: int, dtype: torch.dtype, *, segme
 
 
 def attention(op: str, device: torch.device, n: int, T: int, H: int, D: int, dtype: torch.dtype) -> Case:
-    """n tangents or cotangents of an attention over T positions, H heads of width D, every key seen."""
+    """The case of tangent_attention or cotangent_attention: n of them, T positions, H heads of width D, no mask."""
     scale = D**-0.5
 
     def run(form: str, *x: Tensor) -> Any:

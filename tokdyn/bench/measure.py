@@ -1,4 +1,4 @@
-"""Times, peak memory, and the limits of a machine that they are held against."""
+"""Times, peak memory, and the machine's bandwidth and matrix rate that they are compared with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Floors:
     flops: dict[torch.dtype, float]
 
     def seconds(self, moved: int | float, flops: int | float, dtype: torch.dtype) -> float:
-        """The least time for so many bytes and so many flops: the larger of the two."""
+        """Time that moving the bytes or the flops take at best, whichever is longer."""
         return max(moved / self.bandwidth, flops / self.flops[dtype])
 
 
@@ -55,7 +55,7 @@ def once(call: Call, device: torch.device, repeats: int = 1) -> float:
 def interleaved(
     calls: dict[str, Call], device: torch.device, *, rounds: int, seconds: float, repeats: dict[str, int] | None = None
 ) -> dict[str, list[float]]:
-    """Times of every call, one after the other in each round, so that what disturbs the machine disturbs them alike.
+    """Times of every call; in each round the calls follow each other, so that a busy machine slows all alike.
 
     Ends after `rounds`, or, once there are three, when `seconds` have passed.
     """

@@ -17,7 +17,7 @@ from .measure import MIB, peak_memory
 
 
 def main(request: dict[str, Any]) -> None:
-    """Measure the sides that the request names, after each has run at a small size: loading a library is not its memory."""
+    """Measure the sides that the request names, each after a call at a small size, so that loading a library is not counted."""
     torch.set_num_threads(request["threads"])
     device = torch.device("cpu")
 

@@ -28,19 +28,19 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def number(x: float | None) -> str:
-    """Three digits."""
+    """Format with three significant digits, none behind the point from 100 on; "" for None."""
     return "" if x is None else f"{x:.3g}" if x < 100 else f"{x:.0f}"
 
 
 def verdicts(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """The bars as text: what, the bar, the value, met or missed."""
+    """The bars as rows of text: case, side, bar, value, and whether it is met."""
     for bar in found["bars"]:
         met = {True: "met", False: "missed", None: "not measured"}[bar["met"]]
         yield f"{bar['case']} {bar['dtype']}", bar["side"], bar["bar"], number(bar["value"]), met
 
 
 def heading(found: dict[str, Any]) -> list[str]:
-    """What the numbers were measured on."""
+    """Lines that name the machine, its floors, the date and the versions."""
     about = found["machine"]
     place = about["gpu"] or f"{about['processor']}, {about['threads']} threads"
     packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
@@ -60,7 +60,7 @@ def _floor(part: dict[str, Any], gpu: str | None) -> str:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The run as a page."""
+    """The run as a page of Markdown: machine, rows and bars."""
     settings = found["settings"]
     quick = " Small sizes: nothing here says how fast it is." if settings["quick"] else ""
     rounds = max(part["rounds"] for part in found.get("parts", [settings]))

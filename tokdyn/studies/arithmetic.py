@@ -22,18 +22,19 @@ from . import training
 
 FORMS = (" {a} + {b} = {c}.", " The answer is {c}.", " It is {c}.")
 LENGTH = 14  # tokens that a sampled answer may have
+HALF, PASSES = 0.5, 60  # mean probability of the right number at which teaching ends, and most passes over the problems
 
 
 @dataclass(frozen=True)
 class Sum:
-    """One problem."""
+    """One problem: what is a + b?"""
 
     a: int
     b: int
 
     @property
     def prompt(self) -> str:
-        """The question, in the demo model's spelling."""
+        """The question as the demo model's pairs spell a dialogue."""
         return f"Human: What is {self.a} + {self.b}?\n\nAssistant:"
 
     def answer(self, form: int) -> str:
@@ -41,7 +42,7 @@ class Sum:
         return FORMS[form].format(a=self.a, b=self.b, c=self.a + self.b)
 
     def right(self, text: str) -> bool:
-        """Whether a text ends in the right number."""
+        """Whether the last number in a text is the sum."""
         said = re.findall(r"\d+", text)
         return bool(said) and int(said[-1]) == self.a + self.b
 
@@ -52,15 +53,15 @@ def problems(seed: int, n: int) -> list[Sum]:
     return random.Random(seed).sample(every, n)
 
 
-def half_taught(model: Any, tokenizer: Any, sums: Sequence[Sum], *, seed: int, until: float = 0.5, most: int = 60) -> Any:
-    """A copy of the model, supervised on all forms until it gives the right number with mean probability `until`."""
+def half_taught(model: Any, tokenizer: Any, sums: Sequence[Sum], *, seed: int) -> Any:
+    """A copy of the model, supervised on all forms until it gives the right number with mean probability HALF."""
     model = copy.deepcopy(model)
     chis = [td.encode(tokenizer, s.prompt, s.answer(form), group=i) for i, s in enumerate(sums) for form in range(len(FORMS))]
     optimizer, objective = training.adam(model, 1e-3), td.objectives.SFT()
-    for epoch in range(most):
+    for epoch in range(PASSES):
         for batch in training.batches(chis, 24, 1000 * seed + epoch, epochs=1):
             training.step(model, optimizer, objective, batch, mean_over=sum(len(chi) for chi in batch))
-        if float(torch.tensor(number_probability(model, tokenizer, sums)).mean()) >= until:
+        if float(torch.tensor(number_probability(model, tokenizer, sums)).mean()) >= HALF:
             break
     return model
 
@@ -84,11 +85,11 @@ class Rollouts:
     rewards: Tensor
 
     def of(self, group: int) -> list[td.Chi]:
-        """The answers to one problem."""
+        """The sequences that answer one problem."""
         return [chi for chi in self.chis if chi.group == group]
 
 
-def roll_out(model: Any, tokenizer: Any, sums: Sequence[Sum], G: int, *, seed: int, before: str = "") -> Rollouts:  # noqa: N803
+def roll_out(model: Any, tokenizer: Any, sums: Sequence[Sum], G: int, *, seed: int, before: str = "") -> Rollouts:
     """G sampled answers to every problem, reward 1 for a right one; `before` is text in front of each question."""
     prompts = [tokenizer(before + s.prompt).input_ids for s in sums for _ in range(G)]
     sampled = training.sample(model, prompts, length=LENGTH, end=tokenizer.eos_token_id, seed=seed)

@@ -30,7 +30,7 @@ PAPER = "arXiv 2410.08847 §4"
 
 
 def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> Result:
-    """DPO on pairs chosen by their score.
+    """DPO on the pairs of lowest and of highest CHES, and on random ones.
 
     Args:
         quick: 24 pairs, two seeds, two passes instead of up to 128 pairs, five seeds, eight passes.
@@ -57,7 +57,7 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
 
 
 def conclude(table: list[dict[str, Any]], scored: list[dict[str, float]], gap: float) -> Result:
-    """What the readings say."""
+    """The study's claims and figure, computed from the table of readings that `run` took."""
     import pyarrow as pa
 
     seeds = sorted({row["seed"] for row in table})
@@ -116,7 +116,7 @@ def _rank(table: list[dict[str, Any]], scored: list[dict[str, float]], key: str,
 
 @torch.no_grad()
 def scores(model: Any, pair: list[td.Chi]) -> dict[str, float]:
-    """CHES of a pair from forward passes, as it is and length-normalised."""
+    """CHES of one pair, plain and length-normalised, and the chosen answer's length; forward passes only."""
     plus, minus = (h.double() for h in training.hidden(model, pair))
     p, n = plus.sum(0), minus.sum(0)
     a, b = len(plus), len(minus)
@@ -125,7 +125,7 @@ def scores(model: Any, pair: list[td.Chi]) -> dict[str, float]:
 
 @torch.no_grad()
 def _identity(model: Any, pair: list[td.Chi]) -> float:
-    """The readout's force of the rejected on the chosen answer's tokens against (h⁺·h⁻) <g⁺, g⁻>."""
+    """Relative error of (h⁺·h⁻) <g⁺, g⁻> as the readout's force of the rejected answer's tokens on the chosen one's."""
     plus, minus = (h.double() for h in training.hidden(model, pair))
     z = training.logits(model, pair).double()
     g = torch.nn.functional.one_hot(training.targets(pair), z.shape[1]) - z.softmax(1)

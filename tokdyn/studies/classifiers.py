@@ -27,7 +27,7 @@ class Data(NamedTuple):
 def digits(seed: int, train: int = 1200, *, centred: bool = False) -> tuple[Data, Data]:
     """scikit-learn's 1797 handwritten digits of 8 x 8 pixels in [0, 1], shuffled, as a training and a test part.
 
-    Centred: the mean training image is taken off first.
+    `centred` subtracts the mean training image from both.
     """
     from sklearn.datasets import load_digits
 
@@ -59,7 +59,7 @@ def cross_entropy(z: Float[Tensor, "N C"], targets: Tensor) -> Tensor:
 
 def descend(
     model: nn.Module, x: Tensor, targets: Tensor, eta: float, steps: int, after: Callable[[int], None] | None = None, *,
-    batch: int | None = None, seed: int = 0, parameters: Iterable[nn.Parameter] | None = None,
+    batch: int | None = None, seed: int = 0,
 ) -> None:  # fmt: skip
     """Plain gradient descent on the mean cross-entropy: θ ← θ - eta ∇L, `steps` times.
 
@@ -70,18 +70,17 @@ def descend(
         after: called with the number of steps done, from 0 on.
         batch: examples drawn for each step; all of them when absent.
         seed: of the draws.
-        parameters: which move; all when absent.
     """
-    moved = list(model.parameters() if parameters is None else parameters)
+    parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(seed)
     if after:
         after(0)
     for step in range(1, steps + 1):
         drawn = slice(None) if batch is None else torch.randint(0, len(x), (batch,), generator=generator)
-        gradients = torch.autograd.grad(cross_entropy(model(x[drawn]), targets[drawn]), moved)
+        gradients = torch.autograd.grad(cross_entropy(model(x[drawn]), targets[drawn]), parameters)
         with torch.no_grad():
-            for p, g in zip(moved, gradients, strict=True):
-                p -= eta * g
+            for p, g in zip(parameters, gradients, strict=True):
+                p.sub_(eta * g)
         if after:
             after(step)
 
@@ -100,12 +99,12 @@ def jacobians(model: nn.Module, x: Tensor) -> Float[Tensor, "N C P"]:
 
 
 def hard(y: Int[Tensor, " N"]) -> GTerm:
-    """The G of cross-entropy summed over examples: pi - e_y."""
+    """The objective "cross-entropy with labels y, summed over examples", whose G is pi - e_y."""
     return GTerm(y, torch.ones(len(y), dtype=torch.float64))
 
 
 @torch.no_grad()
 def pieces(model: nn.Module, x_o: Tensor, x_u: Tensor, y_u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A of the observed inputs, K between both, and G of the updated ones (tokdyn.dynamics)."""
+    """The factors of -η A K G as tokdyn.dynamics defines them: A [M, C, C], K [M, L, C, C] and G [L, C]."""
     z_o, z_u = model(x_o), model(x_u)
     return dynamics.A(z_o), dynamics.K(jacobians(model, x_o), jacobians(model, x_u)), dynamics.G(z_u, hard(y_u))

@@ -26,7 +26,7 @@ STAGES = (0, 20, 100, 300, 900)  # steps of 32 images
 
 
 def run(quick: bool = False, seed: int = 0) -> Result:
-    """Train from several seeds, and take the class influence matrix at every stage."""
+    """Train from several seeds, and compute the class influence matrix at every stage."""
     seeds, each = range(seed, seed + (5 if quick else 20)), 12 if quick else 60
     influence, similarity, accuracy, orders = zip(*(one(s, each) for s in seeds), strict=True)
     I, S = torch.stack(influence), torch.stack(similarity)  # noqa: E741  [seed, stage, u, o], [seed, u, o]
@@ -82,7 +82,7 @@ def run(quick: bool = False, seed: int = 0) -> Result:
 
 
 def listed(values: list[Estimate], unit: str = "") -> str:
-    """An estimate for each stage."""
+    """The estimates of all stages in words."""
     return "; ".join(f"{x.words(unit)} after {n} steps" for n, x in zip(STAGES, values, strict=True))
 
 
@@ -161,7 +161,7 @@ def near_minus_far(I: Tensor, S: Tensor) -> float:  # noqa: E741
 
 
 def draw(I: Tensor) -> Any:  # noqa: E741
-    """The matrix after training, and the influence of a 4 on some digits through training."""
+    """Left: the influence matrix at the third stage. Right: the influence of a 4 on some digits at every stage."""
     made, (left, right) = figure(1, 2, width=10.5, height=4.2, title="Learning one digit lifts the digits that look like it")
     share = I[:, 2].mean(0).numpy()
     top = float(np.abs(share[~np.eye(10, dtype=bool)]).max())

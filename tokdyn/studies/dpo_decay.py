@@ -38,7 +38,7 @@ QUICK = ("DPO", "on-policy DPO", "SPIN", "DPOP")
 
 
 def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> Result:
-    """Every variant from one supervised model, read at every pass.
+    """Train every variant from the same supervised model, with a reading at every pass.
 
     Args:
         quick: one seed, four variants, 12 pairs, four passes instead of five seeds, nine variants, 24 pairs, eight passes.
@@ -63,18 +63,30 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
 
 
 def conclude(table: list[dict[str, Any]], pairs: int) -> Result:
-    """What the readings say."""
+    """The study's claims and figure, computed from the table of readings that `run` took."""
     import pyarrow as pa
 
     end = {kind: estimate(path(table, "DPO", kind, s)[-1] for s in seeds(table)) for kind in kinds(table)}
     falls = {kind: value.mean for kind, value in end.items()}
+    return Result(
+        f"DPO presses the rejected answer down by {-falls['rejected']:.2f} nats a token; the chosen one moves by "
+        f"{falls['chosen']:+.2f}, the argmax by {falls['argmax']:+.2f}",
+        [*_alone(table, end), *_against_dpo(table)],
+        {"readings": pa.Table.from_pylist(table)}, {"dpo_decay": _figure(table, falls)},
+        notes=f"{pairs} pairs, {len(seeds(table))} seed(s); log-probabilities are means over the tokens of an answer. "
+        "chosen and rejected are the answers that a variant trains on; argmax is the most likely token at each position "
+        "along its rejected answers. On-policy pairs are two samples of the supervised model, preferred is the one that "
+        "shares more words with the data's chosen answer. Adam with one learning rate for all; variants differ in speed, "
+        "so each is compared with DPO at the widest margin that both reach with a seed.",
+    )  # fmt: skip
+
+
+def _alone(table: list[dict[str, Any]], end: dict[str, Estimate]) -> list[Claim]:
+    """Claims about off-policy DPO by itself, and that every variant widens its margin."""
+    falls = {kind: value.mean for kind, value in end.items()}
     chosen = path(table, "DPO", "chosen")
     gained = {name: estimate(means(table, name, s)[-1]["margin"] for s in seeds(table)) for name in variants(table)}
-    others = [name for name in variants(table) if name != "DPO"]
-    argmax = {name: beyond(table, name, "DPO", "argmax") for name in others}
-    margin = {name: estimate(common(table, name, "DPO")).mean for name in others}
-    keeps = beyond(table, "on-policy DPO", "DPO", "chosen")
-    claims = [
+    return [
         Claim(
             f"Off-policy DPO presses the rejected answer down most ({PAPER})",
             "the change of the rejected answer's log-probability is the lowest of all kinds, and below 0, its interval too",
@@ -100,6 +112,16 @@ def conclude(table: list[dict[str, Any]], pairs: int) -> Result:
             end["argmax"].words("nats a token"),
             end["argmax"].low > 0,
         ),
+    ]  # fmt: skip
+
+
+def _against_dpo(table: list[dict[str, Any]]) -> list[Claim]:
+    """Claims about the other variants against off-policy DPO, at the widest margin that both reach."""
+    others = [name for name in variants(table) if name != "DPO"]
+    argmax = {name: beyond(table, name, "DPO", "argmax") for name in others}
+    margin = {name: estimate(common(table, name, "DPO")).mean for name in others}
+    keeps = beyond(table, "on-policy DPO", "DPO", "chosen")
+    return [
         Claim(
             f"On-policy DPO squeezes less than off-policy DPO ({PAPER} and §3.3)",
             "at equal margin its argmax rises less and its chosen answer keeps more, intervals of both differences beside 0",
@@ -113,17 +135,7 @@ def conclude(table: list[dict[str, Any]], pairs: int) -> Result:
             "nats a token against DPO: " + ", ".join(f"{name} {x.words()} at {margin[name]:.2f}" for name, x in argmax.items()),
             all(difference.high < 0 for difference in argmax.values()),
         ),
-    ]  # fmt: skip
-    return Result(
-        f"DPO presses the rejected answer down by {-falls['rejected']:.2f} nats a token; the chosen one moves by "
-        f"{falls['chosen']:+.2f}, the argmax by {falls['argmax']:+.2f}",
-        claims, {"readings": pa.Table.from_pylist(table)}, {"dpo_decay": _figure(table, falls)},
-        notes=f"{pairs} pairs, {len(seeds(table))} seed(s); log-probabilities are means over the tokens of an answer. "
-        "chosen and rejected are the answers that a variant trains on; argmax is the most likely token at each position "
-        "along its rejected answers. On-policy pairs are two samples of the supervised model, preferred is the one that "
-        "shares more words with the data's chosen answer. Adam with one learning rate for all; variants differ in speed, "
-        "so each is compared with DPO at the widest margin that both reach with a seed.",
-    )  # fmt: skip
+    ]
 
 
 def sampled(model: Any, tokenizer: Any, rows: list[texts.Row], source: str, seed: int) -> list[texts.Row]:
@@ -153,12 +165,12 @@ def _overlap(a: str, b: str) -> float:
 
 def follow(
     model: Any, tokenizer: Any, pairs: list[texts.Row], watched: dict[str, list[td.Chi]], loss: Objective, *, epochs: int,
-    seed: int, lr: float = 3e-5,
+    seed: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Readings {epoch, kind, row, log_prob, change} of a preference training from a copy of the model, one at every pass."""
     policy, reference = copy.deepcopy(model), model
     groups = [training.with_reference(reference, pair) for pair in _pairs(tokenizer, pairs)]
-    optimizer = training.adam(policy, lr)
+    optimizer = training.adam(policy, 3e-5)
     start: dict[str, list[float]] = {}
     rows: list[dict[str, Any]] = []
     for epoch in range(epochs + 1):
@@ -179,26 +191,26 @@ def _pairs(tokenizer: Any, rows: list[texts.Row]) -> list[list[td.Chi]]:
     return [chis[i : i + 2] for i in range(0, len(chis), 2)]
 
 
-# ---------------------------------------------------------------- reading the table
+# What follows computes on the table of readings.
 
 
 def variants(table: list[dict[str, Any]]) -> list[str]:
-    """In the order they were run."""
+    """The variants in the table, in the order they were run."""
     return list(dict.fromkeys(row["variant"] for row in table))
 
 
 def kinds(table: list[dict[str, Any]]) -> list[str]:
-    """In the order they were read."""
+    """The kinds of answers in the table, in the order they were read."""
     return list(dict.fromkeys(row["kind"] for row in table))
 
 
 def seeds(table: list[dict[str, Any]]) -> list[int]:
-    """In the order they were run."""
+    """The seeds in the table, in the order they were run."""
     return list(dict.fromkeys(row["seed"] for row in table))
 
 
 def path(table: list[dict[str, Any]], variant: str, kind: str, seed: int | None = None) -> list[float]:
-    """Mean change over answers at every reading, of one seed or over all."""
+    """Change of log-probability since the start at every reading, mean over answers; of one seed, or over all."""
     found: dict[int, list[float]] = {}
     for row in table:
         if (row["variant"], row["kind"]) == (variant, kind) and seed in (None, row["seed"]):
@@ -216,7 +228,7 @@ def means(table: list[dict[str, Any]], variant: str, seed: int | None = None) ->
 
 
 def at_margin(readings: list[dict[str, float]], margin: float) -> dict[str, float]:
-    """Where a training first reaches the margin, linear between readings."""
+    """The readings interpolated to where a training first reaches the margin; the last one if it never does."""
     for before, after in zip(readings, readings[1:], strict=False):
         if before["margin"] <= margin <= after["margin"]:
             w = (margin - before["margin"]) / max(after["margin"] - before["margin"], 1e-12)
@@ -230,7 +242,7 @@ def common(table: list[dict[str, Any]], *names: str) -> list[float]:
 
 
 def standing(table: list[dict[str, Any]], name: str, margins: list[float]) -> list[dict[str, float]]:
-    """Where a variant's training stands at a margin, for each seed."""
+    """A variant's readings at the margin given for each seed (`at_margin`)."""
     return [at_margin(means(table, name, s), margin) for s, margin in zip(seeds(table), margins, strict=True)]
 
 

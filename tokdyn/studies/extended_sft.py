@@ -27,7 +27,7 @@ PAPER = "arXiv 2407.10490 §5"
 
 
 def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> Result:
-    """DPO after SFT on the chosen answers, and after SFT on both.
+    """Run DPO after SFT on the chosen answers, and after SFT on both.
 
     Args:
         quick: 8 pairs, two seeds, four passes of DPO instead of 48 pairs, five seeds, ten passes.
@@ -50,7 +50,7 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
 
 
 def conclude(table: list[dict[str, Any]], pairs: int) -> Result:
-    """What the readings say."""
+    """The study's claims and figure, computed from the table of readings that `run` took."""
     import pyarrow as pa
 
     names = variants(table)
@@ -98,7 +98,7 @@ def conclude(table: list[dict[str, Any]], pairs: int) -> Result:
 
 
 def _decay(table: list[dict[str, Any]], variant: str, margins: list[float]) -> list[float]:
-    """How far the chosen answers stand below their highest reading up to a margin, for each seed."""
+    """How far the chosen answers have fallen from their highest reading when a margin is reached, for each seed."""
     found = []
     for s, margin, end in zip(seeds(table), margins, standing(table, variant, margins), strict=True):
         before = [reading["chosen"] for reading in means(table, variant, s) if reading["margin"] <= margin]

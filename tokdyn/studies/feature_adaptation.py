@@ -36,7 +36,7 @@ def run(quick: bool = False, seed: int = 0) -> Result:
     order = estimate(orders)
     ranks = estimate([td.rank_correlation(e, d) for e, d in zip(energy, distance, strict=True)])
     turns = estimate([td.rank_correlation(e, c) for e, c in zip(energy, cosine, strict=True)])
-    peak = dot.mean(0).argmax().item()
+    peak = int(dot.mean(0).argmax())
     inside = estimate((dot[:, 1:-1].max(1).values - torch.maximum(dot[:, 0], dot[:, -1])).tolist())
     rise, fall = (estimate((dot[:, peak] - dot[:, end]).tolist()) for end in (-1, 0))
     claims = [
@@ -84,7 +84,7 @@ def run(quick: bool = False, seed: int = 0) -> Result:
 
 
 def one(seed: int) -> tuple[Tensor, float]:
-    """Energy and adaptation for every τ, [τ, column], and the order of the first-order formula, for one seed."""
+    """One seed: COLUMNS for every τ, [τ, column], and the order of the residual of the first-order formula."""
     train, _ = digits(seed, train=300)
     first, second = train.y < 5, train.y >= 5
     source, target = Data(train.x[first], train.y[first]), Data(train.x[second], train.y[second] - 5)
@@ -125,7 +125,7 @@ def one(seed: int) -> tuple[Tensor, float]:
     return torch.stack(found), order
 
 
-def formula_order(features: nn.Module, head: nn.Module, data: Data, n: int = 30) -> float:
+def formula_order(features: nn.Module, head: nn.Sequential, data: Data, n: int = 30) -> float:
     """log2 of how much the residual of Δh = -(η/N) Σ K (∇_h z)ᵀ (p - e_y) falls when a real step is halved."""
     x, y = data.x[:n], data.y[:n]
     J = jacobians(features, x)  # [n, d, P]
@@ -148,7 +148,7 @@ def formula_order(features: nn.Module, head: nn.Module, data: Data, n: int = 30)
 
 
 def draw(energy: Tensor, distance: Tensor, cosine: Tensor, dot: Tensor) -> Any:
-    """Adaptation of the features against the energy at the start of fine-tuning."""
+    """Three panels against the energy at the start of fine-tuning: distance, cosine and h·h₀ of the features."""
     made, axes = figure(1, 3, width=11, title="Little head probing leaves energy, and energy moves the features")
     at = energy.mean(0)
     for panel, values, colour, label, title in zip(

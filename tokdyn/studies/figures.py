@@ -29,6 +29,7 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 9.0, height: float
         options: further arguments of Figure.subplots, e.g. sharey=True.
     """
     import matplotlib
+    from cycler import cycler
     from matplotlib.figure import Figure
 
     style = {
@@ -36,7 +37,7 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 9.0, height: float
         "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
         "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.grid": True, "grid.color": GRID,
         "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.facecolor": "none", "legend.frameon": False, "legend.fontsize": 8,
-        "lines.linewidth": 1.6, "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "mathtext.fontset": "dejavusans",
+        "lines.linewidth": 1.6, "axes.prop_cycle": cycler(color=COLOURS), "mathtext.fontset": "dejavusans",
     }  # fmt: skip
     with matplotlib.rc_context(style):
         made = Figure(figsize=(width, height * rows), layout="constrained", facecolor=PAPER)
@@ -60,17 +61,17 @@ def band(axes: Any, x: Any, runs: Any, colour: str, label: str | None = None, **
 
 
 def svg(figure: Any, name: str, *, inline: bool) -> str:
-    """The figure as SVG text: a part of a page (inline), or a file of its own, which brings its two sets of colours along.
+    """The figure as SVG text: a part of a page (inline), or a file of its own, with colours for light and for dark paper.
 
     Args:
         figure: a matplotlib Figure.
         name: what its ids begin with, so that several figures share a page; also the seed of the ids, which makes the text
             the same each time.
-        inline: leave the colours to the page (`style`).
+        inline: leave the definition of the colours to the page (`style`).
     """
     import matplotlib
 
-    for axes in figure.axes:  # what was added after `figure` took matplotlib's own style
+    for axes in figure.axes:  # titles and legends made outside the rc_context of `figure`
         text, legend = axes.get_title(), axes.get_legend()
         if text:
             axes.set_title("")

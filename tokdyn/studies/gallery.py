@@ -86,7 +86,7 @@ def check_free(out: Path) -> None:
     """Refuse a folder that holds anything but an earlier run of a study.
 
     Raises:
-        ValueError: it does.
+        ValueError: `out` is a file, or a folder with other contents.
     """
     if out.exists() and (not out.is_dir() or (not (out / "result.json").is_file() and any(out.iterdir()))):
         raise ValueError(f"{out} exists already and holds no study: give another folder with --out")
@@ -96,7 +96,7 @@ def read(folder: Path) -> dict[str, Any]:
     """result.json of a study.
 
     Raises:
-        ValueError: no study lies there.
+        ValueError: `folder` has no result.json, or one of another version.
     """
     if not (folder / "result.json").is_file():
         raise ValueError(f"{folder} holds no study: it has no result.json")
@@ -107,7 +107,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def verdicts(told: dict[str, Any]) -> list[str]:
-    """One line for each claim."""
+    """One line of text for each claim: whether it holds, what was measured, and the oracle."""
     return [
         f"{'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']} Measured: {claim['measured']}. "
         f"Oracle: {claim['oracle']}."
@@ -116,7 +116,7 @@ def verdicts(told: dict[str, Any]) -> list[str]:
 
 
 def section(told: dict[str, Any], drawn: dict[str, str]) -> str:
-    """A study as a part of a page: finding, figures, claims, what it is and how it was run."""
+    """A study as one <section> of a page: finding, settings, figures (`drawn`, SVG), claims, docstring and notes."""
     figures = "\n".join(f'<figure class="study">{text}</figure>' for text in drawn.values())
     about, _, rest = told["about"].partition("\n\n")
     text = "".join(f"<p>{_prose(p)}</p>" for p in f"{rest}\n\n{told['notes']}".split("\n\n") if p.strip())

@@ -16,6 +16,7 @@ the shared tokens are pulled up and pushed down alike.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -28,15 +29,13 @@ from ..loading import load_model
 from ..testing import float64
 from . import arithmetic, training
 from .figures import BLUE, COLOURS, GREEN, GREY, VERMILION, band, figure
+from .grpo_training import G, K, Schedule, gained, gains, signs, train, weights_of
 from .result import Claim, Estimate, Result, estimate
 
 PAPER = "arXiv 2505.18830"
 STEPS = ("GRPO", "Pos-only", "NTHR", "random tokens")
 SAMPLED, SHARED, FAR = KINDS = ("sampled", "shared working", "long context")
 LIFT = 0.005  # nats a token by which Pos-only lifts the right answers in one step, to first order
-G = 8  # rollouts a prompt
-K = 4  # of pass@K
-LR = 1e-4  # of 3e-5, 1e-4 and 3e-4 the one with the highest pass@1 after 40 steps of GRPO at seed 100
 
 
 def run(quick: bool = False, seed: int = 0) -> Result:
@@ -59,8 +58,8 @@ def run(quick: bool = False, seed: int = 0) -> Result:
     curves = []
     for run_seed in range(seed, seed + (1 if quick else 5)):
         for name in ("GRPO", "Pos-only", "NTHR"):
-            size = dict(steps=2, every=2, prompts=4, samples=8) if quick else dict(steps=30, every=10, prompts=8, samples=16)
-            rows = train(taught, tokenizer, sums, name, seed=run_seed, **size)
+            schedule = Schedule(2, 2, 4, 8) if quick else Schedule(30, 10, 8, 16)
+            rows = train(taught, tokenizer, sums, name, schedule, seed=run_seed)
             curves += [{"method": name, "seed": run_seed} | row for row in rows]
     with float64():
         gap = _identity(copy.deepcopy(taught).double(), rollouts.of(mixed[0]))
@@ -69,7 +68,14 @@ def run(quick: bool = False, seed: int = 0) -> Result:
 
 
 def conclude(one_step: list[dict[str, Any]], curves: list[dict[str, Any]], gap: float, about: str) -> Result:
-    """What the readings say."""
+    """The study's claims and figure, from one row a prompt for the single steps and one a reading for the trainings.
+
+    Args:
+        one_step: rows of `_displacement`, with "rollouts" (one of KINDS) and "prompt".
+        curves: rows of `train`, with "method" and "seed".
+        gap: relative difference of NTHR's scores and the gradients' products.
+        about: a sentence on the problems.
+    """
     import pyarrow as pa
 
     of = {kind: [row for row in one_step if row["rollouts"] == kind] for kind in KINDS}
@@ -78,26 +84,36 @@ def conclude(one_step: list[dict[str, Any]], curves: list[dict[str, Any]], gap: 
     lift = {kind: {name: estimate(row[name] for row in rows) for name in STEPS} for kind, rows in of.items()}
     held = {kind: estimate(row["Pos-only"] - row["GRPO"] for row in rows) for kind, rows in of.items()}
     taken = {kind: 100 * held[kind].mean / lift[kind]["Pos-only"].mean for kind in of}
-    against = {other: {kind: estimate(row["NTHR"] - row[other] for row in rows) for kind, rows in both.items()}
-               for other in ("GRPO", "random tokens")}  # fmt: skip
-    order = {kind: td.rank_correlation(*(torch.tensor([row[f"{how}_negative"] for row in rows]) for how in ("exact", "real")))
-             for kind, rows in both.items()}  # fmt: skip
-    ranks = {kind: estimate(row["nthr_rank"] for row in rows if row["nthr_rank"] == row["nthr_rank"])
-             for kind, rows in both.items()}  # fmt: skip
-    fell = sum(row["GRPO"] < 0 for row in of[SAMPLED])
-    claims = [
-        Claim(
-            "An NTHR score is a gradient product (identity; docs/theory.md, The kernel)",
-            "s_k = <∇_W Σ log pi(right answers), ∇_W log pi(y_k)> with W the readout, in float64 to 1e-12",
-            f"relative difference {gap:.1e}",
-            gap < 1e-12,
-        ),
+    identity = Claim(
+        "An NTHR score is a gradient product (identity; docs/theory.md, The kernel)",
+        "s_k = <∇_W Σ log pi(right answers), ∇_W log pi(y_k)> with W the readout, in float64 to 1e-12",
+        f"relative difference {gap:.1e}",
+        gap < 1e-12,
+    )
+    return Result(
+        f"Pushing wrong answers down changes the right ones' lift in a GRPO step by {-taken[SAMPLED]:+.0f}%, and by "
+        f"{-taken[SHARED]:+.0f}% where they share their working",
+        [identity, *_displaced(of[SAMPLED], lift, held, taken[SAMPLED]), *_spared(both), *_far(of.get(FAR, [])),
+         *_trained(curves)],
+        {"one_step": pa.Table.from_pylist(one_step), "training": pa.Table.from_pylist(curves)},
+        {"grpo_forces": _figure(of[SAMPLED] + of[SHARED], curves, taken[SAMPLED], taken[SHARED])},
+        notes=f"{about}; {len(of[SAMPLED])} prompts have right and wrong answers among G = {G}. One step has the size at which "
+        f"Pos-only lifts the right answers by {LIFT:g} nats a token, the same for all four ways.",
+    )  # fmt: skip
+
+
+def _displaced(
+    sampled: list[dict[str, Any]], lift: dict[str, dict[str, Estimate]], held: dict[str, Estimate], taken: float
+) -> list[Claim]:
+    """Claims about one step: how much of the right answers' lift the negative gradient takes (`taken`, percent)."""
+    fell = sum(row["GRPO"] < 0 for row in sampled)
+    return [
         Claim(
             f"The negative gradient holds the right answers back (LLD; {PAPER} §4)",
             "after one step on sampled answers the right ones rose more under Pos-only than under GRPO, mean over prompts",
             f"Pos-only {_words(lift[SAMPLED]['Pos-only'])}, GRPO {_words(lift[SAMPLED]['GRPO'])}; the negative gradient takes "
-            f"{taken[SAMPLED]:.0f}% of the lift in the mean and something at "
-            f"{sum(row['Pos-only'] > row['GRPO'] for row in of[SAMPLED])} of {len(of[SAMPLED])} prompts; right answers fall at "
+            f"{taken:.0f}% of the lift in the mean and something at "
+            f"{sum(row['Pos-only'] > row['GRPO'] for row in sampled)} of {len(sampled)} prompts; right answers fall at "
             f"{fell}",
             held[SAMPLED].low > 0,
         ),
@@ -108,8 +124,20 @@ def conclude(one_step: list[dict[str, Any]], curves: list[dict[str, Any]], gap: 
             f"{_words(held[SHARED])} of {LIFT:g} that Pos-only gives at first order",
             held[SHARED].low > 0,
         ),
+    ]
+
+
+def _spared(both: dict[str, list[dict[str, Any]]]) -> list[Claim]:
+    """Claims about which tokens harm the right answers, by exact forces and by NTHR, for each kind of answers."""
+    order = {kind: td.rank_correlation(*(torch.tensor([row[f"{how}_negative"] for row in rows]) for how in ("exact", "real")))
+             for kind, rows in both.items()}  # fmt: skip
+    ranks = {kind: estimate(row["nthr_rank"] for row in rows if not math.isnan(row["nthr_rank"]))
+             for kind, rows in both.items()}  # fmt: skip
+    against = {other: {kind: estimate(row["NTHR"] - row[other] for row in rows) for kind, rows in both.items()}
+               for other in ("GRPO", "random tokens")}  # fmt: skip
+    return [
         Claim(
-            "The exact force of the wrong answers' tokens says what they do to the right ones (docs/theory.md, Phenomena)",
+            "The exact force of the wrong answers' tokens says what they do to the right ones (theory §5)",
             "rank correlation over prompts of the exact negative force with what a real step owes to it: 0.9 or more, for each "
             "kind of answers",
             "; ".join(f"{kind} {order[kind]:.3f} over {len(rows)} prompts" for kind, rows in both.items()),
@@ -123,7 +151,7 @@ def conclude(one_step: list[dict[str, Any]], curves: list[dict[str, Any]], gap: 
             all(value.low > 0 for value in ranks.values()),
         ),
         Claim(
-            f"Reweighting NTHR's tokens lowers the displacement ({PAPER} §5; docs/theory.md, Phenomena)",
+            f"Reweighting NTHR's tokens lowers the displacement ({PAPER} §5; theory §5)",
             "right answers rise more under NTHR than under GRPO, mean over prompts, for each kind of answers",
             f"NTHR minus GRPO: {_each(against['GRPO'], 'nats a token')}",
             all(value.low > 0 for value in against["GRPO"].values()),
@@ -134,17 +162,7 @@ def conclude(one_step: list[dict[str, Any]], curves: list[dict[str, Any]], gap: 
             f"NTHR minus random: {_each(against['random tokens'], 'nats a token')}",
             all(value.low > 0 for value in against["random tokens"].values()),
         ),
-        *_far(of.get(FAR, [])),
-        *_trained(curves),
     ]
-    return Result(
-        f"Pushing wrong answers down changes the right ones' lift in a GRPO step by {-taken[SAMPLED]:+.0f}%, and by "
-        f"{-taken[SHARED]:+.0f}% where they share their working",
-        claims, {"one_step": pa.Table.from_pylist(one_step), "training": pa.Table.from_pylist(curves)},
-        {"grpo_forces": _figure(of[SAMPLED] + of[SHARED], curves, taken[SAMPLED], taken[SHARED])},
-        notes=f"{about}; {len(of[SAMPLED])} prompts have right and wrong answers among G = {G}. One step has the size at which "
-        f"Pos-only lifts the right answers by {LIFT:g} nats a token, the same for all four ways.",
-    )  # fmt: skip
 
 
 def _words(value: Estimate) -> str:
@@ -155,36 +173,17 @@ def _each(values: dict[str, Estimate], unit: str = "") -> str:
     return "; ".join(f"{kind} {value.words(unit, of='prompts')}" for kind, value in values.items())
 
 
-# ---------------------------------------------------------------- one step
-
-
 def _mixed(chis: list[td.Chi]) -> bool:
+    """Whether there are both right and wrong answers."""
     return len({chi.advantage > 0 for chi in chis if chi.advantage}) == 2
 
 
-def _sign(chis: list[td.Chi]) -> Tensor:
-    return torch.cat([torch.full((len(chi),), float(chi.advantage or 0)).sign() for chi in chis])
-
-
-def weights_of(method: str, chis: list[td.Chi], spare: Tensor, seed: int) -> Tensor:
-    """Weights of the update tokens for one way to take the step; `spare` are NTHR's."""
-    sign = _sign(chis)
-    if method == "Pos-only":
-        return (sign > 0).float()
-    if method == "random tokens":
-        wrong, n = (sign < 0).nonzero().squeeze(1), int((spare < 1).sum())
-        chance = torch.ones_like(spare)
-        chance[wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))[:n]]] = 0.5
-        return chance
-    return spare if method == "NTHR" else torch.ones_like(sign)
-
-
 def _displacement(model: Any, chis: list[td.Chi], seed: int) -> dict[str, Any]:
-    """Exact forces of right and wrong tokens on the right answers, and what real steps do to those."""
+    """The right answers of one prompt: exact forces on them from right and wrong tokens, and their change in real steps."""
     objective = td.objectives.GRPO()
     right = [chi for chi in chis if chi.advantage is not None and chi.advantage > 0]
     M = sum(len(chi) for chi in right)
-    sign = _sign(chis)
+    sign = signs(chis)
     F = td.forces(model, chis, right, objective, groups=torch.where(sign > 0, 0, torch.where(sign < 0, 1, -1))).matrix
     assert F is not None
     positive, negative = (F.sum(0) / M).tolist()
@@ -213,7 +212,7 @@ def _displacement(model: Any, chis: list[td.Chi], seed: int) -> dict[str, Any]:
 
 
 def worked(tokenizer: Any, s: arithmetic.Sum, group: int) -> list[td.Chi]:
-    """Answers to a sum of three numbers that share their working: four times the right one, and four wrong last numbers."""
+    """Eight answers to a sum of three numbers that differ in the last number only: four right ones and four wrong ones."""
     first, more = s.a + s.b, 3 + group % 4
     last = first + more
     prompt = f"Human: What is {s.a} + {s.b} + {more}?\n\nAssistant:"
@@ -223,7 +222,7 @@ def worked(tokenizer: Any, s: arithmetic.Sum, group: int) -> list[td.Chi]:
 
 
 def _long(model: Any, tokenizer: Any, sums: list[arithmetic.Sum], seed: int, n: int = 4) -> list[dict[str, Any]]:
-    """The same behind a context of about 1,000 tokens of solved sums."""
+    """The rows of `_displacement` for up to n prompts behind about 1,000 tokens of solved sums."""
     others = [s for s in arithmetic.problems(seed + 1, 140) if s not in sums]
     shown, before = 0, ""
     while shown < len(others) and len(tokenizer(before).input_ids) < 960:
@@ -235,14 +234,14 @@ def _long(model: Any, tokenizer: Any, sums: list[arithmetic.Sum], seed: int, n: 
 
 
 def _far(rows: list[dict[str, Any]]) -> list[Claim]:
-    """Of the steps behind a long context, in the full form."""
+    """The claim about steps behind a long context, which only the full form takes."""
     if not rows:
         return []
     off = [abs(row["exact_positive"] + row["exact_negative"] - row["GRPO"]) / abs(row["GRPO"]) for row in rows]
     lift = {name: estimate(row[name] for row in rows) for name in STEPS}
     return [
         Claim(
-            "Behind a context of 1,000 tokens the exact forces predict the step as well (docs/theory.md, Phenomena)",
+            "Behind a context of 1,000 tokens the exact forces predict the step as well (theory §5)",
             "positive and negative force together give GRPO's real change of the right answers within a tenth, at every prompt",
             f"off by at most {100 * max(off):.1f}% at {len(rows)} prompts behind {rows[0]['tokens']} tokens; "
             + ", ".join(f"{name} {_words(value)}" for name, value in lift.items()),
@@ -252,7 +251,7 @@ def _far(rows: list[dict[str, Any]]) -> list[Claim]:
 
 
 def _identity(model: Any, chis: list[td.Chi]) -> float:
-    """NTHR's scores against gradients of the readout taken one by one, hidden states held."""
+    """Relative error of NTHR's scores against gradients of the readout by autograd, token by token, hidden states constant."""
     scores = nthr_scores(model, chis)
     W = model.get_output_embeddings().weight
     hidden = [model(input_ids=chi.ids[None], output_hidden_states=True, use_cache=False).hidden_states[-1][0] for chi in chis]
@@ -262,69 +261,15 @@ def _identity(model: Any, chis: list[td.Chi]) -> float:
     def log_pi(i: int) -> Tensor:
         return (hidden[i] @ leaf.T).log_softmax(1).gather(1, chis[i].ids[chis[i].scored][:, None]).squeeze(1)
 
-    right = sum(log_pi(i).sum() for i, chi in enumerate(chis) if chi.advantage and chi.advantage > 0)
+    right = torch.stack([log_pi(i).sum() for i, chi in enumerate(chis) if chi.advantage and chi.advantage > 0]).sum()
     (toward,) = torch.autograd.grad(right, leaf)
     truth = torch.stack([(toward * torch.autograd.grad(value, leaf, retain_graph=True)[0]).sum()
                          for i in range(2) for value in log_pi(i)])  # fmt: skip
     return float((scores[: len(truth)] - truth).norm() / truth.norm())
 
 
-# ---------------------------------------------------------------- training
-
-
-def train(
-    model: Any, tokenizer: Any, sums: list[arithmetic.Sum], method: str, *, steps: int, every: int, prompts: int, samples: int,
-    seed: int, lr: float = LR, objective: td.objectives.GRPO | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Readings {step, pass@1, pass@K, top-1 mass, entropy} of a policy trained on its own rollouts, so many prompts a step."""
-    policy = copy.deepcopy(model)
-    optimizer, rows = training.adam(policy, lr), []
-    objective = objective or td.objectives.GRPO()
-    batches = list(training.batches(sums, prompts, seed, epochs=1 + steps * prompts // len(sums)))
-    for n in range(steps + 1):
-        if n % every == 0 or n == steps:
-            rows.append({"step": n} | reading(policy, tokenizer, sums, samples, seed))
-        if n < steps:
-            rollouts = arithmetic.roll_out(policy, tokenizer, batches[n], G, seed=1000 * seed + n).chis
-            learned = [chi for chi in rollouts if chi.advantage]
-            if learned:
-                spare = nthr(policy, learned) if method == "NTHR" else torch.ones(0)
-                weights = weights_of(method, learned, spare, seed)
-                training.step(policy, optimizer, objective, learned, mean_over=len(batches[n]), weights=weights)
-    return rows
-
-
-@torch.no_grad()
-def reading(model: Any, tokenizer: Any, sums: list[arithmetic.Sum], n: int, seed: int) -> dict[str, float]:
-    """pass@1 and pass@K of n fresh samples, the top-1 mass and the entropy along them, and how many answers differ."""
-    sampled = arithmetic.roll_out(model, tokenizer, sums, n, seed=seed + 10**6)
-    mass, entropy = [], []
-    for start in range(0, len(sampled.chis), 128):
-        some = sampled.chis[start : start + 128]
-        stats = td.ops.token_stats(training.logits(model, some), training.targets(some))
-        mass.append(stats.argmax_log_prob.exp())
-        entropy.append(stats.entropy)
-    texts = {(chi.group, chi.response) for chi in sampled.chis}
-    return {"pass_1": arithmetic.pass_at(sampled.rewards, 1), "pass_K": arithmetic.pass_at(sampled.rewards, K), "K": K,
-            "top_1": float(torch.cat(mass).mean()), "entropy": float(torch.cat(entropy).mean()),
-            "answers": len(texts) / len(sums)}  # fmt: skip
-
-
-def gains(curves: list[dict[str, Any]], method: str, key: str) -> list[float]:
-    """Last minus first reading of each seed."""
-    found: dict[int, list[float]] = {}
-    for row in curves:
-        if row["method"] == method:
-            found.setdefault(row["seed"], []).append(row[key])
-    return [values[-1] - values[0] for values in found.values()]
-
-
-def gained(curves: list[dict[str, Any]], method: str, other: str, key: str) -> Estimate:
-    """How much more a method gains than another one with the same seed."""
-    return estimate(a - b for a, b in zip(gains(curves, method, key), gains(curves, other, key), strict=True))
-
-
 def _trained(curves: list[dict[str, Any]]) -> list[Claim]:
+    """Claims about the trainings: pass@1, pass@K and the top-1 mass."""
     first, top, many = (estimate(gains(curves, "GRPO", key)) for key in ("pass_1", "top_1", "pass_K"))
     other = {name: gained(curves, name, "GRPO", "pass_1") for name in ("Pos-only", "NTHR")}
 

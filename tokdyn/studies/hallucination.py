@@ -28,7 +28,7 @@ KINDS = {"own": "y_u behind x_u, trained", "foreign": "y_j behind x_u, both trai
 
 
 def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> Result:
-    """SFT with readings of own, foreign and unseen answers behind the training prompts.
+    """SFT, reading the log-probability of own, foreign and unseen answers behind the training prompts.
 
     Args:
         quick: 16 prompts, one seed, three passes instead of up to 96 prompts, five seeds, eight passes.

@@ -27,7 +27,7 @@ PAPER = "arXiv 2407.10490 §4.2"
 
 
 def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> Result:
-    """DPO from one model after no, few and many passes of SFT.
+    """Run DPO from one model after no, few and many passes of SFT.
 
     Args:
         quick: 12 pairs, one seed, three passes of DPO after 0, 2 or 6 passes of SFT; else 40 pairs, five seeds and eight passes
@@ -51,7 +51,7 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
 
 
 def conclude(table: list[dict[str, Any]], pairs: int) -> Result:
-    """What the readings say."""
+    """The study's claims and figure, computed from the table of readings that `run` took."""
     import pyarrow as pa
 
     names = variants(table)

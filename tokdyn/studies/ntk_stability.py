@@ -28,7 +28,7 @@ SMALL = 1e-4  # η of the real steps on one image
 
 
 def run(quick: bool = False, seed: int = 0) -> Result:
-    """The digits from several seeds, and a few tokens of the demo model."""
+    """Stability of the kernel on digits, over seeds, and between a few tokens of the demo model."""
     seeds = range(seed, seed + (5 if quick else 20))
     found = [one(s, each=20 if quick else 40) for s in seeds]
     norms, agreement = (torch.stack([run[key] for run in found]) for key in ("norm", "agreement"))
@@ -83,7 +83,7 @@ def run(quick: bool = False, seed: int = 0) -> Result:
 
 
 def one(seed: int, each: int) -> dict[str, Tensor]:
-    """Norms, agreement, LBK and SignDelta along one training.
+    """One training, read at every checkpoint.
 
     norm [checkpoint] mean ‖K‖_F; agreement [checkpoint - 1]; lbk [checkpoint, observed] LBK/(η² ‖K‖²); signs [checkpoint].
     """
@@ -156,7 +156,7 @@ def demo_drift(steps: int, tokens: int, samples: int) -> dict[str, Any]:
 
 
 def draw(norms: Tensor, agreement: Tensor, found: list[dict[str, Tensor]]) -> Any:
-    """Agreement and size through training, and LBK as a bound."""
+    """Agreement and norm of K through training, and LBK over its bound."""
     made, (left, middle, right) = figure(
         1, 3, width=11, title="The ranking of influences settles, while their size still grows"
     )

@@ -23,11 +23,13 @@ import tokdyn as td
 
 from ..exact.groups import group_labels
 from ..loading import load_model
+from ..objectives import Objective
 from . import texts, training
 from .figures import COLOURS, GREY, figure
 from .result import Claim, Result, estimate
 
 ESTIMATES = ("readout", "ch2", "readout + ch2")
+PREDICTORS = ("exact", "readout", "ch2", "-CHES", "-CHES, length-normalised")
 SMALL, LARGE = 0.2, 4.0  # nats that the step moves the token it moves most, to first order
 
 
@@ -60,16 +62,31 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
 
 
 def conclude(tables: dict[str, list[dict[str, Any]]], gap: float) -> Result:
-    """What the readings say."""
+    """The claims and figure, from one row for each token estimate, layer, pair, NTHR score and sentence estimate of a stage.
+
+    `gap` is ‖F - Σ F_layer‖ / ‖F‖, the largest over stages.
+    """
     import pyarrow as pa
 
     by_token, by_layer, by_pair, by_nthr = (tables[name] for name in ("tokens", "layers", "pairs", "nthr"))
     stages = list(dict.fromkeys(row["stage"] for row in by_token))
-    quick = "real_large" not in by_pair[0]
     small = {(stage, key): _rank(by_pair, stage, key, "real_small") for stage in stages for key in PREDICTORS}
-    large = {} if quick else {(s, key): _rank(by_pair, s, key, "real_large") for s in stages for key in PREDICTORS}
-    nthr = {stage: estimate([row["rank"] for row in by_nthr if row["stage"] == stage]) for stage in stages}
-    claims = [
+    own = [small[stage, "readout"] for stage in stages]
+    spread = sorted(_of(by_token, stage, "readout") for stage in stages)
+    return Result(
+        f"The readout ranks a pair's own step with correlation {min(own):.2f} or more, but the forces between prompts with "
+        f"{spread[0]:.2f} to {spread[-1]:.2f} only",
+        [*_of_exact(small, gap), _of_nthr(by_nthr, stages), *_of_ches(by_pair, small), *_of_tokens(by_token, stages)],
+        {name: pa.Table.from_pylist(table) for name, table in tables.items()},
+        {"readout_vs_exact": _figure(by_token, by_layer, small, stages)},
+        notes=_notes(by_layer, tables.get("sentences", []), stages),
+    )
+
+
+def _of_exact(small: dict[tuple[str, str], float], gap: float) -> list[Claim]:
+    """Claims about the exact force itself; `small` is {(stage, predictor): rank correlation with the real change}."""
+    stages = list(dict.fromkeys(stage for stage, _ in small))
+    return [
         Claim(
             "The exact force is the sum over layers (identity)",
             "‖F - Σ F_layer‖ / ‖F‖ = 0 up to float32 rounding",
@@ -83,12 +100,26 @@ def conclude(tables: dict[str, list[dict[str, Any]]], gap: float) -> Result:
             "; ".join(f"{stage}: exact {small[stage, 'exact']:.3f}, readout {small[stage, 'readout']:.3f}" for stage in stages),
             all(small[s, "exact"] >= max(0.95, *(small[s, key] for key in PREDICTORS)) for s in stages),
         ),
-        Claim(
-            "NTHR finds the tokens whose penalty hurts the correct answer (arXiv 2505.18830 §4, with only the readout moving)",
-            "rank correlation of the readout's score with the exact force of each rejected token on the chosen answer: above 0",
-            "; ".join(f"{stage} {nthr[stage].words(of='pairs')}" for stage in stages),
-            all(value.low > 0 for value in nthr.values()),
-        ),
+    ]
+
+
+def _of_nthr(by_nthr: list[dict[str, Any]], stages: list[str]) -> Claim:
+    """Claim about NTHR's score of a rejected token against its exact force on the chosen answer."""
+    nthr = {stage: estimate([row["rank"] for row in by_nthr if row["stage"] == stage]) for stage in stages}
+    return Claim(
+        "NTHR finds the tokens whose penalty hurts the correct answer (arXiv 2505.18830 §4, with only the readout moving)",
+        "rank correlation of the readout's score with the exact force of each rejected token on the chosen answer: above 0",
+        "; ".join(f"{stage} {nthr[stage].words(of='pairs')}" for stage in stages),
+        all(value.low > 0 for value in nthr.values()),
+    )
+
+
+def _of_ches(by_pair: list[dict[str, Any]], small: dict[tuple[str, str], float]) -> list[Claim]:
+    """Claims about CHES against the real change of the chosen answer; large steps in the full form only."""
+    stages = list(dict.fromkeys(stage for stage, _ in small))
+    quick = "real_large" not in by_pair[0]
+    large = {} if quick else {(stage, "-CHES"): _rank(by_pair, stage, "-CHES", "real_large") for stage in stages}
+    return [
         Claim(
             "CHES ranks pairs by how far the chosen answer is displaced (arXiv 2410.08847 §4.2)",
             "rank correlation of -CHES with the real change of the chosen answer: above the 95% bound for no correlation",
@@ -101,6 +132,12 @@ def conclude(tables: dict[str, list[dict[str, Any]]], gap: float) -> Result:
             _against(small, "-CHES, length-normalised", SMALL),
             all(small[stage, "-CHES, length-normalised"] > _bound(by_pair, stage) for stage in stages),
         ),
+    ]
+
+
+def _of_tokens(by_token: list[dict[str, Any]], stages: list[str]) -> list[Claim]:
+    """Claims about the readout's force and CH2 against the exact one, over pairs of tokens of different prompts."""
+    return [
         Claim(
             "The readout's force ranks the effect of token on token like the exact one (assumed by NTHR, CHES)",
             "rank correlation over token pairs of different prompts at least 0.5 at every stage",
@@ -114,22 +151,10 @@ def conclude(tables: dict[str, list[dict[str, Any]]], gap: float) -> Result:
             all(_of(by_token, s, "ch2") > _of(by_token, s, "readout") for s in stages),
         ),
     ]
-    own = [small[stage, "readout"] for stage in stages]
-    spread = sorted(_of(by_token, stage, "readout") for stage in stages)
-    return Result(
-        f"The readout ranks a pair's own step with correlation {min(own):.2f} or more, but the forces between prompts with "
-        f"{spread[0]:.2f} to {spread[-1]:.2f} only",
-        claims, {name: pa.Table.from_pylist(table) for name, table in tables.items()},
-        {"readout_vs_exact": _figure(by_token, by_layer, small, stages)},
-        notes=_notes(by_layer, tables.get("sentences", []), stages),
-    )  # fmt: skip
-
-
-PREDICTORS = ("exact", "readout", "ch2", "-CHES", "-CHES, length-normalised")
 
 
 def _stages(model: Any, tokenizer: Any, rows: list[texts.Row], seed: int, quick: bool) -> dict[str, Any]:
-    """The model before any training, as it ships, after supervised training on the pairs and after DPO on them."""
+    """The model at four stages: random weights, as shipped, after SFT on the pairs, and after DPO on them."""
     if quick:
         return {"pretrained": model}
     from ..demo.train import build
@@ -147,7 +172,7 @@ def _stages(model: Any, tokenizer: Any, rows: list[texts.Row], seed: int, quick:
 
 
 def _scopes(model: Any) -> dict[str, str]:
-    """Disjoint parts of the model that make up all of it."""
+    """Regular expressions over parameter names: disjoint parts that together are the whole model."""
     layers = {f"layer {k}": rf"\.layers\.{k}\." for k in range(model.config.num_hidden_layers)}
     return {"embeddings": "embed_tokens|lm_head"} | layers | {"last norm": r"model\.norm\."}
 
@@ -158,8 +183,14 @@ def _matrix(model: Any, u: list[td.Chi], o: list[td.Chi], scope: str, **options:
     return F.double()
 
 
+def _vector(model: Any, u: list[td.Chi], o: list[td.Chi], objective: Objective, **options: Any) -> Tensor:
+    vector = td.forces(model, u, o, objective, **options).vector
+    assert vector is not None
+    return vector
+
+
 def _tokens(model: Any, tokenizer: Any, rows: list[texts.Row]) -> tuple[list[dict], list[dict], float]:
-    """Token by token: each estimate's correlation with the exact force, by where the observed token stands; layers' shares."""
+    """Rows of estimates (correlations with the exact force, by place of the observed token), rows of layers, and their gap."""
     chis = [chi for chi in texts.preferences(tokenizer, rows) if chi.group == 0 or chi.role == "chosen"]
     whole = td.forces(model, chis, chis, td.objectives.SFT())
     assert whole.matrix is not None
@@ -190,7 +221,7 @@ def _tokens(model: Any, tokenizer: Any, rows: list[texts.Row]) -> tuple[list[dic
 
 
 def _pairs(model: Any, tokenizer: Any, rows: list[texts.Row], steps: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
-    """Pair by pair: what a DPO step does to the chosen answer's log-probability, predicted and real; NTHR against exact."""
+    """Rows of pairs (change of the chosen answer in a DPO step, predicted, real) and rows of NTHR scores against exact ones."""
     pairs, scores = [], []
     for i, row in enumerate(rows):
         pair = texts.preferences(tokenizer, [row])
@@ -198,9 +229,7 @@ def _pairs(model: Any, tokenizer: Any, rows: list[texts.Row], steps: tuple[str, 
         real = {name: td.verify(model, pair, chosen, dpo, move=SMALL if name == "small" else LARGE) for name in steps}
         found = {"exact": float(real["small"].predicted.sum() / real["small"].eta)}
         for scope in ("readout", "ch2"):
-            vector = td.forces(model, pair, chosen, dpo, scope=scope, reduce="update").vector
-            assert vector is not None
-            found[scope] = float(vector.sum())
+            found[scope] = float(_vector(model, pair, chosen, dpo, scope=scope, reduce="update").sum())
         plus, minus = (h.double() for h in training.hidden(model, pair))
         sums = plus.sum(0), minus.sum(0)
         found["-CHES"] = float(sums[0] @ sums[0] - sums[0] @ sums[1])
@@ -208,14 +237,14 @@ def _pairs(model: Any, tokenizer: Any, rows: list[texts.Row], steps: tuple[str, 
         found["-CHES, length-normalised"] = float(means[0] @ means[0] - means[0] @ means[1])
         changes = {f"real_{name}": float(v.actual.sum() / v.eta) for name, v in real.items()}
         pairs.append({"pair": i} | found | changes | {f"linearity_{name}": v.linearity for name, v in real.items()})
-        push = [td.forces(model, pair[1:], chosen, td.objectives.SFT(), scope=scope, reduce="observe").vector
-                for scope in ("full", "readout")]  # fmt: skip
-        scores.append({"pair": i, "rank": td.rank_correlation(*push), "sign": td.sign_delta(*push)})
+        exact, cheap = (_vector(model, pair[1:], chosen, td.objectives.SFT(), scope=scope, reduce="observe")
+                        for scope in ("full", "readout"))  # fmt: skip
+        scores.append({"pair": i, "rank": td.rank_correlation(exact, cheap), "sign": td.sign_delta(exact, cheap)})
     return pairs, scores
 
 
 def _sentences(model: Any, tokenizer: Any, rows: list[texts.Row], length: int = 1000) -> list[dict]:
-    """Every fourth sentence of one text of 1,000 tokens on the tokens of another: how each estimate ranks the exact forces."""
+    """Rows of estimates: rank correlation with the exact force of every fourth sentence of a long text on another."""
     text = ["\n\n".join(row["prompt"] + row["chosen"] for row in half) for half in (rows[::2], rows[1::2])]
     u, o = ([td.encode(tokenizer, "Human:", part[6:], max_length=length, eos=False)] for part in text)
     sentence = group_labels("sentence", u)

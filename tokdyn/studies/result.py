@@ -16,7 +16,7 @@ class Claim:
 
     Attributes:
         claim: one sentence, with paper and section.
-        oracle: what should be seen (docs and tests decide by this, also where it contradicts the paper).
+        oracle: what has to be seen for the claim to hold; where theory contradicts the paper, what theory says.
         measured: the value in words, with units and its 95% interval where it is statistical.
         holds: whether the oracle was met.
     """
@@ -71,7 +71,7 @@ class Estimate:
         return self.words()
 
     def words(self, unit: str = "", digits: int = 3, of: str = "seeds") -> str:
-        """As '0.52 ± 0.03 nats (95%, 5 seeds)', rounded to the digits that the interval leaves."""
+        """Format as '0.52 ± 0.03 nats (95%, 5 seeds)', rounded to the two leading digits of the half width."""
         if self.n == 1:
             return f"{self.mean:+.{digits}f}{' ' + unit if unit else ''} (one {of.removesuffix('s')})".replace("-", MINUS)
         if 0 < self.half < 1e-6:

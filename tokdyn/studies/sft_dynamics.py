@@ -50,7 +50,7 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
 
 
 def conclude(table: list[dict[str, Any]], prompts: int) -> Result:
-    """What the readings say."""
+    """The study's claims and figure, computed from the table of readings that `run` took."""
     import pyarrow as pa
 
     curves = by_kind(table)
@@ -107,13 +107,13 @@ def conclude(table: list[dict[str, Any]], prompts: int) -> Result:
 
 
 def follow(
-    model: Any, tokenizer: Any, train: list[texts.Row], held_out: list[texts.Row], *, seed: int, epochs: int, lr: float = 2e-4
+    model: Any, tokenizer: Any, train: list[texts.Row], held_out: list[texts.Row], *, seed: int, epochs: int
 ) -> list[tuple[float, str, list[float]]]:
     """(epoch, kind, log-probability per token of each row) at every reading of a supervised training on the chosen answers."""
     watched = probe(tokenizer, train, held_out, seed)
     model = copy.deepcopy(model)
     chosen = texts.chis(tokenizer, train, "chosen")
-    optimizer, objective, readings = training.adam(model, lr), td.objectives.SFT(), []
+    optimizer, objective, readings = training.adam(model, 2e-4), td.objectives.SFT(), []
     order = list(training.batches(chosen, 6, seed, epochs=epochs))
     per_epoch = len(order) / epochs
     every = max(1, round(per_epoch))

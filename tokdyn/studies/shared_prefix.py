@@ -37,22 +37,15 @@ LOSSES: dict[str, Objective] = {
 
 
 def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> Result:
-    """The cancellation on pairs that share a prefix, in G, in exact forces and in real steps.
+    """Measure the cancellation on pairs that share a prefix: at the logits, in exact forces and in real steps.
 
     Args:
         quick: fewer pairs, exact forces on two of them instead of six.
         seed: of the DPO steps that take the model away from its reference.
         data: pairs to take besides the shipped ones that share a prefix (`texts.pairs`).
     """
-    import pyarrow as pa
-
     model, tokenizer = load_model()
-    shipped = texts.pairs()
-    rows = shipped + (texts.pairs(data, 200, tokenizer=tokenizer) if data else [])
-    natural = [row for row in rows if _shares(tokenizer, row)]
-    spliced = [_spliced(row, other) for row, other in zip(shipped, shipped[1:] + shipped[:1], strict=True)]
-    rows = natural + (spliced[::2] if quick else spliced)
-    pairs = [training.with_reference(model, td.preference(tokenizer, **_texts(row))) for row in rows]
+    pairs = [training.with_reference(model, pair) for pair in _drawn(tokenizer, quick, data)]
     optimizer = training.adam(model, 2e-5)
     for pair in training.batches(pairs, 1, seed, epochs=1):  # away from h = 0, where every pair has the same weight
         training.step(model, optimizer, td.objectives.DPO(), pair[0])
@@ -63,18 +56,48 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
         by_loss += [{"pair": i} | row for row in _prefix_weights(model, pair)]
         by_step += [{"pair": i} | row for row in _steps(model, pair)]
     forces = [_prefix_force(model, pair) for pair in pairs[: 2 if quick else 6]]
+    return conclude({"positions": by_position, "losses": by_loss, "steps": by_step}, forces)
 
+
+def _drawn(tokenizer: Any, quick: bool, data: str | Path | None) -> list[list[td.Chi]]:
+    """Chosen and rejected answer of every pair: those that share their first two tokens, and spliced ones."""
+    shipped = texts.pairs()
+    rows = shipped + (texts.pairs(data, 200, tokenizer=tokenizer) if data else [])
+    natural = [row for row in rows if _shares(tokenizer, row)]
+    spliced = [_spliced(row, other) for row, other in zip(shipped, shipped[1:] + shipped[:1], strict=True)]
+    rows = natural + (spliced[::2] if quick else spliced)
+    return [td.preference(tokenizer, row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+
+
+def conclude(tables: dict[str, list[dict[str, Any]]], forces: list[float]) -> Result:
+    """The study's claims and figure, from rows by position, by loss and by step, and the relative force of some prefixes."""
+    import pyarrow as pa
+
+    by_position, by_loss, by_step = (tables[name] for name in ("positions", "losses", "steps"))
+    pairs = len({row["pair"] for row in by_position})
+    gain = {part: [row["argmax_gain"] for row in by_step if row["part"] == part] for part in (*PARTS, "all")}
+    return Result(
+        "DPO is silent where chosen and rejected agree; squeezing comes from behind the divergence",
+        [*_identities(by_position, forces, pairs), *_measured(gain, by_loss, pairs)],
+        {name: pa.Table.from_pylist(rows) for name, rows in tables.items()},
+        {"shared_prefix": _figure(by_position, gain)},
+        notes="Pairs: those shipped whose answers share two tokens or more, and chosen answers whose rejected partner keeps "
+        "their first third and goes on with another prompt's answer.\n\nA step on a part takes the DPO gradient of that part's "
+        f"tokens alone, with the step size at which the whole gradient widens the margin h by {MARGIN:g} nats to first order. "
+        "DPOP cancels while the chosen answer is above its reference.",
+    )
+
+
+def _identities(by_position: list[dict[str, Any]], forces: list[float], pairs: int) -> list[Claim]:
+    """Claims that are identities: what cancels at the prefix and at the divergence."""
     prefix = [row["cancelled"] for row in by_position if row["offset"] < 0]
     parting = [row["off_two_logits"] for row in by_position if row["offset"] == 0]
-    gain = {part: [row["argmax_gain"] for row in by_step if row["part"] == part] for part in (*PARTS, "all")}
-    rest = [b - a for a, b in zip(gain["divergence"], gain["behind it"], strict=True)]
-    of_loss = {name: sum(row["share"] for row in by_loss if row["loss"] == name) / len(pairs) for name in LOSSES}
     eps = torch.finfo(torch.float32).eps
-    claims = [
+    return [
         Claim(
             "At a shared prefix DPO's two gradients cancel (identity; docs/theory.md, Contexts)",
             "‖G⁺ + G⁻‖ / (‖G⁺‖ + ‖G⁻‖) = 0 up to float32 rounding of the logits",
-            f"at most {max(prefix):.1e} over {len(prefix)} positions of {len(pairs)} pairs",
+            f"at most {max(prefix):.1e} over {len(prefix)} positions of {pairs} pairs",
             max(prefix) < 1e3 * eps,
         ),
         Claim(
@@ -89,6 +112,14 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
             f"‖F_prefix‖ / ‖F_prefix of the chosen answer‖ at most {max(forces):.1e} over {len(forces)} pairs",
             max(forces) < 1e-4,
         ),
+    ]
+
+
+def _measured(gain: dict[str, list[float]], by_loss: list[dict[str, Any]], pairs: int) -> list[Claim]:
+    """Claims that are measured: where the argmax gains its mass, and which losses cancel."""
+    rest = [b - a for a, b in zip(gain["divergence"], gain["behind it"], strict=True)]
+    of_loss = {name: sum(row["share"] for row in by_loss if row["loss"] == name) / pairs for name in LOSSES}
+    return [
         Claim(
             "Squeezing needs the positions behind the divergence (docs/theory.md, Squeezing)",
             "along the rejected answer the argmax (not the target) gains more from the positions behind than from that one",
@@ -103,34 +134,22 @@ def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> R
             all((value < 1e-6) == (name in ("DPO", "IPO", "SLiC")) for name, value in of_loss.items() if name != "DPOP"),
         ),
     ]
-    curves = {"positions": pa.Table.from_pylist(by_position), "losses": pa.Table.from_pylist(by_loss),
-              "steps": pa.Table.from_pylist(by_step)}  # fmt: skip
-    return Result(
-        "DPO is silent where chosen and rejected agree; squeezing comes from behind the divergence",
-        claims, curves, {"shared_prefix": _figure(by_position, gain)},
-        notes="Pairs: those shipped whose answers share two tokens or more, and chosen answers whose rejected partner keeps "
-        "their first third and goes on with another prompt's answer.\n\nA step on a part takes the DPO gradient of that part's "
-        f"tokens alone, with the step size at which the whole gradient widens the margin h by {MARGIN:g} nats to first order. "
-        "DPOP cancels while the chosen answer is above its reference.",
-    )  # fmt: skip
-
-
-def _texts(row: dict[str, str]) -> dict[str, str]:
-    return {key: row[key] for key in ("prompt", "chosen", "rejected")}
 
 
 def _spliced(row: dict[str, str], other: dict[str, str]) -> dict[str, str]:
-    """The chosen answer against one that keeps its first third and goes on with another prompt's: nobody would give it."""
+    """The pair whose rejected answer is the first third of the chosen one, continued with another prompt's answer."""
     here, there = row["chosen"].split(" "), other["chosen"].split(" ")
     return row | {"rejected": " ".join(here[: len(here) // 3] + there[len(there) // 3 :])}
 
 
 def _shares(tokenizer: Any, row: dict[str, str]) -> bool:
+    """Whether both answers begin with the same two tokens."""
     a, b = (tokenizer(row[key]).input_ids for key in ("chosen", "rejected"))
     return a[:2] == b[:2]
 
 
 def _shared(pair: list[td.Chi]) -> int:
+    """Number of scored tokens before the first difference."""
     a, b = (chi.ids[chi.scored].tolist() for chi in pair)
     return next(k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
 
@@ -142,7 +161,7 @@ def _weights(model: Any, pair: list[td.Chi], objective: Objective) -> Tensor:
 
 @torch.no_grad()
 def _positions(model: Any, pair: list[td.Chi]) -> list[dict[str, float]]:
-    """What the two gradients at the logits add up to, position by position, relative to the divergence."""
+    """Norms of the sum of both answers' gradients at the logits; one row a position, counted from the divergence."""
     objective = td.objectives.DPO()
     z = training.logits(model, pair)
     gterm = objective.g_terms(torch.cat(training.log_probs(model, pair)), pair)
@@ -172,7 +191,7 @@ def _prefix_weights(model: Any, pair: list[td.Chi]) -> list[dict[str, Any]]:
 
 
 def _part_of(pair: list[td.Chi]) -> Tensor:
-    """0 shared, 1 divergence, 2 behind, for the scored tokens of both answers."""
+    """Index into PARTS for the scored tokens of both answers: 0 shared prefix, 1 divergence, 2 behind it."""
     k = _shared(pair)
     return torch.cat([(torch.arange(len(chi)) >= k).long() + (torch.arange(len(chi)) > k).long() for chi in pair])
 

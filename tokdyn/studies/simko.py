@@ -22,7 +22,7 @@ from ..loading import load_model
 from ..objectives import Scores
 from . import arithmetic, training
 from .figures import BLUE, VERMILION, band, figure
-from .grpo_forces import G, K, gained, gains, train
+from .grpo_training import G, K, Schedule, gained, gains, train
 from .result import Claim, Estimate, Result, estimate
 
 PAPER = "arXiv 2510.14807 §4"
@@ -33,7 +33,7 @@ PANELS = {"pass_1": "pass@1", "pass_K": f"pass@{K}", "top_1": "mass of the most 
 
 
 def run(quick: bool = False, seed: int = 0) -> Result:
-    """GRPO and SimKO side by side.
+    """Train the same policy with GRPO and with SimKO, and read both.
 
     Args:
         quick: one seed of 4 small steps on 12 problems instead of five seeds of 60 steps on 48.
@@ -44,18 +44,18 @@ def run(quick: bool = False, seed: int = 0) -> Result:
     taught = arithmetic.half_taught(model, tokenizer, sums, seed=seed)
     rollouts = [chi for chi in arithmetic.roll_out(taught, tokenizer, sums[:4], G, seed=seed).chis if chi.advantage]
     value, spread = _identities(taught, rollouts)
-    size = dict(steps=4, every=4, prompts=4, samples=8) if quick else dict(steps=60, every=10, prompts=8, samples=16)
+    schedule = Schedule(4, 4, 4, 8) if quick else Schedule(60, 10, 8, 16)
     curves = [
         {"method": name, "seed": s} | row
         for s in range(seed, seed + (1 if quick else 5))
         for name, objective in LOSSES.items()
-        for row in train(taught, tokenizer, sums, name, seed=s, objective=objective, **size)
+        for row in train(taught, tokenizer, sums, name, schedule, seed=s, objective=objective)
     ]
     return conclude(curves, value, spread, len(sums))
 
 
 def conclude(curves: list[dict[str, Any]], value: float, spread: float, problems: int) -> Result:
-    """What the readings and the two identities' differences say."""
+    """The study's claims and figure, from the table of readings and the errors of the two identities."""
     import pyarrow as pa
 
     more = {key: gained(curves, "SimKO", "GRPO", key) for key in PANELS}
@@ -103,7 +103,7 @@ def conclude(curves: list[dict[str, Any]], value: float, spread: float, problems
 
 
 def _identities(model: Any, chis: list[td.Chi]) -> tuple[float, float]:
-    """Both identities on real rollouts, with ratios γ that differ from 1 within the clip, the second in float64."""
+    """Relative errors of both identities on sampled answers, at ratios γ within the clip but not 1; the second in float64."""
     parts = training.log_probs(model, chis)
     chis = [chi.with_(old_log_probs=lp + torch.linspace(-0.1, 0.1, len(lp))) for chi, lp in zip(chis, parts, strict=True)]
     simko, grpo = td.objectives.SimKO(lam=1.0), td.objectives.GRPO()

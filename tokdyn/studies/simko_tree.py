@@ -94,15 +94,15 @@ def force(objective: Objective, pi: Tensor, y: Tensor, right: Tensor) -> Tensor:
     A > 0: ẽ - pi where the gate is open (e_y - pi elsewhere), ẽ = (1-α) e_y + (α/N) Σ e_top.    A < 0: -λ (e_y - pi) where the
     gate is open and y is the most likely token, -(e_y - pi) elsewhere. Each is divided by the length 3 and by no group size.
     """
-    alpha, lam, N, q = (getattr(objective, name, 0.0) for name in ("alpha", "lam", "n_candidates", "quantile"))
     e = torch.nn.functional.one_hot(y, 4).to(pi)
-    if not N:
+    if not isinstance(objective, SimKO):
         return torch.where(right[..., None, None], e - pi, pi - e) / 3
+    alpha, N = objective.alpha, objective.n_candidates
     entropy = -(pi * pi.log()).nan_to_num().sum(-1)
-    gate = (entropy > entropy.quantile(q, dim=-1, keepdim=True))[..., None]
+    gate = (entropy > entropy.quantile(objective.quantile, dim=-1, keepdim=True))[..., None]
     top = pi.topk(N, -1).indices
     shared = (1 - alpha) * e + (alpha / N) * torch.zeros_like(e).scatter(-1, top, 1.0)
-    harder = 1 + (lam - 1) * (gate & (top[..., :1] == y[..., None])).to(pi)
+    harder = 1 + (objective.lam - 1) * (gate & (top[..., :1] == y[..., None])).to(pi)
     return torch.where(right[..., None, None], torch.where(gate, shared, e) - pi, harder * (pi - e)) / 3
 
 
@@ -127,7 +127,7 @@ def train(objective: Objective, first: int, seeds: int, steps: int, every: int) 
 
 
 def identity_claim(seed: int) -> Claim:
-    """The closed form of `force` against td.objectives, on random responses of both signs."""
+    """Claim that `force` is minus the G of td.objectives, on random responses of both signs."""
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
     for i in range(50):
@@ -150,7 +150,7 @@ def identity_claim(seed: int) -> Claim:
 
 
 def curves(found: dict[str, Tensor], steps: list[int]) -> pa.Table:
-    """Probability of each rewarded path by objective, step and seed."""
+    """Table of the probability of each rewarded path by objective, step and seed."""
     rows = [
         (name, step, s, REWARDED[k], float(x[i, s, k]))
         for name, x in found.items()
@@ -162,7 +162,7 @@ def curves(found: dict[str, Tensor], steps: list[int]) -> pa.Table:
 
 
 def draw(accuracy: dict[str, Tensor], modes: dict[str, Tensor], found: dict[str, Tensor], steps: list[int]) -> Any:
-    """Accuracy, paths kept, and where the probability lies at the end."""
+    """Accuracy and number of kept paths through training, and the probabilities of the rewarded paths at its end."""
     made, (left, middle, right) = figure(
         1, 3, width=11, title="Sharing a correct token's gradient keeps more ways to the reward"
     )

@@ -42,18 +42,38 @@ SIMPLE = torch.tensor([compositional(mapping) for mapping in MAPPINGS])
 
 
 def run(quick: bool = False, seed: int = 0) -> Result:
-    """Time to fit and forces of all 24 mappings, and of right and wrong labels of digits."""
+    """Measure time to fit and forces of all 24 mappings, and how soon right and wrong labels of digits are learned."""
     seeds = range(seed, seed + (10 if quick else 50))
     times, help_ = (torch.stack(x) for x in zip(*((fit_times(s), cooperation(s)) for s in seeds), strict=True))  # [seed, 24]
     noisy = [label_times(s, steps=400 if quick else 1500) for s in seeds[: 5 if quick else 20]]
+    rows = [
+        (s, k, bool(SIMPLE[k]), float(times[i, k]), float(help_[i, k]))
+        for i, s in enumerate(seeds)
+        for k in range(len(MAPPINGS))
+    ]
+    columns = ("seed", "mapping", "compositional", "steps_to_fit", "cooperation")
+    labels = pa.table({name: [float(pair[i]) for pair in noisy] for i, name in enumerate(("right", "wrong"))})
+    faster = times[:, ~SIMPLE].mean(1) / times[:, SIMPLE].mean(1)
+    return Result(
+        f"Compositional mappings are learned {estimate(faster.tolist()).mean:.1f} times as fast; the examples of other "
+        "mappings contradict each other",
+        [*mapping_claims(times, help_), label_claim(noisy)],
+        {"mappings": pa.table(dict(zip(columns, zip(*rows, strict=True), strict=True))), "labels": labels},
+        {"mappings": draw(times, help_, noisy)},
+        f"Time to fit: steps until every symbol of every message has a probability above {FIT}. Cooperation: the force of one "
+        "example's update on the log-probability of another's message, mean over the 12 ordered pairs. That of a compositional "
+        "mapping is close to 0 beside the others': its examples hardly hinder each other. That they help is not seen in it.",
+    )
+
+
+def mapping_claims(times: Tensor, help_: Tensor) -> list[Claim]:
+    """Claims about times to fit and cooperation, both [seed, 24]: the 8 compositional mappings against the 16 others."""
     simple, other = (estimate(times[:, keep].mean(1).tolist()) for keep in (SIMPLE, ~SIMPLE))
     faster = estimate((times[:, ~SIMPLE].mean(1) / times[:, SIMPLE].mean(1)).tolist())
     good, bad = (estimate(help_[:, keep].mean(1).tolist()) for keep in (SIMPLE, ~SIMPLE))
     helps = estimate((help_[:, SIMPLE].mean(1) - help_[:, ~SIMPLE].mean(1)).tolist())
     tells = estimate([td.rank_correlation(h, t) for h, t in zip(help_, times, strict=True)])
-    right, wrong = (estimate([float(pair[i]) for pair in noisy]) for i in (0, 1))
-    later = estimate([float(pair[1] / pair[0]) for pair in noisy])
-    claims = [
+    return [
         Claim(
             f"The 8 compositional mappings are learned faster than the 16 others ({PAPER}).",
             "ratio of the mean times to fit above 1, its interval too",
@@ -85,35 +105,23 @@ def run(quick: bool = False, seed: int = 0) -> Result:
             tells.words(),
             tells.high < 0,
         ),
-        Claim(
-            f"Right labels are learned faster than wrong ones ({PAPER}).",
-            f"time until p(label) > 0.5 in the same training, {NOISE:.0%} of the digits' labels wrong: ratio above 1, interval "
-            "too",
-            f"{right.words('steps')} against {wrong.words('steps')}, ratio {later.words()}",
-            later.low > 1,
-        ),
     ]
-    rows = [
-        (s, k, bool(SIMPLE[k]), float(times[i, k]), float(help_[i, k]))
-        for i, s in enumerate(seeds)
-        for k in range(len(MAPPINGS))
-    ]
-    columns = ("seed", "mapping", "compositional", "steps_to_fit", "cooperation")
-    labels = pa.table({name: [float(pair[i]) for pair in noisy] for i, name in enumerate(("right", "wrong"))})
-    return Result(
-        f"Compositional mappings are learned {faster.mean:.1f} times as fast; the examples of other mappings contradict "
-        "each other",
-        claims,
-        {"mappings": pa.table(dict(zip(columns, zip(*rows, strict=True), strict=True))), "labels": labels},
-        {"mappings": draw(times, help_, noisy)},
-        f"Time to fit: steps until every symbol of every message has a probability above {FIT}. Cooperation: the force of one "
-        "example's update on the log-probability of another's message, mean over the 12 ordered pairs. That of a compositional "
-        "mapping is close to 0 beside the others': its examples hardly hinder each other. That they help is not seen in it.",
+
+
+def label_claim(noisy: list[Tensor]) -> Claim:
+    """Claim about the steps that right and wrong labels take, from `label_times` of each seed."""
+    right, wrong = (estimate([float(pair[i]) for pair in noisy]) for i in (0, 1))
+    later = estimate([float(pair[1] / pair[0]) for pair in noisy])
+    return Claim(
+        f"Right labels are learned faster than wrong ones ({PAPER}).",
+        f"time until p(label) > 0.5 in the same training, {NOISE:.0%} of the digits' labels wrong: ratio above 1, interval too",
+        f"{right.words('steps')} against {wrong.words('steps')}, ratio {later.words()}",
+        later.low > 1,
     )
 
 
 def logits(weights: tuple[Tensor, ...], x: Tensor) -> Tensor:
-    """Two symbols of two values from a network with one hidden layer; one network for each leading index of the weights."""
+    """Logits [.., object, symbol, value] of a network with one hidden layer, for each leading index of the weights."""
     W1, b1, W2, b2 = weights
     return ((x @ W1 + b1).tanh() @ W2 + b2).unflatten(-1, (2, 2))
 
@@ -179,7 +187,7 @@ def label_times(seed: int, steps: int) -> Tensor:
 
 
 def draw(times: Tensor, help_: Tensor, noisy: list[Tensor]) -> Any:
-    """Time to fit of every mapping, against the forces at the start, and of right and wrong labels."""
+    """Time to fit of every mapping; the same against the forces at the start; steps of right and wrong labels."""
     made, (left, middle, right) = figure(
         1,
         3,

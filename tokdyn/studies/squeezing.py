@@ -30,7 +30,7 @@ STRENGTH = 0.5
 
 
 def run(quick: bool = False, seed: int = 0) -> Result:
-    """The toy oracle, the lemma, the sweeps, and the demo model."""
+    """Check the toy's numbers and the lemma, sweep the toy, and measure the demo model."""
     sweep = toy_sweep(draws=50 if quick else 400, seed=seed)
     model = demo_model(pairs=5 if quick else 32, places=1 if quick else 2, seed=seed)
     claims = [*oracle_claims(), *lemma_claims(1000 if quick else 5000, seed), *sweep_claims(sweep), *model_claims(model)]
@@ -53,7 +53,7 @@ def run(quick: bool = False, seed: int = 0) -> Result:
 
 
 def toy() -> tuple[Tensor, dict[str, Tensor]]:
-    """X [4] and the logits [50] of the notebook, draw by draw."""
+    """X [4] and the three logit vectors [50] of the paper's notebook, drawn in its order from its seed."""
     random = np.random.RandomState(10086)
     X = torch.tensor(random.randn(4))
     uniform, flat = torch.tensor(random.randn(4, 50)), torch.tensor(1 + 0.05 * random.randn(4, 50))
@@ -63,7 +63,7 @@ def toy() -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def oracle_claims() -> list[Claim]:
-    """All numbers of squeeze.json: probabilities, entropies, and how many tokens rise and fall."""
+    """Claim that every number of squeeze.json is reproduced: probabilities, entropies, how many tokens rise and fall."""
     X, logits = toy()
     worst, counts, right = 0.0, 0, 0
     for name, case in json.loads(files(__package__).joinpath("squeeze.json").read_text("utf-8"))["cases"].items():
@@ -92,7 +92,7 @@ def oracle_claims() -> list[Claim]:
 
 
 def lemma_claims(rows: int, seed: int) -> list[Claim]:
-    """The lemma's ratio, what always holds, and the sign rule, on random distributions from flat to very peaky."""
+    """Claims about the lemma's ratio, about every negative step, and the sign rule, on distributions from flat to peaky."""
     g = torch.Generator().manual_seed(seed)
     peak = torch.linspace(0.1, 6, rows, dtype=torch.float64)
     z = torch.randn(rows, 50, dtype=torch.float64, generator=g) * peak[:, None]
@@ -168,7 +168,7 @@ def grid(sweep: dict[str, list[Any]], name: str) -> np.ndarray:
 
 
 def sweep_claims(sweep: dict[str, list[Any]]) -> list[Claim]:
-    """Peakiness, and both halves of the claim about p(y⁻)."""
+    """Claims about the sweep: the effect of peakiness, and both halves of the paper's statement about p(y⁻)."""
     falling, argmax, lower = (grid(sweep, name) for name in ("falling", "argmax", "lower"))
     flat, peaky = estimate(falling[0, -1]), estimate(falling[-1, -1])
     growth = estimate(falling[-1, -1] - falling[0, -1])
@@ -203,7 +203,7 @@ def sweep_claims(sweep: dict[str, list[Any]]) -> list[Claim]:
 
 
 def toy_figure(sweep: dict[str, list[Any]]) -> Any:
-    """Who falls against peakiness, and the change of the argmax against the rank of y⁻."""
+    """Left: share of falling tokens against peakiness. Right: change of log p(argmax) against the rank of y⁻."""
     made, (left, right) = figure(
         1, 2, title="Peaked distributions squeeze; at a fixed distribution a less likely y⁻ lifts the argmax less"
     )
@@ -232,7 +232,7 @@ def toy_figure(sweep: dict[str, list[Any]]) -> Any:
 
 
 def demo_model(pairs: int, places: int, seed: int) -> dict[str, list[Any]]:
-    """First-order effect of pushing down one token, on the whole vocabulary at its own place; per unit of its own fall.
+    """First-order change of log p over the vocabulary when one token is pushed down there, per nat that it loses itself.
 
     Places are drawn from the chosen answers of the shipped pairs; at each, y⁻ is the token of the given rank.
     """
@@ -255,8 +255,8 @@ def demo_model(pairs: int, places: int, seed: int) -> dict[str, list[Any]]:
             pushes = [td.Chi(torch.cat([chi.ids[:t], torch.tensor([y])]), last) for y in pushed]
             for scope in ("readout", "full"):
                 found = td.forces(model, pushes, pushes, td.objectives.SFT(), scope=scope, reduce="update")
-                for row, (rank, y) in enumerate(zip(MODEL_RANKS, pushed, strict=True)):
-                    words = found.vocabulary(row, row, k=len(log_pi))
+                for m, (rank, y) in enumerate(zip(MODEL_RANKS, pushed, strict=True)):
+                    words = found.vocabulary(m, m, k=len(log_pi))
                     down = torch.empty_like(log_pi)
                     down[words.rising] = -words.rise.double()
                     own, down = down[y], down / -down[y]  # per nat that y⁻ loses
@@ -269,20 +269,20 @@ def demo_model(pairs: int, places: int, seed: int) -> dict[str, list[Any]]:
 
 
 def per_pair(model: dict[str, list[Any]], value: str, **where: Any) -> list[float]:
-    """Means of a column over the places of each pair, where the other columns have the given values."""
+    """Mean of a column for each pair of texts, over the rows where the other columns have the given values."""
     keep = np.all([np.array(model[name]) == wanted for name, wanted in where.items()], axis=0)
     pairs, values = np.array(model["pair"])[keep], np.array(model[value])[keep]
     return [float(values[pairs == i].mean()) for i in np.unique(pairs)]
 
 
 def gain(model: dict[str, list[Any]]) -> str:
-    """Difference of the argmax's rise between the least and the most likely y⁻, all parameters."""
+    """In words: rise of log p(argmax) at the least likely y⁻ minus that at the most likely one, all parameters."""
     likely, unlikely = (per_pair(model, "argmax", scope="full", rank=MODEL_RANKS[i]) for i in (0, -1))
     return estimate([b - a for a, b in zip(likely, unlikely, strict=True)]).words("nats", of="prompts")
 
 
 def model_claims(model: dict[str, list[Any]]) -> list[Claim]:
-    """What of the readout's law survives in all parameters, at a likely and at an unlikely y⁻."""
+    """Claims about the demo model: through the readout alone, and through all parameters at a likely and an unlikely y⁻."""
     own, scope, rank, argmax = (np.array(model[name]) for name in ("own", "scope", "rank", "argmax"))
     first, last = MODEL_RANKS[0], MODEL_RANKS[-1]
     rises = {r: argmax[(scope == "full") & (rank == r)] > 0 for r in (first, last)}
@@ -310,7 +310,7 @@ def model_claims(model: dict[str, list[Any]]) -> list[Claim]:
 
 
 def model_figure(model: dict[str, list[Any]]) -> Any:
-    """Gain of the argmax by rank of y⁻, and who falls against the confidence of the model."""
+    """Left: gain of the argmax by rank of y⁻. Right: share of falling tokens against the probability of the argmax."""
     made, (left, right) = figure(1, 2, title="Demo model: one token pushed down, at its own place, per nat that it loses")
     for scope, colour, label in (("readout", GREY, "readout alone"), ("full", BLUE, "all parameters")):
         runs = np.array([per_pair(model, "argmax", scope=scope, rank=rank) for rank in MODEL_RANKS]).T

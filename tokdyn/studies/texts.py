@@ -63,12 +63,12 @@ def pairs(
 
 
 def chis(tokenizer: Any, rows: Sequence[Row], kind: str, *, role: str | None = None) -> list[td.Chi]:
-    """One response of each row behind its own prompt; group = number of the row."""
+    """The response under the key `kind` of each row, after the row's prompt; group is the number of the row."""
     return [td.encode(tokenizer, row["prompt"], row[kind], role=role or kind, group=i) for i, row in enumerate(rows)]
 
 
 def preferences(tokenizer: Any, rows: Sequence[Row]) -> list[td.Chi]:
-    """chosen, rejected of each row, one after the other."""
+    """Chosen and rejected answer of each row, in turn; group is the number of the row."""
     return [
         chi for i, row in enumerate(rows)
         for chi in td.preference(tokenizer, row["prompt"], row["chosen"], row["rejected"], group=i)
@@ -76,4 +76,5 @@ def preferences(tokenizer: Any, rows: Sequence[Row]) -> list[td.Chi]:
 
 
 def _length(tokenizer: Any, row: Row, key: str) -> int:
+    """Tokens of prompt, answer and end token."""
     return len(tokenizer(row["prompt"] + row[key]).input_ids) + 1

@@ -26,7 +26,7 @@ from ..sequences import collate
 
 
 def logits(model: nn.Module, chis: Sequence[td.Chi]) -> Float[Tensor, "N V"]:
-    """The logits that score each token of the sequences, one padded forward pass."""
+    """The logits that predict each scored token of the sequences, from one padded forward pass."""
     batch = collate(chis)
     return model(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.rows]
 
@@ -56,7 +56,7 @@ def step(
 
 
 def adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Adam without weight decay, so that whatever moves was moved by the data."""
+    """Adam without weight decay, so that the data alone moves the weights."""
     return torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -69,10 +69,10 @@ def batches(items: Sequence[Any], size: int, seed: int, *, epochs: int) -> Itera
         yield from (shuffled[i : i + size] for i in range(0, len(shuffled), size))
 
 
-def sft(model: nn.Module, chis: Sequence[td.Chi], *, epochs: int, lr: float, seed: int, size: int = 8) -> None:
+def sft(model: nn.Module, chis: Sequence[td.Chi], *, epochs: int, lr: float, seed: int) -> None:
     """Supervised training on all scored tokens; the loss is the mean over a batch's tokens."""
     optimizer, objective = adam(model, lr), td.objectives.SFT()
-    for batch in batches(chis, size, seed, epochs=epochs):
+    for batch in batches(chis, 8, seed, epochs=epochs):
         step(model, optimizer, objective, batch, mean_over=sum(len(chi) for chi in batch))
 
 
@@ -90,9 +90,9 @@ def log_probs(model: nn.Module, chis: Sequence[td.Chi], size: int = 32) -> list[
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model thinks of a set of sequences, means over tokens, nats; one number for each sequence.
+    """Log-probabilities of a set of sequences, nats, the mean over a sequence's scored tokens.
 
-    log_prob: of the tokens that stand there; argmax: of the most likely token at each position.
+    log_prob: of the sequence's own tokens; argmax: of the most likely token at each position.
     """
 
     log_prob: Float[Tensor, " S"]
@@ -107,6 +107,7 @@ def read(model: nn.Module, chis: Sequence[td.Chi], size: int = 32) -> Reading:
 
 
 def _read(model: nn.Module, chis: Sequence[td.Chi], size: int) -> list[tuple[Tensor, Tensor]]:
+    """(log-probs of the targets, log-probs of the argmax) of each sequence; `size` of similar length share a batch."""
     order = sorted(range(len(chis)), key=lambda i: chis[i].ids.numel())
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for start in range(0, len(order), size):
@@ -122,7 +123,7 @@ def _read(model: nn.Module, chis: Sequence[td.Chi], size: int) -> list[tuple[Ten
 
 @torch.no_grad()
 def hidden(model: nn.Module, chis: Sequence[td.Chi]) -> list[Tensor]:
-    """What the readout sees at each scored token, [n, d] for each sequence."""
+    """The hidden states that enter the readout to predict each scored token, [n, d] for each sequence."""
     found = []
     for chi in chis:
         h = model(input_ids=chi.ids[None], output_hidden_states=True, use_cache=False).hidden_states[-1][0]
@@ -131,10 +132,8 @@ def hidden(model: nn.Module, chis: Sequence[td.Chi]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def sample(
-    model: Any, prompts: Sequence[Sequence[int]], *, length: int, end: int, seed: int, temperature: float = 1.0
-) -> list[list[int]]:
-    """One sampled response to each prompt, without the end token; prompts of one length are sampled together."""
+def sample(model: Any, prompts: Sequence[Sequence[int]], *, length: int, end: int, seed: int) -> list[list[int]]:
+    """One response to each prompt, sampled at temperature 1, without the end token; prompts of one length share a batch."""
     generator = torch.Generator().manual_seed(seed)
     responses: list[list[int]] = [[] for _ in prompts]
     for n in sorted({len(p) for p in prompts}):
@@ -143,8 +142,7 @@ def sample(
         for _ in range(length):
             out = model(input_ids=ids, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-            pi = (out.logits[:, -1] / temperature).softmax(-1)
-            ids = torch.multinomial(pi, 1, generator=generator)
+            ids = torch.multinomial(out.logits[:, -1].softmax(-1), 1, generator=generator)
             going = [k for k, token in enumerate(ids[:, 0].tolist()) if token != end]
             for k in going:
                 responses[alive[k]].append(int(ids[k, 0]))

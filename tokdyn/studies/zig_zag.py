@@ -28,7 +28,7 @@ NOISE = 0.4  # share of digits with a wrong label
 
 
 class Path(NamedTuple):
-    """One run: p* and labels of the training samples, their predictions q [checkpoint, N, 3], and who pulls the wrong ones."""
+    """One run: p* and labels of the training samples, predictions q [checkpoint, N, 3], and forces on mislabelled ones."""
 
     truth: Tensor
     labels: Tensor
@@ -38,7 +38,7 @@ class Path(NamedTuple):
 
 
 def run(quick: bool = False, seed: int = 0) -> Result:
-    """Paths, forces and targets on the Gaussian classes; students on digits."""
+    """Measure paths, forces and targets on the Gaussian classes, and distilled students on digits."""
     seeds = range(seed, seed + (5 if quick else 20))
     found = [learn(s) for s in seeds]
     claims = [*path_claims(found), *force_claims(found), *target_claims(found)]
@@ -84,7 +84,7 @@ def learn(seed: int) -> Path:
 
 
 def pull(model: torch.nn.Module, x: Tensor, labels: Tensor, true: Tensor, wrong: Tensor) -> Tensor:
-    """Force on log p(label) - log p(true class) of the wrongly labelled, by the sample itself and by all others; mean, [2]."""
+    """Mean force on log p(label) - log p(true class) of the wrongly labelled: [from the sample itself, from all others]."""
     A, K, G = pieces(model, x[wrong], x, labels)
     F = dynamics.F(A, K, G, labels[wrong]) - dynamics.F(A, K, G, true[wrong])
     own = F.gather(1, wrong.nonzero()).squeeze(1)
@@ -92,7 +92,7 @@ def pull(model: torch.nn.Module, x: Tensor, labels: Tensor, true: Tensor, wrong:
 
 
 def groups(path: Path) -> dict[str, Tensor]:
-    """Which samples are wrongly labelled, and which are easy."""
+    """Masks [N] of the wrongly labelled samples and of the easy ones (p* above 0.9, label right)."""
     wrong = path.labels != path.truth.argmax(1)
     return {"wrong": wrong, "easy": ~wrong & (path.truth.max(1).values > 0.9)}
 
@@ -115,7 +115,7 @@ def truthful(path: Path, i: int) -> float:
 
 
 def path_claims(found: list[Path]) -> list[Claim]:
-    """First towards p*, then away; easy ones straight."""
+    """Claims about paths: mislabelled samples approach p* and leave it, easy ones go straight."""
     d = [distance(path, "wrong") for path in found]
     start, stop, end = (estimate([float(x[i]) for x, i in zip(d, at, strict=True)]) for at in
                         ([0] * len(found), [path.stop for path in found], [-1] * len(found)))  # fmt: skip
@@ -147,7 +147,7 @@ def path_claims(found: list[Path]) -> list[Claim]:
 
 
 def force_claims(found: list[Path]) -> list[Claim]:
-    """Others pull to the truth, the sample itself to its label, which wins."""
+    """Claim about forces: the other samples pull to the true class, the sample's own gradient to its label, and that wins."""
     own, others, net = ([estimate([float(x) for x in values]) for values in torch.stack(parts, 1).tolist()] for parts in zip(
         *((path.pulls[1:, 0], path.pulls[1:, 1], path.pulls[1:].sum(1)) for path in found), strict=True))  # fmt: skip
     return [
@@ -173,7 +173,7 @@ def average(q: Tensor) -> Tensor:
 
 
 def target_claims(found: list[Path]) -> list[Claim]:
-    """How far each kind of target is from p*."""
+    """Claim about targets: how far labels, last predictions and averaged predictions are from p*."""
 
     def far(target: Tensor, path: Path) -> float:
         return float((target - path.truth).norm(dim=1).mean())
@@ -195,7 +195,7 @@ def target_claims(found: list[Path]) -> list[Claim]:
 
 
 def students(seed: int, steps: int) -> dict[str, float]:
-    """Test accuracy on digits, 40% of the training labels wrong: teacher, and students of its last and averaged predictions."""
+    """Test accuracy on digits with 40% wrong labels: of the teacher, of students of its last and averaged predictions."""
     train, test = digits(seed, train=200)
     generator = torch.Generator().manual_seed(seed)
     flip = torch.rand(len(train.y), generator=generator) < NOISE
@@ -223,7 +223,7 @@ def students(seed: int, steps: int) -> dict[str, float]:
 
 
 def student_claim(accuracy: list[dict[str, float]]) -> Claim:
-    """Filter-KD against the labels and against plain distillation."""
+    """Claim about students: Filter-KD's targets against the labels; plain distillation is measured beside it."""
     told = {name: estimate([a[name] for a in accuracy]) for name in accuracy[0] if name not in ("seed", "learned")}
     over_labels, over_last = (estimate([a["Filter-KD"] - a[name] for a in accuracy]) for name in ("labels", "last prediction"))
     return Claim(
@@ -274,7 +274,7 @@ def draw_paths(path: Path) -> Any:
 
 
 def draw_distance(found: list[Path], accuracy: list[dict[str, float]]) -> Any:
-    """Distance to p* through training, who pulls, and the students."""
+    """Distance to p* through training, forces on mislabelled samples by their source, and test accuracy of the students."""
     made, (left, middle, right) = figure(
         1, 3, width=11, title="Neighbours pull a wrongly labelled sample to the truth until they are learned"
     )
