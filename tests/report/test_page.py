@@ -338,7 +338,7 @@ def test_columns_follow_the_matrix_axes(run: Any) -> None:
         assert data["columns"]["log_prob"] == pytest.approx(picked["log_prob"].to_pylist(), rel=1e-5)
         edges = [(item["start"], item["stop"]) for item in data["sequences"]]
         assert edges[0][0] == 0 and edges[-1][1] == size and all(a[1] == b[0] for a, b in zip(edges, edges[1:], strict=False))
-        assert [item["name"] for item in data["sequences"]][:2] == ["Pair 1 · chosen", "Pair 1 · rejected"]
+        assert [item["name"] for item in data["sequences"]][:2] == ["chosen 1", "rejected 1"]
     first = tokens.filter(pa.compute.equal(tokens["side"], "observed")).sort_by("row")["risers"][0].as_py()[0]
     assert payload["observed"]["columns"]["risers"][0][0] == [first["token"], pytest.approx(first["delta"], rel=1e-5)]
     assert "c" not in payload["observed"]["columns"] and "actual" not in payload["updated"]["columns"]
@@ -433,7 +433,7 @@ def test_rollouts_of_one_prompt_are_numbered(run: Any) -> None:
     about, tokens, matrix = run
     one = renamed(tokens, "role", ["response"] * len(tokens))
     names = [item["name"] for item in payload_of(render(about | {"sequences": []}, one, matrix))["updated"]["sequences"]]
-    assert names[:3] == ["Group 1 · #1", "Group 1 · #2", "Group 2 · #1"]
+    assert names[:3] == ["response 1", "response 1 #2", "response 2"]
 
 
 def test_shapes_and_columns_are_checked(run: Any) -> None:

@@ -190,6 +190,7 @@ def test_heat_maps_hold_the_forces_of_their_steps_token_by_token(run, html):
         for name, values in zip(m["groups"], m["values"], strict=True):
             assert values == pytest.approx([row[f"on {name}"] for row in rows], rel=1e-5)
         assert [s["role"] for s in m["sequences"]] == ["chosen", "rejected"]
+        assert [s["name"] for s in m["sequences"]] == ["chosen 1", "rejected 1"]
         assert [(s["start"], s["stop"]) for s in m["sequences"]] == [(0, 9), (9, 17)]
 
 

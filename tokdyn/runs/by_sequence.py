@@ -73,7 +73,7 @@ class BySequence:
         """Read a run's token table (pyarrow) and matrix [M, L]."""
         rows = tokens.to_pylist()
         sides = {side: [row for row in rows if row["side"] == side] for side in ("updated", "observed")}
-        names = {}
+        names: dict[tuple[str, int], str] = {}
         for side, of_side in sides.items():
             first: dict[int, Row] = {}
             for row in of_side:
