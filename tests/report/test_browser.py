@@ -64,11 +64,14 @@ def visit(browser):
 
 @pytest.fixture(scope="module")
 def run():
-    """A DPO step of the demo model on the first demo pair."""
+    """A DPO step of the demo model on one demo pair, seen at its chosen answer and at a rejected one of another prompt."""
     model, tokenizer = load_model("demo")
-    row = td.data.read(DEMO_PAIRS)[0]
-    pair = td.preference(tokenizer, row["prompt"], row["chosen"], row["rejected"])
-    return td.profile(model, pair, pair, tokenizer=tokenizer, about={"model": {"name": "demo"}})
+    pairs = [
+        td.preference(tokenizer, row["prompt"], row["chosen"], row["rejected"], group=group)
+        for group, row in enumerate(td.data.read(DEMO_PAIRS)[:2])
+    ]
+    observe = [pairs[0][0], pairs[1][1]]
+    return td.profile(model, pairs[0], observe, tokenizer=tokenizer, about={"model": {"name": "demo"}})
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +125,11 @@ def test_the_page_of_a_run_loads_with_every_token_and_a_drawn_matrix(visit, run,
 
 def test_a_sequence_has_one_name_in_terminal_findings_and_page(visit, run, file):
     page, table = visit(file), BySequence.of(run.tokens, run.matrix)
-    for side in ("observed", "updated"):
-        names = [name for (of, _), name in table.names.items() if of == side]
-        assert names == ["chosen 1", "rejected 1"] == page.locator(f"#{side} .caption .name").all_inner_texts()
-    menus = page.locator("#forces select")
-    assert [menus.nth(k).locator("option").all_inner_texts()[1:] for k in (0, 1)] == [["chosen 1", "rejected 1"]] * 2
-    assert any("rejected 1" in text for text in page.locator(".findings p").all_inner_texts())
+    for k, (side, names) in enumerate((("observed", ["chosen 1", "rejected 2"]), ("updated", ["chosen 1", "rejected 1"]))):
+        assert names == [name for (of, _), name in table.names.items() if of == side]
+        assert names == page.locator(f"#{side} .caption .name").all_inner_texts()
+        assert names == page.locator("#forces select").nth(k).locator("option").all_inner_texts()[1:]
+    assert any("rejected 2" in text for text in page.locator(".findings p").all_inner_texts())
 
 
 def test_an_observed_token_shows_its_row_of_the_table_and_who_moved_it(visit, run, file):
@@ -173,13 +175,13 @@ def test_an_update_token_shows_its_weight_and_whom_it_moved(visit, run, file):
 def test_cells_of_the_map_are_entries_of_the_matrix(visit, run, file):
     page, table = visit(file), BySequence.of(run.tokens, run.matrix)
     page.locator("#forces .map-frame").focus()
-    for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowDown", "ArrowDown"):  # the first shows the cursor, at 0, 0
+    walk = {"ArrowRight": (0, 0), "End": (0, -1), "ArrowDown": (1, -1), "ArrowLeft": (1, -2), "PageDown": (26, -2)}
+    for key, cell in walk.items():  # the first shows the cursor
         page.keyboard.press(key)
-    assert numbers(page.locator("#live").inner_text().rpartition(": ")[2]) == [
-        pytest.approx(float(run.matrix[3, 1]), rel=DIGITS)
-    ]
+        value = page.locator("#live").inner_text().rpartition(": ")[2]
+        assert numbers(value) == [pytest.approx(float(run.matrix[cell]), rel=DIGITS)], cell
     page.keyboard.press("Enter")
-    assert details(page)[1] == place(table, table.observed[3])
+    assert details(page)[1] == place(table, table.observed[26])
     page.get_by_role("radio", name="Sequence sums").click()
     page.locator("#forces .map-frame").focus()
     for key in ("ArrowRight", "ArrowRight"):
