@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokdyn as td
-from tokdyn.runs.findings import blocks, by_sequence, sequence_names
+from tokdyn.runs.by_sequence import BySequence, block_sums, sequence_names
 from tokdyn.testing import float64, random_chis, relative_error, tiny
 
 # On the way of a gradient lie some 30 sums of up to V = 61 terms (two layers, there and back), each off by √V eps of its terms:
@@ -98,13 +98,44 @@ def test_run_survives_the_disk(run, tmp_path):
 
 
 def test_blocks_and_sums_are_those_of_the_matrix(run):
-    rows = run.tokens.to_pylist()
-    u, o = ([row for row in rows if row["side"] == side] for side in ("updated", "observed"))
-    names = sequence_names(rows)
-    table = blocks(o, u, run.matrix, names)
-    assert table["rejected 1"]["chosen 1"] == pytest.approx(float(run.matrix[5:, :5].sum()), rel=1e-5)
-    total = run.about["settings"]["eta"] * sum(table["chosen 1"].values())
-    assert by_sequence(o, names)["chosen 1"]["predicted"] == pytest.approx(total, rel=1e-4)
+    table = BySequence.of(run.tokens, run.matrix)
+    forces = table.forces()
+    assert forces["rejected 1"]["chosen 1"] == pytest.approx(float(run.matrix[5:, :5].sum()), rel=1e-5)
+    total = run.about["settings"]["eta"] * sum(forces["chosen 1"].values())
+    assert table.changes()["chosen 1"]["predicted"] == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [2**19, 7])
+def test_block_sums_are_one_hot_products_whatever_the_order_and_a_nan_stays_in_its_block(monkeypatch, chunk):
+    monkeypatch.setattr("tokdyn.runs.by_sequence.CHUNK", chunk)  # 7 entries: the rows are read one by one
+    matrix = torch.randn(23, 17, generator=torch.Generator().manual_seed(0))
+    o, u = torch.arange(23) * 5 % 4, torch.arange(17) // 6
+    one_hot = torch.nn.functional.one_hot
+    truth = one_hot(o).T.double() @ matrix.double() @ one_hot(u).double()
+    torch.testing.assert_close(block_sums(matrix, o, u), truth, rtol=0, atol=1e-13)  # 391 terms of size 1 at 1e-16
+    matrix[3, 8] = torch.nan
+    broken = torch.zeros(4, 3, dtype=torch.bool)
+    broken[o[3], u[8]] = True
+    assert torch.equal(block_sums(matrix, o, u).isnan(), broken)
+    none = torch.zeros(0, dtype=torch.long)
+    assert block_sums(torch.zeros(0, 0), none, none).shape == (0, 0)
+
+
+def test_names_of_sequences_are_told_apart_and_need_neither_role_nor_group():
+    assert sequence_names([("chosen", 0), ("rejected", 0), ("chosen", 2)]) == ["chosen 1", "rejected 1", "chosen 3"]
+    assert sequence_names([("response", 4)] * 3) == ["response 5", "response 5 #2", "response 5 #3"]
+    assert sequence_names([(None, None)] * 2 + [("chosen", None)]) == ["response 1", "response 2", "chosen 3"]
+
+
+def test_the_strongest_finding_leaves_out_a_token_on_itself(run):
+    """By brute force over all pairs: both sides are the same texts, so F's largest entries tend to lie on the diagonal."""
+    finding = next(finding for finding in run.about["findings"] if "strongest" in finding["title"])
+    M, L = run.matrix.shape
+    pairs = [(m, l) for m in range(M) for l in range(L) if m != l]  # noqa: E741
+    m, l = max(pairs, key=lambda pair: abs(float(run.matrix[pair])))  # noqa: E741
+    table = BySequence.of(run.tokens, run.matrix)
+    for row in (table.observed[m], table.updated[l]):
+        assert f"position {row['position']} of {table.name(row)}" in finding["text"]
 
 
 def test_interrupt_keeps_what_is_done(tmp_path):
@@ -138,11 +169,10 @@ def test_rollouts_of_one_prompt_keep_their_names_and_markup_in_tokens_is_text():
     ]
     run = td.profile(tiny("llama"), chis, chis, td.objectives.GRPO())
     console = Console(width=250, record=True)
-    console.print(summary(run))
+    console.print(summary(run.about, run.tokens, run.matrix))
     text = console.export_text()
     assert "[/INST]" in text
-    rows = run.tokens.to_pylist()
-    sums = by_sequence([row for row in rows if row["side"] == "observed"], sequence_names(rows))
+    sums = BySequence.of(run.tokens, run.matrix).changes()
     assert list(sums) == ["response 1", "response 1 #2", "response 1 #3"]
     assert [entry["tokens"] for entry in sums.values()] == [4, 4, 4]
     assert all(name in text for name in sums)

@@ -1,40 +1,18 @@
 """Squeezing: the toy numbers of the notebook, the lemma, and the sign rule (docs/theory.md, Squeezing)."""
 
-import json
-from importlib.resources import files
-
-import numpy as np
 import pytest
 import torch
 
 from tokdyn import squeeze
+from tokdyn.studies.squeezing import toy_cases
 
-# the paper's toy experiment (arXiv 2407.10490, appendix on squeezing; its notebook), recomputed in float64
-ORACLE = json.loads(files("tokdyn.studies").joinpath("squeeze.json").read_text())
-
-
-def toy():
-    """The recipe of the oracle file, draw by draw."""
-    random = np.random.RandomState(10086)
-    X = torch.tensor(random.randn(4))
-    W = {name: torch.tensor(w) for name, w in (("uniform", random.randn(4, 50)), ("flat", 1 + 0.05 * random.randn(4, 50)))}
-    peaky = torch.tensor(random.randn(4, 50))
-    z = X @ peaky
-    many_hot = torch.zeros(50, dtype=torch.float64).index_fill(0, torch.arange(5, 13), 1.0)
-    z = z + (X @ X) * (many_hot - z.softmax(-1))  # the notebook's gradient is p - y also for this y, which sums to 8
-    return X, {name: X @ w for name, w in W.items()} | {"peaky": z}
+# probabilities before and after each step of the toy experiment (arXiv 2407.10490, its notebook), beside its results in float64
+TOY = toy_cases()
 
 
-@pytest.mark.parametrize("name", ORACLE["cases"])
+@pytest.mark.parametrize("name", TOY)
 def test_toy_numbers_of_the_notebook(name):
-    X, logits = toy()
-    z = logits[next(kind for kind in logits if kind in name)]
-    update = ORACLE["cases"][name]["update"]
-    targets = [update[key] for key in ("minus", "plus") if key in update]
-    c = [sign * update[rate] for key, rate, sign in (("minus", "lm", -1.0), ("plus", "lp", 1.0)) if key in update]
-    after = squeeze.step(z, torch.tensor(targets), torch.tensor(c, dtype=torch.float64), float(X @ X))
-    p, q = z.softmax(-1), after.softmax(-1)
-    expected = ORACLE["cases"][name]
+    p, q, expected = TOY[name]
     assert int(p.argmax()) == expected["argmax_before"]
     assert (int((q > p).sum()), int((q < p).sum())) == (expected["up"], expected["down"])
     for value, truth in ((p, expected["entropy_before"]), (q, expected["entropy_after"])):

@@ -102,7 +102,7 @@ def profile(
                 reference=other, out=out, overwrite=overwrite, stage=stage,
                 about={"model": {"name": model}, "data": {"path": data, "rows": total, "used": len(table)}},
             )  # fmt: skip
-        out_console.print(summary(run))
+        out_console.print(summary(run.about, run.tokens, run.matrix))
         out_console.print(f"Run in {out}, page in {out / 'report.html'}")
         if run.about["status"] != "complete":
             raise typer.Exit(130)
@@ -126,7 +126,7 @@ def report(
             return
         found = td.load(run)
         found.to_html(run / "report.html")
-        out_console.print(summary(found))
+        out_console.print(summary(found.about, found.tokens, found.matrix))
         out_console.print(f"Page in {run / 'report.html'}")
 
 

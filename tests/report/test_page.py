@@ -10,13 +10,13 @@ import base64
 import hashlib
 import json
 import re
-from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pytest
+from pages import Tags, payload_of
 
 from tokdyn.report import page, render
 
@@ -185,43 +185,6 @@ def synthetic_run(
     return about, tokens, matrix
 
 
-class Tags(HTMLParser):
-    """Collects the start tags of a page, and the text of each <script> and <style>."""
-
-    def __init__(self, html: str) -> None:
-        """Parse `html`."""
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.raw: list[tuple[str, dict[str, str | None], str]] = []
-        self.text: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Keep the tag; scripts and styles wait for their text."""
-        self.tags.append((tag, dict(attrs)))
-        if tag in ("script", "style"):
-            self.raw.append((tag, dict(attrs), ""))
-
-    def handle_data(self, data: str) -> None:
-        """Keep text, with the script or style it belongs to."""
-        if self.cdata_elem:
-            tag, attrs, text = self.raw.pop()
-            self.raw.append((tag, attrs, text + data))
-        else:
-            self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        """The visible text, white space collapsed."""
-        return " ".join(" ".join(self.text).split())
-
-
-def payload_of(html: str) -> dict[str, Any]:
-    """Return the data embedded in a page."""
-    (text,) = [text for _, attrs, text in Tags(html).raw if attrs.get("id") == "payload"]
-    return json.loads(text)
-
-
 def matrix_of(payload: dict[str, Any]) -> np.ndarray:
     """Return the matrix embedded in a payload."""
     packed = payload["matrix"]
@@ -338,7 +301,7 @@ def test_columns_follow_the_matrix_axes(run: Any) -> None:
         assert data["columns"]["log_prob"] == pytest.approx(picked["log_prob"].to_pylist(), rel=1e-5)
         edges = [(item["start"], item["stop"]) for item in data["sequences"]]
         assert edges[0][0] == 0 and edges[-1][1] == size and all(a[1] == b[0] for a, b in zip(edges, edges[1:], strict=False))
-        assert [item["name"] for item in data["sequences"]][:2] == ["Pair 1 · chosen", "Pair 1 · rejected"]
+        assert [item["name"] for item in data["sequences"]][:2] == ["chosen 1", "rejected 1"]
     first = tokens.filter(pa.compute.equal(tokens["side"], "observed")).sort_by("row")["risers"][0].as_py()[0]
     assert payload["observed"]["columns"]["risers"][0][0] == [first["token"], pytest.approx(first["delta"], rel=1e-5)]
     assert "c" not in payload["observed"]["columns"] and "actual" not in payload["updated"]["columns"]
@@ -433,7 +396,7 @@ def test_rollouts_of_one_prompt_are_numbered(run: Any) -> None:
     about, tokens, matrix = run
     one = renamed(tokens, "role", ["response"] * len(tokens))
     names = [item["name"] for item in payload_of(render(about | {"sequences": []}, one, matrix))["updated"]["sequences"]]
-    assert names[:3] == ["Group 1 · #1", "Group 1 · #2", "Group 2 · #1"]
+    assert names[:3] == ["response 1", "response 1 #2", "response 2"]
 
 
 def test_shapes_and_columns_are_checked(run: Any) -> None:

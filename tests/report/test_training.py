@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from pages import Tags, payload_of
 from typer.testing import CliRunner
 
 import tokdyn as td
@@ -76,36 +75,6 @@ def synthetic(steps=24, every=2, groups=("chosen", "rejected"), ranks=1, seed=0)
     return about, {
         name: pa.Table.from_pylist(rows) for name, rows in (("probe", probe), ("tokens", tokens), ("steps", figures))
     }
-
-
-class Tags(HTMLParser):
-    """Start tags of a page, the text of each <script> and <style>, and all other text."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.raw, self.text = [], [], []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag in ("script", "style"):
-            self.raw.append((tag, dict(attrs), ""))
-
-    def handle_data(self, data):
-        if self.cdata_elem:
-            tag, attrs, text = self.raw.pop()
-            self.raw.append((tag, attrs, text + data))
-        else:
-            self.text.append(data)
-
-    @property
-    def words(self):
-        return " ".join(" ".join(self.text).split())
-
-
-def payload_of(html):
-    (text,) = [text for _, attrs, text in Tags(html).raw if attrs.get("id") == "payload"]
-    return json.loads(text)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +159,7 @@ def test_heat_maps_hold_the_forces_of_their_steps_token_by_token(run, html):
         for name, values in zip(m["groups"], m["values"], strict=True):
             assert values == pytest.approx([row[f"on {name}"] for row in rows], rel=1e-5)
         assert [s["role"] for s in m["sequences"]] == ["chosen", "rejected"]
+        assert [s["name"] for s in m["sequences"]] == ["chosen 1", "rejected 1"]
         assert [(s["start"], s["stop"]) for s in m["sequences"]] == [(0, 9), (9, 17)]
 
 

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from datetime import date, datetime
 from importlib.resources import files
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+
+from ..runs.by_sequence import block_sums, sequence_names
+from .text import count, day, facts, plain, show, to_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SIDES = ("observed", "updated")
-SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Column of `tokens` -> kept for which side. `sequence`, `group` and `role` live in the sequence list instead.
 COLUMNS = {
     "position": SIDES,
@@ -86,7 +85,7 @@ def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None
     sides = {side: _side(about, tokens, side) for side in SIDES}
     M, L = (len(sides[side]["columns"]["token"]) for side in SIDES)
     if matrix is not None:
-        matrix = np.ascontiguousarray(matrix, dtype="<f4")
+        matrix = np.require(matrix, "<f4", ["C", "W"])
         if matrix.shape != (M, L):
             raise ValueError(f"matrix must have shape [M, L]=({M}, {L}) to match tokens, got {matrix.shape}")
     payload = {
@@ -117,7 +116,7 @@ def assemble(
         style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        payload=Markup(_json(payload)),
+        payload=Markup(to_json(payload)),
         **prose,
     )
     return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate in run.json must not stop the file
@@ -132,7 +131,7 @@ def _side(about: Mapping[str, Any], tokens: pa.Table, side: str) -> dict[str, An
         raise ValueError(f"tokens lacks the columns {sorted(missing)}")
     table = tokens.filter(pc.equal(tokens.column("side").cast("string"), side)).sort_by("row")
     columns = {
-        name: [_plain(value) for value in table.column(name).to_pylist()]
+        name: [plain(value) for value in table.column(name).to_pylist()]
         for name, of in COLUMNS.items()
         if side in of and name in table.column_names
     }
@@ -162,19 +161,8 @@ def _sequences(about: Mapping[str, Any], table: pa.Table, side: str) -> list[dic
                 }
             )
         found[-1]["stop"] = index + 1
-    roles = {item["role"] for item in found}
-    twins = Counter((item["group"], item["role"]) for item in found)
-    noun = "Group" if max(twins.values(), default=0) > 1 else "Pair" if roles <= {"chosen", "rejected"} else "Example"
-    seen: Counter[tuple[Any, str]] = Counter()
-    for index, item in enumerate(found):
-        key = (item["group"], item["role"])
-        seen[key] += 1
-        number = item["group"] + 1 if isinstance(item["group"], int) else index + 1
-        role = item["role"] if len(roles) > 1 or item["role"] != "response" else ""
-        rest = " ".join(filter(None, (role, f"#{seen[key]}" if twins[key] > 1 else "")))
-        item["name"] = f"{noun} {number} · {rest}" if rest else f"{noun} {number}"
-        item["short"] = f"{number} {rest}".rstrip()
-    return found
+    names = sequence_names((item["role"], item["group"]) for item in found)
+    return [{"name": name, **item} for name, item in zip(names, found, strict=True)]
 
 
 def _packed(matrix: np.ndarray | None) -> dict[str, Any] | None:
@@ -188,10 +176,11 @@ def _blocks(matrix: np.ndarray | None, rows: list[dict[str, Any]], columns: list
     """Return the sums of F over (observed sequence, update sequence) blocks; None where a block holds a NaN."""
     if matrix is None:
         return None
-    return [
-        [_plain(float(matrix[r["start"] : r["stop"], c["start"] : c["stop"]].sum(dtype=np.float64))) for c in columns]
-        for r in rows
-    ]
+    of_row, of_column = (
+        torch.repeat_interleave(torch.tensor([item["stop"] - item["start"] for item in side], dtype=torch.long))
+        for side in (rows, columns)
+    )
+    return plain(block_sums(torch.from_numpy(matrix), of_row, of_column).tolist())
 
 
 def _eta(about: Mapping[str, Any]) -> float | None:
@@ -208,10 +197,10 @@ def _prose(about: Mapping[str, Any], sides: Mapping[str, Any], matrix: np.ndarra
     model, data, objective, settings = (about.get(key) or {} for key in ("model", "data", "objective", "settings"))
     M, L = (len(sides[side]["columns"]["token"]) for side in SIDES)
     eta, name = _eta(about), objective.get("name") or "fine-tuning"
-    arguments = ", ".join(f"{key} = {_show(value)}" for key, value in (objective.get("arguments") or {}).items())
+    arguments = ", ".join(f"{key} = {show(value)}" for key, value in (objective.get("arguments") or {}).items())
     shape = " × ".join(str(model[key]) for key in ("layers", "width") if model.get(key))
     details = (
-        _count(model.get("parameters"), "parameter"),
+        count(model.get("parameters"), "parameter"),
         shape and f"{shape} (layers × width)",
         model.get("vocabulary") and f"vocabulary {model['vocabulary']:,}",
         {True: "tied embeddings", False: "untied embeddings"}.get(model.get("tied")),  # type: ignore[arg-type]
@@ -227,11 +216,10 @@ def _prose(about: Mapping[str, Any], sides: Mapping[str, Any], matrix: np.ndarra
         "objective": name,
         "M": M,
         "L": L,
-        "counts": {side: len(sides[side]["sequences"]) for side in SIDES},
-        "eta": None if eta is None else _show(eta),
+        "eta": None if eta is None else show(eta),
         "details": [str(item) for item in details if item],
         "status": about.get("status") or "complete",
-        "created": _day(about.get("created")),
+        "created": day(about.get("created")),
         "version": about.get("tokdyn") or "",
         "findings": [{key: item.get(key) or "" for key in ("title", "text")} for item in about.get("findings") or [] if item],
         "computed": computed,
@@ -239,11 +227,11 @@ def _prose(about: Mapping[str, Any], sides: Mapping[str, Any], matrix: np.ndarra
         "tables": [
             {"title": title, "rows": rows}
             for title, rows in (
-                ("Settings", _table(settings)),
+                ("Settings", facts(settings)),
                 ("Parameters covered", _coverage(about.get("coverage"))),
-                ("Self-checks", _table(about.get("checks"))),
-                ("Time, seconds", _table(about.get("seconds"))),
-                ("Versions", _table({"tokdyn": about.get("tokdyn"), **(about.get("versions") or {})})),
+                ("Self-checks", facts(about.get("checks"))),
+                ("Time, seconds", facts(about.get("seconds"))),
+                ("Versions", facts({"tokdyn": about.get("tokdyn"), **(about.get("versions") or {})})),
             )
             if rows
         ],
@@ -270,7 +258,7 @@ def _coverage(coverage: Any) -> list[tuple[str, str]]:
     verdicts: dict[str, list[str]] = {}
     for name, verdict in (coverage or {}).items():
         if not isinstance(verdict, str):
-            return _table(coverage)
+            return facts(coverage)
         verdicts.setdefault(verdict, []).append(str(name))
     rows = []
     for verdict, names in verdicts.items():
@@ -278,71 +266,3 @@ def _coverage(coverage: Any) -> list[tuple[str, str]]:
         named = ": " + ", ".join(names[:6]) + (", …" if len(names) > 6 else "") if absent else ""
         rows.append((verdict, f"{len(names):,} tensor{'' if len(names) == 1 else 's'}{named}"))
     return rows
-
-
-def _table(values: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Return nested mappings as (dotted name, text) rows."""
-    rows: list[tuple[str, str]] = []
-    for key, value in (values or {}).items():
-        label = f"{prefix}{str(key).replace('_', ' ')}"
-        if isinstance(value, Mapping):
-            rows += _table(value, f"{label} · ")
-        elif value is not None:
-            rows.append((label, _show(value)))
-    return rows
-
-
-def _show(value: Any) -> str:
-    """Return a value as a reader would write it."""
-    value = _plain(value)
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        digits, _, power = f"{value:.3g}".replace("-", "\N{MINUS SIGN}").partition("e")
-        return f"{digits}×10{str(int(power.replace('−', '-'))).translate(SUPERSCRIPT)}" if power else digits
-    if isinstance(value, list | tuple):
-        return ", ".join(_show(item) for item in value)
-    return str(value)
-
-
-def _count(number: Any, noun: str) -> str:
-    """Return 5,482,240 parameters as "5.48 M parameters"."""
-    if not isinstance(number, int | float):
-        return ""
-    for size, letter in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter} {noun}s"
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _day(created: Any) -> str:
-    """Return an ISO time as "2026-07-14 09:30"; anything else as it came."""
-    if isinstance(created, datetime | date):
-        created = created.isoformat()
-    try:
-        return datetime.fromisoformat(str(created)).strftime("%Y-%m-%d %H:%M") if created else ""
-    except ValueError:
-        return str(created)
-
-
-def _plain(value: Any) -> Any:
-    """Return a value that JSON can hold: six digits for floats, None for NaN and infinities."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        return value if isinstance(value, str | int | None) else str(value)
-    return [_plain(item) for item in value]
-
-
-def _json(payload: Any) -> str:
-    """Return JSON that is inert inside <script>: ASCII only, and none of < > & in the clear."""
-    text = json.dumps(_plain(payload), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -14,9 +14,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..runs.by_sequence import sequence_names
 from ..runs.folder import PAGE
 from ..training.steps import metrics, read
-from .page import _count, _plain, _show, _table, assemble
+from .page import assemble
+from .text import count, facts, plain, show
 
 SCRIPTS = ("format.js", "colour.js", "tip.js", "svg.js", "training/data.js", "training/charts.js", "training/forces.js",
            "training/main.js")  # fmt: skip
@@ -213,6 +215,8 @@ def _maps(tokens: Any, wanted: Sequence[int] | None) -> list[dict[str, Any]]:
             if not sequences or sequences[-1]["key"] != key:
                 sequences.append({"key": key, "role": row["role"], "group": row["group"], "start": index})
             sequences[-1]["stop"] = index + 1
+        for name, sequence in zip(sequence_names((s["role"], s["group"]) for s in sequences), sequences, strict=True):
+            sequence["name"] = name
         maps.append(
             {
                 "step": step,
@@ -240,7 +244,7 @@ def _prose(
     last = about.get("steps") or (recorded[-1] if recorded else 0)
     problems = [str(text) for text in about.get("problems") or []]
     details = (
-        _count(model.get("parameters"), "parameter"),
+        count(model.get("parameters"), "parameter"),
         f"{len(recorded):,} step{'' if len(recorded) == 1 else 's'} recorded",
         curves["steps"] and f"probe at {len(curves['steps']):,} of them",
         curves["types"] and f"{len(curves['types'])} kind{'' if len(curves['types']) == 1 else 's'} of response watched",
@@ -262,9 +266,9 @@ def _prose(
         "tables": [
             {"title": title, "rows": rows}
             for title, rows in (
-                ("Settings", _table(settings)),
-                ("Probe, sequences of each kind", _table(about.get("probe"))),
-                ("Versions", _table(versions)),
+                ("Settings", facts(settings)),
+                ("Probe, sequences of each kind", facts(about.get("probe"))),
+                ("Versions", facts(versions)),
             )
             if rows
         ],
@@ -320,8 +324,8 @@ def _findings(curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapp
         found.append(
             {
                 "title": "The forces explain the steps" if good else "Steps are too large for a first-order account",
-                "text": f"Change of the probe in a step, real over predicted: {_show(middle)} in the middle, between "
-                f"{_show(min(ratios))} and {_show(max(ratios))} over {len(ratios)} steps. 1 is perfect.",
+                "text": f"Change of the probe in a step, real over predicted: {show(middle)} in the middle, between "
+                f"{show(min(ratios))} and {show(max(ratios))} over {len(ratios)} steps. 1 is perfect.",
             }
         )
     return found
@@ -337,4 +341,4 @@ def _say(name: str) -> str:
 
 
 def _signed(x: float) -> str:
-    return ("+" if x > 0 else "") + _show(_plain(float(x)))
+    return ("+" if x > 0 else "") + show(plain(float(x)))

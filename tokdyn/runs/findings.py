@@ -7,67 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .by_sequence import BySequence, Row
+
 Finding = dict[str, str]
 ROW_SUMS = "row sums of the matrix against the tangent pass"
 
 
 def findings(about: dict[str, Any], tokens: Any, matrix: Tensor | None) -> list[Finding]:
-    """The step, the tug of war behind it, the strongest pair of tokens, squeezing, and the check, each with its figures.
+    """The step, the balance of forces behind it, the strongest pair of tokens, squeezing, and the checks, with their figures.
 
     Args:
-        about: a run's record; its sequences, settings and verify are read.
-        tokens: its token table.
-        matrix: F [M, L] or None; NaN entries (a partial run) leave the findings that need it out.
+        about: a run's record; its sequences, settings, checks and verify are read.
+        tokens: its token table (pyarrow).
+        matrix: F [M, L] or None. Where entries are NaN (an interrupted run), findings that need it are left out.
     """
-    rows = tokens.to_pylist()
-    u = [row for row in rows if row["side"] == "updated"]
-    o = [row for row in rows if row["side"] == "observed"]
-    names = sequence_names(rows)
-    found: list[Finding | None] = [_step(about, o, u, names)]
-    if matrix is not None and not bool(matrix.isnan().any()):
-        found += [_tug_of_war(about, o, u, matrix, names), _strongest(about, o, u, matrix, names)]
-    found += [_squeezing(u), _check(about), _sums(about)]
+    run = BySequence.of(tokens, matrix)
+    found = [_step(about, run)]
+    if run.matrix is not None:
+        found += [_balance(about, run), _strongest(about, run)]
+    found += [_squeezing(run), _prediction(about), _row_sums(about)]
     return [finding for finding in found if finding is not None]
-
-
-Names = dict[tuple[str, int], str]
-
-
-def sequence_names(rows: list[dict[str, Any]]) -> Names:
-    """(side, sequence) -> its name: role and group counted from 1, as "chosen 1"; twins get a number, "response 1 #2"."""
-    found: Names = {}
-    seen: dict[tuple[str, str, int], int] = {}
-    for row in rows:
-        key = (row["side"], row["sequence"])
-        if key not in found:
-            twin = (row["side"], row["role"], row["group"])
-            seen[twin] = seen.get(twin, 0) + 1
-            found[key] = f"{row['role']} {row['group'] + 1}" + (f" #{seen[twin]}" if seen[twin] > 1 else "")
-    return found
-
-
-def by_sequence(o: list[dict[str, Any]], names: Names) -> dict[str, dict[str, float]]:
-    """Sum of predicted and actual change per observed sequence, in nats."""
-    sums: dict[str, dict[str, float]] = {}
-    for row in o:
-        entry = sums.setdefault(names["observed", row["sequence"]], dict(predicted=0.0, actual=0.0, tokens=0))
-        entry["predicted"] += row["predicted"]
-        entry["actual"] += row["actual"]
-        entry["tokens"] += 1
-    return sums
-
-
-def blocks(o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor, names: Names) -> dict[str, dict[str, float]]:
-    """Force of each updated sequence on each observed one, summed over both; nats per unit learning rate."""
-    sums: dict[str, dict[str, float]] = {}
-    columns: dict[str, list[int]] = {}
-    for l, row in enumerate(u):  # noqa: E741
-        columns.setdefault(names["updated", row["sequence"]], []).append(l)
-    for m, row in enumerate(o):
-        entry = sums.setdefault(names["observed", row["sequence"]], {})
-        for name, at in columns.items():
-            entry[name] = entry.get(name, 0.0) + float(matrix[m, at].sum())
-    return sums
 
 
 def signed(x: float) -> str:
@@ -80,20 +39,21 @@ def shown(token: str) -> str:
     return "“" + token.replace("\n", "↵").replace(" ", "␣") + "”"
 
 
-def _step(about: dict[str, Any], o: list[dict[str, Any]], u: list[dict[str, Any]], names: Names) -> Finding:
-    sums = by_sequence(o, names)
-    moves = ", ".join(f"{name} {signed(entry['actual'])}" for name, entry in sums.items())
-    trained = {(row["role"], row["group"]) for row in u}
-    wanted = {"chosen": 1, "rejected": -1}
-    judged = {
-        names["observed", row["sequence"]]: sums[names["observed", row["sequence"]]]["actual"] * wanted[row["role"]]
-        for row in o
-        if row["role"] in wanted and (row["role"], row["group"]) in trained
+def _step(about: dict[str, Any], run: BySequence) -> Finding | None:
+    """What the step did to each answer, and whether answers that were trained on moved the way they should."""
+    changes = run.changes()
+    moves = ", ".join(f"{name} {signed(change['actual'])}" for name, change in changes.items())
+    trained = {(row["role"], row["group"]) for row in run.updated}
+    direction = {"chosen": 1, "rejected": -1}
+    gains = {
+        run.name(row): changes[run.name(row)]["actual"] * direction[row["role"]]
+        for row in run.observed
+        if row["role"] in direction and (row["role"], row["group"]) in trained
     }
-    wrong = [f"{name} {'rises' if name.startswith('rejected') else 'falls'}" for name, gain in judged.items() if gain < 0]
+    wrong = [f"{name} {'rises' if name.startswith('rejected') else 'falls'}" for name, gain in gains.items() if gain < 0]
     if wrong:
         title = f"Against its purpose, {' and '.join(wrong)}"
-    elif judged:
+    elif gains:
         title = "The step moves every answer it trains on the way it should"
     else:
         title = "What the step does to each answer"
@@ -102,60 +62,56 @@ def _step(about: dict[str, Any], o: list[dict[str, Any]], u: list[dict[str, Any]
     )
 
 
-def _tug_of_war(
-    about: dict[str, Any], o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor, names: Names
-) -> Finding | None:
-    table, eta = blocks(o, u, matrix, names), about["settings"]["eta"]
+def _balance(about: dict[str, Any], run: BySequence) -> Finding | None:
+    """The observed sequence on which most force cancels, with the two sequences that pull and push it hardest."""
+    table, eta = run.forces(), about["settings"]["eta"]
     best: tuple[float, str] | None = None
-    for name, entry in table.items():
-        lift, press = sum(f for f in entry.values() if f > 0), sum(f for f in entry.values() if f < 0)
-        if lift and press:
-            up, down = max(entry, key=lambda k: entry[k]), min(entry, key=lambda k: entry[k])
-            text = (
-                f"On {name}, the tokens of {up} do {signed(eta * entry[up])} nats and those of {down} "
-                f"{signed(eta * entry[down])}; all updated answers together leave {signed(eta * (lift + press))}."
-            )
-            cancelled = min(lift, -press)
-            if best is None or cancelled > best[0]:
-                best = (cancelled, text)
-    return None if best is None else dict(title="Most of the force cancels", text=best[1]) if _cancels(table) else dict(
-        title="Who pulls and who pushes", text=best[1]
-    )  # fmt: skip
+    for name, forces in table.items():
+        lift, press = sum(f for f in forces.values() if f > 0), sum(f for f in forces.values() if f < 0)
+        if not (lift and press):
+            continue
+        up, down = max(forces, key=lambda k: forces[k]), min(forces, key=lambda k: forces[k])
+        text = (
+            f"On {name}, the tokens of {up} do {signed(eta * forces[up])} nats and those of {down} "
+            f"{signed(eta * forces[down])}; all updated answers together leave {signed(eta * (lift + press))}."
+        )
+        cancelled = min(lift, -press)
+        if best is None or cancelled > best[0]:
+            best = (cancelled, text)
+    if best is None:
+        return None
+    net = sum(abs(sum(forces.values())) for forces in table.values())
+    gross = sum(abs(f) for forces in table.values() for f in forces.values())
+    return dict(title="Most of the force cancels" if net < 0.5 * gross else "Who pulls and who pushes", text=best[1])
 
 
-def _cancels(table: dict[str, dict[str, float]]) -> bool:
-    """Whether the net forces are less than half of the gross ones."""
-    net = sum(abs(sum(entry.values())) for entry in table.values())
-    gross = sum(abs(f) for entry in table.values() for f in entry.values())
-    return net < 0.5 * gross
-
-
-def _strongest(
-    about: dict[str, Any], o: list[dict[str, Any]], u: list[dict[str, Any]], matrix: Tensor, names: Names
-) -> Finding | None:
+def _strongest(about: dict[str, Any], run: BySequence) -> Finding | None:
+    """The largest force between two tokens, leaving out a token of a text that is on both sides and its own force on itself."""
+    assert run.matrix is not None
     texts = {(entry["side"], entry["sequence"]): (entry["prompt"], entry["response"]) for entry in about["sequences"]}
+    number: dict[tuple[Any, ...], int] = {}
 
-    def place(row: dict[str, Any]) -> tuple[Any, ...]:  # the same token of the same text, whatever its role on that side
-        return texts.get((row["side"], row["sequence"])), row["position"], row["token_id"]
+    def numbers(rows: list[Row]) -> Tensor:  # the same token of the same text has one number, whatever its role on that side
+        places = [(texts.get((row["side"], row["sequence"])), row["position"], row["token_id"]) for row in rows]
+        return torch.tensor([number.setdefault(place, len(number)) for place in places])
 
-    other = torch.tensor([[place(a) != place(b) for b in u] for a in o])
+    other = (numbers(run.observed)[:, None] != numbers(run.updated)).to(run.matrix.device)
     if not bool(other.any()):
         return None
-    index = int(torch.where(other, matrix.abs(), torch.zeros_like(matrix)).argmax())
-    m, l = divmod(index, len(u))  # noqa: E741
-    a, b, force, eta = o[m], u[l], float(matrix[m, l]), about["settings"]["eta"]
-    row = matrix[m].abs()
+    m, l = divmod(int((run.matrix.abs() * other).argmax()), len(run.updated))  # noqa: E741
+    a, b, force, eta = run.observed[m], run.updated[l], float(run.matrix[m, l]), about["settings"]["eta"]
+    row = run.matrix[m].abs()
     return dict(
         title=f"The strongest {'pull' if force > 0 else 'push'} between two different tokens",
-        text=f"{shown(b['token'])} at position {b['position']} of {names['updated', b['sequence']]} "
-        f"{'lifts' if force > 0 else 'lowers'} {shown(a['token'])} at position {a['position']} of "
-        f"{names['observed', a['sequence']]}: {signed(eta * force)} nats in this step, "
+        text=f"{shown(b['token'])} at position {b['position']} of {run.name(b)} {'lifts' if force > 0 else 'lowers'} "
+        f"{shown(a['token'])} at position {a['position']} of {run.name(a)}: {signed(eta * force)} nats in this step, "
         f"{100 * float(row[l] / row.sum()):.0f}% of all force on that token.",
     )
 
 
-def _squeezing(u: list[dict[str, Any]]) -> Finding | None:
-    pushed = [row for row in u if row["c"] < 0]
+def _squeezing(run: BySequence) -> Finding | None:
+    """Whether pushing tokens down feeds the model's first choice, in a step on the readout alone."""
+    pushed = [row for row in run.updated if row["c"] < 0]
     if not pushed:
         return None
     away = [row for row in pushed if row["rank"] > 0]
@@ -170,7 +126,8 @@ def _squeezing(u: list[dict[str, Any]]) -> Finding | None:
     )
 
 
-def _check(about: dict[str, Any]) -> Finding | None:
+def _prediction(about: dict[str, Any]) -> Finding | None:
+    """Predicted against actual changes, and the order of their difference."""
     check = about.get("verify")
     if not check:
         return None
@@ -182,8 +139,8 @@ def _check(about: dict[str, Any]) -> Finding | None:
     )
 
 
-def _sums(about: dict[str, Any]) -> Finding | None:
-    """Only where something is wrong: the matrix and the reduction are two exact computations of one thing."""
+def _row_sums(about: dict[str, Any]) -> Finding | None:
+    """A warning where the row sums of the matrix and the tangent pass, two exact computations of one vector, differ."""
     error = about["checks"].get(ROW_SUMS)
     if error is None or error < 1e-3:
         return None

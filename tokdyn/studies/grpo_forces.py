@@ -137,7 +137,7 @@ def _spared(both: dict[str, list[dict[str, Any]]]) -> list[Claim]:
                for other in ("GRPO", "random tokens")}  # fmt: skip
     return [
         Claim(
-            "The exact force of the wrong answers' tokens says what they do to the right ones (theory §5)",
+            "The exact force of the wrong answers' tokens says what they do to the right ones (docs/theory.md, Phenomena)",
             "rank correlation over prompts of the exact negative force with what a real step owes to it: 0.9 or more, for each "
             "kind of answers",
             "; ".join(f"{kind} {order[kind]:.3f} over {len(rows)} prompts" for kind, rows in both.items()),
@@ -151,7 +151,7 @@ def _spared(both: dict[str, list[dict[str, Any]]]) -> list[Claim]:
             all(value.low > 0 for value in ranks.values()),
         ),
         Claim(
-            f"Reweighting NTHR's tokens lowers the displacement ({PAPER} §5; theory §5)",
+            f"Reweighting NTHR's tokens lowers the displacement ({PAPER} §5; docs/theory.md, Phenomena)",
             "right answers rise more under NTHR than under GRPO, mean over prompts, for each kind of answers",
             f"NTHR minus GRPO: {_each(against['GRPO'], 'nats a token')}",
             all(value.low > 0 for value in against["GRPO"].values()),
@@ -241,7 +241,7 @@ def _far(rows: list[dict[str, Any]]) -> list[Claim]:
     lift = {name: estimate(row[name] for row in rows) for name in STEPS}
     return [
         Claim(
-            "Behind a context of 1,000 tokens the exact forces predict the step as well (theory §5)",
+            "Behind a context of 1,000 tokens the exact forces predict the step as well (docs/theory.md, Phenomena)",
             "positive and negative force together give GRPO's real change of the right answers within a tenth, at every prompt",
             f"off by at most {100 * max(off):.1f}% at {len(rows)} prompts behind {rows[0]['tokens']} tokens; "
             + ", ".join(f"{name} {_words(value)}" for name, value in lift.items()),

@@ -62,15 +62,22 @@ def toy() -> tuple[Tensor, dict[str, Tensor]]:
     return X, {"uniform": X @ uniform, "flat": X @ flat, "peaky": z + (X @ X) * (many_hot - z.softmax(0))}
 
 
-def oracle_claims() -> list[Claim]:
-    """Claim that every number of squeeze.json is reproduced: probabilities, entropies, how many tokens rise and fall."""
+def toy_cases() -> dict[str, tuple[Tensor, Tensor, dict[str, Any]]]:
+    """The notebook's steps, name -> probabilities [50] before and after, and what squeeze.json says of them."""
     X, logits = toy()
-    worst, counts, right = 0.0, 0, 0
+    cases = {}
     for name, case in json.loads(files(__package__).joinpath("squeeze.json").read_text("utf-8"))["cases"].items():
         z, update = logits[next(kind for kind in logits if kind in name)], case["update"]
         told = [(update[y], sign * update[rate]) for y, rate, sign in (("minus", "lm", -1), ("plus", "lp", 1)) if y in update]
         targets, c = torch.tensor([y for y, _ in told]), torch.tensor([c for _, c in told], dtype=torch.float64)
-        p, q = z.softmax(0), td.squeeze.step(z, targets, c, float(X @ X)).softmax(0)
+        cases[name] = z.softmax(0), td.squeeze.step(z, targets, c, float(X @ X)).softmax(0), case
+    return cases
+
+
+def oracle_claims() -> list[Claim]:
+    """All numbers of squeeze.json: probabilities, entropies, and how many tokens rise and fall."""
+    worst, counts, right = 0.0, 0, 0
+    for p, q, case in toy_cases().values():
         pairs = [(float(-(p * p.log()).sum()), case["entropy_before"]), (float(-(q * q.log()).sum()), case["entropy_after"])]
         for token, values in case["prob"].items():
             pairs += zip((float(p[int(token)]), float(q[int(token)])), values, strict=True)

@@ -17,7 +17,7 @@ function Side(name, { columns, sequences }) {
     token: (i) => columns.token[i],
     sequenceOf: (i) => owner[i],
     sequence: (i) => sequences[owner[i]],
-    /** "Pair 1 · chosen, token 3": counting response tokens from 1. */
+    /** "chosen 1, token 3 of 26": counting response tokens from 1. */
     place: (i) =>
       `${sequences[owner[i]].name}, token ${i - sequences[owner[i]].start + 1} of ${sequences[owner[i]].stop - sequences[owner[i]].start}`,
   };

@@ -104,7 +104,7 @@ function HeatMap() {
   // The grid on show: which part of which matrix, and what its rows and columns are called.
   function axis(of, chosen) {
     if (view.mode === "sequences")
-      return { from: 0, size: of.sequences.length, names: of.sequences.map((sequence) => sequence.short), groups: [] };
+      return { from: 0, size: of.sequences.length, names: of.sequences.map((sequence) => sequence.name), groups: [] };
     const picked = chosen === "all" || of.sequences.length < 2 ? of.sequences : [of.sequences[+chosen]];
     const from = picked.length ? picked[0].start : 0;
     const size = picked.length ? picked[picked.length - 1].stop - from : 0;
@@ -115,7 +115,7 @@ function HeatMap() {
       groups: picked.map((sequence) => ({
         start: sequence.start - from,
         stop: sequence.stop - from,
-        name: sequence.short,
+        name: sequence.name,
       })),
     };
   }

@@ -20,7 +20,7 @@ function Inspector(showInPanel) {
               row(
                 side,
                 i,
-                [tokenText(of.token(i), { limit: 14 }), h("span.where", of.sequence(i).short)],
+                [tokenText(of.token(i), { limit: 14 }), h("span.where", of.sequence(i).name)],
                 values[i],
                 top,
               ),
@@ -78,7 +78,7 @@ function Inspector(showInPanel) {
                 row(
                   "observed",
                   m,
-                  [tokenText(OBSERVED.token(m), { limit: 14 }), h("span.where", OBSERVED.sequence(m).short)],
+                  [tokenText(OBSERVED.token(m), { limit: 14 }), h("span.where", OBSERVED.sequence(m).name)],
                   moves[m],
                   top(first.map((i) => moves[i])),
                 ),

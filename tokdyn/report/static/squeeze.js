@@ -175,7 +175,7 @@ function Squeeze() {
         "th",
         { scope: "row" },
         h("button.row-token", { type: "button" }, tokenText(of.token(i), { limit: 22 })),
-        h("span.where", of.sequence(i).short),
+        h("span.where", of.sequence(i).name),
       );
     if (column.bar) return h("td", bar(value, -span, span, true), h("span.value", signed(value)));
     if (column.share) return h("td", bar(value, 0, 1, false), h("span.value", percent(value)));

@@ -15,7 +15,7 @@ function Vocabulary() {
     "Observed token",
     known.map((m) => [
       m,
-      `${OBSERVED.sequence(m).short}, ${m - OBSERVED.sequence(m).start + 1}: ${label(OBSERVED.token(m), 24)}`,
+      `${OBSERVED.sequence(m).name}, ${m - OBSERVED.sequence(m).start + 1}: ${label(OBSERVED.token(m), 24)}`,
     ]),
     state.focus,
     (value) => select("observed", +value),

@@ -66,16 +66,15 @@ function TokenMaps() {
     const scale = Scale(map.values.flat().filter(finite));
     legend(section.querySelector(".legend"), scale, "What the token did in this step", "nats on all answers of the row");
     holder.replaceChildren(
-      ...map.sequences.map((sequence, s) => block(map, sequence, s, scale)),
+      ...map.sequences.map((sequence) => block(map, sequence, scale)),
       map.left_out ? h("p.note", `${plural(map.left_out, "token")} more of this step's batch are left out of the page.`) : "",
     );
   }
 
-  function block(map, sequence, s, scale) {
+  function block(map, sequence, scale) {
     const columns = Array.from({ length: sequence.stop - sequence.start }, (_, k) => sequence.start + k);
     const sum = (row) => columns.map((i) => row[i]).filter(finite).reduce((a, b) => a + b, 0);
     const colour = roleColour(sequence.role, roles.indexOf(sequence.role));
-    const name = sequence.role === "response" ? `Sequence ${s + 1}` : `${say(sequence.role)} answer, example ${sequence.group + 1}`;
     const table = h(
       "table.token-map",
       h("thead", h("tr", h("td"), columns.map((i) => h("th", { scope: "col" }, h("span", tokenText(map.tokens[i], { limit: 16 })))))),
@@ -92,8 +91,8 @@ function TokenMaps() {
     );
     return h(
       "div.token-block",
-      h("h3", { "--colour": colour }, name),
-      h("div.token-frame", { tabindex: 0, role: "region", "aria-label": name }, table),
+      h("h3", { "--colour": colour }, sequence.name),
+      h("div.token-frame", { tabindex: 0, role: "region", "aria-label": sequence.name }, table),
     );
   }
 

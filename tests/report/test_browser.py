@@ -1,0 +1,228 @@
+"""The pages in a browser: their scripts run, and what they show is what the run's table and matrix hold."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+
+import pyarrow as pa
+import pytest
+import torch
+
+import tokdyn as td
+from tokdyn.loading import DEMO_PAIRS, load_model
+from tokdyn.runs.by_sequence import BySequence
+from tokdyn.testing import random_chis, tiny
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+if BROWSER is None:
+    pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed", allow_module_level=True)
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+DIGITS = 0.5e-2  # numbers on a page have three significant digits: half a unit of the third is at most 0.5 %
+POWERS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹−", "-0123456789-")
+
+
+def numbers(text):
+    """The numbers of a text as the page writes them: "−1.26×10⁻⁴ nats" -> [-1.26e-4]."""
+    found = re.findall(r"[+-]?\d[\d,]*(?:\.\d+)?(?:×10-?\d+)?", text.translate(POWERS))
+    return [float(number.replace(",", "").replace("×10", "e")) for number in found]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens files; the test fails when one logs a warning or an error, throws, asks for anything else, or opens a dialog."""
+    contexts, trouble = [], []
+
+    def visit(path, **options):
+        contexts.append(browser.new_context(viewport={"width": 1400, "height": 1000}, **options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(10_000)
+        page.on("console", lambda message: message.type in ("warning", "error") and trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("dialog", lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or trouble.append(request.url))
+        page.goto(path.as_uri())
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert trouble == []
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A DPO step of the demo model on one demo pair, seen at its chosen answer and at a rejected one of another prompt."""
+    model, tokenizer = load_model("demo")
+    pairs = [
+        td.preference(tokenizer, row["prompt"], row["chosen"], row["rejected"], group=group)
+        for group, row in enumerate(td.data.read(DEMO_PAIRS)[:2])
+    ]
+    observe = [pairs[0][0], pairs[1][1]]
+    return td.profile(model, pairs[0], observe, tokenizer=tokenizer, about={"model": {"name": "demo"}})
+
+
+@pytest.fixture(scope="module")
+def file(run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    run.to_html(path)
+    return path
+
+
+def details(page):
+    """What the panel says of the selected token: heading, place, and its list of facts."""
+    panel = page.locator("#inspector")
+    names, values = (panel.locator(f".facts-list > {tag}").all_inner_texts() for tag in ("dt", "dd"))
+    return panel.locator("h3").inner_text(), panel.locator(".place").inner_text(), dict(zip(names, values, strict=True))
+
+
+def place(table, row):
+    """Where a token stands, as the page says it: "chosen 1, token 3 of 26"."""
+    own = [
+        r["row"] for r in (table.observed if row["side"] == "observed" else table.updated) if r["sequence"] == row["sequence"]
+    ]
+    return f"{table.name(row)}, token {row['row'] - own[0] + 1} of {len(own)}"
+
+
+def spelled(token):
+    """A token as the page spells it in a list: white space at its ends is marked."""
+    return re.sub(r"^ | $", "␣", token).replace("\n", "↵")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_of_a_run_loads_with_every_token_and_a_drawn_matrix(visit, run, file, scheme):
+    page = visit(file, color_scheme=scheme)
+    M, L = run.matrix.shape
+    assert page.locator("#observed .token").count() == M and page.locator("#updated .token").count() == L
+    assert page.locator("html").get_attribute("data-theme") == scheme
+    painted = page.locator("#forces canvas").evaluate(
+        """canvas => {
+            const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            const colours = new Map();
+            for (let k = 0; k < data.length; k += 4) {
+                const rgba = data.slice(k, k + 4).join();
+                colours.set(rgba, (colours.get(rgba) || 0) + 1);
+            }
+            return [colours.size, Math.max(...colours.values()) / (data.length / 4)];
+        }"""
+    )
+    assert painted[0] > 50 and painted[1] < 0.9  # cells of many colours; a blank canvas is one colour all over
+    assert page.locator("#verify circle.dot, #verify path.dot").count() >= M  # one for each token, and the residuals
+    assert page.locator("#vocabulary tbody tr").count() == 16  # eight risers, eight fallers
+
+
+def test_a_sequence_has_one_name_in_terminal_findings_and_page(visit, run, file):
+    page, table = visit(file), BySequence.of(run.tokens, run.matrix)
+    for k, (side, names) in enumerate((("observed", ["chosen 1", "rejected 2"]), ("updated", ["chosen 1", "rejected 1"]))):
+        assert names == [name for (of, _), name in table.names.items() if of == side]
+        assert names == page.locator(f"#{side} .caption .name").all_inner_texts()
+        assert names == page.locator("#forces select").nth(k).locator("option").all_inner_texts()[1:]
+    assert any("rejected 2" in text for text in page.locator(".findings p").all_inner_texts())
+
+
+def test_an_observed_token_shows_its_row_of_the_table_and_who_moved_it(visit, run, file):
+    page, table = visit(file), BySequence.of(run.tokens, run.matrix)
+    row = table.observed[len(table.observed) // 2]
+    page.locator(f'#observed .token[data-i="{row["row"]}"]').click()
+    heading, where, facts = details(page)
+    assert heading == f"Observed {spelled(row['token'])}" and where == place(table, row)
+    assert where in page.locator("#selection").inner_text()
+    for name, column in (("actual change", "actual"), ("predicted", "predicted"), ("force", "force"),
+                         ("log-prob", "log_prob"), ("entropy", "entropy")):  # fmt: skip
+        assert numbers(facts[name])[0] == pytest.approx(row[column], rel=DIGITS), name
+    assert numbers(facts["rank"]) == [row["rank"] + 1]
+    forces = run.matrix[row["row"]]
+    order = forces.abs().argsort(descending=True).tolist()[:6]
+    ranking = page.locator("#inspector .ranking button")
+    assert ranking.count() == 6
+    for k, l in enumerate(order):  # noqa: E741
+        assert ranking.nth(k).locator(".token-text").inner_text() == spelled(table.updated[l]["token"])
+        assert numbers(ranking.nth(k).locator(".value").inner_text()) == [pytest.approx(float(forces[l]), rel=DIGITS)]
+        assert ranking.nth(k).locator(".where").inner_text() == table.name(table.updated[l])
+    page.keyboard.press("Escape")
+    assert page.locator("#selection").inner_text() == "no token selected"
+
+
+def test_an_update_token_shows_its_weight_and_whom_it_moved(visit, run, file):
+    page, table = visit(file), BySequence.of(run.tokens, run.matrix)
+    row = table.updated[-3]
+    page.locator(f'#updated .token[data-i="{row["row"]}"]').click()
+    heading, where, facts = details(page)
+    assert heading == f"Update {spelled(row['token'])}" and where == place(table, row)
+    assert numbers(facts["weight c"])[0] == pytest.approx(row["c"], rel=DIGITS) and facts["weight c"].endswith("pushed down")
+    assert numbers(facts["‖G‖"]) == [pytest.approx(abs(row["c"]) * row["g_norm"], rel=DIGITS)]
+    forces = run.matrix[:, row["row"]]
+    strongest = page.locator("#inspector .ranking button").first
+    assert numbers(strongest.locator(".value").inner_text()) == [
+        pytest.approx(float(forces[forces.abs().argmax()]), rel=DIGITS)
+    ]
+    strongest.click()  # and on to the token that it moved most
+    assert details(page)[1] == place(table, table.observed[int(forces.abs().argmax())])
+
+
+def test_cells_of_the_map_are_entries_of_the_matrix(visit, run, file):
+    page, table = visit(file), BySequence.of(run.tokens, run.matrix)
+    page.locator("#forces .map-frame").focus()
+    walk = {"ArrowRight": (0, 0), "End": (0, -1), "ArrowDown": (1, -1), "ArrowLeft": (1, -2), "PageDown": (26, -2)}
+    for key, cell in walk.items():  # the first shows the cursor
+        page.keyboard.press(key)
+        value = page.locator("#live").inner_text().rpartition(": ")[2]
+        assert numbers(value) == [pytest.approx(float(run.matrix[cell]), rel=DIGITS)], cell
+    page.keyboard.press("Enter")
+    assert details(page)[1] == place(table, table.observed[26])
+    page.get_by_role("radio", name="Sequence sums").click()
+    page.locator("#forces .map-frame").focus()
+    for key in ("ArrowRight", "ArrowRight"):
+        page.keyboard.press(key)
+    total = table.forces()["chosen 1"]["rejected 1"]
+    said = page.locator("#live").inner_text()
+    assert said.startswith("chosen 1 from rejected 1: ")
+    assert numbers(said.rpartition(": ")[2]) == [pytest.approx(total, rel=DIGITS)]
+
+
+def test_text_of_a_model_is_never_run(visit, run, tmp_path):
+    nasty = '<img src=x onerror="alert(1)"></script><script>alert(2)</script>'
+    tokens = run.tokens.set_column(run.tokens.column_names.index("token"), "token", pa.array([nasty] * len(run.tokens)))
+    path = tmp_path / "nasty.html"
+    replace(run, tokens=tokens).to_html(path)
+    page = visit(path)
+    page.locator("#observed .token").first.click()
+    assert details(page)[0].startswith("Observed <img src=x") and page.locator("img").count() == 0
+
+
+def test_the_page_of_a_training_draws_its_curves_and_forces(visit, tmp_path):
+    model, chis = tiny("llama"), random_chis([(3, 6), (2, 5)], seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    probe = {"chosen": random_chis([(3, 5), (2, 4)], seed=5), "rejected": random_chis([(3, 3)], seed=6)}
+    with td.Monitor(model, optimizer, probe=probe, out=tmp_path / "run", on_error="raise") as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            for chi in chis:
+                model(chi.ids[None], labels=torch.where(chi.scored, chi.ids, -100)[None]).loss.backward()
+            optimizer.step()
+            monitor.step_end()
+    forces = monitor.steps[0].forces
+    page = visit(td.watch(tmp_path / "run"))
+    lines = page.locator("#curves .actual path.line:not(.faint)")
+    assert lines.count() == 2 and page.locator("#prediction .step-dot").count() == 6
+    cells = page.locator("#tokens .token-map tbody td")
+    assert cells.count() == len(forces) == 11
+    shown = [numbers(cells.nth(i).get_attribute("aria-label"))[0] for i in range(11)]
+    assert shown == pytest.approx(forces.tolist(), rel=DIGITS)
+    cells.nth(4).hover()
+    assert numbers(page.locator("#tip dd").first.inner_text())[0] == pytest.approx(float(forces[4]), rel=DIGITS)
+    assert page.locator("#tokens h3").all_inner_texts() == ["response 1", "response 2"]
+    page.get_by_label("rejected", exact=True).uncheck()
+    assert lines.count() == 1 and page.locator("#prediction .step-dot").count() == 3
