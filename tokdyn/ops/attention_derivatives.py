@@ -95,7 +95,8 @@ def cotangent_attention(
         from ..kernels.cotangent_attention import triton
 
         return triton.cotangent_attention(q, k, v, do, mask, scale, softcap)
-    return (_cotangent_cpp if form == "cpp" else _cotangent).cotangent_attention(q, k, v, do, mask, scale, softcap)
+    computes = _cotangent_cpp.cotangent_attention if form == "cpp" else _cotangent.cotangent_attention
+    return computes(q, k, v, do, mask, scale, softcap)
 
 
 def _fits_triton(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -57,7 +57,8 @@ def token_stats(logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"], *, imp
 
         return TokenStats(*triton.token_stats(logits, targets))
     _check_targets(targets, logits.shape[-1])
-    return TokenStats(*(_cpp if form == "cpp" else _reference).token_stats(logits, targets))
+    computes = _cpp.token_stats if form == "cpp" else _reference.token_stats
+    return TokenStats(*computes(logits, targets))
 
 
 def linear_token_stats(
@@ -82,14 +83,14 @@ def linear_token_stats(
         ValueError, RuntimeError: as in `token_stats`.
     """
     form = choose("linear_token_stats", impl, (hidden, weight, bias), triton=one_dtype(hidden, weight), cpp=True)
-    options = dict(bias=bias, scale=scale, softcap=softcap, temperature=temperature)
+    options: dict[str, Any] = dict(bias=bias, scale=scale, softcap=softcap, temperature=temperature)
     if form == "triton":
         from ..kernels.linear_token_stats import triton
 
         return TokenStats(*triton.linear_token_stats(hidden, weight, targets, **options))
     _check_targets(targets, weight.shape[0])
-    computes = _linear_cpp if form == "cpp" else _linear_reference
-    return TokenStats(*computes.linear_token_stats(hidden, weight, targets, **options))
+    computes = _linear_cpp.linear_token_stats if form == "cpp" else _linear_reference.linear_token_stats
+    return TokenStats(*computes(hidden, weight, targets, **options))
 
 
 def _check_targets(targets: Tensor, V: int) -> None:
