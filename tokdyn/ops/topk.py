@@ -34,7 +34,8 @@ def topk_log_probs(logits: Float[Tensor, "T V"], k: int, *, impl: str | None = N
         from ..kernels.topk_log_probs import triton
 
         return triton.topk_log_probs(logits, k)
-    return (_cpp if form == "cpp" else _reference).topk_log_probs(logits, k)
+    computes = _cpp.topk_log_probs if form == "cpp" else _reference.topk_log_probs
+    return computes(logits, k)
 
 
 def linear_topk_log_probs(
