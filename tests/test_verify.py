@@ -7,6 +7,7 @@ import tokdyn as td
 from tokdyn.data import read, sequences, watched
 from tokdyn.loading import DEMO_PAIRS, load_model
 from tokdyn.objectives import DPO, GRPO, SFT
+from tokdyn.testing import random_chis, tiny
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +63,11 @@ def test_eta_must_be_positive(demo):
     update = sequences(tokenizer, rows[:1], SFT())
     with pytest.raises(ValueError, match="eta must be positive"):
         td.verify(model, update, update, SFT(), eta=0.0)
+
+
+@pytest.mark.parametrize("ask", [td.verify, td.profile, td.kernel], ids=lambda ask: ask.__name__)
+def test_an_estimate_is_no_scope_that_a_step_could_take(ask):
+    """ "ch2" once went for a regular expression there, which finds no parameter or any whose name holds it."""
+    chis = random_chis([(2, 3)], seed=1)
+    with pytest.raises(ValueError, match='scope="ch2" is an estimate of the force matrix'):
+        ask(tiny("llama"), chis, chis, scope="ch2")

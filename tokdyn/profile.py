@@ -6,7 +6,7 @@ import datetime
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -123,11 +123,9 @@ def profile(
         raise ValueError(f'method must be "naive", "tangent" or "none", got {method!r}')
     check_eta(eta)
     memory = size_in_bytes(memory)
-    stages = _Stages(stage)
-    status, matrix, rules = "complete", None, dict[str, str]()
+    stages, asked = _Stages(stage), Asked(update, observe, objective, reference)
     with trace(model) as tracer:
         stages("scoring both sides")
-        asked = Asked(update, observe, objective, reference)
         problem = UnscoredProblem.about(asked, Scope.named(tracer, scope)).scored()
         stages("one backward and one tangent pass")
         direction = problem.vjp(problem.updated)
@@ -137,33 +135,21 @@ def profile(
         stages("squeezing")
         squeezed = _squeeze(problem, verification.eta)
         checks = {"readout formula against the model's logits": tracer.readout_residual(problem.observed.batches[0])}
-        if method != "none":
-            stages("force matrix")
-            matrix = problem.empty()
-            try:
-                rules = choose(problem, method)(problem, matrix, memory=memory, progress=stages.progress)
-                error = (matrix.sum(1) - vector).norm() / vector.norm()
-                checks[ROW_SUMS] = float(error)
-            except KeyboardInterrupt:
-                status = "partial"
+        matrix, rules, status = _force_matrix(problem, method, memory, stages)
+        if matrix is not None and status == "complete":
+            checks[ROW_SUMS] = float((matrix.sum(1) - vector).norm() / vector.norm())
         coverage = problem.coverage(scope, rules)
         facts = _model_facts(tracer)
         stages("writing")
     tokens = _tokens(problem, tokenizer, vector, verification, squeezed, vocabulary)
     matrix = None if matrix is None else matrix.cpu()
-    record: dict[str, Any] = {
-        "format": store.FORMAT,
-        "kind": "profile",
-        "tokdyn": __version__,
-        "status": status,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    record: dict[str, Any] = _head(status) | {
         "objective": objective.describe(),
         "settings": {"scope": scope, "method": method, "eta": verification.eta},
         "sequences": _sequences("updated", update) + _sequences("observed", observe),
         "verify": {key: value for key, value in asdict(verification).items() if not isinstance(value, Tensor)},
         "checks": checks,
         "coverage": coverage,
-        "versions": _versions(),
     }
     for key, value in (about or {}).items():
         record[key] = value | record[key] if isinstance(record.get(key), dict) else value
@@ -174,6 +160,28 @@ def profile(
     if out is not None:
         run.save(out, overwrite)
     return run
+
+
+def _force_matrix(
+    problem: ScoredProblem, method: str, memory: int, stages: _Stages
+) -> tuple[Tensor | None, Mapping[str, str], str]:
+    """F [M, L] with the rule of each use and whether it is "complete", or "partial" after Ctrl-C; no matrix for "none"."""
+    if method == "none":
+        return None, {}, "complete"
+    stages("force matrix")
+    matrix = problem.empty()
+    try:
+        rules = choose(problem, method)(problem, matrix, memory=memory, progress=stages.progress)
+    except KeyboardInterrupt:
+        return matrix, {}, "partial"
+    return matrix, rules, "complete"
+
+
+def _head(status: str) -> dict[str, Any]:
+    """The first entries of run.json: what wrote it, with which versions, when, and whether it is complete."""
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    found = {"format": store.FORMAT, "kind": "profile", "tokdyn": __version__, "status": status, "created": created}
+    return found | {"versions": _versions()}
 
 
 class _Stages:

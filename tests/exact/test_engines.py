@@ -1,5 +1,6 @@
 """The two exact engines: memory, sides, rules and shared modules do not change the matrix; what they cannot cover they say."""
 
+import dataclasses
 from functools import partial
 
 import engines
@@ -7,6 +8,7 @@ import pytest
 import torch
 from engines import counted, forces
 
+from tokdyn.exact import sweep, tangents
 from tokdyn.exact.modules import local
 from tokdyn.exact.modules.norms import Norm
 from tokdyn.exact.naive import fill as naive_fill
@@ -403,3 +405,25 @@ def test_sides_of_several_batches_meet(engine, monkeypatch):
     assert sizes == [[2, 1], [1, 2]]
     naive, fast, _ = matrices(tiny("gemma2"), update=update, observe=observe, engine=engine)
     assert relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize("fill", [naive_fill, sweep.fill, tangents.fill], ids=["naive", "sweep", "tangents"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_every_engine_divides_the_logits_by_the_losss_temperature(family, fill):
+    """Σ_l F[m,l] = <∇ log pi(y_m), -∇L> with L = -Σ_l c_l log softmax(z_l / T)_{y_l} by plain autograd, also at the readout."""
+    T, model = 0.6, tiny(family).double()
+    with float64(), trace(model) as tracer:
+        problem = engines.scored(tracer, U, O)
+        terms = [dataclasses.replace(term, temperature=T) for term in problem.updated.terms]
+        problem = dataclasses.replace(problem, updated=dataclasses.replace(problem.updated, terms=terms))
+        F = problem.empty()
+        fill(problem, F)
+        leaves = {name: p.clone().requires_grad_() for name, p in tracer.params.items() if tracer.owner[name] == name}
+        shared = {name: leaves[owner] for name, owner in tracer.owner.items()}
+        loss = 0.0
+        for batch, term in zip(problem.updated.batches, terms, strict=True):
+            log_pi = (tracer.logits(batch, shared) / T).log_softmax(1)
+            loss = loss - (term.c * log_pi.gather(1, batch.targets[:, None]).squeeze(1)).sum()
+        step = {name: -g for name, g in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)}
+        expected = problem.jvp(problem.observed, step)
+    assert relative_error(F.sum(1), expected) < FP64
