@@ -58,6 +58,7 @@ SCRIPTS = (  # read in this order inside one function scope
     "text.js",
     "inspector.js",
     "painter.js",
+    "map_grid.js",
     "heatmap.js",
     "bars.js",
     "scatter.js",
