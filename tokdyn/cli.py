@@ -1,4 +1,7 @@
-"""The command line: `tokdyn profile`, `report`, `probe build`, `bench`, `study` and `doctor`."""
+"""The command line: `tokdyn profile`, `report`, `probe build`, `bench`, `study` and `doctor`.
+
+A command has as many parameters as options, for typer reads them from its signature.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def about() -> None:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """A user's mistake ends in one sentence and exit code 2, an interrupt in 130; anything else is our bug and shows as one."""
+    """Print a user's mistake (ValueError, OSError) as one sentence and exit with 2; exit with 130 after Ctrl-C."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -41,7 +44,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def constants(pairs: list[str]) -> dict[str, float]:
-    """'beta=0.1' as keyword arguments."""
+    """Parse --set options such as 'beta=0.1' into keyword arguments."""
     found = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
@@ -288,7 +291,7 @@ def doctor() -> None:
 
 
 def self_check() -> float:
-    """Relative error of the matrix and of a reduction against one gradient per token, on a tiny random model; the larger."""
+    """The larger relative error of the matrix and of a reduction against one gradient per token, on a tiny random model."""
     from . import forces
     from .testing import random_chis, relative_error, tiny
 
@@ -301,7 +304,7 @@ def self_check() -> float:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Any]:
-    """A line that says what is being done, with a bar where there is something to count."""
+    """A progress line on stderr; yields `stage(what, done, total)`, with a bar where total is not 0."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     what = TextColumn("{task.description}", markup=False)

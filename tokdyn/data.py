@@ -12,7 +12,7 @@ from .objective import Objective
 from .objectives import DrGRPO
 from .sequences import Chi, encode, preference, rollouts
 
-SHAPES = (("prompt", "chosen", "rejected"), ("prompt", "completions", "rewards"), ("prompt", "completion"))
+FORMS = (("prompt", "chosen", "rejected"), ("prompt", "completions", "rewards"), ("prompt", "completion"))
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 def objects(path: str | Path) -> list[tuple[str, Any]]:
-    """Everything a .jsonl or .parquet file holds, unchecked, each with where it stands ("pairs.jsonl line 3").
+    """The objects in a .jsonl or .parquet file, unchecked, each with its place for error messages ("pairs.jsonl line 3").
 
     Raises:
         FileNotFoundError: no such file. ValueError: it is empty or cannot be read (file and line are named).
@@ -49,7 +49,7 @@ def objects(path: str | Path) -> list[tuple[str, Any]]:
             raise ValueError(f"{path} is not a parquet file ({error})") from None
     elif path.suffix in (".jsonl", ".json"):
         numbered, unit = [], "line"
-        for n, line in enumerate(path.read_bytes().splitlines(), 1):  # of bytes: JSON text may hold U+2028 and its like
+        for n, line in enumerate(path.read_bytes().splitlines(), 1):  # bytes, since str.splitlines would also split at U+2028
             if not line.strip():
                 continue
             try:
@@ -66,32 +66,33 @@ def objects(path: str | Path) -> list[tuple[str, Any]]:
     return [(f"{path} {unit} {n}", row) for n, row in numbered]
 
 
-def _shape(row: dict[str, Any]) -> tuple[str, ...]:
-    """Which of SHAPES a row has; a null counts as absent (parquet fills columns with them)."""
-    return next((shape for shape in SHAPES if all(row.get(key) is not None for key in shape)), ())
+def _form(row: dict[str, Any]) -> tuple[str, ...]:
+    """Which of FORMS a row has, () if none; a null counts as absent (parquet fills columns with them)."""
+    return next((form for form in FORMS if all(row.get(key) is not None for key in form)), ())
 
 
 def _check(row: Any, where: str) -> None:
+    """Raise unless a row has one of FORMS with values of the right types; `where` opens the message."""
     if not isinstance(row, dict):
         raise ValueError(f"{where} must be an object, got {type(row).__name__}")
-    shape = _shape(row)
-    if not shape:
-        wanted = " or ".join(f"({', '.join(keys)})" for keys in SHAPES)
+    form = _form(row)
+    if not form:
+        wanted = " or ".join(f"({', '.join(keys)})" for keys in FORMS)
         have = ", ".join(key for key, value in row.items() if value is not None) or "nothing"
         raise ValueError(f"{where} must have {wanted}; it has {have}")
-    if "rewards" in shape:
+    if "rewards" in form:
         texts, rewards = row["completions"], row["rewards"]
         if not isinstance(texts, list) or not isinstance(rewards, list) or len(texts) != len(rewards) or not texts:
             raise ValueError(f"{where}: completions and rewards must be two lists of one length")
         if not all(type(r) in (bool, int, float) and math.isfinite(r) for r in rewards):
             raise ValueError(f"{where}: rewards must be finite numbers, got {rewards}")
-    for key in shape:
+    for key in form:
         for value in row[key] if key == "completions" else [] if key == "rewards" else [row[key]]:
             check_text(value, key, where)
 
 
 def check_text(value: Any, key: str, where: str) -> None:
-    """Refuse what is neither text nor a list of chat messages with something in it."""
+    """Raise unless a value is text, or a list of chat messages, with something in it; `where` opens the message."""
     if not isinstance(value, (str, list)):
         raise ValueError(f"{where}: {key} must be text or a list of messages, got {type(value).__name__}")
     if isinstance(value, list):
@@ -116,7 +117,7 @@ def sequences(tokenizer: Any, rows: Sequence[dict[str, Any]], objective: Objecti
     """
     chis: list[Chi] = []
     for i, row in enumerate(rows):
-        pair, group = "chosen" in _shape(row), "completions" in _shape(row)
+        pair, group = "chosen" in _form(row), "completions" in _form(row)
         if objective.reads == "completion":
             texts = [row["chosen"]] if pair else row["completions"] if group else [row["completion"]]
             role = "chosen" if pair else "response"
@@ -137,12 +138,12 @@ def sequences(tokenizer: Any, rows: Sequence[dict[str, Any]], objective: Objecti
 
 
 def watched(tokenizer: Any, rows: Sequence[dict[str, Any]], first_group: int = 0, **options: Any) -> list[Chi]:
-    """Every answer of the rows, for the observed side, under its role."""
+    """Every answer of the rows as a sequence to observe, whatever the objective trains on; arguments as in `sequences`."""
     chis: list[Chi] = []
     for i, row in enumerate(rows, first_group):
-        if "chosen" in _shape(row):
+        if "chosen" in _form(row):
             chis += preference(tokenizer, row["prompt"], row["chosen"], row["rejected"], group=i, **options)
         else:
-            for text in row["completions"] if "completions" in _shape(row) else [row["completion"]]:
+            for text in row["completions"] if "completions" in _form(row) else [row["completion"]]:
                 chis.append(encode(tokenizer, row["prompt"], text, group=i, **options))
     return chis

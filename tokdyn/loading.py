@@ -1,4 +1,4 @@
-"""A model and its tokenizer by name: the embedded one, a local folder, or a hub name."""
+"""Load a model and its tokenizer by name: the embedded demo model, a local folder, or a hub name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ DEMO_MODEL, DEMO_PAIRS = DEMO / "model", DEMO / "pairs.jsonl"
 
 
 def load_model(name: str = "demo", device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Causal LM and tokenizer; "demo" is the model that ships with tokdyn.
+    """A causal LM in evaluation mode and its tokenizer; "demo" is the model that ships with tokdyn.
 
     Raises:
-        ValueError: the device is not there, or nothing that transformers can load lies under that name.
+        ValueError: the device is not available, or transformers cannot load a causal LM and a tokenizer of that name.
     """
     try:
         kind = torch.device(device).type

@@ -73,37 +73,39 @@ def build(
         ValueError: a row lacks what it must have (file and line are named), there are fewer rows than asked for, only one
             prompt to take other answers from, or a kind of `types` that is unknown or that no row has.
     """
-    wanted = _known(types)
+    wanted = _requested(types)
     table = _rows(data)
     other = _rows(held_out) if held_out is not None else []
     drawn = list(range(len(table)))
     if rows is not None:
         if not 1 <= rows <= len(table):
-            raise ValueError(f"rows must lie between 1 and the {len(table)} rows of {_name(data)}, got {rows}")
+            raise ValueError(f"rows must lie between 1 and the {len(table)} rows of {_source_name(data)}, got {rows}")
         drawn = sorted(random.Random(f"{seed} rows").sample(drawn, rows))
-    train, test = _Answers(table, _name(data)), _Answers(other, _name(held_out))
+    train, test = _AnswerPool(table, _source_name(data)), _AnswerPool(other, _source_name(held_out))
     made = []
     for n in drawn:
         row = table[n]
-
-        def draw(kind: str, n: int = n) -> random.Random:
-            return random.Random(f"{seed} {n} {kind}")
-
-        found = {kind: row[kind] for kind in TYPES if row.get(kind) is not None}
+        responses: dict[str, Text | None] = {}
         for kind in wanted:
-            if kind in found:
-                continue
-            if kind == "irr_train":
-                found[kind] = train.another(row, draw(kind))[0]
-            elif kind == "irr_test" and held_out is not None:
-                found[kind] = test.another(row, draw(kind))[0]
-            elif kind == "random_permute" and (permuted := permute(text_of(row["chosen"]), draw(kind))) is not None:
-                found[kind] = permuted
-            elif kind == "random_nonhum":
-                found[kind] = train.words(row, draw(kind))
-        made.append({"prompt": row["prompt"]} | {kind: found[kind] for kind in TYPES if kind in found and kind in wanted})
-    _all_there(types, made, f"no row of {_name(data)} has it" + ("" if held_out else "; irr_test can be made with held_out="))
+            own = random.Random(f"{seed} {n} {kind}")  # of this row and kind alone, whatever else is made
+            responses[kind] = row[kind] if row.get(kind) is not None else _make(kind, row, train, test, own)
+        made.append({"prompt": row["prompt"]} | {kind: responses[kind] for kind in TYPES if responses.get(kind) is not None})
+    hint = "" if held_out else "; irr_test can be made with held_out="
+    _require_present(types, made, f"no row of {_source_name(data)} has it{hint}")
     return made
+
+
+def _make(kind: str, row: Mapping[str, Any], train: _AnswerPool, test: _AnswerPool, rng: random.Random) -> Text | None:
+    """A response of a kind that needs no writer; None where it cannot be made."""
+    if kind == "irr_train":
+        return train.draw(row, rng)[0]
+    if kind == "irr_test" and test.rows:
+        return test.draw(row, rng)[0]
+    if kind == "random_permute":
+        return permute(text_of(row["chosen"]), rng)
+    if kind == "random_nonhum":
+        return train.words(row, rng)
+    return None
 
 
 def permute(text: str, rng: random.Random) -> str | None:
@@ -117,7 +119,7 @@ def permute(text: str, rng: random.Random) -> str | None:
     mixed = list(words)
     while mixed == words:
         rng.shuffle(mixed)
-    return _leading(text) + " ".join(mixed)
+    return _leading_space(text) + " ".join(mixed)
 
 
 def text_of(answer: Text) -> str:
@@ -166,11 +168,11 @@ def load(
         FileNotFoundError: no such file.
         ValueError: a row lacks prompt or answers (file and line are named), or a kind of `types` that is unknown or not there.
     """
-    wanted, table = _known(types), _rows(source)
+    wanted, table = _requested(types), _rows(source)
     if rows is not None and not 1 <= rows <= len(table):
-        raise ValueError(f"rows must lie between 1 and the {len(table)} rows of {_name(source)}, got {rows}")
+        raise ValueError(f"rows must lie between 1 and the {len(table)} rows of {_source_name(source)}, got {rows}")
     table = table[:rows]
-    _all_there(types, table, f"{_name(source)} has none: build them with tokdyn probe build")
+    _require_present(types, table, f"{_source_name(source)} has none: build them with tokdyn probe build")
     found: dict[str, list[Chi]] = {}
     for kind in wanted:
         chis = [
@@ -187,7 +189,7 @@ def load(
 
 
 def _rows(source: Source) -> list[dict[str, Any]]:
-    """Rows with prompt, chosen and what else they have of TYPES; blank responses count as absent."""
+    """Checked rows with prompt, chosen and what else they have of TYPES; blank responses count as absent."""
     if isinstance(source, (str, Path)):
         numbered = objects(source)
     else:
@@ -215,16 +217,19 @@ def _rows(source: Source) -> list[dict[str, Any]]:
     return table
 
 
-class _Answers:
-    """The answers of a table, to draw those of other prompts from."""
+class _AnswerPool:
+    """The chosen answers of a table, from which answers to other prompts are drawn."""
 
     def __init__(self, table: Sequence[Mapping[str, Any]], name: str) -> None:
-        self.rows = [(_same(row["prompt"]), _same(row["chosen"]), row["chosen"]) for row in table]
+        self.rows = [(_normalised(row["prompt"]), _normalised(row["chosen"]), row["chosen"]) for row in table]
         self.name = name
 
-    def another(self, row: Mapping[str, Any], rng: random.Random, n: int = 1) -> list[Text]:
-        """n chosen answers to other prompts: each the first from a random place on that is one."""
-        prompt, own = _same(row["prompt"]), {_same(row[key]) for key in ("chosen", "rejected") if row.get(key) is not None}
+    def draw(self, row: Mapping[str, Any], rng: random.Random, n: int = 1) -> list[Text]:
+        """n chosen answers to other prompts, each the first one at or after a random row."""
+        prompt, own = (
+            _normalised(row["prompt"]),
+            {_normalised(row[key]) for key in ("chosen", "rejected") if row.get(key) is not None},
+        )
         found: list[Text] = []
         for _ in range(n):
             start = rng.randrange(len(self.rows))
@@ -243,32 +248,35 @@ class _Answers:
     def words(self, row: Mapping[str, Any], rng: random.Random) -> str:
         """As many words as the chosen answer has, each from an answer to another prompt."""
         own = text_of(row["chosen"])
-        answers = self.another(row, rng, len(own.split()))
-        return _leading(own) + " ".join(rng.choice(text_of(answer).split()) for answer in answers)
+        answers = self.draw(row, rng, len(own.split()))
+        return _leading_space(own) + " ".join(rng.choice(text_of(answer).split()) for answer in answers)
 
 
-def _same(text: Text) -> str:
-    """What two texts share that differ in white space only."""
+def _normalised(text: Text) -> str:
+    """A text with its white space collapsed, for comparison."""
     return " ".join(text_of(text).split())
 
 
-def _leading(text: str) -> str:
+def _leading_space(text: str) -> str:
+    """The white space that opens a text."""
     return text[: len(text) - len(text.lstrip())]
 
 
-def _known(types: Sequence[str] | None) -> tuple[str, ...]:
+def _requested(types: Sequence[str] | None) -> tuple[str, ...]:
+    """The kinds asked for, all of TYPES when absent; raises for unknown ones."""
     unknown = [kind for kind in types or () if kind not in TYPES]
     if unknown or types is not None and not types:
         raise ValueError(f"types must be among {', '.join(TYPES)}; got {', '.join(unknown) or 'none'}")
     return TYPES if types is None else tuple(types)
 
 
-def _all_there(types: Sequence[str] | None, table: Sequence[Mapping[str, Any]], hint: str) -> None:
-    """Each kind that was asked for by name is in some row."""
+def _require_present(types: Sequence[str] | None, table: Sequence[Mapping[str, Any]], hint: str) -> None:
+    """Raise unless each kind that was asked for by name is in some row."""
     for kind in types or ():
         if all(row.get(kind) is None for row in table):
             raise ValueError(f"there is no {kind}: {hint}")
 
 
-def _name(source: Source | None) -> str:
+def _source_name(source: Source | None) -> str:
+    """The source for error messages."""
     return str(source) if isinstance(source, (str, Path)) else "the data"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
-MARK = "tokdyn-marks-the-answer"
+MARKER = "tokdyn-marks-the-answer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class Batch:
     position: Int[Tensor, " N"]
 
     def upto(self, rows: slice) -> Batch:
-        """Some tokens of a single sequence, which ends behind the last of them."""
+        """Some scored tokens of a batch of one sequence, with the sequence cut after the last position that scores them."""
         at = self.rows[rows]
         ids = self.ids[:, : int(at.max()) + 1]
         return Batch(ids, at, self.targets[rows], self.sequence[rows], self.position[rows])
@@ -155,7 +155,7 @@ def encode(
     cut = 0 if max_length is None else max(0, len(ids) - max_length)
     if cut:
         keep = slice(None, len(ids) - cut) if truncate == "end" else slice(cut, None)
-        kept = [False, *scored[keep][1:]]  # whatever token comes first now has nothing before it
+        kept = [False, *scored[keep][1:]]  # no logits precede the token that now comes first
         warnings.warn(
             f"max_length={max_length} cut {cut} of {len(ids)} tokens at the {truncate} "
             f"({sum(scored) - sum(kept)} of the {sum(scored)} scored ones)",
@@ -197,7 +197,7 @@ def rollouts(
     if len(completions) != len(rewards):
         raise ValueError(f"one reward per completion: got {len(completions)} completions and {len(rewards)} rewards")
     r = torch.tensor(rewards, dtype=torch.float64)
-    advantages = r - r.mean() if len(set(rewards)) > 1 else torch.zeros_like(r)  # the mean of equal floats may round
+    advantages = r - r.mean() if len(set(rewards)) > 1 else torch.zeros_like(r)  # equal rewards have a mean that may round
     if scale and bool(advantages.any()):
         advantages = advantages / r.std(correction=0)
     return [
@@ -229,13 +229,14 @@ def from_batch(
 
 
 def _content(messages: Sequence[Message]) -> str:
+    """The text of a response that is a list of one message."""
     if len(messages) != 1 or not isinstance(messages[0].get("content"), str):
         raise ValueError("a response to a plain prompt must be text or one assistant message whose content is text")
     return messages[0]["content"]
 
 
 def _render(tokenizer: Any, prompt: Sequence[Message], response: Text) -> tuple[str, str]:
-    """Prompt text and whole text of a conversation; the first is a prefix of the second."""
+    """Render a conversation with the chat template: the text of the prompt, a prefix of the whole text, and the whole text."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the data is conversational but the tokenizer has no chat template: give plain text instead")
     answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
@@ -245,15 +246,15 @@ def _render(tokenizer: Any, prompt: Sequence[Message], response: Text) -> tuple[
 
     whole, before = render([*prompt, *answer]), render(prompt, add_generation_prompt=True)
     if answer and (before == render(prompt) or not whole.startswith(before)):
-        # no generation prompt, or one that the whole text does not repeat: see where a mark put in the answer's place comes out
-        before, found, _ = render([*prompt, {**answer[0], "content": MARK}, *answer[1:]]).rpartition(MARK)
+        # no generation prompt, or one that the whole text does not repeat: a marker in the answer's place says where it starts
+        before, found, _ = render([*prompt, {**answer[0], "content": MARKER}, *answer[1:]]).rpartition(MARKER)
         if not found or not whole.startswith(before):
             raise ValueError("the chat template does not reproduce the response, so its tokens cannot be found")
     return before, whole
 
 
 def _tokenise(tokenizer: Any, before: str, whole: str, *, specials: bool) -> tuple[list[int], list[bool]]:
-    """Ids of the whole text and which tokens hold a character beyond `before`."""
+    """Token ids of the whole text, and which of them hold a character behind `before`, the prompt."""
     if getattr(tokenizer, "is_fast", False):
         encoding = _exact_offsets(tokenizer).encode(whole, add_special_tokens=specials)
         scored, inside = [], False
@@ -264,22 +265,22 @@ def _tokenise(tokenizer: Any, before: str, whole: str, *, specials: bool) -> tup
     ids = tokenizer(whole, add_special_tokens=specials).input_ids
     head = tokenizer(before, add_special_tokens=specials).input_ids
     while head and ids[: len(head)] != head and head[-1] in tokenizer.all_special_ids:
-        head = head[:-1]  # the end-of-sequence that closes every text
+        head = head[:-1]  # the end-of-sequence token that this tokenizer puts behind every text
     if ids[: len(head)] != head:
         raise ValueError("this tokenizer gives no offsets and merges prompt and response into one token: use its fast version")
     return list(ids), [t >= len(head) for t in range(len(ids))]
 
 
-_offset_cores: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+_untrimmed_cores: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def _exact_offsets(tokenizer: Any) -> Any:
-    """A copy of the fast core whose offsets keep white space (`trim_offsets` would hide the owner of a space)."""
+    """A copy of the tokenizer's Rust core without `trim_offsets`, so that offsets cover the space a token begins with."""
     from tokenizers import Tokenizer
 
     own = tokenizer.backend_tokenizer
     state = (len(tokenizer), *(part.__getstate__() for part in (own.normalizer, own.pre_tokenizer, own.post_processor)))
-    known = _offset_cores.get(tokenizer)
+    known = _untrimmed_cores.get(tokenizer)
     if known is not None and known[0] == state:
         return known[1]
 
@@ -294,14 +295,14 @@ def _exact_offsets(tokenizer: Any) -> Any:
     core = Tokenizer.from_str(json.dumps(description))
     core.no_padding()
     core.no_truncation()
-    _offset_cores[tokenizer] = (state, core)
+    _untrimmed_cores[tokenizer] = (state, core)
     return core
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """The text of each token; together they spell the sequence wherever tokens are whole characters.
+    """The text of each token; joined they spell the sequence wherever tokens are whole characters.
 
-    It is read behind an anchor, since many decoders trim the space that opens a text.
+    Each is decoded after an anchor token, since many decoders strip the space at the start of a text.
     """
     special, anchor = set(tokenizer.all_special_ids), tokenizer("a", add_special_tokens=False).input_ids[-1:]
 
@@ -313,4 +314,5 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
 
 def _shorten(text: str, n: int = 60) -> str:
+    """The last n characters of a text, for error messages."""
     return text if len(text) <= n else "…" + text[-n:]

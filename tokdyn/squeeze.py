@@ -48,8 +48,8 @@ class Squeeze(NamedTuple):
     """What one readout step does to a distribution, each [T]; probabilities and shares.
 
     target_before, target_after: pi of the target. argmax_before, argmax_after: pi of the token that was the argmax.
-    argmax_gain: mass the argmax gains, 0 change when it is the target's own. falling: share of the other tokens that fall.
-    predicted_falling: the same by the sign rule, p_i < ‖p‖² - p_y for c < 0 (first order).
+    argmax_gain: argmax_after - argmax_before. falling: share of the tokens other than the target that lose probability.
+    predicted_falling: the same share by the first-order sign rule, p_i < ‖p‖² - p_y for c < 0.
     """
 
     target_before: Tensor
@@ -65,7 +65,10 @@ class Squeeze(NamedTuple):
 def diagnose(
     logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"], c: Float[Tensor, " T"], strength: float | Float[Tensor, " T"]
 ) -> Squeeze:
-    """Squeezing of each position under one readout step on its own token, for a readout without softcap."""
+    """Squeezing of each position under one readout step on its own token, for a readout without softcap.
+
+    Arguments as in `step`, one target a position. Cost: two passes over the logits, no softmax is stored.
+    """
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     return compare(wide, step(wide, targets, c, strength), targets, c)
 
@@ -74,10 +77,10 @@ def diagnose(
 def compare(
     logits: Float[Tensor, "T V"], moved: Float[Tensor, "T V"], targets: Int[Tensor, " T"], c: Float[Tensor, " T"]
 ) -> Squeeze:
-    """Squeezing between two sets of logits; c is the weight of the target in the step between them.
+    """Squeezing between the logits before and after a step; c is the weight of the target in that step.
 
-    No softmax of either is made: token i ≠ y falls where its logit moves by less than the log-sum-exp does, and the sign rule
-    bounds its logit, p_i < ‖p‖² - p_y being z_i < logsumexp + log(‖p‖² - p_y).
+    Neither softmax is stored: token i ≠ y falls where its logit moves by less than the log-sum-exp does, and the sign rule
+    is a bound on its logit, p_i < ‖p‖² - p_y being z_i < logsumexp + log(‖p‖² - p_y).
     """
     y = targets[:, None]
     before, after = token_stats(logits, targets), token_stats(moved, targets)

@@ -108,10 +108,10 @@ def test_curves_are_the_means_of_the_probe(run, html):
 
 
 def test_predictions_of_consecutive_steps_add_up_exactly_and_gaps_hold_the_mean_rate():
-    assert training._added_up([1, 2, 3], [-3.0, None, None], [0.5, 0.25, -1.0]) == [-2.5, -2.25, -3.25]
+    assert training._predicted_path([1, 2, 3], [-3.0, None, None], [0.5, 0.25, -1.0]) == [-2.5, -2.25, -3.25]
     # steps 2, 3 and 4 were not probed: each moves by the mean of the rates around them
-    assert training._added_up([1, 5], [-3.0, -9.0], [0.5, 0.1]) == [-2.5, pytest.approx(-2.5 + 3 * 0.3 + 0.1)]
-    assert training._added_up([1, 2], [None, None], [0.5, 0.5]) == [None, None]
+    assert training._predicted_path([1, 5], [-3.0, -9.0], [0.5, 0.1]) == [-2.5, pytest.approx(-2.5 + 3 * 0.3 + 0.1)]
+    assert training._predicted_path([1, 2], [None, None], [0.5, 0.5]) == [None, None]
 
 
 def test_forces_add_up_by_side_and_over_ranks():

@@ -19,6 +19,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+Document = tuple[str, str, bool]  # prompt, response, whether the prompt is learned too
 HH_COLUMNS = ("chosen", "chosen_initial", "chosen_gptsemantic", "chosen_gptformat",
               "rejected", "reject_gptsemantic", "reject_gptformat")  # fmt: skip
 SHAPE = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=704)
@@ -53,14 +55,14 @@ def dialogue(text: str) -> str:
 
 
 def solution(answer: str) -> str:
-    """A GSM8K answer as prose: without the calculator marks, the result as a sentence."""
+    """A GSM8K answer as prose: calculator annotations removed, the result as a sentence."""
     body, _, result = re.sub(r"<<.*?>>", "", answer).partition("####")
     return f"{body.strip()}\nThe answer is {result.strip()}."
 
 
-def documents(data: Path, split: str) -> list[tuple[str, str, bool]]:
-    """(prompt, response, whether the prompt is learned too). A prompt that recurs with other answers is learned once."""
-    rows: list[tuple[str, str, bool]] = []
+def documents(data: Path, split: str) -> list[Document]:
+    """The texts to learn from, of the train or the test files. A prompt that recurs with other answers is learned once."""
+    rows: list[Document] = []
     for row in jsonl(data / f"hh_helpful_formal_prob_{split}.jsonl"):
         for column in HH_COLUMNS if split == "train" else ("chosen",):
             if row.get(column, "").strip():
@@ -90,7 +92,7 @@ def train_tokenizer(texts: list[str], out: Path):
     return tokenizer
 
 
-def pack(tokenizer, rows: list[tuple[str, str, bool]], order: random.Random | None) -> tuple[Tensor, Tensor]:
+def pack(tokenizer, rows: list[Document], order: random.Random | None) -> tuple[Tensor, Tensor]:
     """All documents one after the other, each closed by EOS: ids and labels [N] (-100 where not learned)."""
     rows = list(rows)
     if order is not None:
@@ -114,7 +116,7 @@ def build(tokenizer, max_positions: int = 1024):
 
 
 def loss_on(model, ids: Tensor, labels: Tensor, autocast: bool) -> Tensor:
-    """Mean nats a learned token; ids, labels [B, T]."""
+    """Mean cross-entropy of a learned token in nats; ids, labels [B, T]."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(ids, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
@@ -131,6 +133,58 @@ def validate(model, ids: Tensor, labels: Tensor, length: int, autocast: bool) ->
     return total / n
 
 
+@dataclass
+class Progress:
+    """How far a training has come: steps, tokens seen, the best validation loss, and [step, tokens, train, validation] rows."""
+
+    step: int = 0
+    seen: int = 0
+    best: float = math.inf
+    history: list[list[float]] = field(default_factory=list)
+
+
+def resume(path: Path, model, optimizer) -> Progress:
+    """Load a checkpoint into model and optimizer where there is one, and say how far it had come."""
+    if not path.exists():
+        return Progress()
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state.pop("model"))
+    optimizer.load_state_dict(state.pop("optimizer"))
+    print(f"resumed at step {state['step']}", flush=True)
+    return Progress(**state)
+
+
+def save(path: Path, model, optimizer, progress: Progress) -> None:
+    """Write a checkpoint; an interrupt leaves the old one."""
+    part = path.with_suffix(".part")
+    torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), **vars(progress)), part)
+    os.replace(part, path)
+
+
+def batches(tokenizer, rows: list[Document], args: argparse.Namespace, done: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and labels [batch, length] epoch after epoch, without the first `done` batches.
+
+    Epoch e is always shuffled by seed e, so that a resumed training goes on in the same order.
+    """
+    for epoch in range(10**6):
+        ids, labels = pack(tokenizer, rows, random.Random(epoch))
+        n = len(ids) // args.length
+        if epoch == 0:
+            print(f"{len(ids)} tokens an epoch", flush=True)
+        for start in range(0, n - args.batch + 1, args.batch):
+            if done > 0:
+                done -= 1
+                continue
+            span = slice(start * args.length, (start + args.batch) * args.length)
+            yield ids[span].view(args.batch, -1), labels[span].view(args.batch, -1)
+
+
+def learning_rate(args: argparse.Namespace, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to a twentieth."""
+    warm = min(1.0, (step + 1) / args.warmup)
+    return args.lr * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
 def train(args: argparse.Namespace) -> None:
     """Train, or go on from the checkpoint in args.work."""
     from transformers import AutoTokenizer
@@ -142,7 +196,7 @@ def train(args: argparse.Namespace) -> None:
         tokenizer = AutoTokenizer.from_pretrained(work)
     else:
         tokenizer = train_tokenizer([f"{p} {r}" for p, r, _ in rows], work)
-    validation = [t[: args.validation_tokens] for t in pack(tokenizer, documents(args.data, "test"), random.Random(1))]
+    held_out = [t[: args.validation_tokens] for t in pack(tokenizer, documents(args.data, "test"), random.Random(1))]
 
     torch.manual_seed(args.seed)
     model = build(tokenizer)
@@ -150,70 +204,44 @@ def train(args: argparse.Namespace) -> None:
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)],
                                   lr=args.lr, betas=(0.9, 0.95), fused=True)  # fmt: skip
-    step, seen, best, history = 0, 0, math.inf, []
-    checkpoint = work / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seen, best, history = state["step"], state["seen"], state["best"], state["history"]
-        print(f"resumed at step {step}", flush=True)
+    at = resume(work / "checkpoint.pt", model, optimizer)
     per_step = args.batch * args.length
-    steps = args.tokens // per_step
-    print(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {per_step} tokens", flush=True
-    )
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:  # epoch e is always shuffled by seed e: a resumed run sees the same order
-        done = step * args.batch
-        for epoch in range(10**6):
-            ids, labels = pack(tokenizer, rows, random.Random(epoch))
-            n = len(ids) // args.length
-            if epoch == 0:
-                print(f"{len(ids)} tokens an epoch", flush=True)
-            for start in range(0, n - args.batch + 1, args.batch):
-                if done > 0:
-                    done -= args.batch
-                    continue
-                span = slice(start * args.length, (start + args.batch) * args.length)
-                yield ids[span].view(args.batch, -1), labels[span].view(args.batch, -1)
-
-    def save() -> None:
-        part = checkpoint.with_suffix(".part")
-        torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, seen=seen, best=best,
-                        history=history), part)  # fmt: skip
-        os.replace(part, checkpoint)
+    steps, parameters = args.tokens // per_step, sum(p.numel() for p in model.parameters())
+    print(f"{parameters / 1e6:.2f} M parameters, {steps} steps of {per_step} tokens", flush=True)
 
     model.train()
     clock, mean = time.perf_counter(), None
-    for ids, labels in batches():
-        if step >= steps:
+    for ids, labels in batches(tokenizer, rows, args, at.step):
+        if at.step >= steps:
             break
-        warm = min(1.0, (step + 1) / args.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = learning_rate(args, at.step, steps)
         loss = loss_on(model, ids, labels, args.bf16)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step, seen = step + 1, seen + per_step
+        at.step, at.seen = at.step + 1, at.seen + per_step
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        if step % 50 == 0:
+        if at.step % 50 == 0:
             rate = 50 * per_step / (time.perf_counter() - clock)
             clock = time.perf_counter()
-            print(f"step {step}/{steps}  loss {mean:.3f}  {rate:.0f} tokens/s", flush=True)
-        if step % args.every == 0 or step == steps:
-            value = validate(model, validation[0], validation[1], args.length, args.bf16)
-            history.append([step, seen, round(mean, 4), round(value, 4)])
-            print(f"step {step}: validation {value:.4f} nats a token", flush=True)
-            if value < best:
-                best = value
-                torch.save(model.state_dict(), work / "best.pt")
-                (work / "best.json").write_text(json.dumps(dict(step=step, tokens=seen, validation=value)))
-            save()
+            print(f"step {at.step}/{steps}  loss {mean:.3f}  {rate:.0f} tokens/s", flush=True)
+        if at.step % args.every == 0 or at.step == steps:
+            keep(work, model, at, mean, validate(model, held_out[0], held_out[1], args.length, args.bf16))
+            save(work / "checkpoint.pt", model, optimizer, at)
             clock = time.perf_counter()
-    (work / "history.json").write_text(json.dumps(history))
+    (work / "history.json").write_text(json.dumps(at.history))
+
+
+def keep(work: Path, model, at: Progress, mean: float, validation: float) -> None:
+    """Record a validation, and keep the weights where it is the best one so far."""
+    at.history.append([at.step, at.seen, round(mean, 4), round(validation, 4)])
+    print(f"step {at.step}: validation {validation:.4f} nats a token", flush=True)
+    if validation < at.best:
+        at.best = validation
+        torch.save(model.state_dict(), work / "best.pt")
+        (work / "best.json").write_text(json.dumps(dict(step=at.step, tokens=at.seen, validation=validation)))
 
 
 CARD = """---

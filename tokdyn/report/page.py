@@ -58,6 +58,7 @@ SCRIPTS = (  # read in this order inside one function scope
     "text.js",
     "inspector.js",
     "painter.js",
+    "map_grid.js",
     "heatmap.js",
     "bars.js",
     "scatter.js",
@@ -144,12 +145,12 @@ def _side(about: Mapping[str, Any], tokens: pa.Table, side: str) -> dict[str, An
 
 def _sequences(about: Mapping[str, Any], table: pa.Table, side: str) -> list[dict[str, Any]]:
     """Return the sequences of one side as blocks [start, stop) of the matrix axis, with their names and texts."""
-    told = {item.get("sequence"): item for item in about.get("sequences") or [] if item.get("side") == side}
+    recorded = {item.get("sequence"): item for item in about.get("sequences") or [] if item.get("side") == side}
     rows = table.select([name for name in ("sequence", "group", "role") if name in table.column_names]).to_pylist()
     found: list[dict[str, Any]] = []
     for index, row in enumerate(rows):
         if not found or rows[index - 1]["sequence"] != row["sequence"]:
-            info = {**row, **told.get(row["sequence"], {})}
+            info = {**row, **recorded.get(row["sequence"], {})}
             found.append(
                 {
                     "group": info.get("group"),
@@ -184,7 +185,7 @@ def _blocks(matrix: np.ndarray | None, rows: list[dict[str, Any]], columns: list
 
 
 def _eta(about: Mapping[str, Any]) -> float | None:
-    """Return the learning rate that predictions use: the one verified, else the one asked for."""
+    """Return the step size of the predictions: that of the verification, else that of the settings."""
     for source in ("verify", "settings"):
         eta = (about.get(source) or {}).get("eta")
         if isinstance(eta, int | float):
@@ -254,15 +255,15 @@ def _cite(about: Mapping[str, Any], M: int, L: int) -> str:
 
 
 def _coverage(coverage: Any) -> list[tuple[str, str]]:
-    """Return {parameter: rule, or why it took no part} as one row per verdict; names are given where it took none."""
-    verdicts: dict[str, list[str]] = {}
-    for name, verdict in (coverage or {}).items():
-        if not isinstance(verdict, str):
+    """Return {parameter: its rule, or why it was left out} with a row for each rule or reason, and names of those left out."""
+    names_by_rule: dict[str, list[str]] = {}
+    for name, rule in (coverage or {}).items():
+        if not isinstance(rule, str):
             return facts(coverage)
-        verdicts.setdefault(verdict, []).append(str(name))
+        names_by_rule.setdefault(rule, []).append(str(name))
     rows = []
-    for verdict, names in verdicts.items():
-        absent = verdict.startswith(("frozen", "outside", "one direction"))
+    for rule, names in names_by_rule.items():
+        absent = rule.startswith(("frozen", "outside", "one direction"))
         named = ": " + ", ".join(names[:6]) + (", …" if len(names) > 6 else "") if absent else ""
-        rows.append((verdict, f"{len(names):,} tensor{'' if len(names) == 1 else 's'}{named}"))
+        rows.append((rule, f"{len(names):,} tensor{'' if len(names) == 1 else 's'}{named}"))
     return rows

@@ -42,6 +42,11 @@ def show(value: Any) -> str:
     return str(value)
 
 
+def signed(value: float) -> str:
+    """Return a number as `show` does, with its sign in front."""
+    return ("+" if value > 0 else "") + show(float(value))
+
+
 def count(number: Any, noun: str) -> str:
     """Return 5,482,240 parameters as "5.48 M parameters"."""
     if not isinstance(number, int | float):

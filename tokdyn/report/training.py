@@ -18,7 +18,7 @@ from ..runs.by_sequence import sequence_names
 from ..runs.folder import PAGE
 from ..training.steps import metrics, read
 from .page import assemble
-from .text import count, facts, plain, show
+from .text import count, facts, show, signed
 
 SCRIPTS = ("format.js", "colour.js", "tip.js", "svg.js", "training/data.js", "training/charts.js", "training/forces.js",
            "training/main.js")  # fmt: skip
@@ -36,7 +36,7 @@ FIGURES = (
     "p_argmax",
     "residual",
 )
-ON = "on "  # columns of the token table: what a token did to a group of the probe
+ON = "on "  # prefix of the token table's columns of forces, one for each probe group
 REFRESH = 20  # seconds between the reloads of a page whose training still runs
 
 
@@ -79,18 +79,18 @@ def render(about: Mapping[str, Any], tables: Mapping[str, Any], steps: Sequence[
 
     Cost: reads each table once. The page takes about 100 bytes per token shown and 50 per curve and step, plus 60 kB.
     """
-    curves, series = _curves(about, tables.get("probe")), _figures(tables.get("steps"))
-    tokens, unaccounted = _accounted(tables.get("tokens"), series)
-    pushes, maps = _pushes(tokens), _maps(tables.get("tokens") if steps else tokens, steps)
+    curves, series = _curves(about, tables.get("probe")), _step_series(tables.get("steps"))
+    tokens, unexplained = _drop_unexplained(tables.get("tokens"), series)
+    pushes, maps = _forces_by_role(tokens), _token_maps(tables.get("tokens") if steps else tokens, steps)
     payload = {"status": about.get("status"), "probe": curves, "steps": series, "pushes": pushes, "maps": maps}
-    return assemble("training.html.jinja", STYLES, SCRIPTS, payload, _prose(about, curves, series, pushes, unaccounted))
+    return assemble("training.html.jinja", STYLES, SCRIPTS, payload, _prose(about, curves, series, pushes, unexplained))
 
 
 # ---------------------------------------------------------------- curves
 
 
 def _curves(about: Mapping[str, Any], probe: Any) -> dict[str, Any]:
-    """Mean log-probs per token by kind of response: {"steps": [...], "types": [{name, n, before, after, predicted, …}]}."""
+    """Mean log-probs per token by kind of response: {"steps", "types": [{name, sequences, before, after, predicted, …}]}."""
     if probe is None or not probe.num_rows:
         return {"steps": [], "types": []}
     wanted = ("before", "after", "predicted", "argmax_log_prob")
@@ -106,13 +106,13 @@ def _curves(about: Mapping[str, Any], probe: Any) -> dict[str, Any]:
         found = {"name": name, "sequences": max(row.get("sequence_count_distinct", 0) for row in rows)}
         for key, column in zip(("before", "after", "predicted", "argmax"), wanted, strict=True):
             found[key] = [row.get(f"{column}_mean") for row in rows]
-        found["path"] = _added_up(steps, found["before"], found["predicted"])
+        found["path"] = _predicted_path(steps, found["before"], found["predicted"])
         types.append(found)
     return {"steps": steps, "types": types}
 
 
-def _added_up(steps: Sequence[int], before: Sequence[float | None], rates: Sequence[float | None]) -> list[float | None]:
-    """Where one-step predictions lead from the first log-prob; between probe steps the mean of the two rates is held."""
+def _predicted_path(steps: Sequence[int], before: Sequence[float | None], rates: Sequence[float | None]) -> list[float | None]:
+    """Predicted log-prob at each probe step: the first one plus predicted changes, their mean standing for steps in between."""
     at, path = before[0] if before else None, list[float | None]()
     for k, step in enumerate(steps):
         rate, last = rates[k], rates[k - 1] if k else None
@@ -123,7 +123,7 @@ def _added_up(steps: Sequence[int], before: Sequence[float | None], rates: Seque
     return path
 
 
-def _figures(table: Any) -> dict[str, Any]:
+def _step_series(table: Any) -> dict[str, Any]:
     """Figures of every recorded step, over all ranks: {"step": [...], "force": [...], …}."""
     found: dict[str, Any] = {"step": []} | {name: [] for name in (*FIGURES, "linearity", "accounted", "carried")}
     if table is None:
@@ -149,28 +149,29 @@ def _figures(table: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- forces
 
 
-def _accounted(tokens: Any, series: Mapping[str, Any]) -> tuple[Any, list[int]]:
-    """The token table without the steps whose forces do not make up what the gradient did, and these steps.
+def _drop_unexplained(tokens: Any, series: Mapping[str, Any]) -> tuple[Any, list[int]]:
+    """The token table without the steps whose forces do not sum to the gradient's effect within 5%, and these steps.
 
-    They are left out only where they are the exception: within 5% is what Step.notes asks for too.
+    5% is also the bound of Step.notes. Where more than half of the steps miss it, all are kept: the page must show something.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     known = {step: x for step, x in zip(series["step"], series["accounted"], strict=True) if x is not None}
-    odd = [step for step, x in known.items() if not abs(x - 1) <= 0.05]
-    if tokens is None or not odd or 2 * len(odd) > len(known):
+    unexplained = [step for step, x in known.items() if not abs(x - 1) <= 0.05]
+    if tokens is None or not unexplained or 2 * len(unexplained) > len(known):
         return tokens, []
-    return tokens.filter(pc.invert(pc.is_in(tokens["step"], value_set=pa.array(odd, tokens["step"].type)))), odd
+    return tokens.filter(pc.invert(pc.is_in(tokens["step"], value_set=pa.array(unexplained, tokens["step"].type)))), unexplained
 
 
-def _groups(tokens: Any) -> list[str]:
+def _probe_groups(tokens: Any) -> list[str]:
+    """The probe groups that the token table has forces on."""
     return [] if tokens is None else [name[len(ON) :] for name in tokens.column_names if name.startswith(ON)]
 
 
-def _pushes(tokens: Any) -> dict[str, Any]:
-    """What the tokens of each role did to each group of the probe, step by step, nats: {"steps", "roles", "groups"}."""
-    names = _groups(tokens)
+def _forces_by_role(tokens: Any) -> dict[str, Any]:
+    """Force of each role's tokens on each probe group, summed in each step, nats: {"steps", "roles", "groups"}."""
+    names = _probe_groups(tokens)
     if not names:
         return {"steps": [], "roles": [], "groups": []}
     sums = tokens.group_by(["step", "role"], use_threads=False).aggregate([(ON + name, "sum") for name in names])
@@ -184,11 +185,11 @@ def _pushes(tokens: Any) -> dict[str, Any]:
     return {"steps": steps, "roles": roles, "groups": groups}
 
 
-def _maps(tokens: Any, wanted: Sequence[int] | None) -> list[dict[str, Any]]:
+def _token_maps(tokens: Any, wanted: Sequence[int] | None) -> list[dict[str, Any]]:
     """Forces of single tokens on each group at a few steps: tokens in the order of their sequences, values [group][token]."""
     import pyarrow.compute as pc
 
-    names = _groups(tokens)
+    names = _probe_groups(tokens)
     if not names:
         if wanted:
             raise ValueError(f"no step of this run has forces, so {list(wanted)} cannot be shown: train with a probe")
@@ -237,8 +238,9 @@ def _maps(tokens: Any, wanted: Sequence[int] | None) -> list[dict[str, Any]]:
 
 def _prose(
     about: Mapping[str, Any], curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapping[str, Any],
-    unaccounted: Sequence[int],
+    unexplained: Sequence[int],
 ) -> dict[str, Any]:  # fmt: skip
+    """The words and tables of the page that do not need a script."""
     model, settings, versions = (about.get(key) or {} for key in ("model", "settings", "versions"))
     status, recorded = about.get("status") or "complete", series["step"]
     last = about.get("steps") or (recorded[-1] if recorded else 0)
@@ -260,9 +262,9 @@ def _prose(
         "more_problems": max(0, len(problems) - 5),
         "findings": _findings(curves, series, pushes),
         "version": versions.get("tokdyn") or "",
-        "unaccounted": ("steps " if len(unaccounted) > 1 else "step ") * bool(unaccounted)
-        + ", ".join(f"{step:,}" for step in unaccounted[:8])
-        + (", …" if len(unaccounted) > 8 else ""),
+        "unexplained": ("steps " if len(unexplained) > 1 else "step ") * bool(unexplained)
+        + ", ".join(f"{step:,}" for step in unexplained[:8])
+        + (", …" if len(unexplained) > 8 else ""),
         "tables": [
             {"title": title, "rows": rows}
             for title, rows in (
@@ -280,7 +282,7 @@ def _findings(curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapp
     found = []
     moved, top = {}, {}
     for kind in curves["types"]:
-        before, after, argmax = (_ends(kind[key]) for key in ("before", "after", "argmax"))
+        before, after, argmax = (_first_and_last(kind[key]) for key in ("before", "after", "argmax"))
         if before and after:
             moved[kind["name"]] = after[1] - before[0]
         if argmax and len(curves["steps"]) > 1:
@@ -288,18 +290,18 @@ def _findings(curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapp
     if moved:
         order = sorted(moved, key=lambda name: -moved[name])
         best, worst = order[0], order[-1]
-        title = f"{_say(best)} {'rose' if moved[best] > 0 else 'fell'} {'most' if moved[best] > 0 else 'least'}"
+        title = f"{_spaced(best)} {'rose' if moved[best] > 0 else 'fell'} {'most' if moved[best] > 0 else 'least'}"
         if worst != best:
-            title += f", {_say(worst)} {'fell most' if moved[worst] < 0 else 'rose least'}"
-        listed = ", ".join(f"{_say(name)} {_signed(moved[name])}" for name in order)
+            title += f", {_spaced(worst)} {'fell most' if moved[worst] < 0 else 'rose least'}"
+        listed = ", ".join(f"{_spaced(name)} {signed(moved[name])}" for name in order)
         text = f"Change of the mean log-probability of a token over the training, nats: {listed}."
         found.append({"title": title[0].upper() + title[1:], "text": text})
     name = "rejected" if "rejected" in top else next(iter(top), None)
     if name is not None:
         rises, answers = top[name] > 0, [moved[kind] for kind in ("chosen", "rejected") if kind in moved]
         text = (
-            f"Where the {_say(name)} answers stand, the log-probability of what the model itself would say first changed by "
-            f"{_signed(top[name])} nats on average."
+            f"Where the {_spaced(name)} answers stand, the log-probability of what the model itself would say first changed by "
+            f"{signed(top[name])} nats on average."
         )
         if rises and len(answers) == 2 and max(answers) < 0:
             text += (
@@ -309,12 +311,12 @@ def _findings(curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapp
         found.append({"title": f"The first choice became {'more' if rises else 'less'} likely", "text": text})
     for group in pushes["groups"][:1]:
         totals = {role: sum(x for x in row if x is not None) for role, row in zip(pushes["roles"], group["sums"], strict=True)}
-        pulls = ", ".join(f"{_say(role)} tokens {_signed(value)}" for role, value in totals.items())
+        pulls = ", ".join(f"{_spaced(role)} tokens {signed(value)}" for role, value in totals.items())
         found.append(
             {
-                "title": f"What moved the {_say(group['name'])} answers",
+                "title": f"What moved the {_spaced(group['name'])} answers",
                 "text": f"Nats on all of them in the {len(pushes['steps'])} steps that were looked at, by the gradient of the "
-                f"step itself: {pulls}, together {_signed(sum(totals.values()))}.",
+                f"step itself: {pulls}, together {signed(sum(totals.values()))}.",
             }
         )
     ratios = [x for x in series["linearity"] if x is not None and math.isfinite(x)]
@@ -331,14 +333,12 @@ def _findings(curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapp
     return found
 
 
-def _ends(values: Sequence[float | None]) -> tuple[float, float] | None:
+def _first_and_last(values: Sequence[float | None]) -> tuple[float, float] | None:
+    """The first and the last finite value, None where there is none."""
     real = [x for x in values if x is not None and math.isfinite(x)]
     return (real[0], real[-1]) if real else None
 
 
-def _say(name: str) -> str:
+def _spaced(name: str) -> str:
+    """A kind of response as a reader writes it: "irr train"."""
     return str(name).replace("_", " ")
-
-
-def _signed(x: float) -> str:
-    return ("+" if x > 0 else "") + show(plain(float(x)))

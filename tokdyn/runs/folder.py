@@ -1,4 +1,4 @@
-"""Folders on disk that are whole or not there: written beside their place, then moved into it."""
+"""Run folders, written atomically: into a temporary folder beside the target, then moved into its place."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from typing import Any
 from torch import Tensor
 
 FORMAT = 1
-OURS = ABOUT, TOKENS, FORCES, PAGE = "run.json", "tokens.parquet", "forces.safetensors", "report.html"
+FILES = ABOUT, TOKENS, FORCES, PAGE = "run.json", "tokens.parquet", "forces.safetensors", "report.html"
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Refuse a place that is taken.
+    """Raise unless a run can be written to a path.
 
     Raises:
         FileExistsError: the path exists and overwrite is False, it holds anything but a run, or its place cannot be written to.
     """
     if not path.exists():
-        above = next(folder for folder in path.absolute().parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise FileExistsError(f"{path} cannot be made: {above} is not a folder that can be written to")
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise FileExistsError(f"{path} cannot be made: {parent} is not a folder that can be written to")
         return
     if not overwrite:
         raise FileExistsError(f"{path} exists already: choose another place or pass --overwrite (overwrite=True)")
-    foreign = [entry.name for entry in path.iterdir() if entry.name not in OURS] if path.is_dir() else [path.name]
+    foreign = [entry.name for entry in path.iterdir() if entry.name not in FILES] if path.is_dir() else [path.name]
     if foreign or not (path / ABOUT).exists() and any(path.iterdir()):
         what = f"it holds {', '.join(sorted(foreign)[:3])}" if foreign else "it is not a tokdyn run"
         raise FileExistsError(f"{path} is not overwritten, {what}: choose another place")
 
 
 def finite(value: Any) -> Any:
-    """The same with NaN and infinities as None, which JSON can say."""
+    """A copy with NaN and infinities as None: JSON has neither."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -77,7 +77,7 @@ def read_folder(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
 
 
 def kind_of(path: Path) -> str:
-    """What a folder holds, as its run.json says: "profile", "forces", "training", or "" where nothing says so."""
+    """The kind of a run, as its run.json says: "profile", "forces", "training", or "" where there is none."""
     try:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -94,6 +94,8 @@ def write_folder(
     overwrite: bool = False,
 ) -> None:
     """Write a run as run.json, tokens.parquet, forces.safetensors and report.html, all or nothing.
+
+    Six parameters: the four files, where they go, and whether a run that lies there is replaced.
 
     Raises:
         FileExistsError: see `check_free`.

@@ -1,4 +1,4 @@
-"""A matrix on disk in blocks of rows: safetensors files and an index that is right at any time."""
+"""A matrix on disk in blocks of rows: safetensors files, and an index that names only those that are complete."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ INDEX = "index.json"
 class Shards:
     """A matrix [M, L] in a folder, written block by block and read in part.
 
-    `shards[3:8]` reads these rows, `shards.tensor()` all of them. The index is replaced after every block: what it names is
-    there, also when writing was interrupted (`complete` is then False).
+    `shards[3:8]` reads these rows, `shards.tensor()` all of them. The index is replaced after every
+    block, so that a folder whose writing was interrupted can be read as far as it got (`complete` is then False).
 
     Attributes:
         path: the folder.
@@ -25,7 +25,7 @@ class Shards:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open what is there.
+        """Open a folder that `create` made.
 
         Raises:
             FileNotFoundError: the folder holds no index.
@@ -39,7 +39,7 @@ class Shards:
 
     @classmethod
     def create(cls, path: str | Path, shape: tuple[int, int]) -> Shards:
-        """A new folder without blocks yet.
+        """Make a new folder, without any rows yet.
 
         Raises:
             FileExistsError: the path exists.
@@ -53,11 +53,15 @@ class Shards:
 
     @property
     def complete(self) -> bool:
-        """Whether every row is there."""
+        """Whether all M rows have been written."""
         return (self.blocks[-1][1] if self.blocks else 0) == self.shape[0]
 
     def append(self, rows: Tensor) -> None:
-        """Write the next rows [n, L]."""
+        """Write the next rows [n, L].
+
+        Raises:
+            ValueError: they are not [n, L], or more than are missing.
+        """
         from safetensors.torch import save_file
 
         start = self.blocks[-1][1] if self.blocks else 0
@@ -77,10 +81,10 @@ class Shards:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """Some rows, [n, L].
+        """Read rows, [n, L].
 
         Raises:
-            ValueError: they are not all there, or step is not 1.
+            ValueError: some of them have not been written, or step is not 1.
         """
         from safetensors import safe_open
 

@@ -1,4 +1,5 @@
 // One sequence as a table: a token a row, a bar and its number for each quantity.
+// Bars is one function, since what it nests shares the table's rows and choice of sequence as methods share a class.
 
 const BAR_COLUMNS = {
   updated: [
@@ -40,18 +41,7 @@ function Bars() {
     const of = sideOf(side);
     const { start, stop } = of.sequences[+s];
     const range = Array.from({ length: stop - start }, (_, k) => start + k);
-    const known = BAR_COLUMNS[side].map((column) => ({ ...column, values: range.map((i) => column.value(i)) }));
-    const columns = known.filter(
-      (column) =>
-        column.values.some(finite) && !(column.unless !== undefined && known[column.unless].values.some(finite)),
-    );
-    for (const column of columns) {
-      const peers = column.like !== undefined ? [...column.values, ...known[column.like].values] : column.values;
-      const real = peers.filter(finite);
-      column.low = Math.min(0, ...real);
-      column.high = Math.max(0, ...real);
-      if (column.low === column.high) column.high = 1;
-    }
+    const columns = barColumns(side, range);
     rows = new Map();
     holder.replaceChildren(
       h(
@@ -119,6 +109,23 @@ function Bars() {
   }
   draw();
   follow(showSelected, draw);
+}
+
+/** The columns that a range of tokens has values for, each with them and with the ends of its axis. */
+function barColumns(side, range) {
+  const known = BAR_COLUMNS[side].map((column) => ({ ...column, values: range.map((i) => column.value(i)) }));
+  const columns = known.filter(
+    (column) =>
+      column.values.some(finite) && !(column.unless !== undefined && known[column.unless].values.some(finite)),
+  );
+  for (const column of columns) {
+    const peers = column.like !== undefined ? [...column.values, ...known[column.like].values] : column.values;
+    const real = peers.filter(finite);
+    column.low = Math.min(0, ...real);
+    column.high = Math.max(0, ...real);
+    if (column.low === column.high) column.high = 1;
+  }
+  return columns;
 }
 
 /** A bar from zero inside [low, high]. */

@@ -1,4 +1,5 @@
 // The force matrix. One canvas the size of its frame is redrawn at each scroll, so a cell may be one pixel or thirty.
+// HeatMap is one function, since what it nests shares the map's nodes, view and cursor as methods share a class.
 
 function HeatMap() {
   const root = document.querySelector("#forces .map");
@@ -101,34 +102,8 @@ function HeatMap() {
     rebuild();
   }
 
-  // The grid on show: which part of which matrix, and what its rows and columns are called.
-  function axis(of, chosen) {
-    if (view.mode === "sequences")
-      return { from: 0, size: of.sequences.length, names: of.sequences.map((sequence) => sequence.name), groups: [] };
-    const picked = chosen === "all" || of.sequences.length < 2 ? of.sequences : [of.sequences[+chosen]];
-    const from = picked.length ? picked[0].start : 0;
-    const size = picked.length ? picked[picked.length - 1].stop - from : 0;
-    return {
-      from,
-      size,
-      names: Array.from({ length: size }, (_, k) => label(of.token(from + k), 16)),
-      groups: picked.map((sequence) => ({
-        start: sequence.start - from,
-        stop: sequence.stop - from,
-        name: sequence.name,
-      })),
-    };
-  }
-
   function rebuild() {
-    const rows = axis(OBSERVED, view.rows);
-    const cols = axis(UPDATED, view.cols);
-    const values = new Float32Array(rows.size * cols.size);
-    for (let i = 0, k = 0; i < rows.size; i += 1) {
-      for (let j = 0; j < cols.size; j += 1, k += 1)
-        values[k] = view.mode === "tokens" ? force(rows.from + i, cols.from + j) : (RUN.blocks[i][j] ?? NaN);
-    }
-    grid = { rows, cols, values, at: (i, j) => values[i * cols.size + j] };
+    grid = mapGrid(view);
     Object.assign(cursor, { i: -1, j: -1, keyboard: false });
     for (const menu of menus) menu.disabled = view.mode === "sequences";
     hideTip();
@@ -139,17 +114,7 @@ function HeatMap() {
 
   function recolour() {
     scale = Scale(grid.values, { log: view.log, clip: view.clip });
-    const { rows, cols, values } = grid;
-    picture.width = Math.max(1, cols.size);
-    picture.height = Math.max(1, rows.size);
-    const brush = picture.getContext("2d");
-    const image = brush.createImageData(picture.width, picture.height);
-    for (let k = 0; k < values.length; k += 1) {
-      if (Number.isNaN(values[k])) continue; // stays transparent over the hatching
-      const [r, g, b] = scale.rgb(values[k]);
-      image.data.set([r, g, b, 255], 4 * k);
-    }
-    brush.putImageData(image, 0, 0);
+    paintPicture(picture, grid, scale);
     legend(
       legendNode,
       scale,
@@ -159,70 +124,24 @@ function HeatMap() {
     queue();
   }
 
-  // Geometry. Cells are whole device pixels; labels appear when there is room to read them.
   function layout() {
-    const ratio = window.devicePixelRatio || 1;
-    const whole = (size) => Math.max(1 / ratio, Math.floor(size * ratio) / ratio);
-    const { rows, cols } = grid;
-    const sums = view.mode === "sequences";
-    const width = root.clientWidth - 2;
-    ink.font = `11px ${theme.mono}`;
-    const widest = (list) => Math.ceil(Math.max(0, ...list.map((text) => ink.measureText(text).width)));
-    const grow = 1.7 ** view.zoom;
-    const [maxW, maxH] = sums ? [110, 34] : [cols.size <= 40 ? 44 : 30, rows.size <= 40 ? 24 : 20];
-    const rowText = Math.min(widest(rows.names), 120) + 12;
-    let left = rowText + (sums ? 0 : 20);
-    let cw = whole(Math.min(maxW, Math.max(1, (width - left) / Math.max(1, cols.size)) * grow));
-    const colLabels = cw >= 9;
-    const colText = colLabels ? (sums && widest(cols.names) + 8 < cw ? 20 : Math.min(widest(cols.names), 120) + 10) : 0;
-    const top = colText + (sums ? 0 : 20);
-    const tall = rows.size * 13 <= 1400; // room for a label on every row of a page-high map
-    let ch = whole(
-      Math.min(
-        maxH,
-        Math.max(
-          tall ? 13 : 1,
-          ((tall ? 0 : 680) - top) / Math.max(1, rows.size),
-          cols.size && tall ? Math.min(cw * 0.8, maxH) : 1,
-        ) * grow,
-      ),
-    );
-    const rowLabels = ch >= 10;
-    if (!rowLabels) {
-      left = Math.min(110, widest(rows.groups.map((group) => group.name)) + 16);
-      cw = whole(Math.min(maxW, Math.max(1, (width - left) / Math.max(1, cols.size)) * grow));
-    }
-    const wide = Math.ceil(left + cols.size * cw);
-    const high = Math.ceil(top + rows.size * ch);
-    shape = { left, top, cw, ch, rowLabels, colLabels, sums, upright: sums && colText === 20, wide, high, ratio };
+    shape = mapShape(ink, grid, view, root.clientWidth - 2);
+    const { tall, wide, high, width, ratio } = shape;
     const limit = tall && !view.zoom ? high : Math.min(high, Math.max(680, Math.min(high, 760)));
     frame.style.height = `${Math.min(high, limit) + 2 + (wide > width ? 16 : 0)}px`;
     frame.style.width = `${Math.min(width, wide + (high > limit ? 16 : 0)) + 2}px`;
     space.style.width = `${wide}px`;
     space.style.height = `${high}px`;
-    const [w, hgt] = [Math.min(frame.clientWidth, wide), Math.min(frame.clientHeight, high)];
-    canvas.width = Math.round(w * ratio);
-    canvas.height = Math.round(hgt * ratio);
-    canvas.style.width = `${w}px`;
-    canvas.style.height = `${hgt}px`;
-    shape.w = w;
-    shape.h = hgt;
+    shape.w = Math.min(frame.clientWidth, wide);
+    shape.h = Math.min(frame.clientHeight, high);
+    canvas.width = Math.round(shape.w * ratio);
+    canvas.height = Math.round(shape.h * ratio);
+    canvas.style.width = `${shape.w}px`;
+    canvas.style.height = `${shape.h}px`;
     zoomOut.disabled = view.zoom <= 0;
-    zoomIn.disabled = cw >= maxW && ch >= maxH;
+    zoomIn.disabled = shape.cw >= shape.maxW && shape.ch >= shape.maxH;
     back.disabled = view.rows === "all" && view.cols === "all" && view.zoom === 0;
-    const cells = grid.values.length;
-    const missing = grid.values.reduce((n, value) => n + Number.isNaN(value), 0);
-    note.textContent = [
-      `${grouped(rows.size)} × ${grouped(cols.size)} cells.`,
-      missing && `${percent(missing / cells)} not computed (hatched).`,
-      !MATRIX && "The matrix is too large for a page; these are sums over sequences.",
-      MATRIX &&
-        (sums
-          ? "Double-click a cell to open that pair of sequences."
-          : "Click a cell to select its observed token; double-click to open its pair of sequences."),
-    ]
-      .filter(Boolean)
-      .join(" ");
+    note.textContent = mapNote(grid, view);
   }
 
   function zoomBy(step, x = shape.w / 2, y = shape.h / 2) {
@@ -280,49 +199,10 @@ function HeatMap() {
     };
   }
 
-  /** Share of the row's total size, and the row's net sum, over every column of the run. */
-  function rowShare(m, value, count, at) {
-    let [size, net] = [0, 0];
-    for (let l = 0; l < count; l += 1) {
-      const f = at(m, l);
-      if (!finite(f)) continue;
-      size += Math.abs(f);
-      net += f;
-    }
-    return [size ? Math.abs(value) / size : 0, net];
-  }
-
-  function cellTip({ i, j }) {
-    const sums = view.mode === "sequences";
-    const value = grid.at(i, j);
-    const [m, l] = [grid.rows.from + i, grid.cols.from + j];
-    const [share, net] = rowShare(m, value, sums ? UPDATED.sequences.length : UPDATED.size, sums ? grid.at : force);
-    const end = (title, of, k) =>
-      sums
-        ? [title, of.sequences[k].name]
-        : [
-            title,
-            [
-              h("span.strong", tokenText(of.token(k), { limit: 24 })),
-              h("span.where", `${of.sequence(k).name}, ${k - of.sequence(k).start + 1}`),
-            ],
-          ];
-    return [
-      facts([
-        end("observed", OBSERVED, m),
-        end("update", UPDATED, l),
-        [sums ? "Σ F" : "F", finite(value) ? h("span.strong", `${signed(value)} nats per unit lr`) : "not computed"],
-        finite(value) && ETA !== null && ["× η", `${signed(ETA * value)} nats`],
-        finite(value) && ["share of the row", `${percent(share)} of Σ|F|`],
-        finite(value) && ["row total", `${signed(net)}, all columns`],
-      ]),
-    ];
-  }
-
   frame.addEventListener("pointermove", (event) => {
     const at = cellAt(event);
     Object.assign(cursor, at && at.i >= 0 && at.j >= 0 ? at : { i: -1, j: -1 }, { keyboard: false });
-    if (cursor.i >= 0) showTip(event.clientX, event.clientY, cellTip(cursor));
+    if (cursor.i >= 0) showTip(event.clientX, event.clientY, cellTip(grid, view, cursor));
     else if (at && at.i >= 0 && view.mode === "tokens")
       showTip(event.clientX, event.clientY, tokenTip("observed", grid.rows.from + at.i));
     else if (at && at.j >= 0 && view.mode === "tokens")
@@ -379,25 +259,9 @@ function HeatMap() {
   }
 
   frame.addEventListener("keydown", (event) => {
-    const { rows, cols } = grid;
-    if (!rows.size || !cols.size) return;
-    const hop = (axisOf, at, step) => {
-      if (!axisOf.groups.length) return at + step;
-      const g = axisOf.groups.findIndex(({ start, stop }) => at >= start && at < stop);
-      return axisOf.groups[Math.max(0, Math.min(axisOf.groups.length - 1, g + step))].start;
-    };
-    const from = { i: Math.max(0, cursor.i), j: Math.max(0, cursor.j) };
+    if (!grid.values.length) return;
     const fresh = cursor.i < 0;
-    const moves = {
-      ArrowRight: () => ({ ...from, j: from.j + !fresh }),
-      ArrowLeft: () => ({ ...from, j: from.j - 1 }),
-      ArrowDown: () => ({ ...from, i: from.i + !fresh }),
-      ArrowUp: () => ({ ...from, i: from.i - 1 }),
-      Home: () => ({ ...from, j: 0 }),
-      End: () => ({ ...from, j: cols.size - 1 }),
-      PageDown: () => ({ ...from, i: hop(rows, from.i, 1) }),
-      PageUp: () => ({ ...from, i: hop(rows, from.i, -1) }),
-    };
+    const to = mapStep(grid, cursor, event.key);
     if (event.key === "Enter" || event.key === " ") {
       if (!fresh) {
         if (event.shiftKey || view.mode === "sequences") openAt(cursor);
@@ -405,10 +269,8 @@ function HeatMap() {
       }
     } else if (event.key === "+" || event.key === "=") zoomBy(1);
     else if (event.key === "-") zoomBy(-1);
-    else if (moves[event.key]) {
-      const to = moves[event.key]();
-      moveTo(Math.max(0, Math.min(rows.size - 1, to.i)), Math.max(0, Math.min(cols.size - 1, to.j)));
-    } else return;
+    else if (to) moveTo(to.i, to.j);
+    else return;
     event.preventDefault();
   });
   frame.addEventListener("blur", () => {
@@ -429,7 +291,7 @@ function HeatMap() {
     showTip(
       box.left + left + (j + 1) * cw - frame.scrollLeft,
       box.top + top + (i + 1) * ch - frame.scrollTop,
-      cellTip(cursor),
+      cellTip(grid, view, cursor),
     );
     const value = grid.at(i, j);
     say(`${grid.rows.names[i]} from ${grid.cols.names[j]}: ${finite(value) ? signed(value) : "not computed"}`);

@@ -1,4 +1,5 @@
 // The selected token: its numbers, the tokens at the other end of its strongest forces, its risers and fallers.
+// Inspector is one function, since what it nests shares the panel and its way to the texts as methods share a class.
 
 function Inspector(showInPanel) {
   const root = byId("inspector");

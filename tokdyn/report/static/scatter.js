@@ -1,4 +1,5 @@
 // Predicted against actual, and how the residual falls with the learning rate. Plain SVG.
+// Scatter is one function, since what it nests shares the axes and the points as methods share a class.
 
 function Scatter() {
   const root = document.querySelector("#verify .check");

@@ -1,4 +1,5 @@
 // One readout step per update token: where the probability goes.
+// Squeeze is one function, since what it nests shares the table's rows, order and filter as methods share a class.
 
 function Squeeze() {
   const root = document.querySelector("#squeezing .squeeze");
@@ -125,47 +126,52 @@ function Squeeze() {
     holder.replaceChildren(
       h(
         "table.squeeze-table",
-        h(
-          "thead",
-          h(
-            "tr",
-            columns.map((column) =>
-              h(
-                "th",
-                {
-                  scope: "col",
-                  "aria-sort": view.sort === column.key ? (view.descending ? "descending" : "ascending") : "none",
-                },
-                h(
-                  "button.sort",
-                  {
-                    type: "button",
-                    onclick: () => {
-                      Object.assign(
-                        view,
-                        view.sort === column.key
-                          ? { descending: !view.descending }
-                          : { sort: column.key, descending: column.key !== "position" },
-                      );
-                      draw();
-                      holder.querySelector(`[data-key="${column.key}"]`).focus();
-                    },
-                    "data-key": column.key,
-                  },
-                  column.name,
-                  h("span.arrow", view.sort === column.key ? (view.descending ? "▾" : "▴") : ""),
-                ),
-                column.unit && h("span.unit", column.unit),
-              ),
-            ),
-          ),
-        ),
+        head(),
         h("tbody", shown.length ? [...rows.values()] : h("tr", h("td", { colspan: columns.length }, "No such token."))),
       ),
     );
     mark();
     more.hidden = order.length <= 12;
     more.textContent = view.limit === 12 ? `Show all ${grouped(order.length)} tokens` : "Show 12";
+  }
+
+  /** Names of the columns; each sorts the table by its values, and once more the other way round. */
+  function head() {
+    return h(
+      "thead",
+      h(
+        "tr",
+        columns.map((column) =>
+          h(
+            "th",
+            {
+              scope: "col",
+              "aria-sort": view.sort === column.key ? (view.descending ? "descending" : "ascending") : "none",
+            },
+            h(
+              "button.sort",
+              {
+                type: "button",
+                onclick: () => {
+                  Object.assign(
+                    view,
+                    view.sort === column.key
+                      ? { descending: !view.descending }
+                      : { sort: column.key, descending: column.key !== "position" },
+                  );
+                  draw();
+                  holder.querySelector(`[data-key="${column.key}"]`).focus();
+                },
+                "data-key": column.key,
+              },
+              column.name,
+              h("span.arrow", view.sort === column.key ? (view.descending ? "▾" : "▴") : ""),
+            ),
+            column.unit && h("span.unit", column.unit),
+          ),
+        ),
+      ),
+    );
   }
 
   function cell(column, i, span) {

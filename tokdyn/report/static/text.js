@@ -1,4 +1,5 @@
 // The answers as running text: every token a button, its background the quantity chosen above the panel.
+// AnswerPanel is one function, since what it nests shares the panel's tokens and its choice of quantity as methods share a class.
 
 const MEASURES = {
   observed: {

@@ -1,4 +1,5 @@
 // Risers and fallers of one observed token, the one selected or else the one that moved most.
+// Vocabulary is one function, since what it nests shares the section's nodes as methods share a class.
 
 function Vocabulary() {
   const root = document.querySelector("#vocabulary .words");

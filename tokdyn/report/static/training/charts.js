@@ -50,6 +50,19 @@ function frame({ x: [x0, x1], y: [low, high], right, xTitle, yTitle, label }) {
 
 const path = (of, px, py) => of.map(([x, y], k) => `${k ? "L" : "M"}${px(x).toFixed(2)} ${py(y).toFixed(2)}`).join("");
 
+/** Names at the ends of lines, moved apart where they would touch. */
+function endNames(series, { py, bottom, right }) {
+  const ends = series.map((s) => ({ s, y: py(s.points[s.points.length - 1][1]) })).sort((a, b) => a.y - b.y);
+  ends.forEach((end, k) => (end.at = Math.max(end.y, k ? ends[k - 1].at + 13.5 : CHART_T + 5)));
+  for (let k = ends.length - 1, floor = bottom; k >= 0; k -= 1) {
+    ends[k].at = Math.min(ends[k].at, floor);
+    floor = ends[k].at - 13.5;
+  }
+  return ends.map(({ s, at: y }) =>
+    SVG("text", { class: "end", x: CHART_W - right + 6, y: y + 4, fill: s.colour }, s.name),
+  );
+}
+
 /** A chart of lines with names at their ends, a cursor and a tooltip with every value at the nearest step. */
 function LineChart(figure, { title, series, yTitle, unit, zero = false, level = null, areas = false, format = number }) {
   const drawn = series.filter((s) => s.points.length);
@@ -79,17 +92,7 @@ function LineChart(figure, { title, series, yTitle, unit, zero = false, level = 
     if (s.points.length === 1) svg.append(SVG("circle", { cx: px(s.points[0][0]), cy: py(s.points[0][1]), r: 3, fill: s.colour }));
     else svg.append(SVG("path", { ...style, d: path(s.points, px, py) }));
   }
-  // Names at the ends, moved apart where they would touch.
-  const ends = named
-    .map((s) => ({ s, y: py(s.points[s.points.length - 1][1]), x: px(s.points[s.points.length - 1][0]) }))
-    .sort((a, b) => a.y - b.y);
-  ends.forEach((end, k) => (end.at = Math.max(end.y, k ? ends[k - 1].at + 13.5 : CHART_T + 5)));
-  for (let k = ends.length - 1, floor = at.bottom; k >= 0; k -= 1) {
-    ends[k].at = Math.min(ends[k].at, floor);
-    floor = ends[k].at - 13.5;
-  }
-  for (const { s, at: y } of ends)
-    svg.append(SVG("text", { class: "end", x: CHART_W - at.right + 6, y: y + 4, fill: s.colour }, s.name));
+  svg.append(...endNames(named, at));
   const cursor = SVG("line", { class: "cursor", y1: CHART_T, y2: at.bottom, visibility: "hidden" });
   svg.append(cursor);
   const places = [...new Set(xs)].sort((a, b) => a - b);

@@ -1,4 +1,5 @@
 // Which update tokens moved the probe: by the side they are on over the steps, and one by one at chosen steps.
+// TokenMaps is one function, since what it nests shares the section's nodes and the chosen step as methods share a class.
 
 const ROLE_COLOUR = { chosen: "var(--up)", rejected: "var(--down)" };
 const roleColour = (role, k) => ROLE_COLOUR[role] || `var(--role-${k % 3})`;
