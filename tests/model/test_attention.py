@@ -7,8 +7,7 @@ from torch.func import jvp, vmap
 from tokdyn import ops
 from tokdyn.kernels.cotangent_attention import reference as cotangent
 from tokdyn.kernels.tangent_attention import reference as tangent
-from tokdyn.model import attention
-from tokdyn.model import forward_ad as traceable
+from tokdyn.model import attention, forward_ad
 from tokdyn.model.attention import ATTENTION, _Attention, register
 from tokdyn.model.trace import trace
 from tokdyn.testing import random_chis, relative_error, tiny
@@ -139,7 +138,7 @@ def test_models_give_the_same_logits_and_gradients_as_with_eager_attention(famil
 )
 def test_a_traced_model_runs_the_tracing_attention_or_says_that_it_does_not(family, own, monkeypatch, caplog):
     """Once in every layer; what is said is said once for a kind of model."""
-    traceable._say_eager.cache_clear()
+    forward_ad._say_eager.cache_clear()
     calls, run = [], _Attention.apply
     monkeypatch.setattr(_Attention, "apply", lambda *args: calls.append(1) or run(*args))
     model = tiny(family)

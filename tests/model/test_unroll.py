@@ -177,3 +177,18 @@ def test_hooks_are_removed_where_one_of_them_cannot_be_registered():
         with pytest.raises(AttributeError), hooked(model, **{where: {"0": print, "2": print}}):
             raise AssertionError("the block is not entered")
         assert is_free_of_hooks(model)
+
+
+def test_every_output_is_a_node_of_its_own_also_of_modules_that_return_what_they_are_given():
+    """Otherwise the depth of one would be that of the other, and a cut could not lie between them."""
+    model = tiny("llama", tied=False)
+    mlp = "model.layers.1.mlp"
+    model.model.layers[1].mlp = torch.nn.Sequential(model.model.layers[1].mlp, torch.nn.Identity())
+    names = [f"{mlp}.0.down_proj", f"{mlp}.0", f"{mlp}.1", mlp]
+    with trace(model) as tracer:
+        unrolled = tracer.unroll(tracer.batches(random_chis([(2, 3)], seed=1))[0], names)
+    outputs = [call.output for call in unrolled.calls]
+    assert [call.name for call in unrolled.calls] == names
+    assert outputs[0].is_leaf and len({torch.autograd.graph.get_gradient_edge(x).node for x in outputs}) == 4
+    found = torch.autograd.grad(unrolled.hidden.sum(), outputs)
+    assert all(torch.equal(x, found[-1]) for x in found) and found[-1].norm() > 0

@@ -4,7 +4,8 @@ Fused attention has no forward mode, and eager attention keeps T² numbers per h
 softmax, once for many tangents: on a GPU tile by tile in Triton, elsewhere in blocks of queries (ops.tangent_attention,
 ops.cotangent_attention). It is registered with transformers under the name ATTENTION. Transformers gives it boolean masks, so
 causal, sliding-window, padded and packed inputs arrive as the model makes them. It computes grouped heads and soft-capped
-scores itself, attention sinks it does not: models that have them are traced with eager attention.
+scores itself, attention sinks it does not: models that have them are traced with eager attention. The functions here take
+what the operators take, hence their many parameters.
 """
 
 from __future__ import annotations

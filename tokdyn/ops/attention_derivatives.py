@@ -87,14 +87,14 @@ def cotangent_attention(
 
     Arguments and errors as in `attention`. Cost: 8 T S D flops a head and cotangent, and the softmax recomputed.
     """
-    if impl is None and softcap is None and len(do) == 1 and q.device.type == "cpu":
-        return _fused.cotangent_attention(q, k, v, do, mask, scale)
     given = (q, k, v, do)
     form = choose("cotangent_attention", impl, given, triton=_fits_triton(*given), cpp=_cotangent_cpp.takes(*given))
     if form == "triton":
         from ..kernels.cotangent_attention import triton
 
         return triton.cotangent_attention(q, k, v, do, mask, scale, softcap)
+    if impl is None and softcap is None and len(do) == 1 and q.device.type == "cpu":
+        return _fused.cotangent_attention(q, k, v, do, mask, scale)
     computes = _cotangent_cpp.cotangent_attention if form == "cpp" else _cotangent.cotangent_attention
     return computes(q, k, v, do, mask, scale, softcap)
 
