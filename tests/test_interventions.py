@@ -354,6 +354,7 @@ def test_extended_sft_learns_both_answers():
     assert torch.equal(c, torch.ones(11))
     G = {o: td.forces(model, both, both, o, reduce="observe").c for o in (SFT(), DPO())}
     same = [G[o][:3] + G[o][5:8] for o in (SFT(), DPO())]
+    # β(1 - σ) and its negative, by two ways back: two roundings each
     assert torch.equal(same[0], torch.full((3,), 2.0)) and float(same[1].abs().max()) <= 4 * EPS * float(G[DPO()].abs().max())
     assert float(td.forces(model, both, both, SFT(), reduce="update").vector.sum()) > 0  # ‖∇ Σ log pi‖²
 
