@@ -286,8 +286,8 @@ def test_force_is_the_norm_of_G(terms):
     G = kept["z"].grad[:, PROMPT - 1 : -1].flatten(0, 1)
     rebuilt = G_of(kept["z"].detach()[:, PROMPT - 1 : -1].flatten(0, 1), forward.gterm())
     scale = float(G.norm(dim=1).max())
-    # pi is off by |z - max z| < 10 and four more roundings, c by as much; for "smoothing" c, v, u are fitted, with the condition
-    # of three alike directions
+    # pi is off by |z - max z| < 10 and four more roundings, c by as much; for "smoothing" c, v, u are fitted, with the
+    # condition of three alike directions
     loose = 1e4 if terms == "smoothing" else 50
     torch.testing.assert_close(rebuilt, G, rtol=0, atol=loose * EPS * scale)
     torch.testing.assert_close(forward.force, G.norm(dim=1), rtol=0, atol=loose * EPS * scale)
