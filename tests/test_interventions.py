@@ -145,7 +145,8 @@ def test_the_protected_probe_is_predicted_to_do_better_by_dense_forces(make, obj
     spared = w == 0
     assert 0 < int(spared.sum()) <= int(0.3 * len(F)) and bool(((w == 0) | (w == 1)).all())
     assert bool((F[spared] < 0).all()) and float(F[spared].max()) <= float(F[~spared].min()) + 100 * EPS * float(F.abs().max())
-    assert float((w * F).sum()) - float(F.sum()) == pytest.approx(float(-F[spared].sum()), rel=1e-5)
+    F = F.double()  # what remains is an identity
+    assert float((w * F).sum()) - float(F.sum()) == pytest.approx(float(-F[spared].sum()), rel=1e-12)
 
 
 @pytest.mark.parametrize("optimizer", [None, "adam"])
@@ -354,6 +355,7 @@ def test_extended_sft_learns_both_answers():
     assert torch.equal(c, torch.ones(11))
     G = {o: td.forces(model, both, both, o, reduce="observe").c for o in (SFT(), DPO())}
     same = [G[o][:3] + G[o][5:8] for o in (SFT(), DPO())]
+    # β(1 - σ) and its negative, by two ways back: two roundings each
     assert torch.equal(same[0], torch.full((3,), 2.0)) and float(same[1].abs().max()) <= 4 * EPS * float(G[DPO()].abs().max())
     assert float(td.forces(model, both, both, SFT(), reduce="update").vector.sum()) > 0  # ‖∇ Σ log pi‖²
 

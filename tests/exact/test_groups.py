@@ -14,7 +14,7 @@ from tokdyn.runs.shards import Shards
 from tokdyn.testing import random_chis, relative_error, tiny
 
 U, O = random_chis([(3, 5), (2, 6)], seed=1), random_chis([(3, 4), (1, 3), (5, 2)], seed=2)  # noqa: E741
-FP32 = 1e-5
+FP32 = 1e-5  # two gradients of these models, each off by 5e-6: test_forces.py
 
 
 def summed(F, labels):
@@ -88,7 +88,8 @@ def test_a_folder_holds_what_memory_would(tmp_path, options):
     again = Shards(tmp_path / "F")
     assert again.complete and relative_error(again.tensor(), whole.matrix) < FP32
     assert torch.equal(again[3:8], again.tensor()[3:8])
-    torch.testing.assert_close(found.predict(0.1), whole.predict(0.1), rtol=1e-4, atol=1e-6)
+    # rounding of a sum is relative to the sum of magnitudes
+    assert float((found.predict(0.1) - whole.predict(0.1)).norm()) < FP32 * 0.1 * float(whole.matrix.abs().sum(1).norm())
     assert found.to_dataframe()["force"].tolist() == again.tensor().flatten().tolist()
     with pytest.raises(FileExistsError, match="choose another place"):
         forces(model, U, O, out=tmp_path / "F")

@@ -145,8 +145,8 @@ def test_a_uniform_target_alone_on_a_nearly_uniform_row():
 def test_confident_tokens_keep_their_digits(gap: float, simd: str):
     """One token leads by `gap` on both sides: F = h·h c ((1-p)² + (V-1) q²), right relative to itself however small.
 
-    1 - p = (V-1) q leads, with 4 EPS of an exponential, 1.5 of ln2 in float32 and √(128/3) of a lane's sum: 24 EPS when
-    squared; sums of 30 such rows add √30.
+    1 - p = (V-1) q leads, with 4 EPS of an exponential, 1.5 of ln2 in float32 and √(128/3) of a lane's sum: squared, 24 EPS.
+    Sums of 30 such rows add √30.
     """
     V, d, c = 3000, 4, torch.tensor([-0.3])
     W = torch.zeros(V, d)

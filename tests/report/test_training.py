@@ -267,11 +267,13 @@ def test_a_monitored_training_has_a_page(tmp_path):
         alone[out.name] = [step.forces for step in monitor.steps]
     table = records.read(tmp_path / "near-far")[1]["tokens"]
     for name in ("near", "far"):
-        torch.testing.assert_close(torch.tensor(table[f"on {name}"].to_pylist()), torch.cat(alone[name]), rtol=1e-5, atol=1e-9)
+        found, truth = torch.tensor(table[f"on {name}"].to_pylist()), torch.cat(alone[name])
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-5 * float(truth.abs().max()))  # two gradients: test_forces.py
     page = td.watch(tmp_path / "near-far", follow=True)
     payload = payload_of(page.read_text(encoding="utf-8"))
     assert page == tmp_path / "near-far" / "report.html" and [m["step"] for m in payload["maps"]] == [1, 2]
-    assert payload["maps"][0]["values"][0] == pytest.approx(alone["near"][0].tolist(), rel=1e-4)
+    near = alone["near"][0]
+    assert payload["maps"][0]["values"][0] == pytest.approx(near.tolist(), rel=1e-4, abs=1e-5 * float(near.abs().max()))
     assert [kind["name"] for kind in payload["probe"]["types"]] == ["near", "far"]
     result = CliRunner().invoke(app, ["report", str(tmp_path / "near-far")])
     assert result.exit_code == 0 and "report.html" in result.output.replace("\n", ""), result.output + result.stderr

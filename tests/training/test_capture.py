@@ -121,6 +121,7 @@ def test_a_loss_of_ones_own_at_a_temperature(family, route):
     assert forward.route == route and forward.residual < ROUNDING
     torch.testing.assert_close(forward.c, weight.flatten()[weight.flatten() != 0], rtol=200 * EPS, atol=20 * EPS)
     if route == "tap":
+        # the gradient of a mean: a quotient and a product, each rounded once
         torch.testing.assert_close(forward.v, torch.full((24,), -bonus / 24), rtol=10 * EPS, atol=0)
 
 
@@ -287,7 +288,9 @@ def test_force_is_the_norm_of_G(terms):
     G = kept["z"].grad[:, PROMPT - 1 : -1].flatten(0, 1)
     rebuilt = G_of(kept["z"].detach()[:, PROMPT - 1 : -1].flatten(0, 1), forward.gterm())
     scale = float(G.norm(dim=1).max())
-    loose = 1e4 if terms == "smoothing" else 50  # there c, v, u are fitted, with the condition of three alike directions
+    # pi is off by |z - max z| < 10 and four more roundings, c by as much; for "smoothing" c, v, u are fitted, with the
+    # condition of three alike directions
+    loose = 1e4 if terms == "smoothing" else 50
     torch.testing.assert_close(rebuilt, G, rtol=0, atol=loose * EPS * scale)
     torch.testing.assert_close(forward.force, G.norm(dim=1), rtol=0, atol=loose * EPS * scale)
 
@@ -503,8 +506,10 @@ def test_in_place_operations_on_the_logits():
     assert forward.residual < ROUNDING
     torch.testing.assert_close(forward.c, torch.ones(15), rtol=100 * EPS, atol=0)
     with torch.no_grad():
-        lp = log_probs(tiny("llama")(ids).logits, ids, 0.7)[:, PROMPT - 1 :].flatten()
-    torch.testing.assert_close(forward.stats.log_prob, lp, rtol=20 * EPS, atol=0)
+        z = tiny("llama")(ids).logits
+        lp = log_probs(z, ids, 0.7)[:, PROMPT - 1 :].flatten()
+    # a logit is off by √d/2 roundings of its size, d = 32, the worst of hundreds by three times that, and so is log pi, twice
+    torch.testing.assert_close(forward.stats.log_prob, lp, rtol=0, atol=20 * EPS * float(z.abs().max()) / 0.7)
 
 
 def test_passes_without_gradients_are_counted_and_left_out():

@@ -84,7 +84,7 @@ def test_ties_rank_the_lower_column_first(check):
 def test_a_flat_row_of_a_large_vocabulary(check):
     """Σ e^{z - max} = V: the square of what stands for it must not pass the largest float."""
     ours = check(torch.zeros(1, 40001, dtype=torch.bfloat16), torch.tensor([7]))
-    assert float(ours["g_norm"]) == pytest.approx(math.sqrt((1 - 1 / 40001) ** 2 + 40000 / 40001**2), rel=64 * EPS)
+    assert float(ours["g_norm"]) == pytest.approx(math.sqrt((1 - 1 / 40001) ** 2 + 40000 / 40001**2), rel=16 * EPS)
 
 
 def test_minus_infinity_is_legal(check):
@@ -157,7 +157,7 @@ def test_row_stride_and_padding(dtype: torch.dtype):
     spread = torch.stack([targets, -torch.ones_like(targets)], 1)[:, 0]
     assert view.stride(0) == 2200 and view.data_ptr() % 16 and not spread.is_contiguous()
     for strided, plain in zip(triton.token_stats(view, spread), triton.token_stats(logits, targets), strict=True):
-        torch.testing.assert_close(strided, plain, rtol=64 * EPS, atol=0)  # sums in another order
+        torch.testing.assert_close(strided, plain, rtol=64 * EPS, atol=0)  # each within some 40 EPS, as in `check`
 
 
 def test_rows_further_apart_than_32_bits():
@@ -168,7 +168,7 @@ def test_rows_further_apart_than_32_bits():
     logits, targets = random_logits(2, V, torch.bfloat16)
     rows.copy_(logits)
     for far, near in zip(triton.token_stats(rows, targets), triton.token_stats(logits, targets), strict=True):
-        torch.testing.assert_close(far, near, rtol=64 * EPS, atol=0)  # sums in another order
+        torch.testing.assert_close(far, near, rtol=64 * EPS, atol=0)  # each within some 40 EPS, as in `check`
 
 
 def test_empty_batch():
