@@ -12,7 +12,6 @@ from tokdyn.exact import sweep, tangents
 from tokdyn.exact.modules import local
 from tokdyn.exact.modules.norms import Norm
 from tokdyn.exact.naive import fill as naive_fill
-from tokdyn.exact.readout import readout_matrix
 from tokdyn.exact.sweep import budget, plan, segments, strips
 from tokdyn.model.calls import Call
 from tokdyn.model.trace import Tracer, trace
@@ -98,22 +97,6 @@ def test_both_engines_take_every_form_of_force(engine, objective):
             naive, fast, _ = matrices(tiny("qwen2"), update=update, observe=observe, objective=objective, engine=engine)
         assert relative_error(fast, naive) < FP32
         assert all(counts[cross] for cross in CROSS)
-
-
-@pytest.mark.parametrize("objective", [SFT(label_smoothing=0.1), PPO(entropy=0.3), SimKO()], ids=lambda of: type(of).__name__)
-def test_the_readout_takes_every_form_of_force_on_either_side(objective):
-    """F of the exchanged sides is the transpose, whichever side has the dense or the several targets."""
-    some = zip(random_chis([(2, 5), (3, 4)], seed=5), (1.0, -1.0), strict=True)
-    update = [chi.with_(group=0, advantage=advantage) for chi, advantage in some]
-    with trace(tiny("qwen2")) as tracer:
-        problem = engines.scored(tracer, update, U[:1], objective, "readout")
-        naive = problem.empty()
-        naive_fill(problem, naive)
-        there, back = readout_matrix(problem), readout_matrix(problem.transposed())
-        sums = [readout_matrix(problem.transposed(), reduce) for reduce in ("update", "observe")]
-    assert relative_error(there, naive) < FP32 and relative_error(back, naive.T) < FP32
-    # rounding of a sum is relative to the sum of magnitudes
-    assert all(float((x - naive.sum(i)).norm()) < FP32 * float(naive.abs().sum(i).norm()) for i, x in enumerate(sums))
 
 
 class Experts(torch.nn.Module):
