@@ -31,7 +31,7 @@ from .forces import forces
 from .model.unwrap import unwrap
 from .objective import Objective, Scores
 from .objectives import SFT
-from .sequences import Chi, Text, collate
+from .sequences import Chi, Text, by_group, collate, required_advantage
 
 # ---------------------------------------------------------------- which tokens
 
@@ -55,9 +55,9 @@ def nthr_scores(model: nn.Module, rollouts: Sequence[Chi], *, scope: str = "read
 
     Cost: one pass over each group for the readout, a backward and a tangent pass besides for "full".
     """
-    scores = [torch.zeros(len(chi)) for chi in rollouts]
-    for members in _groups(rollouts):
-        right = [rollouts[i] for i in members if _advantage(rollouts[i]) > 0]
+    scores, advantages = [torch.zeros(len(chi)) for chi in rollouts], _advantages(rollouts)
+    for members in by_group(rollouts):
+        right = [rollouts[i] for i in members if advantages[i] > 0]
         if right:
             f = forces(model, [rollouts[i] for i in members], right, SFT(), scope=scope, reduce="observe").vector
             assert f is not None
@@ -87,11 +87,11 @@ def nthr(
     """
     _check_scale(scale)
     scores = nthr_scores(model, rollouts, scope=scope).split([len(chi) for chi in rollouts])
-    weights = [torch.ones(len(chi)) for chi in rollouts]
-    for members in _groups(rollouts):
-        means = [float(scores[i].mean()) for i in members if _advantage(rollouts[i]) > 0]
+    weights, advantages = [torch.ones(len(chi)) for chi in rollouts], _advantages(rollouts)
+    for members in by_group(rollouts):
+        means = [float(scores[i].mean()) for i in members if advantages[i] > 0]
         for i in members:
-            if means and _advantage(rollouts[i]) < 0:
+            if means and advantages[i] < 0:
                 weights[i][scores[i] > beta * min(means)] = scale
     return torch.cat(weights)
 
@@ -201,15 +201,7 @@ def loss(
     log_pi = (logits / temperature).log_softmax(-1)
     log_pi = log_pi if w is None else weigh(log_pi, w[:, None])
     log_probs = log_pi.gather(1, batch.targets.to(device)[:, None]).squeeze(1)
-    entropy = mean = candidates = theirs = None
-    if "entropy" in objective.needs:
-        entropy = torch.special.entr(log_pi.exp()).sum(1)
-    if "mean_log_prob" in objective.needs:
-        mean = log_pi.mean(1)
-    if "candidates" in objective.needs:
-        candidates = log_pi.detach().topk(objective.n_candidates, 1).indices
-        theirs = log_pi.gather(1, candidates)
-    return objective.loss(log_probs, chis, Scores(entropy, mean, candidates, theirs))
+    return objective.loss(log_probs, chis, Scores.of(objective, log_pi))
 
 
 # ---------------------------------------------------------------- weights at work
@@ -311,17 +303,9 @@ def weighted(model: nn.Module, weights: Float[Tensor, "B T"]) -> Iterator[None]:
 # ---------------------------------------------------------------- inside
 
 
-def _groups(chis: Sequence[Chi]) -> list[list[int]]:
-    found: dict[int, list[int]] = {}
-    for i, chi in enumerate(chis):
-        found.setdefault(chi.group, []).append(i)
-    return list(found.values())
-
-
-def _advantage(chi: Chi) -> float:
-    if chi.advantage is None:
-        raise ValueError("NTHR tells right from wrong rollouts by their advantage: build them with td.rollouts(...)")
-    return chi.advantage
+def _advantages(rollouts: Sequence[Chi]) -> list[float]:
+    message = "NTHR tells right from wrong rollouts by their advantage: build them with td.rollouts(...)"
+    return [required_advantage(chi, message) for chi in rollouts]
 
 
 def _check_scale(scale: float) -> None:
