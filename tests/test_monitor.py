@@ -42,7 +42,7 @@ def test_whatever_fails_is_a_warning_that_names_it_and_training_goes_on():
         warnings.simplefilter("always")
         for n in range(3):
             if n == 1:
-                monitor._capture.readout = None  # the capture itself breaks
+                monitor._capture.temperature = None  # the capture itself breaks
             loss = sft(model, data(seed=10 * n))
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

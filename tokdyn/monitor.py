@@ -224,20 +224,8 @@ class Monitor:
             advantages=advantages, old_log_probs=old_log_probs, clip=clip, level=level, mask=mask, roles=roles, groups=groups
         )
         given = {name: value for name, value in given.items() if value is not None}
-        capture = self._capture
-        if capture is None:
+        with self._capture.step.one_micro_batch(given) if self._capture is not None else contextlib.nullcontext():
             yield
-            return
-        known = [f for f in capture.forwards if f.c is not None]
-        capture.grouped, capture.known = True, given
-        try:
-            yield
-        finally:
-            for forward in capture.forwards:
-                if forward.c is not None and not any(forward is f for f in known):
-                    forward.metadata |= given
-            capture.micro_batch += 1
-            capture.grouped, capture.known = False, {}
 
     def about(self, **metadata: Any) -> None:
         """Say of the latest pass what `micro_batch` would; for code that sees a loss being made but not the loop around it."""
@@ -246,7 +234,8 @@ class Monitor:
 
     def latest(self) -> Forward | None:
         """The latest pass that was captured in this step."""
-        return self._capture.forwards[-1] if self._capture is not None and self._capture.forwards else None
+        forwards = self._capture.step.forwards if self._capture is not None else []
+        return forwards[-1] if forwards else None
 
     def step_end(self, *, clip: float = 1.0, force: bool = False) -> Step | None:
         """The optimizer step is done: record it if it is due, and begin the next.
@@ -323,25 +312,22 @@ class Monitor:
     def _record(self) -> Step:
         capture = self._capture
         assert capture is not None
-        forwards, scale = capture.take(), self._unit
-        if capture.failure is not None:
-            raise ValueError(f"the capture failed: {capture.failure}") from capture.failure
-        if not forwards:
-            raise ValueError(f"nothing was captured: {capture.why_nothing()}")
+        forwards, seen, scale = capture.take(), capture.summary(), self._unit
+        diagnosis.require_forwards(forwards, seen)
         of = records.columns(forwards, scale)
         if self.tokenizer is not None:
             of["token"] = self._spelled(of["token_id"])
         own = records.sums(of, forwards)
-        notes = diagnosis.missing(capture, forwards)
+        notes = diagnosis.known_gaps(forwards, seen)
         if self.scaler is not None and self.scaler.is_enabled() and not self._stepped:
             notes.append("the optimizer skipped this step: its gradients overflowed in half precision")
-        if wrong := diagnosis.mismatch(forwards):
+        if wrong := diagnosis.failed_self_check(forwards):
             notes.append(wrong[0])
             self._problem(wrong[0], kind=wrong[1])
         step = Step(
             self.number, records.metrics(own).get("residual", float("nan")), of["c"].float(),
             of | dict(step=torch.full_like(of["position"], self.number), rank=torch.full_like(of["position"], ranks.rank())),
-            records.metrics(own), tuple(dict.fromkeys(f.route for f in forwards)), len(forwards), capture.excluded, notes,
+            records.metrics(own), tuple(dict.fromkeys(f.route for f in forwards)), len(forwards), seen.excluded, notes,
             sums=own,
         )  # fmt: skip
         if self._probing and self.probe is not None:

@@ -136,8 +136,8 @@ class Objective:
     """A loss over log-probabilities. Subclasses are frozen dataclasses whose fields are the paper's constants.
 
     `reads` says what sequences it is made for: "completion", "preference" (chosen and rejected) or "rollouts" (advantages).
-    `needs` names the fields of Scores it reads; `by_sequence` says that a sequence's c depends on no other sequence. It holds for
-    the class that says it and is not inherited, since a subclass may compute another loss.
+    `needs` names the fields of Scores it reads; `by_sequence` says that a sequence's c depends on no other sequence. That holds
+    for the class that says it and is not inherited, since a subclass may compute another loss.
     """
 
     reads: ClassVar[str] = "completion"

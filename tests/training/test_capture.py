@@ -14,7 +14,9 @@ from tokdyn.model.trace import Tracer, scale_and_cap
 from tokdyn.model.unwrap import unwrap
 from tokdyn.testing import tiny, tiny_lora
 from tokdyn.training import capture as capturing
+from tokdyn.training import recorder
 from tokdyn.training.capture import Capture, tap
+from tokdyn.training.diagnosis import explain_empty
 
 V, PROMPT = 61, 4
 EPS = torch.finfo(torch.float32).eps
@@ -36,17 +38,17 @@ def log_probs(z, ids, temperature=1.0):
 def captured(model, loss_of, temperature=1.0, three=False):
     """The passes of one step and what was counted."""
     capture = Capture(model, temperature)
-    capture.three = three
+    capture.facts.fit_v_and_u = three
     capture.install()
     capture.recording = True
     try:
         loss = loss_of(model)
         loss.backward()
-        if capture.failure is not None:
-            raise capture.failure
-        found = capture.take()
-        assert found, capture.why_nothing()
-        return SimpleNamespace(forwards=found, seen=capture.seen, excluded=capture.excluded, aux=capture.aux)
+        if capture.step.failure is not None:
+            raise capture.step.failure
+        found, seen = capture.take(), capture.summary()
+        assert found, explain_empty(seen)
+        return SimpleNamespace(forwards=found, seen=seen.seen, excluded=seen.excluded, router_loss=seen.router_loss)
     finally:
         capture.remove()
 
@@ -226,7 +228,7 @@ def test_label_smoothing_is_explained_by_three_terms():
 @pytest.mark.parametrize("loss", ["smoothing", "made inside"])
 def test_sharded_weights_are_not_gathered_in_a_backward_pass(monkeypatch, loss):
     """Other ranks may not need them: what one pass shows to be missing is fitted from the next one on, and named."""
-    monkeypatch.setattr(capturing, "is_sharded", lambda p: True)
+    monkeypatch.setattr(recorder, "is_sharded", lambda p: True)
     ids, labels = data()
     model = tiny("llama")
     if loss == "made inside":  # and the output is a copy that no loss reads
@@ -238,7 +240,7 @@ def test_sharded_weights_are_not_gathered_in_a_backward_pass(monkeypatch, loss):
             return out
 
         model.forward = forward
-        monkeypatch.setattr(capturing, "scale_and_cap", lambda lm: (1.0, 1e9))  # the head's own output is not the logits
+        monkeypatch.setattr(recorder, "scale_and_cap", lambda lm: (1.0, 1e9))  # the head's own output is not the logits
     capture = Capture(model)
     capture.install()
     capture.recording = True
@@ -253,11 +255,11 @@ def test_sharded_weights_are_not_gathered_in_a_backward_pass(monkeypatch, loss):
         return capture.take()
 
     first = run()
-    assert capture.postponed
+    assert capture.facts.retry_next_step
     if loss == "smoothing":
         assert first[0].route == "logits" and first[0].residual > 1e-2
     else:
-        assert first == [] and "from the next recorded step on" in capture.why_nothing()
+        assert first == [] and "from the next recorded step on" in explain_empty(capture.summary())
     (second,) = run()
     assert second.route == "least squares" and second.residual < ROUNDING
     capture.remove()
@@ -433,7 +435,7 @@ def test_half_precision_weights():
 def test_a_mixture_of_experts_says_that_its_router_has_a_loss():
     ids, labels = data()
     model = tiny("qwen2_moe", output_router_logits=True, router_aux_loss_coef=0.1)
-    assert captured(model, lambda m: m(ids, labels=labels).loss).aux
+    assert captured(model, lambda m: m(ids, labels=labels).loss).router_loss
 
 
 # ---------------------------------------------------------------- what must not happen
@@ -568,7 +570,7 @@ def test_every_way_of_seeing_nothing_has_a_name(case, message):
             model(ids)
     if case == "in place":
         model(ids, labels=labels).loss.backward()
-    assert capture.take() == [] and message in capture.why_nothing()
+    assert capture.take() == [] and message in explain_empty(capture.summary())
     capture.remove()
 
 
@@ -600,7 +602,7 @@ def test_mistakes_are_kept_not_raised(case, message):
         tap(lp)
         model.lm_head.weight.data = weight
     lp.sum().backward()
-    assert message in str(capture.failure)
+    assert message in str(capture.step.failure)
     capture.remove()
 
 

@@ -24,8 +24,10 @@ from ..model.trace import trace
 from ..model.unwrap import unwrap
 from ..objective import GTerm, Objective
 from ..sequences import Chi
-from ..training.capture import Capture, _active
-from ..training.forward import IGNORED, Forward, Layout
+from ..training import diagnosis
+from ..training.capture import Capture, unwatched
+from ..training.forward import Forward
+from ..training.layout import IGNORED, Layout
 from ..training.probe import TOKENS, Probe, _NoRequiresGrad, _without_autocast
 from .trainer import wrap
 from .trl import about_batch
@@ -222,10 +224,7 @@ def _rehearsed(trainer: Any, original: Callable[..., Any], model: Any, inputs: A
             torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
             capture.recording = False
             forwards = capture.take()
-            if capture.failure is not None:
-                raise ValueError(f"the capture failed: {capture.failure}") from capture.failure
-            if not forwards:
-                raise ValueError(f"nothing was captured: {capture.why_nothing()}")
+            diagnosis.require_forwards(forwards, capture.summary())
         finally:
             capture.remove()
     if len(forwards) > 1:
@@ -251,19 +250,6 @@ def at_rest(model: nn.Module) -> Iterator[nn.Module]:
     lm, _, _ = unwrap(model)
     with unwatched(), _without_autocast(lm), _NoRequiresGrad():
         yield lm
-
-
-@contextlib.contextmanager
-def unwatched() -> Iterator[None]:
-    """Passes inside are not the training's: monitors look away."""
-    looking = [(capture, capture.recording) for capture in _active]
-    for capture, _ in looking:
-        capture.recording = False
-    try:
-        yield
-    finally:
-        for capture, was in looking:
-            capture.recording = was
 
 
 def _trainer(trainer: Any) -> Any:

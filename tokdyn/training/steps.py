@@ -215,7 +215,7 @@ def sums(of: Mapping[str, Any], forwards: Sequence[Forward]) -> dict[str, float]
     c, force = of["c"].double(), of["force"].double()
     push = (-c).clamp(min=0)
     clipped, lost = of["clipped"], of["cancelled"].double()
-    weight = [(f.residual, f.scored + f.astray) for f in forwards if f.scored == f.scored]
+    weight = [(f.check.residual, f.check.total) for f in forwards if not math.isnan(f.check.scored)]
     values = dict(
         steps=1.0, tokens=float(len(c)), c_up=float(c.clamp(min=0).sum()), c_down=float(push.sum()),
         force=float(force.sum()), force_up=float(force[c > 0].sum()),
