@@ -10,10 +10,10 @@ import torch
 from loops import EPS, PROBE, PROMPT, V, answers, data, dpo, grpo, labelled, sft, train
 
 import tokdyn as td
+from tokdyn import steps as records
 from tokdyn.sequences import Chi
 from tokdyn.squeeze import step as readout_step
 from tokdyn.testing import random_chis, tiny
-from tokdyn.training import steps as records
 
 # ---------------------------------------------------------------- training is untouched
 

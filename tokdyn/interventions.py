@@ -25,13 +25,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from .forces import forces
-from .model.unwrap import unwrap
 from .objective import Objective, Scores
 from .objectives import SFT
 from .sequences import Chi, Text, by_group, collate, required_advantage
+from .training.weighting import TokenWeights
 
 # ---------------------------------------------------------------- which tokens
 
@@ -241,63 +240,12 @@ def weighted(model: nn.Module, weights: Float[Tensor, "B T"]) -> Iterator[None]:
     Raises:
         ValueError: the batch has another shape, or neither log-probs nor logits appear (a loss fused with the readout).
     """
-    lm, outer, compiled = unwrap(model)
-    after = pad(weights.detach()[:, 1:], (0, 1), value=1.0)  # the weight of the token that each place scores
-    called: dict[str, Any] = {}
-
-    def scale(x: Tensor, w: Tensor) -> None:
-        """Weights on a tensor [B, T', ...] whose last T' places are w's."""
-        if len(x) != len(w) or x.shape[1] > after.shape[1]:
-            raise ValueError(
-                f"weights must be one for each token of the batch, [B, T]; they are {list(weights.shape)} and the model made "
-                f"{list(x.shape)}"
-            )
-        w = w[:, w.shape[1] - x.shape[1] :]
-        x.register_hook(lambda grad: grad * (w if grad.dim() == 2 else w[..., None]).to(grad))
-        called["done"] = True
-
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        called.clear()
-        called["kwargs"] = kwargs
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if isinstance(ids, Tensor) and torch.is_grad_enabled() and ids.shape != weights.shape:
-            raise ValueError(
-                f"weights must have shape [B, T]={list(ids.shape)}, one for each token of the batch, got {list(weights.shape)}"
-            )
-
-    def at_head(module: nn.Module, args: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad and output.dim() == 3:
-            scale(output, after)
-
-    def at_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not torch.is_grad_enabled() or called.get("done"):
-            return
-        found = {name: getattr(output, name, None) for name in ("log_probs", "entropy", "logits")}
-        live = {name: x for name, x in found.items() if isinstance(x, Tensor) and x.requires_grad}
-        names = ["log_probs", "entropy"] if "log_probs" in live else ["logits"]
-        for name in names:
-            if name in live:
-                x, known = live[name], called["kwargs"]
-                unlabelled = known.get("labels") is None and x.shape[1] == after.shape[1]
-                whole = name == "logits" or known.get("shift_labels") is not None or unlabelled
-                scale(x, after if whole else after[:, :-1])
-        if not live:
-            raise ValueError(
-                "neither log-probs nor logits appear in this forward pass (a loss fused with the readout), so no token can be "
-                "weighted: turn the fusion off, or weigh log-probs of your own (td.interventions.weigh)"
-            )
-
-    handles = []
-    for module in [compiled] if compiled is not None else [lm, *outer]:
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-        handles.append(module.register_forward_hook(at_output, with_kwargs=True, prepend=True))
-    if compiled is None:
-        handles.append(lm.get_output_embeddings().register_forward_hook(at_head, prepend=True))  # type: ignore[operator]
+    hooks = TokenWeights(model, weights)
+    hooks.install()
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        hooks.remove()
 
 
 # ---------------------------------------------------------------- inside

@@ -25,19 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._version import __version__
 from .model.unwrap import is_sharded
-from .sequences import Chi
-from .training import diagnosis
-from .training import distributed as ranks
-from .training import steps as records
+from .sequences import Chi, token_texts
+from .training import columns, diagnosis, distributed
 from .training.capture import Capture
 from .training.forward import Forward
 from .training.probe import Probe
-from .training.steps import Folder, Step
+from .training.step_folder import Folder
+from .training.steps import Step
 
 KEPT = 100  # records whose token tables stay in memory where there is no folder for them
 
@@ -61,13 +59,14 @@ class Monitor:
         blame: the group of the probe that update tokens are asked about (Step.forces), or several: one more backward and
             tangent pass each, all in the token table as "on …". The first group when absent.
         tokenizer: for token texts in the tables.
-        out: a new folder to write to (see steps.py).
+        out: a new folder to write to (see training/step_folder.py).
         on_error: "warn", or "raise" at the end of the step.
 
     Attributes:
         steps: the records. Without `out` the last 100 keep their token tables.
         problems: what went wrong, as (step, text).
-        due: whether the present step is recorded. clip: the factor by which its gradients were clipped.
+        number, due: the present step, and whether it is recorded. clip: the factor by which its gradients were clipped.
+        model, optimizer, temperature, scaler, …: the options, which integrations may set until `start`.
 
     Raises:
         ValueError: an option that does not exist, or a model without readout (when it starts).
@@ -138,16 +137,16 @@ class Monitor:
         failure: Exception | None = None
         try:
             self._capture = Capture(self.model, self.temperature)
-            self.ranks = self._ranks if self._ranks is not None else _ranks(self.model)
+            self.ranks = self._ranks if self._ranks is not None else distributed.averaging(self.model)
             if self._out is not None:
-                self._folder = Folder(Path(self._out), ranks.rank(), self._facts())
+                self._folder = Folder(Path(self._out), distributed.rank(), self._facts())
             self._capture.install()
             if hasattr(self.optimizer, "register_step_pre_hook"):
                 self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
                 self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
         except Exception as error:
             failure = error
-        if not ranks.agree(failure is None):  # all or none: later on they meet in collectives
+        if not distributed.agree(failure is None):  # all or none: later on they meet in collectives
             self._folder = None
             self.close()
             raise failure or ValueError("tokdyn could not start on another rank")
@@ -270,12 +269,11 @@ class Monitor:
 
         Names are those of `steps.metrics`, those of the probe begin with its group's name: chosen/log_prob, chosen/actual, …
         """
-        names = [*records.SUMS, *(self.probe.names if self.probe is not None else [])]
+        names = [*columns.SUMS, *(self.probe.names if self.probe is not None else [])]
         values = torch.tensor([self._sums.get(name, 0.0) for name in names], dtype=torch.float64)
-        merged = dict(zip(names, ranks.total(values).tolist(), strict=True))
-        merged["steps"] /= ranks.world()
-        found = records.metrics(merged)
-        found |= self.probe.metrics(merged) if self.probe is not None else {}
+        merged = dict(zip(names, distributed.total(values).tolist(), strict=True))
+        merged["steps"] /= distributed.world()
+        found = columns.metrics(merged) | (self.probe.metrics(merged) if self.probe is not None else {})
         if reset:
             self._sums = {}
         return found
@@ -312,26 +310,25 @@ class Monitor:
     def _record(self) -> Step:
         capture = self._capture
         assert capture is not None
-        forwards, seen, scale = capture.take(), capture.summary(), self._unit
+        forwards, seen = capture.take(), capture.summary()
         diagnosis.require_forwards(forwards, seen)
-        of = records.columns(forwards, scale)
+        of = columns.token_columns(forwards, self._unit)
         if self.tokenizer is not None:
-            of["token"] = self._spelled(of["token_id"])
-        own = records.sums(of, forwards)
-        notes = diagnosis.known_gaps(forwards, seen)
+            of["token"] = self._texts_of(of["token_id"])
+        of |= {name: torch.full_like(of["position"], n) for name, n in (("step", self.number), ("rank", distributed.rank()))}
+        own, notes = columns.sums(of, forwards), diagnosis.known_gaps(forwards, seen)
         if self.scaler is not None and self.scaler.is_enabled() and not self._stepped:
             notes.append("the optimizer skipped this step: its gradients overflowed in half precision")
         if wrong := diagnosis.failed_self_check(forwards):
             notes.append(wrong[0])
             self._problem(wrong[0], kind=wrong[1])
+        figures, routes = columns.metrics(own), tuple(dict.fromkeys(f.route for f in forwards))
         step = Step(
-            self.number, records.metrics(own).get("residual", float("nan")), of["c"].float(),
-            of | dict(step=torch.full_like(of["position"], self.number), rank=torch.full_like(of["position"], ranks.rank())),
-            records.metrics(own), tuple(dict.fromkeys(f.route for f in forwards)), len(forwards), seen.excluded, notes,
-            sums=own,
+            self.number, figures.get("residual", float("nan")), of["c"].float(), of, figures, routes,
+            passes=len(forwards), excluded=seen.excluded, notes=notes, sums=own,
         )  # fmt: skip
         if self._probing and self.probe is not None:
-            own |= self.probe.into(step, self.clip)
+            own |= self.probe.write_into(step, self.clip)
         for name, value in own.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self.steps.append(step)
@@ -341,9 +338,8 @@ class Monitor:
             self._folder.add(step)
         return step
 
-    def _spelled(self, ids: Tensor) -> list[str]:
-        from .sequences import token_texts
-
+    def _texts_of(self, ids: Tensor) -> list[str]:
+        """The text of each token, read from the tokenizer once."""
         unknown = [i for i in ids.unique().tolist() if i not in self._texts]
         self._texts |= dict(zip(unknown, token_texts(self.tokenizer, unknown), strict=True))
         return [self._texts[i] for i in ids.tolist()]
@@ -386,20 +382,3 @@ class Monitor:
 def _inner(optimizer: Any) -> Any:
     inner = getattr(optimizer, "optimizer", None)
     return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
-
-
-def _ranks(model: nn.Module) -> int:
-    """Over how many ranks the gradients of a model are averaged."""
-    if ranks.world() == 1:
-        return 1
-    for p in model.parameters():
-        if is_sharded(p):
-            mesh: Any = p.device_mesh  # type: ignore[attr-defined]
-            names = mesh.mesh_dim_names or ("",) * mesh.ndim
-            sizes = [mesh.size(i) for i, name in enumerate(names) if name not in ("tp", "tensor", "cp", "pp", "ep")]
-            n = 1
-            for size in sizes:
-                n *= size
-            return n
-    group = getattr(model, "process_group", None)
-    return dist.get_world_size(group) if group is not None else 1

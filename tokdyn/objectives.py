@@ -76,9 +76,7 @@ def _pairs(log_probs: Tensor, chis: Sequence[Chi]) -> Iterator[_Pair]:
 
 
 def _advantage(chi: Chi) -> float:
-    return required_advantage(
-        chi, "a policy-gradient objective needs Chi.advantage: build the sequences with td.rollouts(...)"
-    )
+    return required_advantage(chi, "a policy-gradient objective needs Chi.advantage: build the sequences with td.rollouts(...)")
 
 
 def _clipped(ratio: Tensor, advantage: float, low: float, high: float) -> Tensor:

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import exact, interventions
-from ..exact import Side
 from ..exact.sides import with_reference
 from ..model.optimizer import preconditioner
 from ..model.trace import trace
 from ..model.unwrap import unwrap
-from ..objective import GTerm, Objective
+from ..objective import Objective
 from ..sequences import Chi
 from ..training import diagnosis
 from ..training.capture import Capture, unwatched
 from ..training.forward import Forward
 from ..training.layout import IGNORED, Layout
-from ..training.probe import TOKENS, Probe, _NoRequiresGrad, _without_autocast
+from ..training.own_passes import own_passes
+from ..training.probe import Probe, observed_side, updated_side
 from .trainer import wrap
 from .trl import about_batch
 
@@ -237,18 +237,15 @@ def _forces_on(lm: nn.Module, forward: Forward, probe: Sequence[Chi], optimizer:
     with trace(lm) as tracer:
         uses, inner = exact.select(tracer, "full"), getattr(optimizer, "optimizer", optimizer)
         P = preconditioner(inner, tracer) if inner is not None and inner.state else None
-        batches = tracer.batches(probe, TOKENS)
-        ones = [torch.ones(len(b.targets), dtype=tracer.precision, device=tracer.device) for b in batches]
-        observed = Side(batches, [GTerm(b.targets.to(tracer.device), x) for b, x in zip(batches, ones, strict=True)])
-        D = exact.scaled(exact.pull(tracer, observed, uses), P)
-        return exact.push_all(tracer, Probe._update(tracer, forward, 1.0), D, uses)
+        D = exact.scaled(exact.pull(tracer, observed_side(tracer, probe), uses), P)
+        return exact.push_all(tracer, updated_side(tracer, forward), D, uses)
 
 
 @contextlib.contextmanager
 def at_rest(model: nn.Module) -> Iterator[nn.Module]:
     """The causal LM inside, for passes of our own: as `unwatched`, and without autocast and what checkpointing hooks on."""
     lm, _, _ = unwrap(model)
-    with unwatched(), _without_autocast(lm), _NoRequiresGrad():
+    with unwatched(), own_passes(lm):
         yield lm
 
 

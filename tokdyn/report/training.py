@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from ..runs.folder import PAGE
-from ..training.steps import metrics, read
+from ..steps import metrics, read
 from .page import _count, _plain, _show, _table, assemble
 
 SCRIPTS = ("format.js", "colour.js", "tip.js", "svg.js", "training/data.js", "training/charts.js", "training/forces.js",
