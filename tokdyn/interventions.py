@@ -6,7 +6,7 @@ An intervention is a weight on the gradient of each update token, G_l -> w_l G_l
     force_weights     spares the update tokens whose exact force on a protected probe is worst
     both_answers      extended SFT: the rejected answer is learned too, before DPO (Ren & Sutherland, arXiv 2407.10490)
     loss              any objective as a loss to train on: SimKO (CaSP), LLDS, or one of your own
-    weigh, weighted   put weights to work: on log-probs of your own, or on whatever a model does in a forward pass
+    weigh, weighted   apply weights: to log-probs of your own, or to whatever log-probs or logits a forward pass makes
 
 In a plain loop, with Adam's own direction:
 
@@ -174,7 +174,7 @@ def loss(
     weights: Float[Tensor, " L"] | None = None,
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """An objective as a loss to train on: one forward pass, its log-probs and what else the objective reads, differentiable.
+    """An objective as a loss to train on, from one forward pass and differentiable.
 
     Its gradient at the logits is w_l G_l with the G of `td.forces`, so what was predicted is what is done. The objective's sum
     over groups stays a sum: divide for a mean.
@@ -203,7 +203,7 @@ def loss(
     return objective.loss(log_probs, chis, Scores.of(objective, log_pi))
 
 
-# ---------------------------------------------------------------- weights at work
+# ---------------------------------------------------------------- applying weights
 
 
 def weigh(log_probs: Tensor, weights: Tensor) -> Tensor:

@@ -41,11 +41,13 @@ KEPT = 100  # records whose token tables stay in memory where there is no folder
 
 
 class Problem(ValueError):
-    """What went wrong in a step, where `on_error="raise"` asks to hear of it at once."""
+    """What went wrong in a step, raised where `on_error="raise"`."""
 
 
 class Monitor:
     """Record c, ‖G‖ and the statistics of every scored token of a step, and what the step does to a probe.
+
+    It has more attributes than a class should: the options stay readable under the names they are given by.
 
     Args:
         model: the module that the loop calls: a causal LM (FSDP2 as is), or PEFT's, DDP's or torch.compile's wrapper of one.
@@ -66,7 +68,6 @@ class Monitor:
         steps: the records. Without `out` the last 100 keep their token tables.
         problems: what went wrong, as (step, text).
         number, due: the present step, and whether it is recorded. clip: the factor by which its gradients were clipped.
-        model, optimizer, temperature, scaler, …: the options, which integrations may set until `start`.
 
     Raises:
         ValueError: an option that does not exist, or a model without readout (when it starts).
@@ -98,13 +99,13 @@ class Monitor:
             raise ValueError(f'on_error must be "warn" or "raise", got {on_error!r}')
         if probe is not None and optimizer is None and model is not None:
             raise ValueError("a probe needs the optimizer: td.Monitor(model, optimizer, probe=...)")
-        self.model, self.optimizer, self.every, self.probe_every = model, _inner(optimizer), every, probe_every or every
+        self.model, self.optimizer, self.every, self.probe_every = model, _unwrapped(optimizer), every, probe_every or every
         self.temperature, self.scaler, self.tokenizer, self.on_error = temperature, scaler, tokenizer, on_error
         self.probe = None if probe is None else Probe(probe, blame, tokenizer)
         self.steps: list[Step] = []
         self.problems: list[tuple[int, str]] = []
         self._warned: set[str] = set()
-        self.number, self.clip, self._unit = 0, 1.0, 1.0
+        self.number, self.clip, self._c_scale = 0, 1.0, 1.0
         self._ranks, self._out = ranks, out
         self._capture: Capture | None = None
         self._folder: Folder | None = None
@@ -131,7 +132,7 @@ class Monitor:
         """
         self.close()
         self.model = model if model is not None else self.model
-        self.optimizer = _inner(optimizer) if optimizer is not None else self.optimizer
+        self.optimizer = _unwrapped(optimizer) if optimizer is not None else self.optimizer
         if self.model is None:
             raise ValueError("td.Monitor needs the model: td.Monitor(model, optimizer)")
         failure: Exception | None = None
@@ -146,17 +147,17 @@ class Monitor:
                 self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
         except Exception as error:
             failure = error
-        if not distributed.agree(failure is None):  # all or none: later on they meet in collectives
+        if not distributed.agree(failure is None):  # all ranks or none: later on they meet in collectives
             self._folder = None
             self.close()
             raise failure or ValueError("tokdyn could not start on another rank")
 
     def averaged_over(self, ranks: int) -> None:
-        """Gradients are averaged over so many ranks, from the next `start` on."""
+        """Set over how many ranks gradients are averaged, from the next `start` on."""
         self._ranks = ranks
 
     def clipped_to(self, limit: Any, norm: Any) -> None:
-        """This step's gradients, of that norm, were clipped to a limit as `clip_grad_norm_` does; None or 0 is no limit."""
+        """Note that this step's gradients, of that norm, were clipped as `clip_grad_norm_` does; no limit is None or 0."""
         with self.guarded("the gradient's norm could not be read"):
             if self.due and limit:
                 norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -184,12 +185,12 @@ class Monitor:
         self.due = self.number % self.every == 0 or self.number == 1
         self._stepped, self.clip = False, 1.0
         if self._capture is not None:
-            self._unit = 1 / self.ranks / self._scale()
+            self._c_scale = 1 / self.ranks / self._loss_scale()
             self._capture.start(keep_hidden=self.due and self._probing)
             self._capture.recording = self.due
 
     def pause(self) -> None:
-        """Take back a step that has begun; look at nothing until the next `step_begin`."""
+        """Undo `step_begin`: record nothing until the next one."""
         if self._capture is not None:
             self._capture.start()
             self._capture.recording = False
@@ -227,7 +228,7 @@ class Monitor:
             yield
 
     def about(self, **metadata: Any) -> None:
-        """Say of the latest pass what `micro_batch` would; for code that sees a loss being made but not the loop around it."""
+        """Add metadata of `micro_batch` to the latest pass; for code that sees a loss being made but not the loop around it."""
         if (forward := self.latest()) is not None:
             forward.metadata |= {name: value for name, value in metadata.items() if value is not None}
 
@@ -259,7 +260,7 @@ class Monitor:
             except Problem:
                 raise
             except Exception as error:
-                self._problem(str(error) or repr(error), error)
+                self._report(str(error) or repr(error), error)
         if not force:
             self.step_begin()
         return step
@@ -289,7 +290,7 @@ class Monitor:
         if self._capture is None:
             return
         recording, self._capture.recording = self._capture.recording, False
-        self._unit = 1 / self.ranks / self._scale()  # a GradScaler changes its scale when the step is over
+        self._c_scale = 1 / self.ranks / self._loss_scale()  # a GradScaler changes its scale when the step is over
         if self.due and self._probing and not self._stepped and self.probe is not None and self.model is not None:
             with self.guarded("the probe could not be read before the step"):
                 self.probe.before(self.model, self._capture)
@@ -302,9 +303,9 @@ class Monitor:
         self._capture.recording = False
         if self.due and self._probing and self.probe is not None and self.model is not None:
             with self.guarded("the probe could not be read after the step"):
-                self.probe.after(self.model, self._capture, optimizer, self._unit)
+                self.probe.after(self.model, self._capture, optimizer, self._c_scale)
 
-    def _scale(self) -> float:
+    def _loss_scale(self) -> float:
         return float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
 
     def _record(self) -> Step:
@@ -312,7 +313,7 @@ class Monitor:
         assert capture is not None
         forwards, seen = capture.take(), capture.summary()
         diagnosis.require_forwards(forwards, seen)
-        of = columns.token_columns(forwards, self._unit)
+        of = columns.token_columns(forwards, self._c_scale)
         if self.tokenizer is not None:
             of["token"] = self._texts_of(of["token_id"])
         of |= {name: torch.full_like(of["position"], n) for name, n in (("step", self.number), ("rank", distributed.rank()))}
@@ -321,7 +322,7 @@ class Monitor:
             notes.append("the optimizer skipped this step: its gradients overflowed in half precision")
         if wrong := diagnosis.failed_self_check(forwards):
             notes.append(wrong[0])
-            self._problem(wrong[0], kind=wrong[1])
+            self._report(wrong[0], kind=wrong[1])
         figures, routes = columns.metrics(own), tuple(dict.fromkeys(f.route for f in forwards))
         step = Step(
             self.number, figures.get("residual", float("nan")), of["c"].float(), of, figures, routes,
@@ -346,16 +347,16 @@ class Monitor:
 
     @contextlib.contextmanager
     def guarded(self, what: str) -> Iterator[None]:
-        """Whatever goes wrong inside is a problem of that name, not of the training's."""
+        """Report an exception inside as a problem that begins with `what`; unless `on_error="raise"`, training goes on."""
         try:
             yield
         except Problem:
             raise
         except Exception as error:
-            self._problem(f"{what}: {error}", error)
+            self._report(f"{what}: {error}", error)
 
-    def _problem(self, text: str, error: Exception | None = None, kind: str = "") -> None:
-        """Raise, or warn once of each kind."""
+    def _report(self, text: str, error: Exception | None = None, kind: str = "") -> None:
+        """Raise, or note it and warn once of each kind."""
         if self.on_error == "raise":
             raise Problem(f"step {self.number}: {text}") from error
         new = (kind or text) not in self._warned
@@ -379,6 +380,7 @@ class Monitor:
         )  # fmt: skip
 
 
-def _inner(optimizer: Any) -> Any:
+def _unwrapped(optimizer: Any) -> Any:
+    """The torch optimizer inside accelerate's wrapper."""
     inner = getattr(optimizer, "optimizer", None)
     return inner if isinstance(inner, torch.optim.Optimizer) else optimizer

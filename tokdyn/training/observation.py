@@ -94,7 +94,10 @@ def steps_of(optimizer: torch.optim.Optimizer, tracer: Any) -> dict[str, Tensor]
 def through_readout(
     readout: Readout, h: Tensor, z: Tensor, force: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Float[Tensor, " N"]:
-    """<force, ż> where only W and b move: ż is slope ⊙ (Ẇ h + ḃ)."""
+    """<force, ż> where only W and b of the readout move, along `weight` [V, d] and `bias` [V]: ż is slope ⊙ (Ẇ h + ḃ).
+
+    Six arguments, as the formula has them.
+    """
     pulled = readout.pull_back(z.to(force.dtype), force)
     moved = h.to(force.dtype) @ weight.to(force.dtype).T + (0 if bias is None else bias)
     return (pulled * moved).double().sum(1)

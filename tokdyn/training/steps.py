@@ -21,7 +21,7 @@ class Step:
         residual: the capture's self-check, ‖∂L/∂h rebuilt from c and v - ∂L/∂h‖/‖∂L/∂h‖ over the step.
         c: -∂L/∂log pi of each scored token, [tokens], L the loss whose gradient the optimizer sees before clipping.
         tokens: their table (pyarrow), in the same order; read back from the folder once it was written there.
-        metrics: the step's own figures, names as in `metrics`, this rank's tokens only.
+        metrics: the step's own figures, names as in `columns.metrics`, this rank's tokens only.
         routes: how c was captured. passes, excluded: forward passes with gradients, and without.
         notes: what is known to be missing.
         observed: the table of the probe's tokens, [M], with before, after, actual, predicted and predicted_readout.
