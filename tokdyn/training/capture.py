@@ -33,7 +33,7 @@ _active: list[Capture] = []
 
 
 @dataclass
-class _Present:
+class _RunningPass:
     """What the hooks inside the model have seen of the forward pass that is running."""
 
     hidden: Tensor | None = None
@@ -70,7 +70,7 @@ class Capture:
         """Forget the last step. keep_hidden: keep h of the scored tokens of the coming one."""
         self.step = StepLog(self.head.weight.device.type, keep_hidden)
         self.facts.retry_next_step = False
-        self._present = _Present()
+        self._running = _RunningPass()
         self._latest: Pass | None = None
         self._taken: list[Forward] | None = None
 
@@ -102,7 +102,7 @@ class Capture:
 
     def readout(self) -> Readout:
         """The readout as the latest pass used it (`readout_of`); every rank must ask where it is sharded."""
-        return readout_of(self.lm, self._present.head_called)
+        return readout_of(self.lm, self._running.head_called)
 
     # ---------------------------------------------------------------- hooks on modules
 
@@ -131,28 +131,28 @@ class Capture:
         self.start()
 
     def _on_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._present = _Present()
+        self._running = _RunningPass()
         if self.recording and torch.is_grad_enabled():
             h = getattr(output, "last_hidden_state", output[0] if isinstance(output, tuple) else output)
-            self._present.hidden = h if isinstance(h, Tensor) else None
-            self._present.eps = _autocast_roundoff(self.head.weight)
+            self._running.hidden = h if isinstance(h, Tensor) else None
+            self._running.eps = _autocast_roundoff(self.head.weight)
 
     def _on_head(self, module: nn.Module, args: Any) -> None:
         if self.recording and torch.is_grad_enabled() and args:
-            self._present.hidden, self._present.head_called = args[0], True
-            self._present.eps = _autocast_roundoff(self.head.weight)
+            self._running.hidden, self._running.head_called = args[0], True
+            self._running.eps = _autocast_roundoff(self.head.weight)
 
     def _on_head_output(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.recording and torch.is_grad_enabled() and isinstance(output, Tensor):
-            self._present.head_output = output
+            self._running.head_output = output
 
     def _on_outer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._present.done:  # PEFT up to 0.20 calls model.forward, which fires none of the causal LM's own hooks
+        if not self._running.done:  # PEFT up to 0.20 calls model.forward, which fires none of the causal LM's own hooks
             self._on_output(module, args, kwargs, output)
 
     def _on_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        present = self._present
-        self._present = _Present(head_called=present.head_called, done=True)
+        running = self._running
+        self._running = _RunningPass(head_called=running.head_called, done=True)
         if not self.recording:
             return
         self.step.seen += 1
@@ -161,21 +161,21 @@ class Capture:
             return
         with self.step.guarded():
             inputs = {"input_ids": args[0] if args else None, **kwargs}
-            self._record(inputs, output, self._seen(inputs, present))
+            self._record(inputs, output, self._seen(inputs, running))
 
     # ---------------------------------------------------------------- what a pass offers
 
-    def _seen(self, inputs: Mapping[str, Any], present: _Present) -> Pass:
+    def _seen(self, inputs: Mapping[str, Any], running: _RunningPass) -> Pass:
         """The pass that has just run."""
         names = ("input_ids", "labels", "shift_labels", "inputs_embeds")
         like = next((inputs[name] for name in names if isinstance(inputs.get(name), Tensor)), None)
         if like is None:
             raise ValueError("the model was called without input_ids, labels or inputs_embeds: what it scores is unknown")
         ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-        layout, h = Layout.of((like.shape[0], like.shape[1]), ids, mask, positions), present.hidden
+        layout, h = Layout.of((like.shape[0], like.shape[1]), ids, mask, positions), running.hidden
         dtypes = [self.head.weight.dtype] + ([h.dtype] if h is not None else [])
-        eps = max(present.eps, *(torch.finfo(dtype).eps for dtype in dtypes))
-        seen = Pass(self.lm, layout, h, present.head_output, present.head_called, eps)
+        eps = max(running.eps, *(torch.finfo(dtype).eps for dtype in dtypes))
+        seen = Pass(self.lm, layout, h, running.head_output, running.head_called, eps)
         self._latest = seen if h is not None else None
         return seen
 
