@@ -184,7 +184,7 @@ def test_P_is_what_the_optimizer_multiplied_the_gradient_with(which):
         optimizer.step()
     lr = optimizer.param_groups[0]["lr"]
     with trace(model) as tracer:
-        P = preconditioner(optimizer, tracer)
+        P = preconditioner(optimizer, tracer.trained)
     for name, p in model.named_parameters():
         step = (before[name] - p.detach()) / lr
         # theta carries the step with an absolute rounding of eps |theta| / lr

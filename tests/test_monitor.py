@@ -10,10 +10,10 @@ import torch
 from loops import EPS, PROBE, PROMPT, V, answers, data, dpo, grpo, labelled, sft, train
 
 import tokdyn as td
+from tokdyn import steps as records
 from tokdyn.sequences import Chi
 from tokdyn.squeeze import step as readout_step
 from tokdyn.testing import random_chis, tiny
-from tokdyn.training import steps as records
 
 # ---------------------------------------------------------------- training is untouched
 
@@ -42,7 +42,7 @@ def test_whatever_fails_is_a_warning_that_names_it_and_training_goes_on():
         warnings.simplefilter("always")
         for n in range(3):
             if n == 1:
-                monitor._capture.readout = None  # the capture itself breaks
+                monitor._capture.temperature = None  # the capture itself breaks
             loss = sft(model, data(seed=10 * n))
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

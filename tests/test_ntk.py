@@ -84,7 +84,7 @@ def test_an_optimizer_makes_it_J_P_Jt():
     model(O[0].ids[None]).logits.square().sum().backward()
     optimizer.step()
     with trace(model) as tracer:
-        P = preconditioner(optimizer, tracer)
+        P = preconditioner(optimizer, tracer.trained)
         flat = torch.cat([P[tensor].flatten() for tensor in dict.fromkeys(select(tracer, "full").values())])
     trace_, norm = sizes(dense(model, P=flat))
     found = td.kernel(model, U, O, optimizer=optimizer)

@@ -439,18 +439,25 @@ def test_a_needed_score_that_is_absent_is_named(objective):
         objective.g_terms(read(z, chis)[0], chis)
 
 
-def test_a_loss_of_its_own_does_not_inherit_that_sequences_do_not_meet():
+def test_that_sequences_do_not_meet_is_not_inherited():
     class Mean:
         def loss(self, log_probs, chis, scores=None):
             return super().loss(log_probs, chis) / len(log_probs)
 
+    class Parts(td.SFT):
+        by_sequence = True
+
+        def loss(self, log_probs, chis, scores=None):
+            return self.part(log_probs)
+
     kinds = {
-        "inherited": type("Named", (td.SFT,), {}),
+        "nothing of its own": type("Named", (td.SFT,), {}),
+        "a part of a loss": type("Harder", (Parts,), dict(part=lambda *_: 0)),
         "own loss": type("Own", (td.SFT,), dict(loss=lambda *_: 0)),
         "a mixin's": type("Mixed", (Mean, td.SFT), {}),
         "own weights": type("Weighted", (td.SFT,), dict(g_terms=lambda *_: 0)),
         "said again": type("Again", (td.SFT,), dict(loss=lambda *_: 0, by_sequence=True)),
         "inherited from own loss": type("Further", (type("Own", (td.SFT,), dict(loss=lambda *_: 0)),), {}),
     }
-    assert [name for name, kind in kinds.items() if kind.by_sequence] == ["inherited", "said again"]
-    assert not td.DPO.by_sequence and td.PPO.by_sequence
+    assert [name for name, kind in kinds.items() if kind.by_sequence] == ["said again"]
+    assert Parts.by_sequence and not td.DPO.by_sequence and td.PPO.by_sequence

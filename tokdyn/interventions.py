@@ -6,7 +6,7 @@ An intervention is a weight on the gradient of each update token, G_l -> w_l G_l
     force_weights     spares the update tokens whose exact force on a protected probe is worst
     both_answers      extended SFT: the rejected answer is learned too, before DPO (Ren & Sutherland, arXiv 2407.10490)
     loss              any objective as a loss to train on: SimKO (CaSP), LLDS, or one of your own
-    weigh, weighted   put weights to work: on log-probs of your own, or on whatever a model does in a forward pass
+    weigh, weighted   apply weights: to log-probs of your own, or to whatever log-probs or logits a forward pass makes
 
 In a plain loop, with Adam's own direction:
 
@@ -25,13 +25,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from .forces import forces
-from .model.unwrap import unwrap
 from .objective import Objective, Scores
 from .objectives import SFT
-from .sequences import Chi, Text, collate
+from .sequences import Chi, Text, by_group, collate, required_advantage
+from .training.weighting import TokenWeights
 
 # ---------------------------------------------------------------- which tokens
 
@@ -55,9 +54,9 @@ def nthr_scores(model: nn.Module, rollouts: Sequence[Chi], *, scope: str = "read
 
     Cost: one pass over each group for the readout, a backward and a tangent pass besides for "full".
     """
-    scores = [torch.zeros(len(chi)) for chi in rollouts]
-    for members in _groups(rollouts):
-        right = [rollouts[i] for i in members if _advantage(rollouts[i]) > 0]
+    scores, advantages = [torch.zeros(len(chi)) for chi in rollouts], _advantages(rollouts)
+    for members in by_group(rollouts):
+        right = [rollouts[i] for i in members if advantages[i] > 0]
         if right:
             f = forces(model, [rollouts[i] for i in members], right, SFT(), scope=scope, reduce="observe").vector
             assert f is not None
@@ -87,11 +86,11 @@ def nthr(
     """
     _check_scale(scale)
     scores = nthr_scores(model, rollouts, scope=scope).split([len(chi) for chi in rollouts])
-    weights = [torch.ones(len(chi)) for chi in rollouts]
-    for members in _groups(rollouts):
-        means = [float(scores[i].mean()) for i in members if _advantage(rollouts[i]) > 0]
+    weights, advantages = [torch.ones(len(chi)) for chi in rollouts], _advantages(rollouts)
+    for members in by_group(rollouts):
+        means = [float(scores[i].mean()) for i in members if advantages[i] > 0]
         for i in members:
-            if means and _advantage(rollouts[i]) < 0:
+            if means and advantages[i] < 0:
                 weights[i][scores[i] > beta * min(means)] = scale
     return torch.cat(weights)
 
@@ -175,7 +174,7 @@ def loss(
     weights: Float[Tensor, " L"] | None = None,
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """An objective as a loss to train on: one forward pass, its log-probs and what else the objective reads, differentiable.
+    """An objective as a loss to train on, from one forward pass and differentiable.
 
     Its gradient at the logits is w_l G_l with the G of `td.forces`, so what was predicted is what is done. The objective's sum
     over groups stays a sum: divide for a mean.
@@ -201,18 +200,10 @@ def loss(
     log_pi = (logits / temperature).log_softmax(-1)
     log_pi = log_pi if w is None else weigh(log_pi, w[:, None])
     log_probs = log_pi.gather(1, batch.targets.to(device)[:, None]).squeeze(1)
-    entropy = mean = candidates = theirs = None
-    if "entropy" in objective.needs:
-        entropy = torch.special.entr(log_pi.exp()).sum(1)
-    if "mean_log_prob" in objective.needs:
-        mean = log_pi.mean(1)
-    if "candidates" in objective.needs:
-        candidates = log_pi.detach().topk(objective.n_candidates, 1).indices
-        theirs = log_pi.gather(1, candidates)
-    return objective.loss(log_probs, chis, Scores(entropy, mean, candidates, theirs))
+    return objective.loss(log_probs, chis, Scores.of(objective, log_pi))
 
 
-# ---------------------------------------------------------------- weights at work
+# ---------------------------------------------------------------- applying weights
 
 
 def weigh(log_probs: Tensor, weights: Tensor) -> Tensor:
@@ -249,79 +240,20 @@ def weighted(model: nn.Module, weights: Float[Tensor, "B T"]) -> Iterator[None]:
     Raises:
         ValueError: the batch has another shape, or neither log-probs nor logits appear (a loss fused with the readout).
     """
-    lm, outer, compiled = unwrap(model)
-    after = pad(weights.detach()[:, 1:], (0, 1), value=1.0)  # the weight of the token that each place scores
-    called: dict[str, Any] = {}
-
-    def scale(x: Tensor, w: Tensor) -> None:
-        """Weights on a tensor [B, T', ...] whose last T' places are w's."""
-        if len(x) != len(w) or x.shape[1] > after.shape[1]:
-            raise ValueError(
-                f"weights must be one for each token of the batch, [B, T]; they are {list(weights.shape)} and the model made "
-                f"{list(x.shape)}"
-            )
-        w = w[:, w.shape[1] - x.shape[1] :]
-        x.register_hook(lambda grad: grad * (w if grad.dim() == 2 else w[..., None]).to(grad))
-        called["done"] = True
-
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        called.clear()
-        called["kwargs"] = kwargs
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if isinstance(ids, Tensor) and torch.is_grad_enabled() and ids.shape != weights.shape:
-            raise ValueError(
-                f"weights must have shape [B, T]={list(ids.shape)}, one for each token of the batch, got {list(weights.shape)}"
-            )
-
-    def at_head(module: nn.Module, args: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad and output.dim() == 3:
-            scale(output, after)
-
-    def at_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not torch.is_grad_enabled() or called.get("done"):
-            return
-        found = {name: getattr(output, name, None) for name in ("log_probs", "entropy", "logits")}
-        live = {name: x for name, x in found.items() if isinstance(x, Tensor) and x.requires_grad}
-        names = ["log_probs", "entropy"] if "log_probs" in live else ["logits"]
-        for name in names:
-            if name in live:
-                x, known = live[name], called["kwargs"]
-                unlabelled = known.get("labels") is None and x.shape[1] == after.shape[1]
-                whole = name == "logits" or known.get("shift_labels") is not None or unlabelled
-                scale(x, after if whole else after[:, :-1])
-        if not live:
-            raise ValueError(
-                "neither log-probs nor logits appear in this forward pass (a loss fused with the readout), so no token can be "
-                "weighted: turn the fusion off, or weigh log-probs of your own (td.interventions.weigh)"
-            )
-
-    handles = []
-    for module in [compiled] if compiled is not None else [lm, *outer]:
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
-        handles.append(module.register_forward_hook(at_output, with_kwargs=True, prepend=True))
-    if compiled is None:
-        handles.append(lm.get_output_embeddings().register_forward_hook(at_head, prepend=True))  # type: ignore[operator]
+    hooks = TokenWeights(model, weights)
+    hooks.install()
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        hooks.remove()
 
 
 # ---------------------------------------------------------------- inside
 
 
-def _groups(chis: Sequence[Chi]) -> list[list[int]]:
-    found: dict[int, list[int]] = {}
-    for i, chi in enumerate(chis):
-        found.setdefault(chi.group, []).append(i)
-    return list(found.values())
-
-
-def _advantage(chi: Chi) -> float:
-    if chi.advantage is None:
-        raise ValueError("NTHR tells right from wrong rollouts by their advantage: build them with td.rollouts(...)")
-    return chi.advantage
+def _advantages(rollouts: Sequence[Chi]) -> list[float]:
+    message = "NTHR tells right from wrong rollouts by their advantage: build them with td.rollouts(...)"
+    return [required_advantage(chi, message) for chi in rollouts]
 
 
 def _check_scale(scale: float) -> None:

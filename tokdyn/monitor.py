@@ -25,29 +25,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._version import __version__
 from .model.unwrap import is_sharded
-from .sequences import Chi
-from .training import diagnosis
-from .training import distributed as ranks
-from .training import steps as records
+from .sequences import Chi, token_texts
+from .training import columns, diagnosis, distributed
 from .training.capture import Capture
 from .training.forward import Forward
 from .training.probe import Probe
-from .training.steps import Folder, Step
+from .training.step_folder import Folder
+from .training.steps import Step
 
 KEPT = 100  # records whose token tables stay in memory where there is no folder for them
 
 
 class Problem(ValueError):
-    """What went wrong in a step, where `on_error="raise"` asks to hear of it at once."""
+    """What went wrong in a step, raised where `on_error="raise"`."""
 
 
 class Monitor:
     """Record c, ‖G‖ and the statistics of every scored token of a step, and what the step does to a probe.
+
+    It has more attributes than a class should: the options stay readable under the names they are given by.
 
     Args:
         model: the module that the loop calls: a causal LM (FSDP2 as is), or PEFT's, DDP's or torch.compile's wrapper of one.
@@ -61,13 +61,13 @@ class Monitor:
         blame: the group of the probe that update tokens are asked about (Step.forces), or several: one more backward and
             tangent pass each, all in the token table as "on …". The first group when absent.
         tokenizer: for token texts in the tables.
-        out: a new folder to write to (see steps.py).
+        out: a new folder to write to (see training/step_folder.py).
         on_error: "warn", or "raise" at the end of the step.
 
     Attributes:
         steps: the records. Without `out` the last 100 keep their token tables.
         problems: what went wrong, as (step, text).
-        due: whether the present step is recorded. clip: the factor by which its gradients were clipped.
+        number, due: the present step, and whether it is recorded. clip: the factor by which its gradients were clipped.
 
     Raises:
         ValueError: an option that does not exist, or a model without readout (when it starts).
@@ -99,13 +99,13 @@ class Monitor:
             raise ValueError(f'on_error must be "warn" or "raise", got {on_error!r}')
         if probe is not None and optimizer is None and model is not None:
             raise ValueError("a probe needs the optimizer: td.Monitor(model, optimizer, probe=...)")
-        self.model, self.optimizer, self.every, self.probe_every = model, _inner(optimizer), every, probe_every or every
+        self.model, self.optimizer, self.every, self.probe_every = model, _unwrapped(optimizer), every, probe_every or every
         self.temperature, self.scaler, self.tokenizer, self.on_error = temperature, scaler, tokenizer, on_error
         self.probe = None if probe is None else Probe(probe, blame, tokenizer)
         self.steps: list[Step] = []
         self.problems: list[tuple[int, str]] = []
         self._warned: set[str] = set()
-        self.number, self.clip, self._unit = 0, 1.0, 1.0
+        self.number, self.clip, self._c_scale = 0, 1.0, 1.0
         self._ranks, self._out = ranks, out
         self._capture: Capture | None = None
         self._folder: Folder | None = None
@@ -132,32 +132,32 @@ class Monitor:
         """
         self.close()
         self.model = model if model is not None else self.model
-        self.optimizer = _inner(optimizer) if optimizer is not None else self.optimizer
+        self.optimizer = _unwrapped(optimizer) if optimizer is not None else self.optimizer
         if self.model is None:
             raise ValueError("td.Monitor needs the model: td.Monitor(model, optimizer)")
         failure: Exception | None = None
         try:
             self._capture = Capture(self.model, self.temperature)
-            self.ranks = self._ranks if self._ranks is not None else _ranks(self.model)
+            self.ranks = self._ranks if self._ranks is not None else distributed.averaging(self.model)
             if self._out is not None:
-                self._folder = Folder(Path(self._out), ranks.rank(), self._facts())
+                self._folder = Folder(Path(self._out), distributed.rank(), self._facts())
             self._capture.install()
             if hasattr(self.optimizer, "register_step_pre_hook"):
                 self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
                 self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
         except Exception as error:
             failure = error
-        if not ranks.agree(failure is None):  # all or none: later on they meet in collectives
+        if not distributed.agree(failure is None):  # all ranks or none: later on they meet in collectives
             self._folder = None
             self.close()
             raise failure or ValueError("tokdyn could not start on another rank")
 
     def averaged_over(self, ranks: int) -> None:
-        """Gradients are averaged over so many ranks, from the next `start` on."""
+        """Set over how many ranks gradients are averaged, from the next `start` on."""
         self._ranks = ranks
 
     def clipped_to(self, limit: Any, norm: Any) -> None:
-        """This step's gradients, of that norm, were clipped to a limit as `clip_grad_norm_` does; None or 0 is no limit."""
+        """Note that this step's gradients, of that norm, were clipped as `clip_grad_norm_` does; no limit is None or 0."""
         with self.guarded("the gradient's norm could not be read"):
             if self.due and limit:
                 norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -185,12 +185,12 @@ class Monitor:
         self.due = self.number % self.every == 0 or self.number == 1
         self._stepped, self.clip = False, 1.0
         if self._capture is not None:
-            self._unit = 1 / self.ranks / self._scale()
+            self._c_scale = 1 / self.ranks / self._loss_scale()
             self._capture.start(keep_hidden=self.due and self._probing)
             self._capture.recording = self.due
 
     def pause(self) -> None:
-        """Take back a step that has begun; look at nothing until the next `step_begin`."""
+        """Undo `step_begin`: record nothing until the next one."""
         if self._capture is not None:
             self._capture.start()
             self._capture.recording = False
@@ -224,29 +224,18 @@ class Monitor:
             advantages=advantages, old_log_probs=old_log_probs, clip=clip, level=level, mask=mask, roles=roles, groups=groups
         )
         given = {name: value for name, value in given.items() if value is not None}
-        capture = self._capture
-        if capture is None:
+        with self._capture.step.one_micro_batch(given) if self._capture is not None else contextlib.nullcontext():
             yield
-            return
-        known = [f for f in capture.forwards if f.c is not None]
-        capture.grouped, capture.known = True, given
-        try:
-            yield
-        finally:
-            for forward in capture.forwards:
-                if forward.c is not None and not any(forward is f for f in known):
-                    forward.metadata |= given
-            capture.micro_batch += 1
-            capture.grouped, capture.known = False, {}
 
     def about(self, **metadata: Any) -> None:
-        """Say of the latest pass what `micro_batch` would; for code that sees a loss being made but not the loop around it."""
+        """Add metadata of `micro_batch` to the latest pass; for code that sees a loss being made but not the loop around it."""
         if (forward := self.latest()) is not None:
             forward.metadata |= {name: value for name, value in metadata.items() if value is not None}
 
     def latest(self) -> Forward | None:
         """The latest pass that was captured in this step."""
-        return self._capture.forwards[-1] if self._capture is not None and self._capture.forwards else None
+        forwards = self._capture.step.forwards if self._capture is not None else []
+        return forwards[-1] if forwards else None
 
     def step_end(self, *, clip: float = 1.0, force: bool = False) -> Step | None:
         """The optimizer step is done: record it if it is due, and begin the next.
@@ -271,7 +260,7 @@ class Monitor:
             except Problem:
                 raise
             except Exception as error:
-                self._problem(str(error) or repr(error), error)
+                self._report(str(error) or repr(error), error)
         if not force:
             self.step_begin()
         return step
@@ -281,12 +270,11 @@ class Monitor:
 
         Names are those of `steps.metrics`, those of the probe begin with its group's name: chosen/log_prob, chosen/actual, …
         """
-        names = [*records.SUMS, *(self.probe.names if self.probe is not None else [])]
+        names = [*columns.SUMS, *(self.probe.names if self.probe is not None else [])]
         values = torch.tensor([self._sums.get(name, 0.0) for name in names], dtype=torch.float64)
-        merged = dict(zip(names, ranks.total(values).tolist(), strict=True))
-        merged["steps"] /= ranks.world()
-        found = records.metrics(merged)
-        found |= self.probe.metrics(merged) if self.probe is not None else {}
+        merged = dict(zip(names, distributed.total(values).tolist(), strict=True))
+        merged["steps"] /= distributed.world()
+        found = columns.metrics(merged) | (self.probe.metrics(merged) if self.probe is not None else {})
         if reset:
             self._sums = {}
         return found
@@ -302,7 +290,7 @@ class Monitor:
         if self._capture is None:
             return
         recording, self._capture.recording = self._capture.recording, False
-        self._unit = 1 / self.ranks / self._scale()  # a GradScaler changes its scale when the step is over
+        self._c_scale = 1 / self.ranks / self._loss_scale()  # a GradScaler changes its scale when the step is over
         if self.due and self._probing and not self._stepped and self.probe is not None and self.model is not None:
             with self.guarded("the probe could not be read before the step"):
                 self.probe.before(self.model, self._capture)
@@ -315,37 +303,33 @@ class Monitor:
         self._capture.recording = False
         if self.due and self._probing and self.probe is not None and self.model is not None:
             with self.guarded("the probe could not be read after the step"):
-                self.probe.after(self.model, self._capture, optimizer, self._unit)
+                self.probe.after(self.model, self._capture, optimizer, self._c_scale)
 
-    def _scale(self) -> float:
+    def _loss_scale(self) -> float:
         return float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
 
     def _record(self) -> Step:
         capture = self._capture
         assert capture is not None
-        forwards, scale = capture.take(), self._unit
-        if capture.failure is not None:
-            raise ValueError(f"the capture failed: {capture.failure}") from capture.failure
-        if not forwards:
-            raise ValueError(f"nothing was captured: {capture.why_nothing()}")
-        of = records.columns(forwards, scale)
+        forwards, seen = capture.take(), capture.summary()
+        diagnosis.require_forwards(forwards, seen)
+        of = columns.token_columns(forwards, self._c_scale)
         if self.tokenizer is not None:
-            of["token"] = self._spelled(of["token_id"])
-        own = records.sums(of, forwards)
-        notes = diagnosis.missing(capture, forwards)
+            of["token"] = self._texts_of(of["token_id"])
+        of |= {name: torch.full_like(of["position"], n) for name, n in (("step", self.number), ("rank", distributed.rank()))}
+        own, notes = columns.sums(of, forwards), diagnosis.known_gaps(forwards, seen)
         if self.scaler is not None and self.scaler.is_enabled() and not self._stepped:
             notes.append("the optimizer skipped this step: its gradients overflowed in half precision")
-        if wrong := diagnosis.mismatch(forwards):
+        if wrong := diagnosis.failed_self_check(forwards):
             notes.append(wrong[0])
-            self._problem(wrong[0], kind=wrong[1])
+            self._report(wrong[0], kind=wrong[1])
+        figures, routes = columns.metrics(own), tuple(dict.fromkeys(f.route for f in forwards))
         step = Step(
-            self.number, records.metrics(own).get("residual", float("nan")), of["c"].float(),
-            of | dict(step=torch.full_like(of["position"], self.number), rank=torch.full_like(of["position"], ranks.rank())),
-            records.metrics(own), tuple(dict.fromkeys(f.route for f in forwards)), len(forwards), capture.excluded, notes,
-            sums=own,
+            self.number, figures.get("residual", float("nan")), of["c"].float(), of, figures, routes,
+            passes=len(forwards), excluded=seen.excluded, notes=notes, sums=own,
         )  # fmt: skip
         if self._probing and self.probe is not None:
-            own |= self.probe.into(step, self.clip)
+            own |= self.probe.write_into(step, self.clip)
         for name, value in own.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self.steps.append(step)
@@ -355,25 +339,24 @@ class Monitor:
             self._folder.add(step)
         return step
 
-    def _spelled(self, ids: Tensor) -> list[str]:
-        from .sequences import token_texts
-
+    def _texts_of(self, ids: Tensor) -> list[str]:
+        """The text of each token, read from the tokenizer once."""
         unknown = [i for i in ids.unique().tolist() if i not in self._texts]
         self._texts |= dict(zip(unknown, token_texts(self.tokenizer, unknown), strict=True))
         return [self._texts[i] for i in ids.tolist()]
 
     @contextlib.contextmanager
     def guarded(self, what: str) -> Iterator[None]:
-        """Whatever goes wrong inside is a problem of that name, not of the training's."""
+        """Report an exception inside as a problem that begins with `what`; unless `on_error="raise"`, training goes on."""
         try:
             yield
         except Problem:
             raise
         except Exception as error:
-            self._problem(f"{what}: {error}", error)
+            self._report(f"{what}: {error}", error)
 
-    def _problem(self, text: str, error: Exception | None = None, kind: str = "") -> None:
-        """Raise, or warn once of each kind."""
+    def _report(self, text: str, error: Exception | None = None, kind: str = "") -> None:
+        """Raise, or note it and warn once of each kind."""
         if self.on_error == "raise":
             raise Problem(f"step {self.number}: {text}") from error
         new = (kind or text) not in self._warned
@@ -397,23 +380,7 @@ class Monitor:
         )  # fmt: skip
 
 
-def _inner(optimizer: Any) -> Any:
+def _unwrapped(optimizer: Any) -> Any:
+    """The torch optimizer inside accelerate's wrapper."""
     inner = getattr(optimizer, "optimizer", None)
     return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
-
-
-def _ranks(model: nn.Module) -> int:
-    """Over how many ranks the gradients of a model are averaged."""
-    if ranks.world() == 1:
-        return 1
-    for p in model.parameters():
-        if is_sharded(p):
-            mesh: Any = p.device_mesh  # type: ignore[attr-defined]
-            names = mesh.mesh_dim_names or ("",) * mesh.ndim
-            sizes = [mesh.size(i) for i, name in enumerate(names) if name not in ("tp", "tensor", "cp", "pp", "ep")]
-            n = 1
-            for size in sizes:
-                n *= size
-            return n
-    group = getattr(model, "process_group", None)
-    return dist.get_world_size(group) if group is not None else 1

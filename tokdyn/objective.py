@@ -115,6 +115,16 @@ class Scores:
     candidates: Int[Tensor, "L N"] | None = None
     candidate_log_probs: Float[Tensor, "L N"] | None = None
 
+    @classmethod
+    def of(cls, objective: Objective, log_pi: Float[Tensor, "L V"]) -> Scores:
+        """What an objective needs, of the log-probabilities of the whole vocabulary [L, V] and differentiable in them."""
+        entropy = torch.special.entr(log_pi.exp()).sum(1) if "entropy" in objective.needs else None
+        mean = log_pi.mean(1) if "mean_log_prob" in objective.needs else None
+        if "candidates" not in objective.needs:
+            return cls(entropy, mean)
+        candidates = log_pi.detach().topk(objective.n_candidates, 1).indices
+        return cls(entropy, mean, candidates, log_pi.gather(1, candidates))
+
 
 NO_SCORES = Scores()
 
@@ -127,7 +137,7 @@ class Objective:
 
     Class attributes: `reads`, the kind of sequences, "completion", "preference" (chosen and rejected) or "rollouts" (with
     advantages); `needs`, the fields of Scores that the loss reads; `by_sequence`, whether a sequence's c depends on no other
-    sequence.
+    sequence, which holds for the class that says it and is not inherited, since a subclass may compute another loss.
     """
 
     reads: ClassVar[str] = "completion"
@@ -136,12 +146,7 @@ class Objective:
     n_candidates: int = 0
 
     def __init_subclass__(cls) -> None:
-        given, promised = (
-            next(i for i, of in enumerate(cls.__mro__) if names & vars(of).keys())
-            for names in ({"loss", "g_terms"}, {"by_sequence"})
-        )
-        if given < promised:
-            cls.by_sequence = False  # the inherited value described another loss
+        cls.by_sequence = vars(cls).get("by_sequence", False)
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():

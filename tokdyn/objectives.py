@@ -27,7 +27,7 @@ from torch.nn.functional import logsigmoid, relu
 from .objective import NO_SCORES
 from .objective import Objective as Objective
 from .objective import Scores as Scores
-from .sequences import Chi
+from .sequences import Chi, by_group, required_advantage
 
 # ---------------------------------------------------------------- parts of losses
 
@@ -42,13 +42,6 @@ def _reference(lp: Tensor, chi: Chi) -> Tensor:
 
 def _old(lp: Tensor, chi: Chi) -> Tensor:
     return lp.detach() if chi.old_log_probs is None else chi.old_log_probs.to(lp)
-
-
-def _groups(chis: Sequence[Chi]) -> list[list[int]]:
-    found: dict[int, list[int]] = {}
-    for i, chi in enumerate(chis):
-        found.setdefault(chi.group, []).append(i)
-    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class _Pair:
 
 def _pairs(log_probs: Tensor, chis: Sequence[Chi]) -> Iterator[_Pair]:
     lps = _each(log_probs, chis)
-    for members in _groups(chis):
+    for members in by_group(chis):
         by_role: dict[str, list[int]] = {}
         for i in members:
             by_role.setdefault(chis[i].role, []).append(i)
@@ -83,9 +76,7 @@ def _pairs(log_probs: Tensor, chis: Sequence[Chi]) -> Iterator[_Pair]:
 
 
 def _advantage(chi: Chi) -> float:
-    if chi.advantage is None:
-        raise ValueError("a policy-gradient objective needs Chi.advantage: build the sequences with td.rollouts(...)")
-    return chi.advantage
+    return required_advantage(chi, "a policy-gradient objective needs Chi.advantage: build the sequences with td.rollouts(...)")
 
 
 def _clipped(ratio: Tensor, advantage: float, low: float, high: float) -> Tensor:
@@ -339,7 +330,7 @@ class GRPO(Objective):
         """The negated, weighted sum of the surrogate, and the KL penalty."""
         lps, total = _each(log_probs, chis), log_probs.new_zeros(())
         starts = torch.tensor([0, *(len(chi) for chi in chis)]).cumsum(0).tolist()
-        for members in _groups(chis):
+        for members in by_group(chis):
             group = [chis[i] for i in members]
             for i in members:
                 lp, chi = lps[i], chis[i]

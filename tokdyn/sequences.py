@@ -77,6 +77,25 @@ class Chi:
         return replace(self, **changes)
 
 
+def by_group(chis: Sequence[Chi]) -> list[list[int]]:
+    """Which sequences share a group, as their places in the list; groups in the order in which they appear."""
+    members: dict[int, list[int]] = {}
+    for i, chi in enumerate(chis):
+        members.setdefault(chi.group, []).append(i)
+    return list(members.values())
+
+
+def required_advantage(chi: Chi, message: str) -> float:
+    """A of a sequence.
+
+    Raises:
+        ValueError: it has none; `message` says who needs one.
+    """
+    if chi.advantage is None:
+        raise ValueError(message)
+    return chi.advantage
+
+
 @dataclass(frozen=True)
 class Batch:
     """Right-padded sequences and where their N scored tokens lie.

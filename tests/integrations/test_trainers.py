@@ -6,10 +6,10 @@ from packaging.version import Version
 from trainers import PAIRS, save_model, settings, word_tokenizer
 
 import tokdyn as td
+from tokdyn import steps as records
 from tokdyn.objectives import DPO, GRPO
 from tokdyn.sequences import Chi
 from tokdyn.training import capture as capturing
-from tokdyn.training import steps as records
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

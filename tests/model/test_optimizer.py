@@ -1,7 +1,5 @@
 """The diagonal of a step: what torch's optimizers make of a gradient at frozen second moments."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -22,23 +20,22 @@ OPTIMIZERS = {
 G = torch.Generator()
 
 
-def model_of():
+def trained_parameters():
     G.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
-    return SimpleNamespace(model=model, trainable=frozenset(name for name, _ in model.named_parameters()))
+    return dict(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double().named_parameters())
 
 
 def step(optimizer, trained, gradients):
     """Take a step with these gradients; what it did, by name."""
-    before = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
-    for name, p in trained.model.named_parameters():
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    for name, p in trained.items():
         p.grad = gradients[name].clone()
     optimizer.step()
-    return {name: p.detach() - before[name] for name, p in trained.model.named_parameters()}
+    return {name: p.detach() - before[name] for name, p in trained.items()}
 
 
 def gradients_like(trained):
-    return {name: torch.randn(p.shape, dtype=p.dtype, generator=G) for name, p in trained.model.named_parameters()}
+    return {name: torch.randn(p.shape, dtype=p.dtype, generator=G) for name, p in trained.items()}
 
 
 def carried(optimizer, p):
@@ -54,16 +51,16 @@ def carried(optimizer, p):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_is_the_diagonal_times_its_gradient_and_what_it_carries(name):
     """Δθ = -steps ⊙ g - (what momentum carries), with v and t as they stand after the step."""
-    trained = model_of()
-    optimizer = OPTIMIZERS[name](trained.model.parameters())
+    trained = trained_parameters()
+    optimizer = OPTIMIZERS[name](trained.values())
     group = optimizer.param_groups[0]
     step(optimizer, trained, gradients_like(trained))  # with momentum torch starts the buffers at this step's gradient
     for _ in range(2):
-        past = {n: carried(optimizer, p).clone() for n, p in trained.model.named_parameters()}
+        past = {n: carried(optimizer, p).clone() for n, p in trained.items()}
         g = gradients_like(trained)
         moved = step(optimizer, trained, g)
         steps, P = steps_of(optimizer, trained), preconditioner(optimizer, trained)
-        for n, p in trained.model.named_parameters():
+        for n, p in trained.items():
             momentum = group["lr"] * past[n]  # RMSprop's buffer holds gradients that are already times their P
             if "betas" in group:
                 momentum *= P[n] / (1 - group["betas"][0] ** float(optimizer.state[p]["step"]))
@@ -72,16 +69,16 @@ def test_a_step_is_the_diagonal_times_its_gradient_and_what_it_carries(name):
 
 
 def test_frozen_parameters_have_no_diagonal():
-    trained = model_of()
-    some = SimpleNamespace(model=trained.model, trainable=frozenset({"1.weight"}))
-    optimizer = torch.optim.SGD(trained.model.parameters(), lr=0.5)
+    trained = trained_parameters()
+    some = {"1.weight": trained["1.weight"]}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.5)
     assert preconditioner(optimizer, some).keys() == steps_of(optimizer, some).keys() == {"1.weight"}
     assert torch.equal(steps_of(optimizer, some)["1.weight"], torch.full((2, 3), 0.5, dtype=torch.float64))
 
 
 def test_what_has_no_diagonal_is_said():
-    trained = model_of()
-    parameters = list(trained.model.parameters())
+    trained = trained_parameters()
+    parameters = list(trained.values())
     with pytest.raises(ValueError, match="parameter 1.weight is trainable but the optimizer does not hold it"):
         preconditioner(torch.optim.SGD(parameters[:2]), trained)
     with pytest.raises(ValueError, match="must be Adam, AdamW, RMSprop or SGD, got Adagrad"):

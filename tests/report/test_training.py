@@ -18,11 +18,12 @@ from pages import Tags, payload_of
 from typer.testing import CliRunner
 
 import tokdyn as td
+from tokdyn import steps as records
 from tokdyn.cli import app
 from tokdyn.report import training
 from tokdyn.sequences import Chi
 from tokdyn.testing import random_chis, tiny
-from tokdyn.training import steps as records
+from tokdyn.training.columns import SUMS
 
 ANSWERS = {
     "chosen": " It lets the body and the mind rest.",
@@ -64,7 +65,7 @@ def synthetic(steps=24, every=2, groups=("chosen", "rejected"), ranks=1, seed=0)
                     row |= dict(position=4 + t, token_id=t, token=token, c=c, log_prob=-2.0 - 0.1 * t, force=abs(c))
                     tokens.append(row | {f"on {name}": float(c * rng.normal(1 if name == role else -0.6)) for name in groups})
             sums = dict(steps=1.0, tokens=16.0, c_up=0.4, c_down=0.4, force=1.0, force_up=0.5 + 0.005 * step, pushed=0.4)
-            sums = dict.fromkeys(records.SUMS, 0.0) | sums | dict(squeezed=0.1 + 0.004 * step)
+            sums = dict.fromkeys(SUMS, 0.0) | sums | dict(squeezed=0.1 + 0.004 * step)
             own = dict(step=step, rank=rank, linearity=1.05 if rank == 0 else None, accounted=1.0, carried=0.001)
             figures.append(own | {f"sum_{name}": value for name, value in sums.items()})
     about = dict(

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import ModelOutput
 
 import tokdyn as td
-from tokdyn.integrations.trainer import _look_for_shards
+from tokdyn.integrations.trainer import _require_shards
 from tokdyn.testing import random_chis, tiny
 
 RANK, WORLD, STORE, OUT, PORT = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5]
@@ -162,7 +162,7 @@ def trainer():
         found[name] = [(log["loss"], log["grad_norm"]) for log in logs]
         if name == "fsdp":
             found["of fsdp"] = monitor.problems
-            _look_for_shards(SimpleNamespace(args=run.args, model_wrapped=sharded(tiny("llama"))))  # has nothing to say
+            _require_shards(SimpleNamespace(args=run.args, model_wrapped=sharded(tiny("llama"))))  # has nothing to say
         if name == "with":
             assert isinstance(run.model_wrapped, DistributedDataParallel) == (WORLD > 1)
             steps = monitor.steps

@@ -75,7 +75,7 @@ class Scope:
             ValueError: see `select` and `preconditioner`.
         """
         uses = select(tracer, scope)
-        return cls(tracer, uses, None if optimizer is None else preconditioner(optimizer, tracer))
+        return cls(tracer, uses, None if optimizer is None else preconditioner(optimizer, tracer.trained))
 
     @property
     def moves_readout_alone(self) -> bool:

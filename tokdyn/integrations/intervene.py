@@ -1,10 +1,10 @@
-"""Interventions in transformers.Trainer and everything built on it (TRL's trainers); each takes hold of one trainer object.
+"""Interventions in transformers.Trainer and everything built on it (TRL's trainers); each wraps one trainer object.
 
     undo = reweight(trainer, nthr)                     # weights of a function of (model, sequences)
     undo = protect(trainer, probe, share=0.1)          # spare the tokens whose exact force on the probe is worst
     undo = train_with(trainer, td.objectives.SimKO())  # another loss
 
-Call them before td.attach, which then records what is really done. `undo()` gives the trainer back as it was.
+Call them before td.attach, which then records what is really done. `undo()` restores the trainer.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import exact, interventions
-from ..exact import Side, products
+from ..exact import products
 from ..exact.sides import with_reference
 from ..model.optimizer import preconditioner
 from ..model.trace import trace
 from ..model.unwrap import unwrap
-from ..objective import GTerm, Objective
+from ..objective import Objective
 from ..sequences import Chi
-from ..training.capture import Capture, _active
-from ..training.forward import IGNORED, Forward, Layout
-from ..training.probe import TOKENS, Probe, _NoRequiresGrad, _without_autocast
+from ..training import diagnosis
+from ..training.capture import Capture, unwatched
+from ..training.forward import Forward
+from ..training.layout import IGNORED, Layout
+from ..training.own_passes import own_passes
+from ..training.probe import Probe, observed_side, updated_side
 from .trainer import wrap
 from .trl import about_batch
 
@@ -42,7 +45,7 @@ def reweight(trainer: Any, weights: Callable[[nn.Module, list[Chi]], Tensor]) ->
             td.interventions.nthr in a GRPOTrainer.
 
     Returns:
-        What gives the trainer back.
+        A function that restores the trainer.
 
     Raises:
         ValueError: this is no Trainer; while training, a batch of another form than SFT's, DPO's or GRPO's.
@@ -61,7 +64,7 @@ def reweight(trainer: Any, weights: Callable[[nn.Module, list[Chi]], Tensor]) ->
         with interventions.weighted(model, grid):
             return original(model, inputs, *args, **kwargs)
 
-    return wrap(_trainer(trainer), "compute_loss", compute_loss)
+    return wrap(_require_trainer(trainer), "compute_loss", compute_loss)
 
 
 def protect(
@@ -69,9 +72,9 @@ def protect(
 ) -> Undo:
     """Spare the tokens of every training batch whose exact force on the probe is worst, in whatever loss the trainer has.
 
-    Each batch's loss is computed twice. The first time only says what c is (and v, u: all of G), and thereby the exact force of
-    each token on the probe, along the optimizer's diagonal once it has one. The second time trains, with the most negative
-    forces scaled: see `interventions.force_weights`.
+    Each batch's loss is computed twice. The first time its gradient at the logits (c, v and u) is captured, which gives the
+    exact force of each token on the probe, along the optimizer's diagonal once it has one. The second time trains, with the
+    tokens of the most negative forces scaled: see `interventions.force_weights`.
 
     Args:
         trainer: a transformers.Trainer or one of TRL's.
@@ -80,7 +83,7 @@ def protect(
         scale: what is left of their gradient.
 
     Returns:
-        What gives the trainer back.
+        A function that restores the trainer.
 
     Raises:
         ValueError: this is no Trainer, or an empty probe; while training, a loss of which nothing can be captured.
@@ -99,7 +102,7 @@ def protect(
         with interventions.weighted(model, grid):
             return original(model, inputs, *args, **kwargs)
 
-    return wrap(_trainer(trainer), "compute_loss", compute_loss)
+    return wrap(_require_trainer(trainer), "compute_loss", compute_loss)
 
 
 def train_with(trainer: Any, objective: Objective) -> Undo:
@@ -110,7 +113,7 @@ def train_with(trainer: Any, objective: Objective) -> Undo:
     Objectives with a reference need the trainer's ref_model or precomputed log-probs.
 
     Returns:
-        What gives the trainer back.
+        A function that restores the trainer.
 
     Raises:
         ValueError: this is no Trainer; while training, a batch that the objective cannot read.
@@ -138,11 +141,11 @@ def train_with(trainer: Any, objective: Objective) -> Undo:
         returned = args[0] if args else kwargs.get("return_outputs", False)
         return (value, {}) if returned else value
 
-    return wrap(_trainer(trainer), "compute_loss", compute_loss)
+    return wrap(_require_trainer(trainer), "compute_loss", compute_loss)
 
 
 def _divided(trainer: Any, items: Any) -> bool:
-    """Whether a trainer expects its loss divided by the number of accumulated batches; it divides by itself if not."""
+    """Whether a trainer expects `compute_loss` to divide by the number of accumulated batches; if not, it does so itself."""
     said = getattr(trainer, "loss_is_scaled_for_ga", None)
     return said if said is not None else trainer.model_accepts_loss_kwargs and items is not None
 
@@ -193,7 +196,7 @@ def sequences_of(trainer: Any, inputs: Any) -> tuple[list[Chi], Tensor, tuple[Te
 
 
 def _ids_of(inputs: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Ids, attention mask and which tokens are scored, each [B, T] as the model is given them."""
+    """Ids, attention mask and which tokens are scored, each [B, T] as the model receives them."""
     if isinstance(inputs.get("completion_ids"), Tensor):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
@@ -210,7 +213,7 @@ def _ids_of(inputs: Any) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def _rehearsed(trainer: Any, original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Forward:
-    """The batch's loss and its gradient at the logits, without a trace in the gradients, the random numbers or a monitor."""
+    """A batch's loss run once to capture its gradient at the logits; .grad, random state and monitors stay as they are."""
     devices = [p.device.index for p in model.parameters() if p.device.type == "cuda"][:1]
     with unwatched(), torch.random.fork_rng(devices):
         capture = Capture(model, float(getattr(trainer, "temperature", None) or 1.0))
@@ -222,10 +225,7 @@ def _rehearsed(trainer: Any, original: Callable[..., Any], model: Any, inputs: A
             torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
             capture.recording = False
             forwards = capture.take()
-            if capture.failure is not None:
-                raise ValueError(f"the capture failed: {capture.failure}") from capture.failure
-            if not forwards:
-                raise ValueError(f"nothing was captured: {capture.why_nothing()}")
+            diagnosis.require_forwards(forwards, capture.summary())
         finally:
             capture.remove()
     if len(forwards) > 1:
@@ -237,36 +237,20 @@ def _forces_on(lm: nn.Module, forward: Forward, probe: Sequence[Chi], optimizer:
     """F_l = Σ_m F[m,l] of every scored token of a pass on a probe, in the order of the pass."""
     with trace(lm) as tracer:
         uses, inner = exact.select(tracer, "full"), getattr(optimizer, "optimizer", optimizer)
-        P = preconditioner(inner, tracer) if inner is not None and inner.state else None
-        batches = tracer.batches(probe, TOKENS)
-        ones = [torch.ones(len(b.targets), dtype=tracer.precision, device=tracer.device) for b in batches]
-        observed = Side(batches, [GTerm(b.targets.to(tracer.device), x) for b, x in zip(batches, ones, strict=True)])
-        D = products.preconditioned(products.vjp(tracer, observed, uses), P)
-        return products.jvp(tracer, Probe._update(tracer, forward, 1.0), D, uses)
+        P = preconditioner(inner, tracer.trained) if inner is not None and inner.state else None
+        D = products.preconditioned(products.vjp(tracer, observed_side(tracer, probe), uses), P)
+        return products.jvp(tracer, updated_side(tracer, forward), D, uses)
 
 
 @contextlib.contextmanager
 def at_rest(model: nn.Module) -> Iterator[nn.Module]:
-    """The causal LM inside, for passes of our own: as `unwatched`, and without autocast and what checkpointing hooks on."""
+    """The causal LM inside a model, for passes of our own (see `own_passes`) that no monitor records."""
     lm, _, _ = unwrap(model)
-    with unwatched(), _without_autocast(lm), _NoRequiresGrad():
+    with unwatched(), own_passes(lm):
         yield lm
 
 
-@contextlib.contextmanager
-def unwatched() -> Iterator[None]:
-    """Passes inside are not the training's: monitors look away."""
-    looking = [(capture, capture.recording) for capture in _active]
-    for capture, _ in looking:
-        capture.recording = False
-    try:
-        yield
-    finally:
-        for capture, was in looking:
-            capture.recording = was
-
-
-def _trainer(trainer: Any) -> Any:
+def _require_trainer(trainer: Any) -> Any:
     for name in ("train", "compute_loss", "accelerator"):
         if not hasattr(trainer, name):
             raise ValueError(

@@ -32,19 +32,12 @@ def attach(trainer: Any, **options: Any) -> Monitor:
     engine = trainer.actor.model
     temperature = float(getattr(trainer.actor, "temperature", 1.0))
     monitor = Monitor(engine, trainer.actor_optim, temperature=temperature, **options)
-    packed = bool(getattr(trainer.actor, "packing_samples", False))
-    plain = not getattr(trainer.args.actor, "entropy_coef", None) and not packed
-    clip = tuple(float(x) for x in trainer.args.actor.eps_clip_low_high)
-    level = "sequence" if getattr(trainer.args.actor, "policy_loss_type", "ppo") == "gspo" else "token"
+    plain = not getattr(trainer.args.actor, "entropy_coef", None) and not _is_packed(trainer)
 
     def training_step(original: Any, experience: Any, *args: Any, **kwargs: Any) -> Any:
         known: dict[str, Any] = {}
         with monitor.guarded("the experience could not be read"):
-            A, mask = experience.advantages, experience.action_mask
-            if packed:  # documents in a row: what is known of each is its mean advantage
-                known = dict(advantages=(A * mask).sum(1) / mask.sum(1).clamp(min=1))
-            else:
-                known = dict(advantages=A, old_log_probs=experience.action_log_probs, clip=clip, level=level, mask=mask)
+            known = _about(trainer, experience)
         with monitor.micro_batch(**known):
             return original(experience, *args, **kwargs)
 
@@ -73,10 +66,24 @@ def attach(trainer: Any, **options: Any) -> Monitor:
     ]
     close = monitor.close
 
-    def closing(status: str = "complete") -> None:
+    def close_and_undo(status: str = "complete") -> None:
         close(status)
         while undos:
             undos.pop()()
 
-    monitor.close = closing  # type: ignore[method-assign]
+    monitor.close = close_and_undo  # type: ignore[method-assign]
     return monitor
+
+
+def _is_packed(trainer: Any) -> bool:
+    return bool(getattr(trainer.actor, "packing_samples", False))
+
+
+def _about(trainer: Any, experience: Any) -> dict[str, Any]:
+    """The arguments of `Monitor.micro_batch` for an experience."""
+    A, mask, args = experience.advantages, experience.action_mask, trainer.args.actor
+    if _is_packed(trainer):  # documents in a row: of each its mean advantage is known
+        return dict(advantages=(A * mask).sum(1) / mask.sum(1).clamp(min=1))
+    clip = tuple(float(x) for x in args.eps_clip_low_high)
+    level = "sequence" if getattr(args, "policy_loss_type", "ppo") == "gspo" else "token"
+    return dict(advantages=A, old_log_probs=experience.action_log_probs, clip=clip, level=level, mask=mask)

@@ -26,7 +26,7 @@ def attach(
     """Record the forces of the coming `trainer.train()`; figures go to the trainer's own reporter as tokdyn/….
 
     A callback is put before all others (reporters come later and see its figures), and `train`, `compute_loss` and the clipping
-    of gradients are wrapped on this one object; all of it is taken back when `train` returns or raises. Loss and gradients stay
+    of gradients are wrapped on this one object; all of it is undone when `train` returns or raises. Loss and gradients stay
     as they are, bit for bit.
 
     Args:
@@ -58,7 +58,12 @@ def attach(
         None, probe=probe, every=every, probe_every=probe_every, blame=blame, temperature=temperature, out=out,
         on_error=on_error, tokenizer=tokenizer if hasattr(tokenizer, "convert_ids_to_tokens") else None,
     )  # fmt: skip
-    callback = _callback(trainer, monitor)
+    _wrap_methods(trainer, monitor, _callback(trainer, monitor))
+    return monitor
+
+
+def _wrap_methods(trainer: Any, monitor: Monitor, callback: Any) -> None:
+    """Have the monitor told of losses, clipping and the end of a training, which takes the wrapping off again."""
 
     def train(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         status = "interrupted"
@@ -88,11 +93,10 @@ def attach(
     if hasattr(trainer, "_clip_grad_norm"):
         undos.append(wrap(trainer, "_clip_grad_norm", clip))
     trainer.callback_handler.callbacks.insert(0, callback)
-    return monitor
 
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Put a function around a method of one object; returns what takes it off again."""
+    """Put `around(original, *args, **kwargs)` in the place of a method of one object; returns a function that undoes it."""
     own, original = vars(owner).get(name), getattr(owner, name)
 
     @functools.wraps(original)
@@ -118,10 +122,10 @@ def _callback(trainer: Any, monitor: Monitor) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             with monitor.guarded("tokdyn is not attached"):
                 monitor.scaler = getattr(trainer.accelerator, "scaler", None)
-                monitor.averaged_over(trainer.accelerator.num_processes // _parallel(trainer))
+                monitor.averaged_over(trainer.accelerator.num_processes // _ranks_per_replica(trainer))
                 monitor.start(trainer.model_wrapped, trainer.optimizer)
                 with monitor.guarded("fsdp does nothing here"):
-                    _look_for_shards(trainer)
+                    _require_shards(trainer)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             monitor.step_begin(state.global_step + 1)
@@ -141,11 +145,11 @@ def _callback(trainer: Any, monitor: Monitor) -> Any:
     return TokdynCallback()
 
 
-def _look_for_shards(trainer: Any) -> None:
-    """A request for FSDP was granted.
+def _require_shards(trainer: Any) -> None:
+    """Raise if the trainer was asked for FSDP and no parameter is sharded.
 
     Raises:
-        ValueError: it was not.
+        ValueError: see above.
     """
     model = trainer.model_wrapped
     if getattr(trainer.args, "fsdp", None) and not any(is_sharded(p) for p in model.parameters()):
@@ -155,7 +159,7 @@ def _look_for_shards(trainer: Any) -> None:
         )
 
 
-def _parallel(trainer: Any) -> int:
+def _ranks_per_replica(trainer: Any) -> int:
     """How many processes share one replica's gradients without averaging (tensor and context parallel)."""
     config = getattr(trainer.accelerator, "parallelism_config", None)
     sizes = [getattr(config, name, 1) or 1 for name in ("tp_size", "cp_size", "sp_size")] if config is not None else [1]

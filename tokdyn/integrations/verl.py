@@ -48,13 +48,13 @@ def instrument_engine(engines: Any, **options: Any) -> tuple[Monitors, Callable[
     """Wrap FSDPEngineWithLMHead.forward_step and FSDPEngine.optimizer_step of that module.
 
     Returns:
-        The monitors by engine, as they come to be, and what takes the wrapping off.
+        The monitors by engine, filled as engines first train, and a function that takes the wrapping off.
 
     Raises:
         ValueError: an option that does not fit.
     """
     monitors: WeakKeyDictionary[Any, Monitor] = WeakKeyDictionary()
-    Monitor(None, **options)  # what does not fit is said before training
+    Monitor(None, **options)  # an option that does not fit raises here, before training
     base, head = engines.FSDPEngine, engines.FSDPEngineWithLMHead
     forward, step = head.forward_step, base.optimizer_step
 
@@ -81,9 +81,7 @@ def instrument_engine(engines: Any, **options: Any) -> tuple[Monitors, Callable[
         norm = step(self)
         monitor = monitors.get(self)
         if monitor is not None:
-            monitor.clipped_to(self.optimizer_config.clip_grad, norm)
-            monitor.step_end(force=True)
-            monitor.step_begin()
+            _end_step(monitor, self.optimizer_config.clip_grad, norm)
         return norm
 
     def undo() -> None:
@@ -94,7 +92,7 @@ def instrument_engine(engines: Any, **options: Any) -> tuple[Monitors, Callable[
 
 
 def _attached(worker: Any, model: Any, optimizer: Any, about: Any, options: Mapping[str, Any]) -> Monitor:
-    """A monitor at work on a worker's model until that is gone; where it cannot start, one that does nothing."""
+    """A monitor on a worker's model, closed when the worker is collected; where it cannot start, one that does nothing."""
     monitor = Monitor(None, **{"scaler": getattr(worker, "scaler", None), **options})
     with monitor.guarded("tokdyn is not attached"):
         monitor.temperature = options.get("temperature") or _one_temperature(about)
@@ -103,13 +101,25 @@ def _attached(worker: Any, model: Any, optimizer: Any, about: Any, options: Mapp
     return monitor
 
 
+def _mean_advantages(advantages: Any, mask: Any) -> Tensor:
+    """A of each sequence, which is all that is known of documents in a row."""
+    return torch.as_tensor((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).detach()
+
+
+def _end_step(monitor: Monitor, limit: Any, norm: Any) -> None:
+    """The optimizer has stepped, with gradients of that norm clipped to a limit."""
+    monitor.clipped_to(limit, norm)
+    monitor.step_end(force=True)
+    monitor.step_begin()
+
+
 def _one_temperature(about: Any) -> float:
     values = torch.as_tensor(about["temperature"], dtype=torch.float32).flatten().unique()
     return float(values[0]) if len(values) == 1 else float("nan")  # several in a batch: the self-check will say so
 
 
 def _clipping(config: Any, loss: str) -> dict[str, Any]:
-    """The clip of a policy loss of verl, where it is one of PPO's or GSPO's ratio; others clip otherwise, or not at all."""
+    """Bounds and level of the clip of verl's policy loss, where it clips the ratio as PPO or GSPO do; else nothing."""
     level = {"vanilla": "token", "gspo": "sequence"}.get(loss)
     if level is None:
         return {}
@@ -121,7 +131,7 @@ def _clipping(config: Any, loss: str) -> dict[str, Any]:
 def _tapped(
     output: Mapping[str, Any], data: Any, temperature: float, monitor: Monitor, known: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """The model's output with its log-probs (and entropies) tapped; they lie in a row, sequence after sequence."""
+    """The model's output with its log-probs (and entropies) passed through `tap`; both are flat, sequence after sequence."""
     lp, H, latest = output["log_probs"], output.get("entropy"), monitor.latest()
     if latest is None or "response_mask" not in data or not (lp.is_nested and data["response_mask"].is_nested):
         return output
@@ -134,7 +144,7 @@ def _tapped(
     entropies = H.values() if isinstance(H, Tensor) and H.requires_grad else None
     flat = lp.values()
     flat = tap(flat, mask=row[0] > 0, temperature=temperature, entropy=entropies)
-    shifted = row.roll(1, 1)[:, None]  # told by the token's own place
+    shifted = row.roll(1, 1)[:, None]  # metadata stands at the token itself, not at the place that scores it
     monitor.about(advantages=shifted[1], old_log_probs=shifted[2], **known)
     found = dict(output, log_probs=torch.nested.nested_tensor_from_jagged(flat, lp.offsets()))
     if entropies is not None:
@@ -146,14 +156,14 @@ def instrument(dp_actor: Any, **options: Any) -> tuple[Monitors, Callable[[], No
     """Wrap DataParallelPPOActor and the policy losses of that module (verl before its engines).
 
     Returns:
-        The monitors by actor, as they come to be, and what takes the wrapping off.
+        The monitors by actor, filled as actors first train, and a function that takes the wrapping off.
 
     Raises:
         ValueError: an option that does not fit.
     """
     actors: WeakKeyDictionary[Any, Monitor] = WeakKeyDictionary()
     at_work: list[tuple[Any, Monitor, Any]] = []
-    Monitor(None, **options)  # what does not fit is said before training
+    Monitor(None, **options)  # an option that does not fit raises here, before training
     kind = dp_actor.DataParallelPPOActor
     update, step, losses = kind.update_policy, kind._optimizer_step, dp_actor.get_policy_loss_fn
 
@@ -173,9 +183,7 @@ def instrument(dp_actor: Any, **options: Any) -> tuple[Monitors, Callable[[], No
         norm = step(self)
         monitor = actors.get(self)
         if monitor is not None and at_work:
-            monitor.clipped_to(self.config.grad_clip, norm)
-            monitor.step_end(force=True)
-            monitor.step_begin()
+            _end_step(monitor, self.config.grad_clip, norm)
         return norm
 
     def get_policy_loss_fn(name: str) -> Callable[..., Any]:
@@ -185,14 +193,12 @@ def instrument(dp_actor: Any, **options: Any) -> tuple[Monitors, Callable[[], No
             if at_work:
                 actor, monitor, about = at_work[-1]
                 with monitor.guarded("the log-probs could not be read"):
-                    plain = not actor.config.get("use_remove_padding", False) and not actor.config.get("entropy_coeff", 0)
-                    if plain:
+                    if actor.config.get("use_remove_padding", False) or actor.config.get("entropy_coeff", 0):
+                        monitor.about(advantages=_mean_advantages(advantages, response_mask))
+                    else:
                         known = _clipping(actor.config, name)
                         log_prob = tap(log_prob, mask=response_mask, temperature=_one_temperature(about))
                         monitor.about(advantages=advantages, old_log_probs=old_log_prob.detach(), **known)
-                    else:  # documents in a row: what is known of each is its mean advantage
-                        mean = (advantages * response_mask).sum(1) / response_mask.sum(1).clamp(min=1)
-                        monitor.about(advantages=torch.as_tensor(mean).detach())
             return loss(
                 old_log_prob=old_log_prob, log_prob=log_prob, advantages=advantages, response_mask=response_mask, **more
             )

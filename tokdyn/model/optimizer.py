@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 SECOND_MOMENT = {"Adam": "exp_avg_sq", "AdamW": "exp_avg_sq", "RMSprop": "square_avg"}  # where each keeps it in its state
 
 
-@runtime_checkable
-class Trained(Protocol):
-    """A model and the names of its parameters that are trained, such as a Tracer."""
-
-    model: nn.Module
-    trainable: frozenset[str]
-
-
-def preconditioner(optimizer: torch.optim.Optimizer, trained: Trained) -> dict[str, Tensor]:
-    """The diagonal P by parameter name, as the optimizer's state stands: under it the kernel K becomes J_o P J_uᵀ.
+def preconditioner(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The diagonal P of trained parameters by name, as the optimizer's state stands: the kernel K becomes J_o P J_uᵀ.
 
         Adam, AdamW   P = 1 / (sqrt(v / (1 - β₂^t)) + ε), v the second moment (the maximum with amsgrad)
         RMSprop       P = 1 / (sqrt(v) + ε), v minus the squared mean gradient when centered
@@ -33,16 +26,15 @@ def preconditioner(optimizer: torch.optim.Optimizer, trained: Trained) -> dict[s
     """
     groups = _groups(optimizer)
     found: dict[str, Tensor] = {}
-    for name, p in trained.model.named_parameters():
-        if name in trained.trainable:
-            if id(p) not in groups:
-                raise ValueError(f"parameter {name} is trainable but the optimizer does not hold it")
-            found[name] = _diagonal(optimizer, groups[id(p)], name, p)
+    for name, p in trained.items():
+        if id(p) not in groups:
+            raise ValueError(f"parameter {name} is trainable but the optimizer does not hold it")
+        found[name] = _diagonal(optimizer, groups[id(p)], name, p)
     return found
 
 
-def steps_of(optimizer: torch.optim.Optimizer, trained: Trained) -> dict[str, Tensor]:
-    """eta a P by parameter name: what a step makes of its own gradient g, Δθ = -eta a P g + (momentum, decay).
+def steps_of(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """eta a P of trained parameters by name: what a step makes of its own gradient g, Δθ = -eta a P g + (momentum, decay).
 
     a = (1 - β₁)/(1 - β₁^t) for Adam, 1 - dampening for SGD with momentum (1 + μ times that with Nesterov's), else 1; t counts
     the step itself, so this is read after it.
@@ -51,16 +43,15 @@ def steps_of(optimizer: torch.optim.Optimizer, trained: Trained) -> dict[str, Te
         ValueError: see `preconditioner`.
     """
     P, groups = preconditioner(optimizer, trained), _groups(optimizer)
-    for name, p in trained.model.named_parameters():
-        if name in P:
-            group = groups[id(p)]
-            if "betas" in group:
-                beta = group["betas"][0]
-                a = (1 - beta) / (1 - beta ** float(optimizer.state[p]["step"]))
-            else:
-                a = 1 - group.get("dampening", 0) if group.get("momentum") else 1.0
-                a = 1 + group["momentum"] * a if group.get("nesterov") else a
-            P[name] = float(group["lr"]) * a * (-1 if group.get("maximize") else 1) * P[name]
+    for name, p in trained.items():
+        group = groups[id(p)]
+        if "betas" in group:
+            beta = group["betas"][0]
+            a = (1 - beta) / (1 - beta ** float(optimizer.state[p]["step"]))
+        else:
+            a = 1 - group.get("dampening", 0) if group.get("momentum") else 1.0
+            a = 1 + group["momentum"] * a if group.get("nesterov") else a
+        P[name] = float(group["lr"]) * a * (-1 if group.get("maximize") else 1) * P[name]
     return P
 
 

@@ -64,6 +64,11 @@ class Tracer:
             if not bool(p.sum().isfinite()) and not bool(torch.isfinite(p).all()):  # the sum is one pass, and may overflow
                 raise ValueError(f"parameter {name} holds NaN or inf: the model cannot be traced")
 
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The model's own parameters that require a gradient, by their first name."""
+        return {name: p for name, p in self.model.named_parameters() if name in self.trainable}
+
     def batches(self, chis: Sequence[Chi], tokens: int = 4096) -> list[Batch]:
         """The sequences in order, in batches of at most `tokens` padded positions (one sequence at least).
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..runs.by_sequence import sequence_names
 from ..runs.folder import PAGE
-from ..training.steps import metrics, read
+from ..steps import metrics, read
 from .page import assemble
 from .text import count, facts, show, signed
 

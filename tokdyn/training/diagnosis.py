@@ -1,52 +1,61 @@
-"""What a capture lacks, in words that a person can act on: why there is nothing, what is missing, what does not add up."""
+"""Explain an empty or failed capture: why nothing was captured, what a record leaves out, what does not add up."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from .forward import Forward
-
-if TYPE_CHECKING:
-    from .capture import Capture
+from .recorder import StepSummary
 
 
-def nothing(capture: Capture) -> str:
+def require_forwards(forwards: Sequence[Forward], seen: StepSummary) -> None:
+    """Raise where a step left no trustworthy record.
+
+    Raises:
+        ValueError: a hook failed, or nothing was captured; with the likely cause.
+    """
+    if seen.failure is not None:
+        raise ValueError(f"the capture failed: {seen.failure}") from seen.failure
+    if not forwards:
+        raise ValueError(f"nothing was captured: {explain_empty(seen)}")
+
+
+def explain_empty(seen: StepSummary) -> str:
     """The likely cause when a step left no capture."""
-    if capture.seen and capture.seen == capture.excluded:
-        return f"all {capture.seen} forward passes ran without gradients (generation, reference or evaluation)"
-    if getattr(capture.lm, "_compiled_call_impl", None) is not None:
+    if seen.seen and seen.seen == seen.excluded:
+        return f"all {seen.seen} forward passes ran without gradients (generation, reference or evaluation)"
+    if seen.compiled_in_place:
         return (
             "the model was compiled in place (model.compile()), where hooks see no gradients: use torch.compile(model) instead"
         )
-    if not capture.seen:
+    if not seen.seen:
         return (
-            f"no forward pass of {type(capture.lm).__name__} was seen: the loss is computed with another copy or a wrapper "
+            f"no forward pass of {seen.model} was seen: the loss is computed with another copy or a wrapper "
             "compiled earlier (hooks added later do not fire inside); give tokdyn the module that the loop calls"
         )
-    if not capture.captured and capture.compiled is None:
-        return capture.blind
-    if capture.compiled is not None:
+    if not seen.captured and not seen.compiled:
+        return seen.why_blind
+    if seen.compiled:
         return (
             "the loss is computed inside the compiled model, where no hook sees it: compute it outside (Trainer's "
             "compute_loss_func, or logits without labels), or compile the layers only"
         )
-    if capture.postponed:
+    if seen.retry_next_step:
         return (
             "the loss is made inside the model and the weights of its readout are sharded: c is fitted to the gradient at the "
             "hidden states, from the next recorded step on"
         )
     return (
-        f"{capture.captured} forward passes were captured but no gradient came back to them: backward() was not called "
+        f"{seen.captured} forward passes were captured but no gradient came back to them: backward() was not called "
         "before the step ended, or the loss does not read this output (log-probs of your own go through td.tap)"
     )
 
 
-def missing(capture: Capture, forwards: Sequence[Forward]) -> list[str]:
+def known_gaps(forwards: Sequence[Forward], seen: StepSummary) -> list[str]:
     """What the records of a step are known to leave out."""
     notes = []
-    if capture.aux:
+    if seen.router_loss:
         notes.append("a loss of the router goes past the logits: the forces are incomplete by that term")
     if any(f.v is not None for f in forwards if f.route == "least squares"):
         notes.append(
@@ -61,12 +70,12 @@ def missing(capture: Capture, forwards: Sequence[Forward]) -> list[str]:
     return notes
 
 
-def mismatch(forwards: Sequence[Forward]) -> tuple[str, str] | None:
-    """Where a self-check fails, what is said of it, and the likely cause alone; None where all hold.
+def failed_self_check(forwards: Sequence[Forward]) -> tuple[str, str] | None:
+    """A sentence on the pass whose self-check fails worst, and the likely cause alone; None where all hold.
 
     The bound is √eps of the pass: rounding stays far below it, and a wrong temperature, mask or readout far above.
     """
-    if any(not math.isfinite(f.scored + f.astray) for f in forwards if f.sampled or f.astray):
+    if any(not math.isfinite(f.check.total) for f in forwards if f.check.sampled or f.check.unscored):
         return ("the gradient at the hidden states is not finite: the loss overflowed or holds NaN", "not finite")
     bad = [f for f in forwards if f.residual > max(f.eps**0.5, 1e-6)]
     if not bad:

@@ -14,76 +14,70 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..kernels.readout_forces.reference import logit_force
 from ..model.readout import Readout
 from ..objective import GTerm
 from ..ops import TokenStats, token_stats
 from ..sequences import Chi
+from .layout import Layout
 
-IGNORED = -100
 ROWS = 512  # rows of logits looked at together
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Which sequence each place of a batch belongs to and its position there, with padding and packing undone."""
+class Check:
+    """How far the gradient rebuilt from c, v and u is from the one that autograd sent: sums of squares, ‖·‖².
 
-    ids: Int[Tensor, "B T"] | None
-    real: Bool[Tensor, "B T"]
-    sequence: Int[Tensor, "B T"]
-    position: Int[Tensor, "B T"]
+    Args:
+        misfit, sampled: of the difference and of the gradient itself, on a sample of the scored tokens.
+        scored: of the gradient on all scored tokens; NaN where no check was made.
+        unscored: of the gradient on tokens taken for unscored.
+    """
 
-    @classmethod
-    def of(cls, shape: tuple[int, int], ids: Tensor | None, mask: Any, positions: Tensor | None) -> Layout:
-        """From what the model was called with. A row without mask whose positions start again holds several documents."""
-        B, T = shape
-        device = next((x.device for x in (ids, mask, positions) if isinstance(x, Tensor)), torch.device("cpu"))
-        masked = isinstance(mask, Tensor) and mask.shape == (B, T)
-        real = mask.bool() if masked else torch.ones(B, T, dtype=torch.bool, device=device)
-        if not masked and positions is not None and positions.shape == (B, T) and bool((positions[:, 1:] == 0).any()):
-            starts = positions == 0
-            starts[:, 0] = True
-            return cls(ids, real, starts.flatten().cumsum(0).reshape(B, T) - 1, positions.long())
-        rows = torch.arange(B, device=device)[:, None].expand(B, T)
-        return cls(ids, real, rows, torch.arange(T, device=device) - real.int().argmax(1, keepdim=True))
+    misfit: float = 0.0
+    sampled: float = 0.0
+    scored: float = float("nan")
+    unscored: float = 0.0
 
     @property
-    def sequences(self) -> int:
-        """How many sequences the batch holds."""
-        return int(self.sequence.max()) + 1
+    def total(self) -> float:
+        """‖∂L/∂h‖² of the pass."""
+        return self.scored + self.unscored
 
-    def following(self) -> Int[Tensor, "B T"]:
-        """The token after each place, IGNORED where none of the same sequence follows.
+    @property
+    def residual(self) -> float:
+        """‖what c, v and u say ∂L/∂h is - ∂L/∂h‖ / ‖∂L/∂h‖, NaN where no check was made.
 
-        Raises:
-            ValueError: the model was called without ids.
+        The misfit on the sample, scaled to all scored tokens, and everything that fell on tokens taken for unscored.
         """
-        if self.ids is None:
-            raise ValueError("the model was called with inputs_embeds and without labels: which tokens it scores is unknown")
-        after = torch.full_like(self.ids, IGNORED)
-        same = (self.sequence[:, 1:] == self.sequence[:, :-1]) & self.real[:, 1:] & self.real[:, :-1]
-        after[:, :-1] = torch.where(same, self.ids[:, 1:], after[:, 1:])
-        return after
+        inside = self.misfit / self.sampled * self.scored if self.sampled else self.scored
+        return _root(inside + self.unscored, self.total)
+
+    @property
+    def outside(self) -> float:
+        """Share of ‖∂L/∂h‖ on tokens taken for unscored: a wrong mask, or a loss that reads hidden states itself."""
+        return _root(self.unscored, self.total)
 
 
 @dataclass(eq=False)
 class Forward:
     """One forward pass of a training loss and, after its backward pass, the weights of its N scored tokens.
 
+    Flat, with many attributes: most are columns over the tokens, which `keep` filters all at once.
+
     Attributes:
-        route: how c was captured.
-        rows: which hidden state scores each token, an index into the B·Th of the pass, [N].
+        route: how c was captured: "log_probs", "logits", "tap" or "least squares".
+        rows: which hidden state scores each token, an index into the B·W of the pass, [N].
         targets: the tokens, [N]. batch, column: where they stand in the batch as the trainer has it, [N].
         stats: statistics of pi under the weights of this pass, each [N].
         square: ‖h‖² [N]. hidden: h [N, d], where it was asked for.
         c, v, u: -∂L/∂log pi(y), ∂L/∂H and -∂L/∂(mean log pi), [N], per unit of the scalar that was backpropagated.
         vocabulary: V. moments: Σ pi² (log pi + H) and Σ pi² (log pi + H)², [N, 2], where there is an entropy term.
-        misfit, sampled, scored, astray: ‖·‖² of the check, see `residual`; scored is NaN until it was made.
+        check: the self-check against ∂L/∂h.
         eps: unit roundoff of the pass, bfloat16's under autocast. log_prob_error: largest difference between the log-probs of
             the output and ours.
         metadata: what the training loop said about the pass. micro_batch: its number in the step.
         superseded: its loss went through `tap`, which made a record of its own. touched: which tokens got a gradient, where
-            no labels said what is scored.
+            nobody said which are scored.
     """
 
     route: str
@@ -101,10 +95,7 @@ class Forward:
     v: Float[Tensor, " N"] | None = None
     u: Float[Tensor, " N"] | None = None
     moments: Float[Tensor, "N 2"] | None = None
-    misfit: float = 0.0
-    sampled: float = 0.0
-    scored: float = float("nan")
-    astray: float = 0.0
+    check: Check = Check()
     eps: float = 0.0
     log_prob_error: float = 0.0
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -128,18 +119,13 @@ class Forward:
 
     @property
     def residual(self) -> float:
-        """‖what c, v and u say ∂L/∂h is - ∂L/∂h‖ / ‖∂L/∂h‖.
-
-        The misfit on a sample of scored tokens, scaled to all of them, and everything that fell on tokens taken for unscored.
-        NaN where the hidden states carry no gradient.
-        """
-        inside = self.misfit / self.sampled * self.scored if self.sampled else self.scored
-        return _root(inside + self.astray, self.scored + self.astray)
+        """The self-check in one number, see `Check.residual`."""
+        return self.check.residual
 
     @property
     def outside(self) -> float:
-        """Share of ‖∂L/∂h‖ on tokens taken for unscored: a wrong mask, or a loss that reads hidden states itself."""
-        return _root(self.astray, self.scored + self.astray)
+        """See `Check.outside`."""
+        return self.check.outside
 
     @property
     def force(self) -> Float[Tensor, " N"]:
@@ -171,11 +157,10 @@ class Forward:
         """Drop the tokens that the loss does not score, as the mask of the metadata says, or else the gradients."""
         mask = self.metadata.get("mask")
         if mask is not None:
-            if mask.dim() != 2 or len(mask) != len(self.layout.real):
-                raise ValueError(
-                    f"mask must have shape [B, k], B={len(self.layout.real)}, for the last k tokens, got {list(mask.shape)}"
-                )
-            index = self.column - (self.layout.real.shape[1] - mask.shape[1])
+            B, T = self.layout.real.shape
+            if mask.dim() != 2 or len(mask) != B:
+                raise ValueError(f"mask must have shape [B, k], B={B}, for the last k tokens, got {list(mask.shape)}")
+            index = self.column - (T - mask.shape[1])
             scored = (index >= 0) & mask.to(index.device).bool()[self.batch, index.clamp(min=0)]
             self.touched = None
             self.keep(scored.nonzero().squeeze(1))
@@ -186,6 +171,16 @@ class Forward:
         """Note which tokens got a gradient, now or before."""
         self.touched = which if self.touched is None else self.touched | which
 
+    def add(self, name: str, grad: Float[Tensor, " N"]) -> None:
+        """Add to c or v: a second backward pass through the same graph adds to the first."""
+        before = getattr(self, name)
+        setattr(self, name, grad if before is None else before + grad)
+
+    def set_fitted(self, x: Float[Tensor, "N K"]) -> None:
+        """c, or c, v and u, as least squares found them."""
+        self.c = x[:, 0]
+        self.v, self.u = (x[:, 1], x[:, 2]) if x.shape[1] == 3 else (None, None)
+
     def of_rows(self, values: Tensor) -> Tensor:
         """A quantity per sequence [B], or per token and right-aligned to the batch [B, k], at each scored token, [N].
 
@@ -193,18 +188,18 @@ class Forward:
             ValueError: it has another shape.
         """
         values = values.to(self.batch.device)
-        n = int(self.layout.sequence.max()) + 1
+        (B, T), n = self.layout.real.shape, self.layout.sequences
         if values.dim() == 1 and len(values) == n:
             return values[self.sequence]
-        if values.dim() == 2 and len(values) == len(self.layout.real):
-            index = self.column - (self.layout.real.shape[1] - values.shape[1])
+        if values.dim() == 2 and len(values) == B:
+            index = self.column - (T - values.shape[1])
             return values[self.batch, index.clamp(min=0)]
         raise ValueError(
             f"metadata must have shape [B]=[{n}] or [B, k], one row per sequence of the batch, got {list(values.shape)}"
         )
 
-    def gterm_on(self, sample: Int[Tensor, " S"], K: int) -> Float[Tensor, "S K"] | None:
-        """c, or c and v, of some tokens as columns; None before c has come."""
+    def coefficients(self, sample: Int[Tensor, " S"], K: int) -> Float[Tensor, "S K"] | None:
+        """c, or c and v, of some tokens as K columns; None before c has come."""
         if self.c is None:
             return None
         return torch.stack([self.c, torch.zeros_like(self.c) if self.v is None else self.v], 1)[sample, :K]
@@ -270,8 +265,8 @@ def basis(
         z = readout.logits(h)
         ones = torch.ones(len(y), dtype=z.dtype, device=z.device)
         terms = [(ones, None, None), (0 * ones, ones, None), (0 * ones, None, ones)][:K]
-        forces = torch.stack([readout.pull_back(z, logit_force(z / temperature, y, *term)) for term in terms], 1)
-        parts.append(forces / temperature @ readout.weight.to(z.dtype))
+        forces = [readout.pull_back(z, GTerm(y, *term, temperature).force(z)) for term in terms]
+        parts.append(torch.stack(forces, 1) @ readout.weight.to(z.dtype))
     return torch.cat(parts)
 
 
@@ -293,17 +288,6 @@ def fit(basis: Float[Tensor, "N K d"], target: Float[Tensor, "N d"]) -> Float[Te
         square = basis.square().sum(2)
         return torch.where(square > 0, (basis * target[:, None]).sum(2) / square, torch.zeros_like(square))
     return (torch.linalg.pinv(basis.transpose(1, 2)) @ target[:, :, None]).squeeze(2)
-
-
-def right_aligned(y: Int[Tensor, "B T"], width: int) -> Int[Tensor, "B W"]:
-    """The last `width` columns, or the same with IGNORED columns put before them."""
-    T = y.shape[1]
-    return y[:, T - width :] if width <= T else torch.nn.functional.pad(y, (width - T, 0), value=IGNORED)
-
-
-def shifted(labels: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """The label that each place predicts; IGNORED at the last."""
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def _root(part: float, whole: float) -> float:

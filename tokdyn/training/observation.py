@@ -1,8 +1,9 @@
-"""What both ways of looking at one optimizer step share: what they find, and what the readout alone does."""
+"""What one optimizer step did to a probe, as both probe.py and probe_sharded.py find it, and what both compute it from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,21 +11,58 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..model.readout import Readout
+from .forward import Forward
 
 
-@dataclass
-class Seen:
-    """What was found at one step: log-probs before and after, first-order changes, each [M] in float64; forces [L] by group."""
+@dataclass(frozen=True)
+class Update:
+    """What a step was made of.
+
+    Args:
+        forwards: the captured passes of its loss.
+        optimizer: what made the step of their gradient.
+        scale: brings their c to the units of the step.
+    """
+
+    forwards: Sequence[Forward]
+    optimizer: torch.optim.Optimizer
+    scale: float
+
+
+@dataclass(frozen=True)
+class Blame:
+    """Which tokens of an update moved a probe, in nats.
+
+    Args:
+        forces: by group of the probe, what each token of this rank did to it, [L]; before gradients are clipped.
+        total: Σ of the forces on the first group, over all ranks once they were asked.
+        own: what the step's own gradient did to that group, clipped as it was. carried: what momentum and weight decay did.
+            None where they are not known.
+    """
+
+    forces: Mapping[str, Tensor]
+    total: float = 0.0
+    own: float | None = None
+    carried: float | None = None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a step did to the M tokens of a probe.
+
+    Args:
+        table: the tokens, a row each (pyarrow).
+        before, after: their log-probs, [M] nats. predicted: the change to first order, [M].
+        readout: the part of it that went through the readout's weights, [M]; None where they did not move.
+        blame: which tokens of the update did it. problem: why that is not known, or only in part.
+    """
 
     table: Any
     before: Tensor
     after: Tensor
     predicted: Tensor
-    readout: Tensor | None
-    forces: dict[str, Tensor] = field(default_factory=dict)
-    carried: float | None = None
-    own: float | None = None
-    total: float = 0.0
+    readout: Tensor | None = None
+    blame: Blame | None = None
     problem: str = ""
 
 
@@ -32,7 +70,10 @@ class Seen:
 def through_readout(
     readout: Readout, h: Tensor, z: Tensor, force: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Float[Tensor, " N"]:
-    """<force, ż> where only W and b move: ż is slope ⊙ (Ẇ h + ḃ)."""
+    """<force, ż> where only W and b of the readout move, along `weight` [V, d] and `bias` [V]: ż is slope ⊙ (Ẇ h + ḃ).
+
+    Six arguments, as the formula has them.
+    """
     pulled = readout.pull_back(z.to(force.dtype), force)
     moved = h.to(force.dtype) @ weight.to(force.dtype).T + (0 if bias is None else bias)
     return (pulled * moved).double().sum(1)

@@ -13,23 +13,20 @@ one see probe_sharded.py.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import jvp
-from torch.overrides import TorchFunctionMode
 
 from .. import exact
 from ..exact import products
 from ..exact.sides import row_table
-from ..kernels.readout_forces.reference import logit_force
 from ..model.optimizer import steps_of
 from ..model.trace import Tracer, trace
 from ..model.unwrap import local
@@ -37,11 +34,12 @@ from ..objective import GTerm
 from ..ops import TokenStats, token_stats
 from ..ops.rows import blocks, log_probs
 from ..sequences import Batch, Chi, token_texts
-from . import distributed as ranks
+from . import distributed
 from . import probe_sharded as sharded
 from .capture import Capture
 from .forward import Forward
-from .observation import Seen, through_readout
+from .observation import Blame, Observation, Update, through_readout
+from .own_passes import own_passes
 from .steps import Step
 
 TOKENS = 768  # padded positions looked at together: several [TOKENS, V] at a time
@@ -62,7 +60,7 @@ class Probe:
     def __init__(self, probe: Sequence[Chi] | Mapping[str, Sequence[Chi]], blame: str | Sequence[str] | None = None,
                  tokenizer: Any = None):  # fmt: skip
         named = probe if isinstance(probe, Mapping) else {"probe": probe}
-        self.groups = {name: [_spelled(chi, tokenizer) for chi in chis] for name, chis in named.items()}
+        self.groups = {name: [_with_texts(chi, tokenizer) for chi in chis] for name, chis in named.items()}
         if not self.groups or not all(self.groups.values()):
             raise ValueError("the probe is empty: give at least one sequence for each of its groups")
         if any(not len(chi) for chis in self.groups.values() for chi in chis):
@@ -82,13 +80,13 @@ class Probe:
     def forget(self) -> None:
         """Let go of every tensor of the model."""
         self._saved: dict[str, Tensor] = {}
-        self._start: sharded.Read | None = None
-        self._seen: Seen | None = None
+        self._start: sharded.Reading | None = None
+        self._found: Observation | None = None
 
     # ---------------------------------------------------------------- around the step
 
     def before(self, model: nn.Module, capture: Capture) -> None:
-        """θ is about to move."""
+        """θ is about to move: keep a copy of it."""
         self.forget()
         named = dict(capture.lm.named_parameters())
         if any(hasattr(p, "ds_id") for p in named.values()):
@@ -103,26 +101,38 @@ class Probe:
         Raises:
             ValueError: θ has not moved, though the optimizer had gradients and a learning rate.
         """
+        found = None
         try:
-            self._look_for_a_step(capture.lm, optimizer)
-            if self._saved and self._start is not None:
-                blamed = {name: torch.tensor([group == name for group in self.group]) for name in self.blamed}
-                self._seen = sharded.mirrored(model, capture, optimizer, scale, self.chis, blamed, self._saved, self._start)
-            elif self._saved:
-                self._seen = self._tangent(capture, optimizer, scale)
+            self._require_a_step(capture.lm, optimizer)
+            if self._saved:
+                update = Update(capture.take(), optimizer, scale)
+                if self._start is not None:
+                    found = sharded.observe(model, capture, self.watched(), update, sharded.Start(self._saved, self._start))
+                else:
+                    found = self._observe(capture, update)
         finally:
             self._saved, self._start = {}, None
             if capture.head.weight.device.type == "cpu":
-                _trim()
-            total = ranks.total(torch.tensor(0.0 if self._seen is None else self._seen.total, dtype=torch.float64))
-            if self._seen is not None:
-                self._seen.total = float(total)
+                _release_memory()
+            mine = 0.0 if found is None or found.blame is None else found.blame.total
+            total = float(distributed.total(torch.tensor(mine, dtype=torch.float64)))
+            if found is not None and found.blame is not None:
+                found = replace(found, blame=replace(found.blame, total=total))
+            self._found = found
 
-    def _look_for_a_step(self, lm: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def watched(self) -> sharded.Watched:
+        """The sequences, and which of their tokens [M] each blamed group holds."""
+        return sharded.Watched(self.chis, {name: self._tokens_of(name) for name in self.blamed})
+
+    def _tokens_of(self, group: str) -> Tensor:
+        return torch.tensor([name == group for name in self.group])
+
+    def _require_a_step(self, lm: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Raise if no weight moved on any rank, though one should have."""
         named = {name: p for name, p in lm.named_parameters() if name in self._saved}
         moved = any(not torch.equal(local(p), local(self._saved[name])) for name, p in named.items())
-        stuck = bool(named) and not moved and _drives(optimizer)
-        anywhere = ranks.total(torch.tensor([moved, stuck], dtype=torch.float64))
+        stuck = bool(named) and not moved and _should_move(optimizer)
+        anywhere = distributed.total(torch.tensor([moved, stuck], dtype=torch.float64))
         if anywhere[0] or not anywhere[1]:
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -136,48 +146,56 @@ class Probe:
             )
         raise ValueError(f"the weights did not move inside optimizer.step() though their gradients are not zero: {cause}")
 
-    def into(self, step: Step, clip: float) -> dict[str, float]:
-        """Write what was found into the record, and give the sums of its figures."""
+    # ---------------------------------------------------------------- what is told of it
+
+    def write_into(self, step: Step, clip: float) -> dict[str, float]:
+        """Write what was found into the record, and give the sums of its figures.
+
+        clip: the factor by which the step's gradients were clipped.
+        """
+        found, self._found = self._found, None
+        if found is None:
+            return {}
+        actual = found.after - found.before
+        step.observed = self._table(step.step, found)
+        step.predicted, step.actual = found.predicted, actual
+        square, product = float(found.predicted @ found.predicted), float(found.predicted @ actual)
+        step.linearity = product / square if square else float("nan")
+        if found.blame is not None:
+            self._blame_into(step, found.blame, clip)
+        if found.problem:
+            step.notes.append(found.problem)
+        sums = {"probe/square": square, "probe/product": product}
+        for name in self.groups:
+            own = self._tokens_of(name)
+            sums[f"{name}/n"] = float(own.sum())
+            for what, of in (("log_prob", found.after), ("actual", actual), ("predicted", found.predicted)):
+                sums[f"{name}/{what}"] = float(of[own].sum())
+        return sums
+
+    def _table(self, number: int, found: Observation) -> Any:
         import pyarrow as pa
 
-        seen, self._seen = self._seen, None
-        if seen is None:
-            return {}
-        actual = seen.after - seen.before
-        table = seen.table
+        table, M = found.table, len(self.group)
         for name, values in (
-            ("before", seen.before), ("after", seen.after), ("actual", actual), ("predicted", seen.predicted),
-            ("predicted_readout", seen.readout),
+            ("before", found.before), ("after", found.after), ("actual", found.after - found.before),
+            ("predicted", found.predicted), ("predicted_readout", found.readout),
         ):  # fmt: skip
-            table = table.append_column(
-                name, pa.array([None] * len(actual) if values is None else values.tolist(), pa.float64())
-            )
+            table = table.append_column(name, pa.array([None] * M if values is None else values.tolist(), pa.float64()))
         table = table.add_column(0, "probe", pa.array(self.group))
-        step.observed = table.add_column(0, "step", pa.array([step.step] * len(actual)))
-        step.predicted, step.actual = seen.predicted, actual
-        square, product = float(seen.predicted @ seen.predicted), float(seen.predicted @ actual)
-        step.linearity = product / square if square else float("nan")
-        step.carried = seen.carried
-        if seen.forces:
-            if isinstance(step._tokens, dict):
-                step._tokens |= {f"on {name}": clip * forces for name, forces in seen.forces.items()}
-            step.forces = clip * seen.forces[self.blamed[0]]
-            if seen.own:
-                step.accounted = clip * seen.total / seen.own
-                if abs(step.accounted - 1) > 0.05:
-                    step.notes.append(
-                        f"the forces of all tokens make {step.accounted:.2f} of what the step's gradient does: it was clipped "
-                        "(give step_end the factor), or dropout was on, or part of the loss goes past the logits"
-                    )
-        if seen.problem:
-            step.notes.append(seen.problem)
-        found = {"probe/square": square, "probe/product": product}
-        for name in self.groups:
-            own = torch.tensor([g == name for g in self.group])
-            found[f"{name}/n"] = float(own.sum())
-            for what, of in (("log_prob", seen.after), ("actual", actual), ("predicted", seen.predicted)):
-                found[f"{name}/{what}"] = float(of[own].sum())
-        return found
+        return table.add_column(0, "step", pa.array([number] * M))
+
+    def _blame_into(self, step: Step, blame: Blame, clip: float) -> None:
+        step.carried = blame.carried
+        step.add_columns({f"on {name}": clip * forces for name, forces in blame.forces.items()})
+        step.forces = clip * blame.forces[self.blamed[0]]
+        if blame.own:
+            step.accounted = clip * blame.total / blame.own
+            if abs(step.accounted - 1) > 0.05:
+                step.notes.append(
+                    f"the forces of all tokens make {step.accounted:.2f} of what the step's gradient does: it was clipped "
+                    "(give step_end the factor), or dropout was on, or part of the loss goes past the logits"
+                )
 
     def metrics(self, of: Mapping[str, float]) -> dict[str, float]:
         """Per group the mean log-prob, and its mean change in a step, real and predicted; the linearity of them all."""
@@ -191,75 +209,66 @@ class Probe:
 
     # ---------------------------------------------------------------- a model that is whole
 
-    def _tangent(self, capture: Capture, optimizer: torch.optim.Optimizer, scale: float) -> Seen:
-        lm, forwards = capture.lm, capture.take()
-        with _without_autocast(lm), _NoRequiresGrad(), trace(lm) as tracer:
+    def _observe(self, capture: Capture, update: Update) -> Observation:
+        """One pass at θ + Δθ, then a tangent pass along Δθ at θ."""
+        lm = capture.lm
+        with own_passes(lm), trace(lm) as tracer:
             batches = tracer.batches(self.chis, TOKENS)
             with torch.no_grad():
                 after = torch.cat([log_probs(tracer.logits(batch), batch.targets) for batch in batches])
             direction = {name: tracer.params[name] - old for name, old in self._saved.items()}
             for use, tensor in tracer.owner.items():
                 tracer.params[use] = self._saved.get(tensor, tracer.params[use])  # from here on the model is θ
-            uses, before, predicted, readout, stats = exact.select(tracer, "full"), [], [], [], []
-            head = tracer.readout
-            moved = direction.get(tracer.owner[head.weight_name])
-            old = replace(head, weight=tracer.params[head.weight_name])
-            for batch in batches:
-                z, velocity, h = _pushed(tracer, capture.head, batch, direction, uses)
-                y = batch.targets.to(z.device)
-                before.append(log_probs(z, y))
-                stats.append(token_stats(z, y))
-                shift = None if head.bias_name is None else direction.get(tracer.owner[head.bias_name])
-                for rows in blocks(z):
-                    force = logit_force(z[rows], y[rows], torch.ones_like(z[rows, 0]))
-                    predicted.append((force * velocity[rows].to(force.dtype)).double().sum(1))
-                    if moved is not None:
-                        readout.append(through_readout(old, h[rows], z[rows], force, moved, shift))
-            table = row_table(batches, TokenStats.joined(stats), self.chis)
-            seen = Seen(
-                table, torch.cat(before).cpu(), after.cpu(), torch.cat(predicted).cpu(),
-                torch.cat(readout).cpu() if readout else None,
-            )  # fmt: skip
+            stats, before, predicted, readout = _along(tracer, capture.head, batches, direction)
             direction.clear()  # of the model's size
+            found = Observation(row_table(batches, stats, self.chis), before, after.cpu(), predicted, readout)
             try:
-                self._blame(tracer, optimizer, forwards, scale, uses, seen)
+                return replace(found, blame=self._blame(tracer, update))
             except ValueError as error:
-                seen.problem = f"no forces of single update tokens: {error}"
-        return seen
+                return replace(found, problem=f"no forces of single update tokens: {error}")
 
-    def _blame(
-        self, tracer: Tracer, optimizer: torch.optim.Optimizer, forwards: Sequence[Forward], scale: float,
-        uses: dict[str, str], seen: Seen,
-    ) -> None:  # fmt: skip
+    def _blame(self, tracer: Tracer, update: Update) -> Blame:
         """Σ over each blamed group, pulled back once, pushed over the update: one backward and one tangent pass a group."""
-        P, update = steps_of(optimizer, tracer), [self._update(tracer, f, scale) for f in forwards]
-        grads = {name: p.grad for name, p in tracer.model.named_parameters() if p.grad is not None}
+        P, uses = steps_of(update.optimizer, tracer.trained), exact.select(tracer, "full")
+        sides = [updated_side(tracer, f, update.scale) for f in update.forwards]
+        named = dict(tracer.model.named_parameters())
+        grads = {name: p.grad for name, p in named.items() if p.grad is not None}
+        forces, own, carried = dict[str, Tensor](), 0.0, 0.0
         for group in self.blamed:
-            batches = tracer.batches(self.groups[group], TOKENS)
-            ones = [torch.ones(len(b.targets), dtype=tracer.precision, device=tracer.device) for b in batches]
-            terms = [GTerm(b.targets.to(tracer.device), one) for b, one in zip(batches, ones, strict=True)]
-            D = products.vjp(tracer, exact.Side(batches, terms), uses)
+            D = products.vjp(tracer, observed_side(tracer, self.groups[group]), uses)
             if group == self.blamed[0]:
-                seen.own = sum(float(-(P[name] * grads[name] * x).double().sum()) for name, x in D.items() if name in grads)
-                moved = {name: p.detach() for name, p in tracer.model.named_parameters()}
-                along = sum(float(((moved[name] - self._saved[name]) * x).double().sum()) for name, x in D.items())
-                seen.carried = along - seen.own
+                own = sum(float(-(P[name] * grads[name] * x).double().sum()) for name, x in D.items() if name in grads)
+                moved = sum(float(((named[name].detach() - self._saved[name]) * x).double().sum()) for name, x in D.items())
+                carried = moved - own
             for name, x in D.items():
                 x *= P[name]
-            parts = [products.jvp(tracer, side, D, uses) for side in update]
-            seen.forces[group] = torch.cat(parts).cpu() if parts else torch.zeros(0)
-            if group == self.blamed[0]:
-                seen.total = float(seen.forces[group].double().sum())
+            parts = [products.jvp(tracer, side, D, uses) for side in sides]
+            forces[group] = torch.cat(parts).cpu() if parts else torch.zeros(0)
+        return Blame(forces, float(forces[self.blamed[0]].double().sum()), own, carried)
 
-    @staticmethod
-    def _update(tracer: Tracer, f: Forward, scale: float) -> exact.Side:
-        """The scored tokens of a forward pass with their c."""
-        batches = tracer.batches([chi for chi in f.chis() if len(chi)], TOKENS)
-        term, start, terms = f.gterm(scale), 0, []
-        for batch in batches:
-            terms.append(term.rows(slice(start, start + len(batch.targets))))
-            start += len(batch.targets)
-        return exact.Side(batches, terms)
+
+def _along(
+    tracer: Tracer, head: nn.Module, batches: Sequence[Batch], direction: exact.Direction
+) -> tuple[TokenStats, Tensor, Tensor, Tensor | None]:
+    """Statistics and log-probs [M] at the traced weights; their first-order change along a direction [M], and the readout's."""
+    uses, readout = exact.select(tracer, "full"), tracer.readout
+    moved = direction.get(tracer.owner[readout.weight_name])
+    shift = None if readout.bias_name is None else direction.get(tracer.owner[readout.bias_name])
+    old = replace(readout, weight=tracer.params[readout.weight_name])
+    before, predicted, through, stats = [], [], list[Tensor](), []
+    for batch in batches:
+        z, velocity, h = _pushed(tracer, head, batch, direction, uses)
+        y = batch.targets.to(z.device)
+        before.append(log_probs(z, y))
+        stats.append(token_stats(z, y))
+        term = GTerm(y, torch.ones_like(z[:, 0]))
+        for rows in blocks(z):
+            force = term.rows(rows).force(z[rows])
+            predicted.append((force * velocity[rows].to(force.dtype)).double().sum(1))
+            if moved is not None:
+                through.append(through_readout(old, h[rows], z[rows], force, moved, shift))
+    part = torch.cat(through).cpu() if through else None
+    return TokenStats.joined(stats), torch.cat(before).cpu(), torch.cat(predicted).cpu(), part
 
 
 @torch.no_grad()
@@ -283,13 +292,28 @@ def _pushed(
         handle.remove()
 
 
-def _drives(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it has finite gradients that are not zero and a learning rate for them."""
+def observed_side(tracer: Tracer, chis: Sequence[Chi]) -> exact.Side:
+    """The scored tokens of some sequences with the force that raises their log-probs."""
+    batches, terms = tracer.batches(chis, TOKENS), []
+    for batch in batches:
+        ones = torch.ones(len(batch.targets), dtype=tracer.precision, device=tracer.device)
+        terms.append(GTerm(batch.targets.to(tracer.device), ones))
+    return exact.Side(batches, terms)
+
+
+def updated_side(tracer: Tracer, forward: Forward, scale: float = 1.0) -> exact.Side:
+    """The scored tokens of a captured pass with the force of its loss, times `scale`."""
+    batches = tracer.batches([chi for chi in forward.chis() if len(chi)], TOKENS)
+    return exact.Side(batches, forward.gterm(scale).split([len(batch.targets) for batch in batches]))
+
+
+def _should_move(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer has finite gradients that are not zero and a learning rate for them."""
     driven = [p.grad for group in optimizer.param_groups if group.get("lr") != 0 for p in group["params"]]
     return 0 < math.hypot(*(float(local(g).norm(dtype=torch.float32)) for g in driven if g is not None)) < math.inf
 
 
-def _trim() -> None:
+def _release_memory() -> None:
     """Give freed memory back to the system where the C library keeps it in pieces: the next step's would come on top of it."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
@@ -297,28 +321,5 @@ def _trim() -> None:
             trim(0)
 
 
-def _spelled(chi: Chi, tokenizer: Any) -> Chi:
+def _with_texts(chi: Chi, tokenizer: Any) -> Chi:
     return chi if chi.tokens or tokenizer is None else chi.with_(tokens=token_texts(tokenizer, chi.ids.tolist()))
-
-
-class _NoRequiresGrad(TorchFunctionMode):
-    """Gradient checkpointing of adapters hooks requires_grad_() onto the embedding's output, which a tangent pass refuses."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.requires_grad_ and torch._C._functorch.peek_interpreter_stack() is not None:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def _without_autocast(lm: nn.Module) -> Iterator[None]:
-    """accelerate wraps `forward` in autocast; a change of 1e-3 nats does not survive bfloat16."""
-    wrapped, plain = vars(lm).get("forward"), vars(lm).get("_original_forward")
-    if wrapped is None or plain is None:
-        yield
-        return
-    try:
-        lm.forward = plain
-        yield
-    finally:
-        lm.forward = wrapped

@@ -7,26 +7,48 @@ differences, error O(Δθ⁵), and the weights are put back bit by bit. Of the f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..exact.sides import row_table
-from ..kernels.readout_forces.reference import logit_force
 from ..model.optimizer import steps_of
 from ..model.readout import Readout
 from ..model.unwrap import is_sharded, whole
+from ..objective import GTerm
 from ..ops import token_stats
 from ..ops.rows import log_probs
 from ..sequences import Chi, collate
 from .capture import Capture
 from .forward import ROWS, Forward
-from .observation import Seen, through_readout
+from .observation import Blame, Observation, Update, through_readout
 
-Read = tuple[Tensor, Tensor, Tensor]
+
+@dataclass(frozen=True)
+class Reading:
+    """What a forward pass says of a probe: log-probs [M], inputs of the readout [M, d] and logits [M, V] of its tokens."""
+
+    log_probs: Float[Tensor, " M"]
+    hidden: Float[Tensor, "M d"]
+    logits: Float[Tensor, "M V"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a step began: the trainable weights by name, and what `read` gave there."""
+
+    saved: Mapping[str, Tensor]
+    reading: Reading
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The sequences of a probe, and which of their tokens [M] each group holds that update tokens are asked about."""
+
+    chis: Sequence[Chi]
+    blamed: Mapping[str, Tensor]
 
 
 def any_sharded(lm: nn.Module) -> bool:
@@ -34,8 +56,8 @@ def any_sharded(lm: nn.Module) -> bool:
     return any(is_sharded(p) for p in lm.parameters())
 
 
-def read(model: nn.Module, capture: Capture, chis: Sequence[Chi]) -> Read:
-    """Log-probs [M], inputs of the readout [M, d] and logits [M, V] of the scored tokens."""
+def read(model: nn.Module, capture: Capture, chis: Sequence[Chi]) -> Reading:
+    """The probe under the present weights, without dropout. Every rank must call it."""
     kept: list[Tensor] = []
     handle = capture.head.register_forward_pre_hook(lambda module, args: kept.append(args[0].detach()))
     modes = {module: module.training for module in model.modules()}
@@ -53,63 +75,60 @@ def read(model: nn.Module, capture: Capture, chis: Sequence[Chi]) -> Read:
         for module, mode in modes.items():
             module.training = mode
         reshard(model)
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
+    return Reading(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
-def mirrored(
-    model: nn.Module, capture: Capture, optimizer: torch.optim.Optimizer, scale: float, chis: Sequence[Chi],
-    blamed: Mapping[str, Tensor], saved: Mapping[str, Tensor], start: Read,
-) -> Seen:  # fmt: skip
-    """What a step did to the probe: θ is where it led, `saved` where it began, `start` what `read` gave there.
-
-    Every rank must call it. blamed: which probe tokens [M] each blamed group holds.
-    """
-    named = {name: p for name, p in capture.lm.named_parameters() if name in saved}
+def observe(model: nn.Module, capture: Capture, watched: Watched, update: Update, start: Start) -> Observation:
+    """What a step did to the probe: θ is where it led, `start` where it began. Every rank must call it."""
+    named = {name: p for name, p in capture.lm.named_parameters() if name in start.saved}
     new = {name: p.detach().clone() for name, p in named.items()}
-    at = {1.0: read(model, capture, chis)[0]}
+    at = {1.0: read(model, capture, watched.chis).log_probs}
     try:
         for share in (-1.0, 0.5, -0.5):
             for name, p in named.items():
-                p.copy_(saved[name] + share * (new[name] - saved[name]))
-            at[share] = read(model, capture, chis)[0]
+                p.copy_(start.saved[name] + share * (new[name] - start.saved[name]))
+            at[share] = read(model, capture, watched.chis).log_probs
     finally:
         for name, p in named.items():
             p.copy_(new[name])
     far, near = (at[1.0] - at[-1.0]) / 2, at[0.5] - at[-0.5]
-    before, h, z = start
-    batch = collate(chis)
-    y = batch.targets.to(z.device)
-    force = logit_force(z, y, torch.ones(len(y), device=z.device))
-    seen = Seen(row_table([batch], token_stats(z.cpu(), batch.targets), chis), before, at[1.0], (4 * near - far) / 3, None)
+    batch, reading = collate(watched.chis), start.reading
+    table = row_table([batch], token_stats(reading.logits.cpu(), batch.targets), watched.chis)
+    found = Observation(table, reading.log_probs, at[1.0], (4 * near - far) / 3)
     name = next((n for n, p in named.items() if p is capture.head.weight), "")
-    if name:
-        head = capture.readout()
-        old = replace(head, weight=whole(saved[name]))
-        seen.readout = through_readout(old, h, z, force, whole(new[name]) - old.weight, None).cpu()
-        seen.problem = "the model is sharded: forces of single update tokens are the readout's part alone"
-        try:
-            P = whole(steps_of(optimizer, SimpleNamespace(model=capture.lm, trainable=frozenset(named)))[name])
-            for group, own in blamed.items():
-                own = own.to(z.device)
-                D = P * (old.pull_back(z, force)[own].T @ h[own].to(z.dtype))
-                parts = [_readout_forces(f, old, D, scale) for f in capture.take()]
-                seen.forces[group] = torch.cat(parts).cpu() if parts else torch.zeros(0)
-        except ValueError as error:
-            seen.problem = f"no forces of single update tokens: {error}"
-    return seen
+    if not name:
+        return found
+    old = replace(capture.readout(), weight=whole(start.saved[name]))
+    y, z = batch.targets.to(reading.logits.device), reading.logits
+    force = GTerm(y, torch.ones(len(y), device=z.device)).force(z)
+    moved = whole(new[name]) - old.weight
+    found = replace(found, readout=through_readout(old, reading.hidden, z, force, moved, None).cpu())
+    try:
+        P = whole(steps_of(update.optimizer, {name: named[name]})[name])
+        pulled, forces = old.pull_back(z, force), dict[str, Tensor]()
+        for group, own in watched.blamed.items():
+            own = own.to(z.device)
+            D = P * (pulled[own].T @ reading.hidden[own].to(z.dtype))
+            forces[group] = _readout_forces(update, old, D)
+    except ValueError as error:
+        return replace(found, problem=f"no forces of single update tokens: {error}")
+    problem = "the model is sharded: forces of single update tokens are the readout's part alone"
+    return replace(found, blame=Blame(forces), problem=problem)
 
 
-def _readout_forces(f: Forward, readout: Readout, D: Float[Tensor, "V d"], scale: float) -> Float[Tensor, " L"]:
+def _readout_forces(update: Update, readout: Readout, D: Float[Tensor, "V d"]) -> Float[Tensor, " L"]:
     """Γ_lᵀ D h_l: what each update token does along D, where only the readout moves."""
+    parts = [_pass_forces(f, readout, D, update.scale) for f in update.forwards]
+    return torch.cat(parts).cpu() if parts else torch.zeros(0)
+
+
+def _pass_forces(f: Forward, readout: Readout, D: Float[Tensor, "V d"], scale: float) -> Float[Tensor, " N"]:
     assert f.hidden is not None
-    term, parts, start = f.gterm(scale), [], 0
-    for h in f.hidden.split(ROWS):
-        rows = term.rows(slice(start, start + len(h)))
+    states, parts = f.hidden.split(ROWS), []
+    for h, term in zip(states, f.gterm(scale).split([len(h) for h in states]), strict=True):
         z = readout.logits(h)
-        force = rows.force(z)
-        parts.append((readout.pull_back(z, force) * (h.to(D.dtype) @ D.T)).sum(1))
-        start += len(h)
+        parts.append((readout.pull_back(z, term.force(z)) * (h.to(D.dtype) @ D.T)).sum(1))
     return torch.cat(parts)
 
 
