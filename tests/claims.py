@@ -30,7 +30,7 @@ class Listed:
 
 LANGUAGE = {
     "ches-filter": Listed(
-        ["CHES is the readout's force without its factor <g, g> (identity; theory §3)"],
+        ["CHES is the readout's force without its factor <g, g> (identity; docs/theory.md, The kernel)"],
         {
             "Pairs with a low score displace the chosen answer less (arXiv 2410.08847 §4)": FEW,
             "Filtering by CHES beats random filtering (arXiv 2410.08847 §4, §6)": FALSE,
@@ -46,39 +46,39 @@ LANGUAGE = {
             "The chosen answer falls late (arXiv 2407.10490 §4.2)": FALSE,
             "The argmax rises while everything that is watched falls: squeezing (arXiv 2407.10490 §4.2)": FALSE,
             "On-policy DPO squeezes less than off-policy DPO (arXiv 2407.10490 §4.2 and §3.3)": FALSE,
-            "So do the other losses, and SPIN (arXiv 2407.10490 §4.2; theory §5)": FALSE,
+            "So do the other losses, and SPIN (arXiv 2407.10490 §4.2; docs/theory.md, Phenomena)": FALSE,
         },
     ),
     "extended-sft": Listed(
         ["Training on both answers lifts the rejected ones out of the valley (arXiv 2407.10490 §5)"],
         {
             "The chosen answers then stand higher in DPO (arXiv 2407.10490 §5)": FEW,
-            "and decay more slowly (arXiv 2407.10490 §5; theory §5)": FALSE,
+            "and decay more slowly (arXiv 2407.10490 §5; docs/theory.md, Phenomena)": FALSE,
             "The argmax takes less of the mass (arXiv 2407.10490 §5)": FEW,
         },
     ),
     "grpo-forces": Listed(
         [
-            "An NTHR score is a gradient product (identity; theory §3, re-derived from the paper's eq.)",
+            "An NTHR score is a gradient product (identity; docs/theory.md, The kernel)",
             "Where wrong answers share the working of right ones it takes the lift away (arXiv 2505.18830 §4, its mechanism)",
         ],
         {
             "The negative gradient holds the right answers back (LLD; arXiv 2505.18830 §4)": FALSE,
             "NTHR finds the harmful tokens (arXiv 2505.18830 §5)": FEW,
-            "Reweighting NTHR's tokens lowers the displacement (arXiv 2505.18830 §5; theory §5)": FEW,
+            "Reweighting NTHR's tokens lowers the displacement (arXiv 2505.18830 §5; docs/theory.md, Phenomena)": FEW,
             "and that because of which tokens it spares (arXiv 2505.18830, random control)": FEW,
-            "Behind a context of 1,000 tokens the exact forces predict the step as well (theory §5)": LONG,
+            "Behind a context of 1,000 tokens the exact forces predict the step as well (docs/theory.md, Phenomena)": LONG,
             "GRPO raises pass@1 and sharpens: the most likely token's mass grows (arXiv 2510.14807 §3)": FEW,
             "and pays with pass@K (arXiv 2510.14807 §3)": FALSE,
             "NTHR trains better than GRPO (arXiv 2505.18830 §6)": FEW,
         },
-        ["The exact force of the wrong answers' tokens says what they do to the right ones (theory §5)"],
+        ["The exact force of the wrong answers' tokens says what they do to the right ones (docs/theory.md, Phenomena)"],
     ),
     "hallucination": Listed(
         [
             "SFT lifts the answer of another training prompt behind x_u (arXiv 2407.10490 §4.1)",
             "more than the answer of a prompt that is not trained on (arXiv 2407.10490 §4.1, irr_train against irr_test)",
-            "The exact force says so before the first step (theory §5)",
+            "The exact force says so before the first step (docs/theory.md, Phenomena)",
         ],
     ),
     "longer-sft-worse-dpo": Listed(
@@ -94,7 +94,7 @@ LANGUAGE = {
     "readout-vs-exact": Listed(
         [
             "The exact force is the sum over layers (identity)",
-            "First order is right: the exact force predicts a real step (theory §5, AKG per token)",
+            "First order is right: the exact force predicts a real step (docs/theory.md, The decomposition)",
         ],
         {
             "NTHR finds the tokens whose penalty hurts the correct answer "
@@ -118,17 +118,18 @@ LANGUAGE = {
     ),
     "shared-prefix": Listed(
         [
-            "At a shared prefix DPO's two gradients cancel (identity; theory §4, from arXiv 2407.10490 eq. 6)",
-            "Where the answers part, only the two tokens' logits are pushed, by β(1-a) (identity; theory §4)",
+            "At a shared prefix DPO's two gradients cancel (identity; docs/theory.md, Contexts)",
+            "Where the answers part, only the two tokens' logits are pushed, by β(1-a) (identity; docs/theory.md, Contexts)",
             "Through all parameters, attention included, the prefix pushes nothing (identity: same context, same Jacobian)",
-            "Only losses with c⁺ = -c⁻ cancel: SimPO, KTO and SPPO do push the shared prefix (from the table of theory §2)",
+            "Only losses with c⁺ = -c⁻ cancel: SimPO, KTO and SPPO do push the shared prefix (docs/theory.md, Objectives)",
         ],
-        {"Squeezing needs the positions behind the divergence (theory §4)": FEW},
+        {"Squeezing needs the positions behind the divergence (docs/theory.md, Squeezing)": FEW},
     ),
     "simko": Listed(
         [
             "SimKO's ratio has the value of GRPO's (identity; arXiv 2510.14807 §4)",
-            "Its gradient at a forking token of a right answer is shared with the candidates (identity; theory §2 †)",
+            "Its gradient at a forking token of a right answer is shared with the candidates (identity; docs/theory.md, "
+            "Objectives)",
         ],
         {
             "SimKO keeps more of pass@K than GRPO (arXiv 2510.14807 §4)": FALSE,

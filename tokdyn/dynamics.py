@@ -28,7 +28,7 @@ def K(J_o: Float[Tensor, "M V P"], J_u: Float[Tensor, "L V P"]) -> Float[Tensor,
 
 def G(logits: Float[Tensor, "L V"], gterm: GTerm) -> Float[Tensor, "L V"]:
     """Loss gradient at the logits, G_l = ∂L/∂z_l, from its GTerm (objective.GTerm has the formula)."""
-    return -gterm.force(logits)
+    return -gterm.logit_force(logits)
 
 
 def F(

@@ -40,7 +40,7 @@ class GTerm:
     uniform: Float[Tensor, "L"] | None = None
     temperature: float = 1.0
 
-    def force(self, logits: Float[Tensor, "L V"]) -> Float[Tensor, "L V"]:
+    def logit_force(self, logits: Float[Tensor, "L V"]) -> Float[Tensor, "L V"]:
         """Γ = -G at these logits, the negative gradient of the loss at each token's own logits; [L, V], loss per logit."""
         if self.temperature == 1:
             return logit_force(logits, self.targets, self.c, self.v, self.uniform)

@@ -228,7 +228,7 @@ def _squeeze(problem: ScoredProblem, eta: float) -> squeeze.Squeeze:
     for b, (batch, term) in enumerate(zip(u.batches, u.terms, strict=True)):
         h = problem.tracer.hidden(batch)
         z = head.logits(h)
-        force = head.pull_back(z, u.force(b, z))
+        force = head.pull_back(z, u.logit_force(b, z))
         after = head.cap(head.uncapped(h) + head.scale * eta * h.square().sum(1, keepdim=True) * force)
         parts.append(squeeze.compare(z, after, batch.targets.to(z.device), term.own_c))
     return squeeze.Squeeze(*(torch.cat(column) for column in zip(*parts, strict=True)))

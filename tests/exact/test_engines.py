@@ -19,7 +19,7 @@ from tokdyn.objectives import GRPO, PPO, SFT, SimKO
 from tokdyn.testing import FAMILIES, float64, random_chis, relative_error, tiny, tiny_lora
 
 U, O = random_chis([(3, 5), (2, 6)], seed=1), random_chis([(3, 4), (1, 3), (5, 2)], seed=2)  # noqa: E741
-FP32, FP64 = 1e-5, 1e-9  # two gradients of these models, each off by 5e-6: test_forces.py
+FP32, FP64 = 1e-5, 1e-9  # two gradients of these models, each off by 5e-6: tests/test_forces.py
 ENGINES = ["sweep", "tangents"]
 CROSS = ["lookup on readout", "readout on lookup"]
 matrices = partial(engines.matrices, update=U, observe=O)

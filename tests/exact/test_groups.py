@@ -14,7 +14,7 @@ from tokdyn.runs.shards import Shards
 from tokdyn.testing import random_chis, relative_error, tiny
 
 U, O = random_chis([(3, 5), (2, 6)], seed=1), random_chis([(3, 4), (1, 3), (5, 2)], seed=2)  # noqa: E741
-FP32 = 1e-5  # two gradients of these models, each off by 5e-6: test_forces.py
+FP32 = 1e-5  # two gradients of these models, each off by 5e-6: tests/test_forces.py
 
 
 def summed(F, labels):

@@ -15,7 +15,8 @@ from tokdyn.integrations import openrlhf, verl
 from tokdyn.testing import random_chis, tiny
 
 V, P, R, T = 61, 5, 6, 0.7
-# a ratio's relative error is the error of log pi, of logits of size 6 made twice: 20 eps of that, as test_steps.py has it
+# a ratio's relative error is the error of log pi, of logits of size 6 made twice: 20 eps of that, as in
+# tests/training/test_steps.py
 RATIO = 20 * torch.finfo(torch.float32).eps * 6
 PROBE = random_chis([(3, 4)], seed=3)
 

@@ -37,6 +37,6 @@ def test_a_side_forces_and_works_block_by_block(monkeypatch):
     term = GTerm(y, torch.randn(N, 2), torch.randn(N), torch.randn(N))
     side = Side([collate(random_chis([(1, N)]))], [term])
     truth = logit_force(z, term.targets, term.c, term.v, term.uniform)
-    assert torch.equal(side.force(0, z), truth)
+    assert torch.equal(side.logit_force(0, z), truth)
     assert torch.equal(side.work(0, z, velocity), (truth * velocity).sum(1))
-    assert side.force(0, z.bfloat16()).dtype == torch.float32
+    assert side.logit_force(0, z.bfloat16()).dtype == torch.float32

@@ -269,7 +269,7 @@ def test_a_monitored_training_has_a_page(tmp_path):
     table = records.read(tmp_path / "near-far")[1]["tokens"]
     for name in ("near", "far"):
         found, truth = torch.tensor(table[f"on {name}"].to_pylist()), torch.cat(alone[name])
-        torch.testing.assert_close(found, truth, rtol=0, atol=1e-5 * float(truth.abs().max()))  # two gradients: test_forces.py
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-5 * float(truth.abs().max()))  # two gradients
     page = td.watch(tmp_path / "near-far", follow=True)
     payload = payload_of(page.read_text(encoding="utf-8"))
     assert page == tmp_path / "near-far" / "report.html" and [m["step"] for m in payload["maps"]] == [1, 2]

@@ -181,7 +181,7 @@ def test_label_smoothing_is_explained_by_three_terms():
 
 @pytest.mark.parametrize("terms", ["c", "entropy", "smoothing"])
 def test_force_is_the_norm_of_G(terms):
-    """Forward.force equals ‖∂L/∂z‖ of the loss's own backward pass, and so does G rebuilt from c, v and u."""
+    """Forward.norm_of_G equals ‖∂L/∂z‖ of the loss's own backward pass, and so does G rebuilt from c, v and u."""
     ids, labels = data()
     kept = {}
 
@@ -206,7 +206,7 @@ def test_force_is_the_norm_of_G(terms):
     # condition of three alike directions
     loose = 1e4 if terms == "smoothing" else 50
     torch.testing.assert_close(rebuilt, G, rtol=0, atol=loose * EPS * scale)
-    torch.testing.assert_close(forward.force, G.norm(dim=1), rtol=0, atol=loose * EPS * scale)
+    torch.testing.assert_close(forward.norm_of_G, G.norm(dim=1), rtol=0, atol=loose * EPS * scale)
 
 
 def test_two_backward_passes_through_one_graph_add_up():

@@ -124,5 +124,5 @@ def _features(tracer: Tracer, side: Side, found: list[Stream]) -> tuple[Float[Te
         for call in calls:
             of.setdefault(call.name, []).append(call.output.flatten(0, -2)[batch.rows.to(h.device)])
         normed.append(torch.cat([of[name][nth] for name, nth in found], 1).to(tracer.precision))
-        pulled += [part.force @ weight for part in forces_at_readout(tracer, h, term)]
+        pulled += [part.pulled @ weight for part in forces_at_readout(tracer, h, term)]
     return torch.cat(normed), torch.cat(pulled)

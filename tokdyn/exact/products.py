@@ -56,7 +56,7 @@ def _backward(tracer: Tracer, batches: Sequence[Batch], uses: Uses, force: Calla
 
 def vjp(tracer: Tracer, side: Side, uses: Uses) -> Direction:
     """Σ_n J_nᵀ Γ_n over all tokens of a side, by tensor name: one backward pass per batch."""
-    return _backward(tracer, side.batches, uses, side.force)
+    return _backward(tracer, side.batches, uses, side.logit_force)
 
 
 def vjp_scored(tracer: Tracer, side: Unscored, uses: Uses) -> tuple[Direction, ScoredSide]:
@@ -65,7 +65,7 @@ def vjp_scored(tracer: Tracer, side: Unscored, uses: Uses) -> tuple[Direction, S
 
     def force(b: int, logits: Tensor) -> Tensor:
         scored.append(side.score_batch(b, logits))
-        return scored[b].force(logits)
+        return scored[b].logit_force(logits)
 
     return _backward(tracer, side.batches, uses, force), side.side(scored)
 
@@ -79,7 +79,7 @@ def vjp_each(tracer: Tracer, side: Side, uses: Uses, start: int = 0, stop: int |
         N = len(batch.targets)
         if n + N > start and n < stop:
             z = tracer.logits(batch, leaves)
-            force = side.force(b, z.detach()).to(z)
+            force = side.logit_force(b, z.detach()).to(z)
             for row in range(max(0, start - n), min(N, stop - n)):
                 grads = torch.autograd.grad(z[row], list(leaves.values()), force[row], retain_graph=True, allow_unused=True)
                 yield _gather(grads, uses, Direction(), tracer.params)

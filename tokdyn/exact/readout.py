@@ -74,14 +74,14 @@ class Rows(NamedTuple):
 
     rows: Tensor  # among the batch's tokens
     h: Float[Tensor, "n d"]
-    force: Float[Tensor, "n V"]  # Γ at W h + b
+    pulled: Float[Tensor, "n V"]  # Γ at W h + b
 
 
 def forces_at_readout(tracer: Tracer, h: Float[Tensor, "N d"], term: GTerm) -> Iterator[Rows]:
     """Γ of a batch's tokens as a force at W h + b, through softcap and scale; logits exist for some rows at a time."""
     for rows in torch.arange(len(h), device=h.device).split(max(1, ELEMENTS // len(tracer.readout.weight))):
         z = tracer.readout.logits(h[rows])
-        yield Rows(rows, h[rows], tracer.readout.pull_back(z, term.rows(rows).force(z)))
+        yield Rows(rows, h[rows], tracer.readout.pull_back(z, term.rows(rows).logit_force(z)))
 
 
 def _rows(tracer: Tracer, side: Side) -> Iterator[Rows]:
@@ -93,14 +93,14 @@ def _dense(problem: Problem, x: Rows, y: Rows) -> Float[Tensor, "m l"]:
     """F_readout of some observed and some updated tokens from their Γ, with a preconditioner or any form of force."""
     head, uses, P, wide = problem.tracer.readout, problem.uses, problem.P, problem.tracer.precision
     h_o, h_u = x.h.to(wide), y.h.to(wide)
-    F = torch.zeros(len(h_o), len(h_u), dtype=x.force.dtype, device=x.force.device)
+    F = torch.zeros(len(h_o), len(h_u), dtype=x.pulled.dtype, device=x.pulled.device)
     if head.bias_name in uses:
-        F += x.force @ (y.force if P is None else y.force * P[uses[head.bias_name]]).T
+        F += x.pulled @ (y.pulled if P is None else y.pulled * P[uses[head.bias_name]]).T
     if head.weight_name in uses and P is None:
-        F += (h_o @ h_u.T) * (x.force @ y.force.T)
+        F += (h_o @ h_u.T) * (x.pulled @ y.pulled.T)
     elif head.weight_name in uses and P is not None:
         scale = P[uses[head.weight_name]]
         for column in range(len(h_u)):  # the direction of one token at a time, written down
-            moved = torch.outer(y.force[column], h_u[column]) * scale
-            F[:, column] += ((h_o @ moved.T) * x.force).sum(1)
+            moved = torch.outer(y.pulled[column], h_u[column]) * scale
+            F[:, column] += ((h_o @ moved.T) * x.pulled).sum(1)
     return F

@@ -50,7 +50,7 @@ class Side:
                 terms.append(term.times(w))
         return Side(batches, terms)
 
-    def force(self, b: int, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    def logit_force(self, b: int, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """Γ of the tokens of batch b, in float32 at least."""
         return _force(self.terms[b], logits)
 
@@ -92,12 +92,12 @@ class Side:
 def _force(term: GTerm, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
     out = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
     for rows in blocks(logits):
-        out[rows] = term.rows(rows).force(logits[rows])
+        out[rows] = term.rows(rows).logit_force(logits[rows])
     return out
 
 
 def _work(term: GTerm, logits: Float[Tensor, "N V"], velocity: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    return torch.cat([(term.rows(rows).force(logits[rows]) * velocity[rows]).sum(1) for rows in blocks(logits)])
+    return torch.cat([(term.rows(rows).logit_force(logits[rows]) * velocity[rows]).sum(1) for rows in blocks(logits)])
 
 
 class ScoredBatch(NamedTuple):
@@ -106,7 +106,7 @@ class ScoredBatch(NamedTuple):
     stats: TokenStats
     term: GTerm
 
-    def force(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    def logit_force(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """Γ of the tokens, in float32 at least."""
         return _force(self.term, logits)
 

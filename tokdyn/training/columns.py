@@ -51,7 +51,7 @@ def _of_the_loss(f: Forward, scale: float) -> dict[str, Tensor]:
         c=scale * f.c,
         v=zero if f.v is None else scale * f.v,
         u=zero if f.u is None else scale * f.u,
-        force=scale * f.force,
+        force=scale * f.norm_of_G,
         p_target=p,
         p_argmax=top,
         squeezing=rate * (f.c < 0),

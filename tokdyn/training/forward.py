@@ -128,7 +128,7 @@ class Forward:
         return self.check.outside
 
     @property
-    def force(self) -> Float[Tensor, " N"]:
+    def norm_of_G(self) -> Float[Tensor, " N"]:
         """‖G‖ of each token: ‖c (e_y - pi) + v pi ⊙ (log pi + H) + u (1/V - pi)‖ / temperature."""
         assert self.c is not None
         p, g, V = self.stats.log_prob.exp(), self.stats.g_norm, self.vocabulary
@@ -265,7 +265,7 @@ def basis(
         z = readout.logits(h)
         ones = torch.ones(len(y), dtype=z.dtype, device=z.device)
         terms = [(ones, None, None), (0 * ones, ones, None), (0 * ones, None, ones)][:K]
-        forces = [readout.pull_back(z, GTerm(y, *term, temperature).force(z)) for term in terms]
+        forces = [readout.pull_back(z, GTerm(y, *term, temperature).logit_force(z)) for term in terms]
         parts.append(torch.stack(forces, 1) @ readout.weight.to(z.dtype))
     return torch.cat(parts)
 

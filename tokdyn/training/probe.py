@@ -263,7 +263,7 @@ def _along(
         stats.append(token_stats(z, y))
         term = GTerm(y, torch.ones_like(z[:, 0]))
         for rows in blocks(z):
-            force = term.rows(rows).force(z[rows])
+            force = term.rows(rows).logit_force(z[rows])
             predicted.append((force * velocity[rows].to(force.dtype)).double().sum(1))
             if moved is not None:
                 through.append(through_readout(old, h[rows], z[rows], force, moved, shift))

@@ -101,7 +101,7 @@ def observe(model: nn.Module, capture: Capture, watched: Watched, update: Update
         return found
     old = replace(capture.readout(), weight=whole(start.saved[name]))
     y, z = batch.targets.to(reading.logits.device), reading.logits
-    force = GTerm(y, torch.ones(len(y), device=z.device)).force(z)
+    force = GTerm(y, torch.ones(len(y), device=z.device)).logit_force(z)
     moved = whole(new[name]) - old.weight
     found = replace(found, readout=through_readout(old, reading.hidden, z, force, moved, None).cpu())
     try:
@@ -128,7 +128,7 @@ def _pass_forces(f: Forward, readout: Readout, D: Float[Tensor, "V d"], scale: f
     states, parts = f.hidden.split(ROWS), []
     for h, term in zip(states, f.gterm(scale).split([len(h) for h in states]), strict=True):
         z = readout.logits(h)
-        parts.append((readout.pull_back(z, term.force(z)) * (h.to(D.dtype) @ D.T)).sum(1))
+        parts.append((readout.pull_back(z, term.logit_force(z)) * (h.to(D.dtype) @ D.T)).sum(1))
     return torch.cat(parts)
 
 

@@ -304,7 +304,7 @@ class Recorder:
                 forward.touch(norms > 0)
             if self.sampled_logits is not None:
                 own, term = G[rows[self.sample]].to(wide), GTerm(targets, c, temperature=T).rows(self.sample)
-                misfit = own + term.force(self.sampled_logits) * self.logit_scale
+                misfit = own + term.logit_force(self.sampled_logits) * self.logit_scale
                 unscored = every.index_fill(0, rows, 0.0)
                 forward.check = Check(_square(misfit), _square(own), _square(norms), _square(unscored))
 

@@ -76,7 +76,7 @@ class SideTracer:
         weight = self.tracer.readout.weight.to(self.tracer.precision)
         ids, parts = self.ids if self.plan.lookup is not None else self.ids[:0], []
         for part in forces_at_readout(self.tracer, h, term):
-            parts.append((part.force @ weight, part.force[:, ids]))
+            parts.append((part.pulled @ weight, part.pulled[:, ids]))
         cotangent, residual = (torch.cat(of) for of in zip(*parts, strict=True))
         where, rules = slice(start, start + len(h)), self.plan.rules(calls) if with_calls else {}
         return TracedBatch(batch, h.to(cotangent.dtype), cotangent, ids, residual, where, h.dtype, calls, rules)
