@@ -1,4 +1,4 @@
-// What is selected, and who wants to know. One token is selected at a time; `partner` is the other end of a clicked cell.
+// What is selected, and the functions that run when it changes. One token is selected at a time; `partner` is the other end of a clicked cell.
 
 const state = { side: null, index: -1, partner: -1, focus: MOST_MOVED };
 const watchers = [];
