@@ -128,3 +128,35 @@ def test_a_kernel_imports_no_other_kernels_implementation():
             if module.rsplit(".", 1)[0] != target.rsplit(".", 1)[0] and not references:
                 between.add((module.removeprefix("tokdyn.kernels."), target.removeprefix("tokdyn.kernels.")))
     assert between == BETWEEN_KERNELS
+
+
+LONG_FILES = {  # path -> why it reads better whole
+    "kernels/readout_forces/triton.py": "the forms of one kernel share their tiles",
+    "kernels/tangent_attention/triton.py": "attention, its tangents and the tiles that cotangents share",
+    "tokdyn/objectives.py": "every loss as its paper writes it, side by side",
+}
+LONG_FUNCTIONS = {  # (path, function) -> why it reads better whole; signature and docstring do not count
+    ("kernels/cotangent_attention/triton.py", "_query_kernel"): "device code, one loop",
+    ("kernels/cotangent_attention/triton.py", "_key_kernel"): "device code, one loop",
+    ("kernels/tangent_attention/triton.py", "_tangent_kernel"): "device code, one loop",
+    ("kernels/token_stats/triton.py", "_row"): "device code, one row of running sums",
+    ("kernels/topk_log_probs/triton.py", "_scan_kernel"): "device code, one loop",
+}
+
+
+def test_files_functions_and_signatures_stay_short():
+    """At most 400 lines a file, 60 a function, and in exact/ five parameters: what is longer says why, above."""
+    files, functions, parameters = set(), set(), set()
+    for path in modules().values():
+        text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
+        files |= {name} if len(text.splitlines()) > 400 else set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) and node.body[1:] else node.body
+                functions |= {(name, node.name)} if node.end_lineno - body[0].lineno + 1 > 60 else set()
+                args = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                args = [a for i, a in enumerate(args) if i or a not in ("self", "cls", "ctx")]
+                parameters |= {(name, node.name)} if len(args) > 5 and name.startswith("tokdyn/exact/") else set()
+    assert files == LONG_FILES.keys()
+    assert functions == LONG_FUNCTIONS.keys()
+    assert not parameters
