@@ -136,8 +136,6 @@ LONG_FILES = {  # path -> why it reads better whole
     "tokdyn/objectives.py": "every loss as its paper writes it, side by side",
 }
 LONG_FUNCTIONS = {  # (path, function) -> why it reads better whole; signature and docstring do not count
-    ("kernels/cotangent_attention/triton.py", "_query_kernel"): "device code, one loop",
-    ("kernels/cotangent_attention/triton.py", "_key_kernel"): "device code, one loop",
     ("kernels/tangent_attention/triton.py", "_tangent_kernel"): "device code, one loop",
     ("kernels/token_stats/triton.py", "_row"): "device code, one row of running sums",
     ("kernels/topk_log_probs/triton.py", "_scan_kernel"): "device code, one loop",
