@@ -6,6 +6,7 @@
     python benchmarks/exact_forces.py --peer kronfluence                  its pairwise scores, identity strategy (peers.txt)
     python benchmarks/exact_forces.py --peer none --reduction --batch 8   reduce= against one forward and backward pass
     python benchmarks/exact_forces.py --peer none --scaling               cost against length and width, memory against length
+    python benchmarks/exact_forces.py --shape pairs wide small text experts demo     the shapes of exact_forces_shapes.py
     python benchmarks/exact_forces.py --quick [...]                       any of these at a small size, to see that it runs
 
 Qwen2 shape, tied, random weights, float32, on the CPU. Every side runs in a process of its own; after a warm-up of eight tokens
@@ -43,6 +44,8 @@ from pathlib import Path
 from typing import Any
 
 from exact_forces_processes import measure, ratio
+from exact_forces_shapes import SHAPES
+from exact_forces_shapes import compare as compare_shape
 from exact_forces_sides import LINEAR, OURS, PEERS, PLAIN, Size
 
 BOUND = 1e-5
@@ -137,10 +140,12 @@ def versions() -> dict[str, str | None]:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as text with aligned columns."""
-    forms = dict(side="", scope="", parameters="", length="", vocabulary="", width="", layers="", batch="", runs="",
-                 median_s=".3f", min_s=".3f", max_s=".3f", cpu_s=".3f", peak_MiB=".0f", ratio=".2f", error=".1e")  # fmt: skip
-    cells = [list(forms)] + [["-" if row[k] is None else format(row[k], f) for k, f in forms.items()] for row in rows]
+    """The rows as text with aligned columns; "-" for what a row does not have."""
+    forms = dict(shape="", side="", scope="", parameters="", length="", vocabulary="", width="", layers="", batch="", runs="",
+                 median_s=".3f", min_s=".3f", max_s=".3f", cpu_s=".3f", peak_MiB=".0f", ratio=".2f", error=".1e",
+                 share=".0%")  # fmt: skip
+    forms = {key: form for key, form in forms.items() if any(key in row for row in rows)}
+    cells = [list(forms)] + [["-" if row.get(k) is None else format(row[k], f) for k, f in forms.items()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
 
@@ -148,6 +153,7 @@ def table(rows: list[dict]) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=("naive", *PEERS, "none"), default="naive", help="the other side")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=[], help="these shapes, and nothing else")
     parser.add_argument("--reduction", action="store_true", help="also time reduce= against one forward and backward pass")
     parser.add_argument("--scaling", action="store_true", help="also fit cost against --lengths and --widths")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence, one sequence a side")
@@ -179,16 +185,16 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    """Run what is asked for and print one table."""
-    args = arguments()
-    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    if os.name == "posix":  # import once; every side is a fork of that
-        context.set_forkserver_preload(["torch", "tokdyn.testing", "transformers.models.qwen2.modeling_qwen2"])
-    sizes = [Size(args.length, V, args.width, args.layers) for V in args.vocabulary]
-    about = dict(machine=machine(), threads=args.threads, dtype="float32", versions=versions())
-    busy = [os.getloadavg()[0]]
+def measured(context: Any, args: argparse.Namespace) -> tuple[list[dict], list[str], dict]:
+    """Everything that the options ask for: rows, a sentence for each comparison, and fitted exponents."""
     rows, said, fits = [], [], {}
+    if args.shape:
+        shapes = [shape for name in args.shape for shape in SHAPES[name]]
+        for shape in dict.fromkeys(shape.quick() for shape in shapes) if args.quick else shapes:
+            found, sentence = compare_shape(context, shape, args)
+            rows, said = rows + found, [*said, sentence]
+        return rows, said, fits
+    sizes = [Size(args.length, V, args.width, args.layers) for V in args.vocabulary]
     if args.peer != "none":
         for size in sizes:
             found, sentence = compare(context, args.peer, size, args)
@@ -203,6 +209,18 @@ def main() -> None:
     if args.scaling:
         found, sentences, fits = scaling(context, sizes[0], args)
         rows, said = rows + found, said + sentences
+    return rows, said, fits
+
+
+def main() -> None:
+    """Run what is asked for and print one table."""
+    args = arguments()
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    if os.name == "posix":  # import once; every side is a fork of that
+        context.set_forkserver_preload(["torch", "tokdyn.testing", "transformers.models.qwen2.modeling_qwen2"])
+    about = dict(machine=machine(), threads=args.threads, dtype="float32", versions=versions())
+    busy = [os.getloadavg()[0]]
+    rows, said, fits = measured(context, args)
     busy.append(os.getloadavg()[0])
     packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     print(f"{about['machine']}, {args.threads} threads, float32; load average {busy[0]:.1f} before, {busy[1]:.1f} after")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from exact_forces_sides import LINEAR, PEERS, Size, model_of, side_of, texts
+from exact_forces_sides import LINEAR, PEERS, Size
 
 
 def resident(what: str) -> float:
@@ -38,15 +38,15 @@ def work(connection: Any, name: str, size: Size, scope: str, args: argparse.Name
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(EOFError, BrokenPipeError):  # the parent has gone
         try:
-            serve(connection, side_of(name, model_of(size), args, scope, folder), size)
+            serve(connection, size.side(name, size.model(), args, scope, folder), size)
         except Exception:
             connection.send(traceback.format_exc())
 
 
 def serve(connection: Any, run: Callable, size: Size) -> None:
     """Warm a side up, say "ready", then run and report each time the parent sends True."""
-    run(*texts(size._replace(length=min(8, size.length), batch=1)))
-    sides = texts(size)
+    run(*size.small().texts())
+    sides = size.texts()
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what the warm-up left behind would hide what is taken anew
@@ -112,7 +112,7 @@ def measure(context: Any, names: list[str], size: Size, scope: str, args: argpar
     rows = []
     for name, runs in found.items():
         seconds = [run[0] for run in runs]
-        row = dict(side=name, scope="linear" if scope == LINEAR else scope, parameters=runs[0][4], **size._asdict())
+        row = dict(side=name, scope="linear" if scope == LINEAR else scope, parameters=runs[0][4], **size.labels())
         row |= dict(runs=len(runs), median_s=statistics.median(seconds), min_s=min(seconds), max_s=max(seconds))
         row |= dict(cpu_s=statistics.median(run[1] for run in runs), peak_MiB=max(run[2] for run in runs))
         rows.append(row | dict(ratio=None, error=None, seconds=seconds))

@@ -23,26 +23,57 @@ class Size(NamedTuple):
     layers: int
     batch: int = 1
 
+    def model(self) -> Any:
+        """A random model of Qwen2 shape; the same on every side."""
+        return qwen2(self.vocabulary, self.width, self.layers)
 
-def model_of(size: Size) -> Any:
-    """A random model of Qwen2 shape; the same on every side."""
+    def texts(self) -> list[Any]:
+        """Update and observed sequences: one token of prompt, the rest scored."""
+        from tokdyn.testing import random_chis
+
+        return [random_chis([(1, self.length)] * self.batch, seed=seed, vocabulary=self.vocabulary) for seed in (1, 2)]
+
+    def small(self) -> Size:
+        """What a side warms up with."""
+        return self._replace(length=min(8, self.length), batch=1)
+
+    def labels(self) -> dict[str, Any]:
+        """Its columns in the table."""
+        return self._asdict()
+
+    def side(self, name: str, model: Any, args: argparse.Namespace, scope: str, folder: str) -> Callable:
+        """The side of this name: "tangent", "naive", "reduce=AXIS", a peer, or "forward+backward"."""
+        match name.partition("="):
+            case ("reduce", _, axis):
+                return tokdyn_side(model, scope=scope, reduce=axis)
+            case ("bergson", _, _):
+                return bergson_side(model, args, folder)
+            case ("kronfluence", _, _):
+                return kronfluence_side(model, args, folder)
+            case ("forward+backward", _, _):
+                return plain_side(model)
+            case _:
+                return matrix_side(name, model, args, scope=scope)
+
+
+def qwen2(vocabulary: int, width: int, layers: int) -> Any:
+    """A random model of Qwen2 shape, tied."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen2Config(
-        hidden_size=size.width, num_hidden_layers=size.layers, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=int(2.75 * size.width), vocab_size=size.vocabulary, tie_word_embeddings=True,
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=int(2.75 * width), vocab_size=vocabulary, tie_word_embeddings=True,
         max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, use_cache=False,
     )  # fmt: skip
     return Qwen2ForCausalLM(config).eval()
 
 
-def texts(size: Size) -> list[Any]:
-    """Update and observed sequences: one token of prompt, the rest scored."""
-    from tokdyn.testing import random_chis
-
-    return [random_chis([(1, size.length)] * size.batch, seed=seed, vocabulary=size.vocabulary) for seed in (1, 2)]
+def matrix_side(name: str, model: Any, args: argparse.Namespace, **options: Any) -> Callable:
+    """The matrix by the method "tangent" or "naive", within the memory that the command line gives it."""
+    memory = args.naive_memory if name == "naive" else args.memory
+    return tokdyn_side(model, memory=memory << 20, method=name, **options)
 
 
 def tokdyn_side(model: Any, **options: Any) -> Callable:
@@ -148,20 +179,3 @@ def kronfluence_side(model: Any, args: argparse.Namespace, folder: str) -> Calla
         return analyzer.load_pairwise_scores("scores")["all_modules"], covered
 
     return run
-
-
-def side_of(name: str, model: Any, args: argparse.Namespace, scope: str, folder: str) -> Callable:
-    """The side of this name: "tangent", "naive", "reduce=AXIS", a peer, or "forward+backward"."""
-    match name.partition("="):
-        case ("tangent", _, _):
-            return tokdyn_side(model, scope=scope, memory=args.memory << 20)
-        case ("naive", _, _):
-            return tokdyn_side(model, scope=scope, memory=args.naive_memory << 20, method="naive")
-        case ("reduce", _, axis):
-            return tokdyn_side(model, scope=scope, reduce=axis)
-        case ("bergson", _, _):
-            return bergson_side(model, args, folder)
-        case ("kronfluence", _, _):
-            return kronfluence_side(model, args, folder)
-        case _:
-            return plain_side(model)

@@ -24,6 +24,35 @@ def test_exact_forces_runs_and_both_sides_agree(tmp_path):
     assert "structured tangents:" in done.stdout and set(found["figures"]) == {"naive", "tangent"}
 
 
+def test_every_shape_runs_and_both_sides_agree(tmp_path):
+    shapes = ["pairs", "wide", "small", "text", "experts", "demo"]
+    command = [sys.executable, BENCHMARKS / "exact_forces.py", "--quick", "--shape", *shapes, "--json", tmp_path / "b.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "b.json").read_text())
+    ours, naive = found["figures"]["tangent"], found["figures"]["naive"]
+    assert [row["shape"] for row in ours] == [row["shape"] for row in naive] == [*shapes[:5], "experts", "demo"]
+    assert all(row["error"] < 1e-5 for row in ours)
+    assert all((row["share"] is None) == (row["shape"] == "demo") for row in ours)
+    assert all(f"{shape}: one gradient per token takes" in done.stdout for shape in shapes)
+
+
+def test_multiplications_of_a_shape_are_those_of_its_products(monkeypatch):
+    """One dense layer, counted by hand: pulls, E, and inner products of two sequences of 5 tokens, 3 of them scored."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from exact_forces_shapes import Shape, weights_and_widths
+
+    shape = Shape("x", 2, 3, 2, 32, layers=1, vocabulary=11)
+    attention, kv, mlp = 32 * 32, 32 * 16, 32 * 88  # Qwen2: q and o, k and v, gate, up and down
+    P, q = 2 * attention + 2 * kv + 3 * mlp, 2 * 32 + 2 * 16 + 2 * 88 + 32
+    assert weights_and_widths(shape.model()) == (P, q)
+    tokens, positions = 2 * 3, 2 * 5
+    pulls, made, met = 2 * P * 5 * 2 * tokens, 2 * q * 5 * tokens * positions, 2 * q * 5 * tokens * tokens
+    assert shape.flops() == pulls + made + met
+    one = Shape("x", 2, 3, 2, 32, "qwen3_moe", layers=1, vocabulary=11)  # 2 of 8 experts: gate and up [32, 32], down [32, 16]
+    assert weights_and_widths(one.model()) == (2 * attention + 2 * kv + 2 * (32 * 32 + 32 * 16), 96 + 2 * (32 + 32))
+
+
 def overhead(*options):
     return subprocess.run([sys.executable, BENCHMARKS / "overhead.py", *options], capture_output=True, text=True)
 
