@@ -200,7 +200,18 @@ def loss(
     log_pi = (logits / temperature).log_softmax(-1)
     log_pi = log_pi if w is None else weigh(log_pi, w[:, None])
     log_probs = log_pi.gather(1, batch.targets.to(device)[:, None]).squeeze(1)
-    return objective.loss(log_probs, chis, Scores.of(objective, log_pi))
+
+    def top(k: int) -> tuple[Tensor, Tensor]:
+        ids = log_pi.detach().topk(k, 1).indices
+        return log_pi.gather(1, ids), ids
+
+    scores = Scores.needed(
+        objective,
+        entropy=lambda: torch.special.entr(log_pi.exp()).sum(1),
+        mean_log_prob=lambda: log_pi.mean(1),
+        candidates=top,
+    )
+    return objective.loss(log_probs, chis, scores)
 
 
 # ---------------------------------------------------------------- applying weights

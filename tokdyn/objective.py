@@ -6,7 +6,7 @@ The losses themselves are in objectives.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -99,6 +99,10 @@ class GTerm:
         return replace(self, c=self.c * (w if self.c.dim() == 1 else w[:, None]), v=v, uniform=uniform)
 
 
+Ask = Callable[[], Tensor]
+AskTop = Callable[[int], tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Scores:
     """What a loss may read besides the targets' log-probabilities; only the fields that its `needs` names are filled.
@@ -116,14 +120,26 @@ class Scores:
     candidate_log_probs: Float[Tensor, "L N"] | None = None
 
     @classmethod
-    def of(cls, objective: Objective, log_pi: Float[Tensor, "L V"]) -> Scores:
-        """What an objective needs, of the log-probabilities of the whole vocabulary [L, V] and differentiable in them."""
-        entropy = torch.special.entr(log_pi.exp()).sum(1) if "entropy" in objective.needs else None
-        mean = log_pi.mean(1) if "mean_log_prob" in objective.needs else None
+    def needed(cls, objective: Objective, *, entropy: Ask, mean_log_prob: Ask, candidates: AskTop) -> Scores:
+        """The scores that an objective's `needs` names; what is not needed is not computed.
+
+        Args:
+            objective: the loss that reads them.
+            entropy, mean_log_prob: functions that compute theirs, [L].
+            candidates: a function of N -> log pi of the N most likely tokens and their ids, each [L, N].
+        """
+        H = entropy() if "entropy" in objective.needs else None
+        mean = mean_log_prob() if "mean_log_prob" in objective.needs else None
         if "candidates" not in objective.needs:
-            return cls(entropy, mean)
-        candidates = log_pi.detach().topk(objective.n_candidates, 1).indices
-        return cls(entropy, mean, candidates, log_pi.gather(1, candidates))
+            return cls(H, mean)
+        log_probs, ids = candidates(objective.n_candidates)
+        return cls(H, mean, ids, log_probs)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Scores]) -> Scores:
+        """The tokens of several, one after the other; all hold the same fields."""
+        columns = zip(*([getattr(part, f.name) for f in fields(cls)] for part in parts), strict=True)
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 NO_SCORES = Scores()

@@ -201,14 +201,13 @@ class Update(Unscored):
             logits = tracer.logits(batch)
             stats.append(finite_stats(batch, logits))
             scores.append(_scores(self.objective, logits, stats[-1]))
-        held = {name: torch.cat([of[name] for of in scores]) for name in scores[0]}
-        term = self._ask(range(len(self.batches)), TokenStats.joined(stats), held)
+        term = self._ask(range(len(self.batches)), TokenStats.joined(stats), Scores.joined(scores))
         terms = term.split([len(batch.targets) for batch in self.batches])
         return self.side([ScoredBatch(*of) for of in zip(stats, terms, strict=True)])
 
-    def _ask(self, which: Sequence[int], stats: TokenStats, scores: dict[str, Tensor]) -> GTerm:
+    def _ask(self, which: Sequence[int], stats: TokenStats, scores: Scores) -> GTerm:
         sequence = torch.cat([self.batches[b].sequence for b in which])
-        term = self.objective.g_terms(stats.log_prob, [self.chis[s] for s in sequence.unique().tolist()], Scores(**scores))
+        term = self.objective.g_terms(stats.log_prob, [self.chis[s] for s in sequence.unique().tolist()], scores)
         broken = ~term.c.reshape(len(sequence), -1).isfinite().all(1)
         if bool(broken.any()):
             raise ValueError(
@@ -245,16 +244,14 @@ def gather(
     return Observed(observed, observe, w.split(sizes)), Update(updated, update, objective)
 
 
-def _scores(objective: Objective, z: Float[Tensor, "N V"], stats: TokenStats) -> dict[str, Tensor]:
-    """What the objective reads of a batch's logits beside log-probs (`needs`)."""
-    found: dict[str, Tensor] = {}
-    if "entropy" in objective.needs:
-        found["entropy"] = stats.entropy
-    if "mean_log_prob" in objective.needs:
-        found["mean_log_prob"] = z.mean(1) - stats.logsumexp
-    if "candidates" in objective.needs:
-        found["candidate_log_probs"], found["candidates"] = topk_log_probs(z, objective.n_candidates)
-    return found
+def _scores(objective: Objective, z: Float[Tensor, "N V"], stats: TokenStats) -> Scores:
+    """What the objective reads of a batch's logits beside log-probs."""
+    return Scores.needed(
+        objective,
+        entropy=lambda: stats.entropy,
+        mean_log_prob=lambda: z.mean(1) - stats.logsumexp,
+        candidates=lambda k: topk_log_probs(z, k),
+    )
 
 
 def with_reference(chis: Sequence[Chi], reference: nn.Module) -> list[Chi]:
