@@ -157,7 +157,7 @@ def test_a_model_has_not_drifted_from_itself(samples):
     drift = td.kernel_drift(model, model, U, O, samples=samples)
     assert not drift.change.any() and not drift.change_error.any()
     assert float((drift.cosine - 1).abs().max()) <= 4 * EPS + torch.finfo(torch.float32).eps
-    assert float(drift.cosine_error.max()) <= 1e-6
+    assert float(drift.cosine_error.max()) <= 16 * EPS  # all products are the same numbers: √(A B) is rounded, and no more
 
 
 def moved(model, size=0.05):
