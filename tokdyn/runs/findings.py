@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sequences import visible
 from .by_sequence import BySequence, Row
 
 Finding = dict[str, str]
@@ -36,7 +37,7 @@ def signed(x: float) -> str:
 
 def shown(token: str) -> str:
     """A token in quotes with its white space visible."""
-    return "“" + token.replace("\n", "↵").replace(" ", "␣") + "”"
+    return f"“{visible(token)}”"
 
 
 def _step(about: dict[str, Any], run: BySequence) -> Finding | None:
