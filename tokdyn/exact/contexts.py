@@ -42,14 +42,14 @@ def by_context(side: Side, labels: Int[Tensor, " L"]) -> Side:
 
 
 def all_cancel(side: Side, labels: Int[Tensor, " L"], vocabulary: int) -> bool:
-    """Whether in every context the forces at the logits add up to zero, but for rounding.
+    """Whether there are forces at the logits, and in every context they add up to zero but for rounding.
 
     c is a smooth function of log-probabilities, each a sum over V terms that is off by √V eps of its size: what is left of
     Σ|c| below 4 √V eps is none of the loss's doing. A step along it would be a step along rounding errors.
     """
     term = _joined(side.terms)
     net, gross = _size(_added(term, labels)), torch.zeros(int(labels.max()) + 1).double().index_add_(0, labels, _size(term))
-    return bool((net <= 4 * vocabulary**0.5 * torch.finfo(torch.float32).eps * gross).all())
+    return bool(gross.any()) and bool((net <= 4 * vocabulary**0.5 * torch.finfo(torch.float32).eps * gross).all())
 
 
 def _size(term: GTerm) -> Tensor:
