@@ -152,7 +152,7 @@ def prefixes(*sides):
 
 
 def test_the_strongest_finding_leaves_out_what_a_token_does_in_its_own_place(run):
-    """By brute force over all pairs of a token and a context; both sides are the same texts, so F is largest on its diagonal."""
+    """By brute force over all pairs of a token and a context; of the same texts, so F is largest on its diagonal."""
     m, members, force = brute_force(run, prefixes(pair(), pair()))
     table = BySequence.of(run.tokens, run.matrix)
     text = strongest(run)["text"]

@@ -33,7 +33,7 @@ def context_keys(rows: Iterable[Row], sequences: Iterable[Mapping[str, Any]]) ->
     """
     texts = {(item.get("side"), item.get("sequence")): item for item in sequences}
     number = dict[Any, int]()
-    before, found = dict[tuple[Any, Any], tuple[int, int, int]](), []
+    before, found = dict[Any, Any](), list[int]()
     for row in rows:
         if row.get("context") is not None:
             found.append(row["context"])
