@@ -7,6 +7,8 @@ import torch
 
 import tokdyn as td
 from tokdyn.runs.by_sequence import BySequence, block_sums, sequence_names
+from tokdyn.runs.contexts import Contexts, context_keys
+from tokdyn.runs.findings import signed
 from tokdyn.testing import float64, random_chis, relative_error, tiny
 
 # On the way of a gradient lie some 30 sums of up to V = 61 terms (two layers, there and back), each off by √V eps of its terms:
@@ -127,15 +129,117 @@ def test_names_of_sequences_are_told_apart_and_need_neither_role_nor_group():
     assert sequence_names([(None, None)] * 2 + [("chosen", None)]) == ["response 1", "response 2", "chosen 3"]
 
 
-def test_the_strongest_finding_leaves_out_a_token_on_itself(run):
-    """By brute force over all pairs: both sides are the same texts, so F's largest entries tend to lie on the diagonal."""
-    finding = next(finding for finding in run.about["findings"] if "strongest" in finding["title"])
+def strongest(run):
+    return next(finding for finding in run.about["findings"] if "strongest" in finding["title"])
+
+
+def brute_force(run, prefixes):
+    """The largest net force between different contexts, summed token by token: (m, context's tokens, force)."""
     M, L = run.matrix.shape
-    pairs = [(m, l) for m in range(M) for l in range(L) if m != l]  # noqa: E741
-    m, l = max(pairs, key=lambda pair: abs(float(run.matrix[pair])))  # noqa: E741
+    of_update, of_observed = prefixes[:L], prefixes[L:]
+    nets = {
+        (m, x): sum(float(run.matrix[m, l]) for l in range(L) if of_update[l] == x)  # noqa: E741
+        for m in range(M)
+        for x in dict.fromkeys(of_update)
+        if of_observed[m] != x
+    }
+    m, x = max(nets, key=lambda key: abs(nets[key]))
+    return m, [l for l in range(L) if of_update[l] == x], nets[m, x]  # noqa: E741
+
+
+def prefixes(*sides):
+    return [tuple(chi.ids[:t].tolist()) for side in sides for chi in side for t in chi.scored.nonzero().flatten().tolist()]
+
+
+def test_the_strongest_finding_leaves_out_what_a_token_does_in_its_own_place(run):
+    """By brute force over all pairs of a token and a context; of the same texts, so F is largest on its diagonal."""
+    m, members, force = brute_force(run, prefixes(pair(), pair()))
     table = BySequence.of(run.tokens, run.matrix)
-    for row in (table.observed[m], table.updated[l]):
-        assert f"position {row['position']} of {table.name(row)}" in finding["text"]
+    text = strongest(run)["text"]
+    assert text.startswith(f"“{table.updated[members[0]]['token']}” {table.place(table.updated[members[0]])} ")
+    assert f"{table.place(table.observed[m])}: {signed(run.about['settings']['eta'] * force)} nats" in text
+
+
+def siblings(place=-1):
+    """A pair that shares all tokens but one."""
+    chosen = random_chis([(3, 8)], seed=1)[0]
+    ids = chosen.ids.clone()
+    ids[place] = (ids[place] + 1) % 60
+    both = [chosen.with_(role="chosen", group=0), chosen.with_(ids=ids, role="rejected", group=0)]
+    return [chi.with_(tokens=tuple(f" {y}" for y in chi.ids.tolist()), prompt="p", response=str(ids)) for chi in both]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_headline_of_two_answers_that_share_all_but_one_token_is_that_token(family):
+    """What either answer does to the shared text the other takes back: F's largest entries, and no net push at all."""
+    from rich.console import Console
+
+    from tokdyn.runs.summary import summary
+
+    both, held_out = siblings(), random_chis([(3, 4)], seed=2)
+    run = td.profile(tiny(family), both, [*both, *held_out])
+    a, b = (int(chi.ids[-1]) for chi in both)
+    finding = strongest(run)
+    assert finding["text"].startswith(f"“␣{a}/␣{b}” chosen 1, rejected 1 @10 ")
+    m, l = divmod(int(run.matrix.abs().argmax()), run.matrix.shape[1])  # noqa: E741
+    single = float(run.matrix[:, [i for i in range(16) if i % 8 != 7]].abs().max())
+    assert single > 0.1 * float(run.matrix[m, l].abs())  # and yet single tokens of the shared text push as hard
+    console = Console(width=250, record=True)
+    console.print(summary(run.about, run.tokens, run.matrix))
+    text = console.export_text()
+    movers = [line for line in text.splitlines() if "@" in line and "(" in line and not line.startswith("•")]
+    assert len(movers) == 5
+    held = [line for line in movers if f"“␣{a}”" not in line[:8] and f"“␣{b}”" not in line[:8]]
+    assert held and all(f"“␣{a}/␣{b}” chosen 1, rejected 1 @10 (" in line for line in held)
+    console.print(summary(run.about, run.tokens, run.matrix, per="tokens", unit="rate"))
+    assert f"“␣{a}/␣{b}”" in text and "nats per unit learning rate" in console.export_text()
+
+
+def test_terminal_units_are_one_step_size_apart(run):
+    """A force in nats after the step is eta times the force; a change after it per unit learning rate its eta-th part."""
+    from rich.console import Console
+
+    from tokdyn.runs.summary import summary
+
+    figures = {}
+    for unit in ("step", "rate"):
+        console = Console(width=250, record=True)
+        console.print(summary(run.about, run.tokens, run.matrix, unit=unit))
+        rows = [line for line in console.export_text().splitlines() if line.startswith(("chosen 1 ", "rejected 1 "))]
+        figures[unit] = torch.tensor([[float(x) for x in line.split()[3:]] for line in rows[:2]])
+    assert figures["step"].shape == (2, 4)
+    torch.testing.assert_close(figures["rate"] * run.about["settings"]["eta"], figures["step"], rtol=1e-3, atol=1e-4)
+    for wrong in ({"unit": "nats"}, {"per": "words"}):
+        with pytest.raises(ValueError, match="must be"):
+            summary(run.about, run.tokens, run.matrix, **wrong)
+
+
+def test_contexts_are_those_of_the_ids_also_where_a_run_was_written_without_them():
+    """`context` numbers equal prefixes alike on both sides; from prompts, positions and token ids it comes out the same."""
+    both = siblings(5)
+    observe = [both[1], *siblings(-2), *random_chis([(3, 4)], seed=2)]
+    run = td.profile(tiny("llama"), both, observe, method="none")
+    known = prefixes(both, observe)
+    for sequences, tokens in (([], run.tokens), (run.about["sequences"], run.tokens.drop_columns(["context"]))):
+        found = context_keys(tokens.to_pylist(), sequences)
+        for i, a in enumerate(known):
+            assert [x == found[i] for x in found] == [b == a for b in known]
+    alone = context_keys(run.tokens.drop_columns(["context"]).to_pylist(), [])  # nothing is known of the texts
+    assert len(set(alone)) == len(alone)
+
+
+def test_net_columns_are_sums_over_contexts_and_bands_sums_of_those():
+    both = siblings(6)
+    run = td.profile(tiny("llama"), both, both)
+    contexts = Contexts.of(BySequence.of(run.tokens, run.matrix), run.about["sequences"])
+    assert contexts.column.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10, 11]
+    one_hot = torch.nn.functional.one_hot(contexts.column).double()
+    torch.testing.assert_close(contexts.matrix.double(), run.matrix.double() @ one_hot, rtol=1e-6, atol=1e-6)
+    assert contexts.own.tolist() == contexts.column.tolist() and not contexts.others[range(16), contexts.own].any()
+    assert {name: len(of) for name, of in contexts.bands.items()} == {"chosen 1, rejected 1": 4, "chosen 1": 4, "rejected 1": 4}
+    forces = contexts.forces()["rejected 1"]
+    assert forces["rejected 1"] == pytest.approx(float(run.matrix[8:, 12:].sum()), rel=1e-5)
+    assert sum(forces.values()) == pytest.approx(float(run.matrix[8:].sum()), rel=1e-4, abs=1e-4)
 
 
 def test_interrupt_keeps_what_is_done(tmp_path):
@@ -176,13 +280,10 @@ def test_rollouts_of_one_prompt_keep_their_names_and_markup_in_tokens_is_text():
     assert list(sums) == ["response 1", "response 1 #2", "response 1 #3"]
     assert [entry["tokens"] for entry in sums.values()] == [4, 4, 4]
     assert all(name in text for name in sums)
-    strongest = next(finding for finding in run.about["findings"] if "strongest" in finding["title"])
-    m, l = divmod(int((run.matrix.abs() * (1 - torch.eye(12))).argmax()), 12)  # noqa: E741
-    places = [(s, t) for s in range(3) for t in (3, 4, 5, 6)]
-    assert (
-        f"position {places[l][1]} of response" in strongest["text"]
-        and f"position {places[m][1]} of response" in strongest["text"]
-    )
+    m, members, _ = brute_force(run, prefixes(chis, chis))
+    table = BySequence.of(run.tokens, run.matrix)
+    for row in (table.observed[m], table.updated[members[0]]):
+        assert table.place(row) in strongest(run)["text"]
 
 
 @pytest.mark.parametrize("name", ["run.json", "tokens.parquet", "forces.safetensors"])

@@ -71,3 +71,43 @@ def test_an_estimate_is_no_scope_that_a_step_could_take(ask):
     chis = random_chis([(2, 3)], seed=1)
     with pytest.raises(ValueError, match='scope="ch2" is an estimate of the force matrix'):
         ask(tiny("llama"), chis, chis, scope="ch2")
+
+
+def twins(**changes):
+    """A preference pair of one text, and one that differs in its last token."""
+    chosen = random_chis([(3, 5)], seed=1)[0].with_(role="chosen", group=0)
+    ids = chosen.ids.clone()
+    ids[-1] = (ids[-1] + 1) % 60
+    return [chosen, chosen.with_(role="rejected")], [chosen, chosen.with_(role="rejected", ids=ids)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_pushes_that_cancel_to_rounding_are_no_step_of_a_large_eta(family, dtype):
+    """F = 0 for a pair of one text; what is computed of it is rounding, and dividing by it made steps of 2e5."""
+    model, observe = tiny(family).to(dtype), random_chis([(3, 4)], seed=2)
+    same, nearly = twins()
+    reference = tiny(family, seed=3).to(dtype)
+    for update in (same, [*same, *(chi.with_(group=1) for chi in same)]):
+        for more in ({}, {"eta": 1.0}, {"reference": reference}):
+            with pytest.raises(ValueError, match="nothing moves: the pushes of this update cancel to rounding"):
+                td.verify(model, update, [*update, *observe], DPO(), **more)
+    check = td.verify(model, nearly, [*nearly, *observe], DPO())
+    assert 0 < check.eta < 100 and float(check.predicted.abs().max()) == pytest.approx(0.2, rel=1e-6)
+    rollouts = [chi.with_(advantage=a) for chi, a in zip(same, (1.0, -1.0), strict=True)]
+    with pytest.raises(ValueError, match="nothing moves"):
+        td.verify(model, rollouts, observe, GRPO())
+
+
+def test_a_profile_of_a_pair_of_one_text_says_so_and_takes_no_step(tmp_path):
+    (same, _), observe = twins(), random_chis([(3, 4)], seed=2)
+    run = td.profile(tiny("llama"), same, [*same, *observe], DPO(), out=tmp_path / "run")
+    again = td.load(tmp_path / "run")
+    assert [finding["title"] for finding in again.about["findings"]] == ["Nothing moves"]
+    assert "cancel to rounding" in again.about["findings"][0]["text"]
+    assert again.about["settings"]["eta"] is None and again.about["verify"] is None
+    observed = [row for row in again.tokens.to_pylist() if row["side"] == "observed"]
+    assert all(row["actual"] is None and row["predicted"] is None for row in observed)
+    assert not run.vector.any()  # added at the logits, before anything could round
+    gross = float(run.matrix.abs().sum())
+    assert gross > 1 and run.about["checks"]["row sums of the matrix against the tangent pass"] < 1e-5

@@ -55,6 +55,12 @@ def constants(pairs: list[str]) -> dict[str, float]:
     return found
 
 
+Unit = Annotated[str, typer.Option(help="of what is printed: step, nats after the step; rate, per unit learning rate")]
+Per = Annotated[
+    str, typer.Option(help="who moved it: contexts, net of what tokens behind the same text cancel; tokens, one by one")
+]
+
+
 @app.command()
 def profile(
     model: Annotated[str, typer.Option(help="'demo', a local folder, or a hub name")] = "demo",
@@ -75,6 +81,8 @@ def profile(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/profile"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that lies there")] = False,
+    unit: Unit = "step",
+    per: Per = "contexts",
 ) -> None:
     """Profile the token-level forces of one update and write run.json, tokens.parquet, forces.safetensors and report.html.
 
@@ -86,9 +94,10 @@ def profile(
         from .data import read, sequences, watched
         from .loading import DEMO_PAIRS, load_model
         from .runs.folder import check_free
-        from .runs.summary import summary
+        from .runs.summary import check_view, summary
 
         check_free(out, overwrite)
+        check_view(unit, per)
         loss = td.objectives.by_name(objective, **constants(set_ or []))
         table = read(DEMO_PAIRS if data == "demo" else data)
         total, table = len(table), table[skip : skip + rows + held_out]
@@ -105,7 +114,7 @@ def profile(
                 reference=other, out=out, overwrite=overwrite, stage=stage,
                 about={"model": {"name": model}, "data": {"path": data, "rows": total, "used": len(table)}},
             )  # fmt: skip
-        out_console.print(summary(run.about, run.tokens, run.matrix))
+        out_console.print(summary(run.about, run.tokens, run.matrix, unit=unit, per=per))
         out_console.print(f"Run in {out}, page in {out / 'report.html'}")
         if run.about["status"] != "complete":
             raise typer.Exit(130)
@@ -116,20 +125,23 @@ def report(
     run: Annotated[Path, typer.Argument(help="folder of a run, or of a training that td.attach or td.Monitor records")],
     step: Annotated[list[int] | None, typer.Option(help="of a training: a step whose forces are shown token by token")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="of a training: write the page anew until it has ended")] = False,
+    unit: Unit = "step",
+    per: Per = "contexts",
 ) -> None:
     """Show a run in the terminal and write its page anew; of a training, write its page."""
     with plain_errors():
         import tokdyn as td
 
         from .runs.folder import kind_of
-        from .runs.summary import summary
+        from .runs.summary import check_view, summary
 
+        check_view(unit, per)
         if kind_of(run) == "training":
             out_console.print(f"Page in {td.watch(run, steps=step, follow=follow)}", soft_wrap=True)
             return
         found = td.load(run)
         found.to_html(run / "report.html")
-        out_console.print(summary(found.about, found.tokens, found.matrix))
+        out_console.print(summary(found.about, found.tokens, found.matrix, unit=unit, per=per))
         out_console.print(f"Page in {run / 'report.html'}")
 
 

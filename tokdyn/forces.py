@@ -12,9 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import ops
-from .exact import CH2, Asked, Progress, Scope, ScoredProblem, UnscoredProblem, choose
+from .exact import CH2, Asked, Problem, Progress, Scope, ScoredProblem, UnscoredProblem, choose
+from .exact.contexts import by_context
 from .exact.engines import reduce as reduced
-from .exact.groups import group_labels, group_table
+from .exact.groups import context_table, group_labels, group_table
 from .exact.memory import size_in_bytes
 from .exact.problem import Coverage
 from .exact.progress import share
@@ -158,7 +159,11 @@ class Forces:
         sides = []
         for side in ("updated", "observed"):
             rows = table.filter([value == side for value in table["side"].to_pylist()]).drop_columns(["side", "row"])
-            extra = [name for name in ("c", "size") if name in rows.column_names] if side == "observed" else []
+            extra = (
+                [name for name in ("c", "size", "tokens", "tokens_c") if name in rows.column_names]
+                if side == "observed"
+                else []
+            )
             sides.append(rows.drop_columns(extra))
         return cls(tensors.get("matrix"), tensors.get("vector"), tensors["c"], sides[1], sides[0], about["coverage"],
                    about["scope"], about["method"], about["reduce"], tensors.get("groups"))  # fmt: skip
@@ -243,8 +248,9 @@ def forces(
         optimizer: an Adam, AdamW or RMSprop with state; the kernel becomes J_o P J_uᵀ at its frozen diagonal P.
         reference: model of log pi_ref for the sequences that do not bring it; the policy itself when absent.
         weights: weight of each observed token in reduce="observe", [M].
-        groups: one column for each group of update tokens instead of each token: "sequence", "response", "sentence" or labels
-            [L] (groups.group_labels); `matrix` is then [M, G] and `updated` has a row for each group.
+        groups: one column for each group of update tokens instead of each token: "sequence", "response", "sentence", "context"
+            or labels [L] (groups.group_labels); `matrix` is then [M, G] and `updated` has a row for each group. Tokens of one
+            "context" stand behind the same ids; their forces at the logits are added, and what cancels there is gone.
         memory: bytes ("2GiB") that method="tangent" may take for cotangents and tangents, "naive" for gradients.
         out: an [M, L] (or [M, G]) tensor to fill as the matrix is computed (what is there when interrupted is right), or a
             new folder to which it goes in blocks of rows as they are done; `shards` reads it, `matrix` is then None.
@@ -280,15 +286,27 @@ def forces(
             vector, problem, rules = reduced(unscored, method, "update" if reduce == "update" else "observe")
         else:
             problem = unscored.scored()
-            to = _Destination(problem, out, labels)
+            to = _Destination(*_columns(problem, groups, labels), out)
             rules = to.fill(method, memory, progress)
             matrix, shards = to.matrix, to.shards
-        u = problem.updated
-        updated = u.table(with_c=True) if labels is None else group_table(u.table(with_c=True), labels)
+        u, updated = problem.updated, problem.updated.table(with_c=True)
+        if labels is not None:
+            updated = (context_table if _by_context(groups) else group_table)(updated, labels)
         return Forces(
             matrix, vector, u.c, problem.observed.table(with_c=False), updated, problem.coverage(scope, rules),
             scope, asked, reduce, labels, shards, _Live(model, problem, labels, fingerprint(tracer)),
         )  # fmt: skip
+
+
+def _by_context(groups: Any) -> bool:
+    return isinstance(groups, str) and groups == "context"
+
+
+def _columns(problem: Problem, groups: Any, labels: Tensor | None) -> tuple[Problem, Tensor | None]:
+    """The problem whose columns are wanted, and the labels by which to add them up; contexts are added up already."""
+    if labels is None or not _by_context(groups):
+        return problem, labels
+    return Problem(problem.tracer, problem.uses, problem.P, problem.observed, by_context(problem.updated, labels)), None
 
 
 class _Destination:
@@ -298,7 +316,7 @@ class _Destination:
         ValueError: the caller's tensor has another shape. FileExistsError: the folder exists.
     """
 
-    def __init__(self, problem: ScoredProblem, out: Tensor | str | Path | None, labels: Tensor | None) -> None:
+    def __init__(self, problem: Problem, labels: Tensor | None, out: Tensor | str | Path | None) -> None:
         self.problem, self.labels = problem, labels
         self.shape = (problem.shape[0], problem.shape[1] if labels is None else int(labels.max()) + 1)
         self.shards = Shards.create(out, self.shape) if isinstance(out, (str, Path)) else None

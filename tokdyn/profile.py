@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import ops, squeeze
 from ._version import __version__
 from .exact import Asked, Direction, Scope, ScoredProblem, UnscoredProblem, choose
+from .exact.contexts import by_context
 from .exact.memory import size_in_bytes
 from .exact.sides import with_sides
 from .model.trace import Tracer, trace
@@ -26,8 +27,8 @@ from .objective import Objective
 from .objectives import DPO
 from .runs import folder as store
 from .runs.findings import ROW_SUMS, findings
-from .sequences import Chi, token_texts
-from .verify import against_steps, check_eta
+from .sequences import Chi, context_numbers, token_texts
+from .verify import Verification, against_steps, check_eta, nothing_moves
 
 Stage = Callable[[str, int, int], None]
 
@@ -112,7 +113,9 @@ def profile(
         overwrite: replace a run that lies there.
         stage: called with (what, done, total).
 
-    An interrupt (Ctrl-C) while the matrix is computed ends it there: what is done is kept, the run says "partial".
+    An interrupt (Ctrl-C) while the matrix is computed ends it there: what is done is kept, the run says "partial". Where the
+    pushes of the update cancel to rounding (a pair of the same text twice), no step is taken: eta, predicted and actual are
+    None, and the run's finding says so.
 
     Raises:
         ValueError: as `forces`. FileExistsError: see `Run.save`.
@@ -128,16 +131,17 @@ def profile(
         stages("scoring both sides")
         problem = UnscoredProblem.about(asked, Scope.named(tracer, scope)).scored()
         stages("one backward and one tangent pass")
-        direction = problem.vjp(problem.updated)
+        still, updated = nothing_moves(problem), problem.updated
+        direction = problem.vjp(by_context(updated, context_numbers(update)) if still else updated)
         vector, vocabulary = _whole_step(problem, direction, min(k, tracer.vocabulary))
         stages("real steps")
-        verification = against_steps(problem, direction, vector, eta)
+        verification = None if still else against_steps(problem, direction, vector, eta)
         stages("squeezing")
-        squeezed = _squeeze(problem, verification.eta)
+        squeezed = None if verification is None else _squeeze(problem, verification.eta)
         checks = {"readout formula against the model's logits": tracer.readout_residual(problem.observed.batches[0])}
         matrix, rules, status = _force_matrix(problem, method, memory, stages)
         if matrix is not None and status == "complete":
-            checks[ROW_SUMS] = float((matrix.sum(1) - vector).norm() / vector.norm())
+            checks[ROW_SUMS] = float((matrix.sum(1) - vector).norm() / matrix.abs().sum(1).norm())
         coverage = problem.coverage(scope, rules)
         facts = _model_facts(tracer)
         stages("writing")
@@ -145,9 +149,9 @@ def profile(
     matrix = None if matrix is None else matrix.cpu()
     record: dict[str, Any] = _head(status) | {
         "objective": objective.describe(),
-        "settings": {"scope": scope, "method": method, "eta": verification.eta},
+        "settings": {"scope": scope, "method": method, "eta": None if verification is None else verification.eta},
         "sequences": _sequences("updated", update) + _sequences("observed", observe),
-        "verify": {key: value for key, value in asdict(verification).items() if not isinstance(value, Tensor)},
+        "verify": verification and {key: x for key, x in asdict(verification).items() if not isinstance(x, Tensor)},
         "checks": checks,
         "coverage": coverage,
     }
@@ -235,8 +239,9 @@ def _squeeze(problem: ScoredProblem, eta: float) -> squeeze.Squeeze:
 
 
 def _tokens(  # what a run knows of each token, from where it was found
-    problem: ScoredProblem, tokenizer: Any, vector: Tensor, verification: Any, squeezed: squeeze.Squeeze, vocabulary: Any
-) -> Any:
+    problem: ScoredProblem, tokenizer: Any, vector: Tensor, verification: Verification | None, squeezed: squeeze.Squeeze | None,
+    vocabulary: Any,
+) -> Any:  # fmt: skip
     """The token table of a run."""
     import pyarrow as pa
 
@@ -250,27 +255,35 @@ def _tokens(  # what a run knows of each token, from where it was found
         rows = zip(ids.tolist(), values.tolist(), strict=True)
         return [[{"token": text[i], "delta": v} for i, v in zip(*row, strict=True)] for row in rows]
 
-    for name, column in (
-        ("p_target_after", squeezed.target_after),
-        ("p_argmax", squeezed.argmax_before),
-        ("p_argmax_after", squeezed.argmax_after),
-        ("mass_to_argmax", squeezed.argmax_gain),
-        ("falling_share", squeezed.falling),
-        ("falling_by_sign_rule", squeezed.predicted_falling),
+    for name, source in (
+        ("p_target_after", "target_after"),
+        ("p_argmax", "argmax_before"),
+        ("p_argmax_after", "argmax_after"),
+        ("mass_to_argmax", "argmax_gain"),
+        ("falling_share", "falling"),
+        ("falling_by_sign_rule", "predicted_falling"),
     ):
-        updated = updated.append_column(name, pa.array(column.tolist()))
+        updated = updated.append_column(name, _numbers(squeezed, source, updated.num_rows))
     for name, values in (
-        ("force", vector.tolist()),
-        ("predicted", verification.predicted.tolist()),
-        ("actual", verification.actual.tolist()),
-        ("risers", entries(*vocabulary[0])),
-        ("fallers", entries(*vocabulary[1])),
+        ("force", pa.array(vector.tolist())),
+        ("predicted", _numbers(verification, "predicted", observed.num_rows)),
+        ("actual", _numbers(verification, "actual", observed.num_rows)),
+        ("risers", pa.array(entries(*vocabulary[0]))),
+        ("fallers", pa.array(entries(*vocabulary[1]))),
     ):
-        observed = observed.append_column(name, pa.array(values))
+        observed = observed.append_column(name, values)
     updated, observed = (
         t.append_column("argmax_token", pa.array([text[i] for i in t["argmax"].to_pylist()])) for t in (updated, observed)
     )
-    return with_sides(updated, observed)
+    contexts = context_numbers([*problem.updated.chis, *problem.observed.chis])
+    return with_sides(updated, observed).append_column("context", pa.array(contexts.tolist()))
+
+
+def _numbers(source: Verification | squeeze.Squeeze | None, name: str, n: int) -> Any:
+    """A column of n numbers (pyarrow), null where no step was taken."""
+    import pyarrow as pa
+
+    return pa.array([None] * n if source is None else getattr(source, name).tolist(), pa.float64())
 
 
 def _sequences(side: str, chis: Sequence[Chi]) -> list[dict[str, Any]]:

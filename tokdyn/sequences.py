@@ -96,6 +96,29 @@ def required_advantage(chi: Chi, message: str) -> float:
     return chi.advantage
 
 
+def visible(token: str) -> str:
+    """A token's text with its white space made visible."""
+    return token.replace("\n", "↵").replace(" ", "␣")
+
+
+def context_numbers(chis: Sequence[Chi]) -> Int[Tensor, " N"]:
+    """The context of each scored token of all sequences: 0, 1, … in order of appearance.
+
+    Tokens have one context where the ids before them are the same and stand at the same positions. They share their logits and
+    Jacobian, so that their forces at the logits add up; the tokens themselves may differ.
+
+    Cost: a dictionary entry for each distinct prefix.
+    """
+    children, number, found = dict[tuple[int, int], int](), dict[int, int](), list[int]()
+    for chi in chis:
+        prefix = 0
+        for token, scored in zip(chi.ids.tolist(), chi.scored.tolist(), strict=True):
+            if scored:
+                found.append(number.setdefault(prefix, len(number)))
+            prefix = children.setdefault((prefix, token), len(children) + 1)
+    return torch.tensor(found, dtype=torch.long)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Right-padded sequences and where their N scored tokens lie.

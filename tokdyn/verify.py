@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .exact import Asked, Direction, Problem, Scope, UnscoredProblem
+from .exact import Asked, Direction, Problem, Scope, ScoredProblem, UnscoredProblem
+from .exact.contexts import all_cancel
 from .model.trace import trace
 from .objective import Objective
 from .objectives import SFT
 from .ops.rows import log_probs
-from .sequences import Chi
+from .sequences import Chi, context_numbers
 
 HALVINGS = 3
 
@@ -64,7 +65,7 @@ def verify(
     The stepped weights exist beside the model's own, which are never written: it is left bit-identical.
 
     Raises:
-        ValueError: as `forces`; eta is not positive; the update moves nothing.
+        ValueError: as `forces`; eta is not positive; the update moves nothing, or nothing but by rounding errors.
 
     Cost: one backward and one tangent pass, and four forward passes; twice the memory of the chosen parameters.
     """
@@ -72,6 +73,11 @@ def verify(
     with trace(model) as tracer:
         asked = Asked(update, observe, objective, reference)
         problem = UnscoredProblem.about(asked, Scope.named(tracer, scope, optimizer)).scored()
+        if nothing_moves(problem):
+            raise ValueError(
+                "nothing moves: the pushes of this update cancel to rounding, token by token. Are the answers of each pair or "
+                "group the same text? Leave those out"
+            )
         direction = problem.preconditioned(problem.vjp(problem.updated))
         return against_steps(problem, direction, problem.jvp(problem.observed, direction), eta, move)
 
@@ -114,6 +120,14 @@ def against_steps(
         residuals=residuals,
         linearity=float((predicted @ actual[0]) / (predicted @ predicted)),
     )
+
+
+def nothing_moves(problem: ScoredProblem) -> bool:
+    """Whether the forces of an update that has some cancel to rounding, so that a step would follow rounding errors alone.
+
+    Judged before any division, where they are added: at the logits of each context (`contexts.all_cancel`).
+    """
+    return all_cancel(problem.updated, context_numbers(problem.updated.chis), problem.tracer.vocabulary)
 
 
 def check_eta(eta: float | None) -> None:

@@ -9,8 +9,9 @@ from tokdyn import ops
 from tokdyn.exact import readout
 from tokdyn.exact.groups import group_labels
 from tokdyn.exact.memory import size_in_bytes
-from tokdyn.objectives import GRPO, SFT
+from tokdyn.objectives import DPO, GRPO, KTO, SFT, SimKO
 from tokdyn.runs.shards import Shards
+from tokdyn.sequences import context_numbers
 from tokdyn.testing import random_chis, relative_error, tiny
 
 U, O = random_chis([(3, 5), (2, 6)], seed=1), random_chis([(3, 4), (1, 3), (5, 2)], seed=2)  # noqa: E741
@@ -49,6 +50,78 @@ def test_groups_of_a_loss_with_several_targets_and_an_optimizer():
     assert relative_error(found, summed(whole, group_labels("sequence", chis))) < FP32
 
 
+def siblings(place=5):
+    """A pair that shares all tokens but one, at a place of [x; y] whose response begins at 3."""
+    chosen = random_chis([(3, 5)], seed=1)[0]
+    ids = chosen.ids.clone()
+    ids[place] = (ids[place] + 1) % 60
+    return [chosen.with_(role="chosen", group=0), chosen.with_(ids=ids, role="rejected", group=0)]
+
+
+def test_a_context_is_the_ids_before_a_token():
+    """By brute force over all pairs of scored tokens, of sequences that share none, some and all of their prefix."""
+    chis = [*siblings(), *random_chis([(3, 5), (2, 4)], seed=3), siblings()[0]]
+    prefixes = [tuple(chi.ids[:t].tolist()) for chi in chis for t in chi.scored.nonzero().flatten().tolist()]
+    labels = context_numbers(chis).tolist()
+    for i, a in enumerate(prefixes):
+        for j, b in enumerate(prefixes):
+            assert (labels[i] == labels[j]) == (a == b)
+    first = {}
+    assert [first.setdefault(label, len(first)) for label in labels] == labels  # numbered as they appear
+    assert context_numbers([]).shape == (0,)
+
+
+@pytest.mark.parametrize("scope", ["full", "readout", "backbone", "transformer|layers"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_a_context_is_the_sum_of_its_tokens_and_what_cancels_there_is_gone(family, scope):
+    """Forces at the logits are added before anything is pulled back: c+ = -c- leaves exact zeros, not rounding errors."""
+    model, pair = tiny(family), siblings()
+    naive = forces(model, pair, O, DPO(), scope=scope, method="naive").matrix
+    labels = context_numbers(pair)
+    for method in ("tangent", "naive"):
+        found = forces(model, pair, O, DPO(), scope=scope, method=method, groups="context")
+        assert torch.equal(found.groups, labels) and found.matrix.shape == (9, 7)
+        # rounding of a sum is relative to the sum of magnitudes
+        gross = summed(naive.abs(), labels)
+        assert float((found.matrix - summed(naive, labels)).norm()) < FP32 * float(gross.norm())
+        assert float((found.matrix.sum(1) - naive.sum(1)).norm()) < FP32 * float(gross.norm())
+        assert not found.matrix[:, :2].any() and bool(found.matrix[:, 2:].any(0).all())
+
+
+@pytest.mark.parametrize(
+    "objective, attributes",
+    [
+        (GRPO(), [dict(advantage=1.0), dict(advantage=-1.0)]),
+        (GRPO(beta=0.5), [dict(advantage=1.0), dict(advantage=0.5)]),
+        (SimKO(n_candidates=3), [dict(advantage=1.0), dict(advantage=-1.0)]),
+        (KTO(), [dict(), dict()]),
+    ],
+)
+def test_contexts_of_losses_with_several_targets_and_an_optimizer(objective, attributes):
+    model = tiny("llama")
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.tensor([[1, 2, 3]])).logits.logsumexp(-1).sum().backward()
+    optimizer.step()
+    update = [chi.with_(**more) for chi, more in zip(siblings(), attributes, strict=True)] + U[1:]
+    update[-1] = update[-1].with_(role="chosen", group=0, advantage=0.25)
+    naive = forces(model, update, O, objective, optimizer=optimizer, method="naive").matrix
+    found = forces(model, update, O, objective, optimizer=optimizer, groups="context")
+    gross = float(summed(naive.abs(), found.groups).norm())
+    assert float((found.matrix - summed(naive, found.groups)).norm()) < FP32 * gross
+
+
+def test_a_context_is_named_by_its_tokens_and_tells_their_net_c():
+    pair = [chi.with_(tokens=tuple(f" {i}" for i in chi.ids.tolist())) for chi in siblings()]
+    found = forces(tiny("llama"), pair, O, DPO(), groups="context")
+    a, b = (int(chi.ids[5]) for chi in pair)
+    row = {name: column[2] for name, column in found.updated.to_pydict().items()}
+    assert row["token"] == f"␣{a}/␣{b} @5" and row["tokens"] == [f" {a}", f" {b}"]
+    assert row["size"] == 2 and row["position"] == 5 and row["c"] == 0
+    assert row["tokens_c"] == [found.c[2], found.c[7]] and row["tokens_c"][0] > 0 > row["tokens_c"][1]
+    assert found.updated["size"].to_pylist() == [2, 2, 2, 1, 1, 1, 1]
+    assert found.updated["tokens_c"].to_pylist()[:2] == [[0.0], [0.0]]
+
+
 def test_names_of_groups():
     words = tuple("One two . Three four ! five six".split(" "))
     two_turns = torch.tensor([False, True, True, True, True, False, True, True])
@@ -79,7 +152,9 @@ def test_the_answer_of_a_group_over_the_vocabulary():
     torch.testing.assert_close(answer.rise[at], found.matrix[2, 1], rtol=1e-4, atol=1e-5 * float(found.matrix.abs().max()))
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": "sequence"}, {"scope": "readout"}, {"method": "naive"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"groups": "sequence"}, {"groups": "context"}, {"scope": "readout"}, {"method": "naive"}]
+)
 def test_a_folder_holds_what_memory_would(tmp_path, options):
     model = tiny("qwen2")
     whole = forces(model, U, O, **options)
@@ -157,12 +232,15 @@ def test_matrix_options_do_not_go_with_a_reduction(option):
         forces(tiny("llama"), U, O, reduce="update", **option)
 
 
-def test_groups_survive_the_disk(tmp_path):
-    found = forces(tiny("llama"), U, O, SFT(), groups="sequence")
+@pytest.mark.parametrize("groups, columns", [("sequence", 2), ("context", 11)])
+def test_groups_survive_the_disk(tmp_path, groups, columns):
+    found = forces(tiny("llama"), U, O, SFT(), groups=groups)
     found.save(tmp_path / "run")
     again = td.Forces.load(tmp_path / "run")
     assert torch.equal(again.groups, found.groups) and torch.equal(again.matrix, found.matrix)
-    assert again.updated.num_rows == 2 and "size" not in again.observed.column_names
+    names = found.updated.column_names
+    assert again.updated.num_rows == columns and again.updated.select(names).to_pydict() == found.updated.to_pydict()
+    assert again.observed.to_pydict() == found.observed.to_pydict()
 
 
 def test_the_readouts_groups_and_weighted_reductions_make_no_whole_matrix(monkeypatch):

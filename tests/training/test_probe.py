@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loops import EPS, PROBE, PROMPT, data, sft, train
+from loops import EPS, PROBE, PROMPT, data, dpo, sft, train
 
 import tokdyn as td
 from tokdyn.sequences import Chi
@@ -87,6 +87,21 @@ def test_an_unclipped_report_is_noticed():
         opt.step()
         step = monitor.step_end()
     assert step.accounted == pytest.approx(norm / 0.5, rel=1e-3) and "was clipped" in step.notes[0]
+
+
+@pytest.mark.parametrize("optimizer", [lambda p: torch.optim.SGD(p, lr=0.5), lambda p: torch.optim.Adam(p, lr=1e-3)])
+def test_a_step_whose_pushes_cancel_to_rounding_accounts_for_nothing(optimizer):
+    """A pair of one text has no gradient. What is left of it is rounding, and so is its quotient with the tokens' sum."""
+    model, ids = tiny("llama"), data(B=1)
+    opt = optimizer(model.parameters())
+    with td.Monitor(model, opt, probe=PROBE, on_error="raise") as monitor:
+        dpo(model, torch.cat([ids, data(B=1, T=9, seed=1), ids, data(B=1, T=9, seed=1)])).backward()
+        for p in model.parameters():  # the last digits of a gradient that is zero, as other shapes would leave them
+            p.grad += 1e-9 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        opt.step()
+        step = monitor.step_end()
+    assert float(step.forces.abs().sum()) > 0 and step.accounted is None
+    assert step.notes == ["the pushes of this step on the probe cancel to rounding: its gradient moves nothing there"]
 
 
 def test_forces_need_a_known_optimizer():

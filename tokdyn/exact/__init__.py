@@ -5,6 +5,7 @@ problem.py   the model, what moves, both sides        products.py  vjp and jvp o
 naive.py     one gradient per token: the specification of every `fill(problem, out, *, memory, progress)`
 engines.py   the one place that chooses among: readout.py (closed form), sweep/ (both sides pulled back together),
              tangents.py (one pulled back, the other moved along), per_direction.py (the last resort), grouped.py, ch2.py
+contexts.py  update tokens behind the same ids as one: their forces at the logits add
 modules/     what one module's own parameters do, a rule a file
 """
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..sequences import Chi
+from ..sequences import Chi, context_numbers, visible
 
 ENDS = (".", "!", "?", "…", "。", "！", "？", "\n")  # a sentence goes up to the token that holds one of these, spaces aside
 
@@ -19,8 +19,8 @@ def group_labels(groups: str | Sequence[int] | Tensor, chis: Sequence[Chi]) -> I
 
     Args:
         groups: "sequence" (all scored tokens of a sequence), "response" (each unbroken run of scored tokens: an assistant's
-            turn), "sentence" (runs cut behind . ! ? and line ends; the sequences need their `tokens`), or a label for each
-            scored token [L], any whole numbers from 0 up.
+            turn), "sentence" (runs cut behind . ! ? and line ends; the sequences need their `tokens`), "context" (tokens behind
+            the same ids, in whichever sequences), or a label for each scored token [L], any whole numbers from 0 up.
         chis: the sequences of the update.
 
     Raises:
@@ -35,8 +35,10 @@ def group_labels(groups: str | Sequence[int] | Tensor, chis: Sequence[Chi]) -> I
         if not len(used) or int(used[-1]) != len(used) - 1:
             raise ValueError(f"groups must be numbered 0, 1, … without a gap, got {used.tolist()[:10]}")
         return given.long()
-    if groups not in ("sequence", "response", "sentence"):
-        raise ValueError(f'groups must be "sequence", "response", "sentence" or labels [L], got {groups!r}')
+    if groups not in ("sequence", "response", "sentence", "context"):
+        raise ValueError(f'groups must be "sequence", "response", "sentence", "context" or labels [L], got {groups!r}')
+    if groups == "context":
+        return context_numbers(chis)
     labels, group = list[int](), -1
     for s, chi in enumerate(chis):
         if groups == "sentence" and chi.tokens is None:
@@ -53,14 +55,46 @@ def group_labels(groups: str | Sequence[int] | Tensor, chis: Sequence[Chi]) -> I
 
 def group_table(updated: Any, labels: Int[Tensor, " L"]) -> Any:
     """The row table of grouped columns: where each group begins, its tokens as one text, its size, Σ c and Σ log pi."""
+    return _table(
+        updated, labels, lambda rows, of: {"token": "".join(rows["token"][i] for i in of)} | _sums(rows, of, "log_prob")
+    )
+
+
+def context_table(updated: Any, labels: Int[Tensor, " L"]) -> Any:
+    """The row table of contexts: position, the different tokens there with the net c of each, size, and the net c of all.
+
+    `token` names a context by its tokens, "␣S/␣Can @14", white space at their ends made visible.
+    """
+
+    def named(rows: dict[str, list[Any]], of: list[int]) -> dict[str, Any]:
+        net: dict[int, float] = {}
+        texts: dict[int, str] = {}
+        for i in of:
+            y = rows["token_id"][i]
+            net[y], texts[y] = net.get(y, 0.0) + rows["c"][i], rows["token"][i]
+        label = f"{'/'.join(map(visible, texts.values()))} @{rows['position'][of[0]]}"
+        return {"token": label, "tokens": list(texts.values()), "tokens_c": list(net.values())}
+
+    return _table(updated, labels, named)
+
+
+def _table(updated: Any, labels: Int[Tensor, " L"], more: Callable[[dict[str, list[Any]], list[int]], dict[str, Any]]) -> Any:
+    """A row for each group: where its first token stands, what `more` says of all of its tokens, its size and Σ c."""
     import pyarrow as pa
 
     rows = updated.to_pydict()
+    members: list[list[int]] = [[] for _ in range(int(labels.max()) + 1)]
+    for i, label in enumerate(labels.tolist()):
+        if label >= 0:
+            members[label].append(i)
     columns: dict[str, list[Any]] = {}
-    for group in range(int(labels.max()) + 1):
-        of = (labels == group).nonzero().flatten().tolist()
+    for of in members:
         first = {key: rows[key][of[0]] for key in ("sequence", "group", "role", "position", "token_id")}
-        sums = {key: sum(rows[key][i] for i in of) for key in ("log_prob", "c") if key in rows}
-        for key, value in {**first, "token": "".join(rows["token"][i] for i in of), "size": len(of), **sums}.items():
+        for key, value in {**first, **more(rows, of), "size": len(of), **_sums(rows, of, "c")}.items():
             columns.setdefault(key, []).append(value)
     return pa.table(columns)
+
+
+def _sums(rows: dict[str, list[Any]], of: list[int], key: str) -> dict[str, float]:
+    """The sum of a column over some rows, where the table has it."""
+    return {key: sum(rows[key][i] for i in of)} if key in rows else {}

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..runs.by_sequence import block_sums, sequence_names
+from .net import contexts_of, net_sums, strongest
 from .text import count, day, facts, plain, show, to_json
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ SIDES = ("observed", "updated")
 COLUMNS = {
     "position": SIDES,
     "token_id": SIDES,
+    "context": SIDES,
     "token": SIDES,
     "log_prob": SIDES,
     "entropy": SIDES,
@@ -66,7 +68,7 @@ SCRIPTS = (  # read in this order inside one function scope
     "squeeze.js",
     "main.js",
 )
-MATRIX_CELLS = 6_000_000  # 24 MB of float32; a larger matrix is shown by its block sums only
+MATRIX_CELLS = 6_000_000  # 24 MB of float32; a larger matrix is shown by its block sums and each token's strongest partners
 
 
 def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None) -> str:
@@ -76,7 +78,8 @@ def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None
         about: run.json. Every key may be absent; what is absent is left out of the page.
         tokens: tokens.parquet: one row per token of each side, `row` being its index on the matrix axis of that side.
         matrix: F [M, L] in nats per unit learning rate, NaN where a partial run has not computed it; None if not kept.
-            Embedded bit for bit as float32 up to 6 million cells, as sums over sequence blocks above.
+            Embedded bit for bit as float32 up to 6 million cells; above, sums over sequence blocks and the strongest net
+            partners of each token.
 
     Raises:
         ValueError: if `tokens` lacks a column that places tokens, or `matrix` does not have shape [M, L].
@@ -89,12 +92,17 @@ def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None
         matrix = np.require(matrix, "<f4", ["C", "W"])
         if matrix.shape != (M, L):
             raise ValueError(f"matrix must have shape [M, L]=({M}, {L}) to match tokens, got {matrix.shape}")
+    contexts = contexts_of(sides)
+    fits = matrix is None or matrix.size <= MATRIX_CELLS
     payload = {
         "eta": _eta(about),
         "status": about.get("status"),
         "verify": about.get("verify"),
         "observed": sides["observed"],
         "updated": sides["updated"],
+        "contexts": contexts,
+        "net": None if matrix is None else net_sums(matrix, contexts, sides["observed"]["sequences"]),
+        "partners": None if matrix is None or fits else strongest(matrix, contexts),
         "matrix": _packed(matrix),
         "blocks": _blocks(matrix, sides["observed"]["sequences"], sides["updated"]["sequences"]),
     }
@@ -156,6 +164,7 @@ def _sequences(about: Mapping[str, Any], table: pa.Table, side: str) -> list[dic
                     "group": info.get("group"),
                     "role": str(info.get("role") or "response"),
                     "prompt": str(info.get("prompt") or ""),
+                    "response": str(info.get("response") or ""),
                     "truncated": int(info.get("truncated") or 0),
                     "start": index,
                     "stop": index,

@@ -87,6 +87,10 @@ class BySequence:
         """What the sequence of a token is called."""
         return self.names[row["side"], row["sequence"]]
 
+    def place(self, row: Row) -> str:
+        """Where a token stands: "chosen 1 @14", its position in the whole sequence, prompt included, from 0."""
+        return f"{self.name(row)} @{row['position']}"
+
     def changes(self) -> dict[str, dict[str, float]]:
         """Predicted and actual change of each observed sequence, the sum over its tokens in nats, and how many they are."""
         sums: dict[str, dict[str, float]] = {}
@@ -105,11 +109,11 @@ class BySequence:
         """
         if self.matrix is None:
             raise ValueError("the run has no complete force matrix")
-        (rows, of_row), (columns, of_column) = self._numbered(self.observed), self._numbered(self.updated)
+        (rows, of_row), (columns, of_column) = self.numbered(self.observed), self.numbered(self.updated)
         sums = block_sums(self.matrix, of_row, of_column).tolist()
         return {row: dict(zip(columns, values, strict=True)) for row, values in zip(rows, sums, strict=True)}
 
-    def _numbered(self, rows: list[Row]) -> tuple[list[str], Tensor]:
+    def numbered(self, rows: list[Row]) -> tuple[list[str], Tensor]:
         """The names of a side's sequences, and the number of each token's sequence among them."""
         number: dict[str, int] = {}
         numbers = [number.setdefault(self.name(row), len(number)) for row in rows]

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .by_sequence import BySequence, Row
+from ..sequences import visible
+from .by_sequence import BySequence
+from .contexts import Contexts
 
 Finding = dict[str, str]
 ROW_SUMS = "row sums of the matrix against the tangent pass"
 
 
 def findings(about: dict[str, Any], tokens: Any, matrix: Tensor | None) -> list[Finding]:
-    """The step, the balance of forces behind it, the strongest pair of tokens, squeezing, and the checks, with their figures.
+    """The step, the strongest net push, the balance of forces behind it, squeezing, and the checks, with their figures.
 
     Args:
         about: a run's record; its sequences, settings, checks and verify are read.
@@ -22,9 +24,12 @@ def findings(about: dict[str, Any], tokens: Any, matrix: Tensor | None) -> list[
         matrix: F [M, L] or None. Where entries are NaN (an interrupted run), findings that need it are left out.
     """
     run = BySequence.of(tokens, matrix)
+    if about["settings"]["eta"] is None:
+        return _still(run)
     found = [_step(about, run)]
     if run.matrix is not None:
-        found += [_balance(about, run), _strongest(about, run)]
+        contexts = Contexts.of(run, about["sequences"])
+        found += [_strongest(about, contexts), _balance(about, contexts)]
     found += [_squeezing(run), _prediction(about), _row_sums(about)]
     return [finding for finding in found if finding is not None]
 
@@ -36,7 +41,7 @@ def signed(x: float) -> str:
 
 def shown(token: str) -> str:
     """A token in quotes with its white space visible."""
-    return "“" + token.replace("\n", "↵").replace(" ", "␣") + "”"
+    return f"“{visible(token)}”"
 
 
 def _step(about: dict[str, Any], run: BySequence) -> Finding | None:
@@ -62,9 +67,25 @@ def _step(about: dict[str, Any], run: BySequence) -> Finding | None:
     )
 
 
-def _balance(about: dict[str, Any], run: BySequence) -> Finding | None:
-    """The observed sequence on which most force cancels, with the two sequences that pull and push it hardest."""
-    table, eta = run.forces(), about["settings"]["eta"]
+def _still(run: BySequence) -> list[Finding]:
+    """What there is to say of an update whose pushes cancel to rounding: no step was taken."""
+    texts: dict[tuple[Any, ...], list[str]] = {}
+    for name in run.names:
+        if name[0] == "updated":
+            key = tuple(row["context"] for row in run.updated if row["sequence"] == name[1])
+            texts.setdefault(key, []).append(run.names[name])
+    same = "; ".join(" and ".join(names) for names in texts.values() if len(names) > 1)
+    text = (
+        "The pushes of this update cancel to rounding: wherever one update token pulls, others behind the same tokens push as "
+        f"much. The same text up to the last token: {same}. No step was taken, since it would follow rounding errors alone: "
+        "leave these answers out, or look for why their texts are the same."
+    )
+    return [dict(title="Nothing moves", text=text)]
+
+
+def _balance(about: dict[str, Any], contexts: Contexts) -> Finding | None:
+    """The observed sequence on which most force cancels, with the two groups of tokens that pull and push it hardest."""
+    table, eta = contexts.forces(), about["settings"]["eta"]
     best: tuple[float, str] | None = None
     for name, forces in table.items():
         lift, press = sum(f for f in forces.values() if f > 0), sum(f for f in forces.values() if f < 0)
@@ -73,7 +94,8 @@ def _balance(about: dict[str, Any], run: BySequence) -> Finding | None:
         up, down = max(forces, key=lambda k: forces[k]), min(forces, key=lambda k: forces[k])
         text = (
             f"On {name}, the tokens of {up} do {signed(eta * forces[up])} nats and those of {down} "
-            f"{signed(eta * forces[down])}; all updated answers together leave {signed(eta * (lift + press))}."
+            f"{signed(eta * forces[down])}; all updated answers together leave {signed(eta * (lift + press))}. "
+            "Tokens behind the same text count as one, under all the answers that share it."
         )
         cancelled = min(lift, -press)
         if best is None or cancelled > best[0]:
@@ -85,28 +107,24 @@ def _balance(about: dict[str, Any], run: BySequence) -> Finding | None:
     return dict(title="Most of the force cancels" if net < 0.5 * gross else "Who pulls and who pushes", text=best[1])
 
 
-def _strongest(about: dict[str, Any], run: BySequence) -> Finding | None:
-    """The largest force between two tokens, leaving out a token of a text that is on both sides and its own force on itself."""
+def _strongest(about: dict[str, Any], contexts: Contexts) -> Finding | None:
+    """The largest net force of a context on a token that stands elsewhere, and how much of all force cancels before that."""
+    run, others = contexts.run, contexts.others
     assert run.matrix is not None
-    texts = {(entry["side"], entry["sequence"]): (entry["prompt"], entry["response"]) for entry in about["sequences"]}
-    number: dict[tuple[Any, ...], int] = {}
-
-    def numbers(rows: list[Row]) -> Tensor:  # the same token of the same text has one number, whatever its role on that side
-        places = [(texts.get((row["side"], row["sequence"])), row["position"], row["token_id"]) for row in rows]
-        return torch.tensor([number.setdefault(place, len(number)) for place in places])
-
-    other = (numbers(run.observed)[:, None] != numbers(run.updated)).to(run.matrix.device)
-    if not bool(other.any()):
+    if not bool(others.any()):
         return None
-    m, l = divmod(int((run.matrix.abs() * other).argmax()), len(run.updated))  # noqa: E741
-    a, b, force, eta = run.observed[m], run.updated[l], float(run.matrix[m, l]), about["settings"]["eta"]
-    row = run.matrix[m].abs()
-    return dict(
-        title=f"The strongest {'pull' if force > 0 else 'push'} between two different tokens",
-        text=f"{shown(b['token'])} at position {b['position']} of {run.name(b)} {'lifts' if force > 0 else 'lowers'} "
-        f"{shown(a['token'])} at position {a['position']} of {run.name(a)}: {signed(eta * force)} nats in this step, "
-        f"{100 * float(row[l] / row.sum()):.0f}% of all force on that token.",
+    m, x = divmod(int(others.abs().argmax()), others.shape[1])
+    a, force, eta = run.observed[m], float(others[m, x]), about["settings"]["eta"]
+    gross, net = float(run.matrix.abs().sum(dtype=torch.float64)), float(contexts.matrix.abs().sum(dtype=torch.float64))
+    text = (
+        f"{contexts.name(x)} {'lifts' if force > 0 else 'lowers'} {shown(a['token'])} {run.place(a)}: {signed(eta * force)} "
+        f"nats in this step, {100 * abs(force) / float(others[m].abs().sum()):.0f}% of the net force on it from elsewhere."
     )
+    if contexts.own[m] >= 0:
+        text += f" What is trained in its own place does {signed(eta * contexts.itself(m))}."
+    if net < 0.99 * gross:
+        text += f" {100 * (1 - net / gross):.0f}% of all force between single tokens cancels inside texts that answers share."
+    return dict(title=f"The strongest net {'pull' if force > 0 else 'push'} of one token on another", text=text)
 
 
 def _squeezing(run: BySequence) -> Finding | None:
@@ -144,7 +162,5 @@ def _row_sums(about: dict[str, Any]) -> Finding | None:
     error = about["checks"].get(ROW_SUMS)
     if error is None or error < 1e-3:
         return None
-    text = (
-        f"Its row sums differ from the whole step's forces by {error:.1e} of their size: do not trust the matrix of this run."
-    )
+    text = f"Its row sums differ from the whole step's forces by {error:.1e} of all force: do not trust the matrix of this run."
     return dict(title="The force matrix does not add up", text=text)

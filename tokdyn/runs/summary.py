@@ -3,40 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from .by_sequence import BySequence
+from .by_sequence import BySequence, Row
+from .contexts import Contexts
 from .findings import shown
 
 MOVERS = 5  # tokens that are listed
-COLUMNS = 8  # updated sequences that a terminal has room for
+COLUMNS = 8  # groups of updated tokens that a terminal has room for
+UNITS = {"step": "nats after the step", "rate": "nats per unit learning rate"}
+PER = ("contexts", "tokens")
 
 
-def summary(about: Mapping[str, Any], tokens: Any, matrix: Tensor | None) -> Any:
+def summary(
+    about: Mapping[str, Any], tokens: Any, matrix: Tensor | None, *, unit: str = "step", per: str = "contexts"
+) -> Any:  # fmt: skip
     """A rich renderable with the step by answer, the tokens that move most, who moves them, the findings, and the checks.
 
     Args:
         about: run.json.
         tokens: the token table (pyarrow).
         matrix: F [M, L] or None; what needs it is left out where it is not complete.
+        unit: "step" for nats after the step, "rate" for nats per unit learning rate.
+        per: "contexts", net of what cancels between update tokens behind the same text, or the single "tokens".
+
+    Raises:
+        ValueError: another unit, or another per.
     """
     from rich.console import Group
     from rich.text import Text
 
+    check_view(unit, per)
     run, eta = BySequence.of(tokens, matrix), about["settings"]["eta"]
+    contexts = Contexts.of(run, about["sequences"]) if per == "contexts" and run.matrix is not None else None
+    view = _View(run, contexts, 1.0 if eta is None else eta, unit)
     constants = ", ".join(f"{k}={v}" for k, v in about["objective"]["arguments"].items())
     parts: list[Any] = [
         Text.assemble(
             (f"{about['objective']['name']}({constants})", "bold"),
             f" on {about['model']['name']}, {len(run.updated)} update tokens, {len(run.observed)} observed tokens, "
-            f"step eta = {eta:.3g}",
+            + ("no step" if eta is None else f"step eta = {eta:.3g}"),
         )
     ]
     if about["status"] != "complete":
         parts.append(Text("Interrupted: the force matrix is not complete.", style="bold yellow"))
-    parts += ["", _answers(run, eta), "", _movers(run, eta), ""]
+    parts += ["", view.answers(), "", view.movers(), ""] if eta is not None else [""]
     for finding in about["findings"]:
         parts.append(Text.assemble(("• ", "cyan"), (finding["title"] + ". ", "bold"), finding["text"]))
     parts.append("")
@@ -45,48 +59,91 @@ def summary(about: Mapping[str, Any], tokens: Any, matrix: Tensor | None) -> Any
     return Group(*parts)
 
 
-def _answers(run: BySequence, eta: float) -> Any:
-    """Change of each observed sequence, and what each updated one contributes to it."""
-    from rich.table import Table
+def check_view(unit: str, per: str) -> None:
+    """Refuse what `summary` cannot show.
 
-    table = Table(title="Change of each answer, nats", title_justify="left", box=None, pad_edge=False)
-    for name in ("answer", "tokens", "predicted", "actual"):
-        table.add_column(name, justify="left" if name == "answer" else "right")
-    updated = [name for (side, _), name in run.names.items() if side == "updated"]
-    forces = run.forces() if run.matrix is not None and len(updated) <= COLUMNS else {}
-    for name in updated if forces else ():
-        table.add_column(f"by {name}", justify="right", style="dim")
-    for name, change in run.changes().items():
-        cells = [name, str(int(change["tokens"])), f"{change['predicted']:+.4f}", f"{change['actual']:+.4f}"]
-        table.add_row(*cells, *(f"{eta * force:+.4f}" for force in forces.get(name, {}).values()))
-    return table
+    Raises:
+        ValueError: another unit, or another per.
+    """
+    if unit not in UNITS:
+        raise ValueError(f'unit must be "step" (nats after the step) or "rate" (per unit learning rate), got {unit!r}')
+    if per not in PER:
+        raise ValueError(f'per must be "contexts" (net of what cancels) or "tokens" (single ones), got {per!r}')
 
 
-def _movers(run: BySequence, eta: float) -> Any:
-    """The observed tokens that move most, the update token behind each, and what rises and falls in their places."""
-    from rich.table import Table
-    from rich.text import Text
+@dataclass(frozen=True)
+class _View:
+    """A run in one unit, its update tokens net by context or one by one."""
 
-    table = Table(title="The tokens that move most", title_justify="left", box=None, pad_edge=False)
-    for name in ("token", "of", "predicted", "actual"):
-        table.add_column(name, justify="right" if name in ("predicted", "actual") else "left")
-    if run.matrix is not None:
-        table.add_column("moved most by")
-    table.add_column("rising at that place")
-    table.add_column("falling at that place")
-    for row in sorted(run.observed, key=lambda row: -abs(row["actual"]))[:MOVERS]:
-        cells = [
-            shown(row["token"]),
-            f"{run.name(row)} @{row['position']}",
-            f"{row['predicted']:+.4f}",
-            f"{row['actual']:+.4f}",
-        ]
+    run: BySequence
+    contexts: Contexts | None
+    eta: float
+    unit: str
+
+    def of_force(self, force: float) -> str:
+        """A force in the unit."""
+        return _number(force * (self.eta if self.unit == "step" else 1))
+
+    def of_change(self, change: float) -> str:
+        """A change after the step in the unit."""
+        return _number(change / (1 if self.unit == "step" else self.eta))
+
+    def answers(self) -> Any:
+        """Change of each observed sequence, and what each group of updated tokens contributes to it."""
+        from rich.table import Table
+
+        run = self.run
+        table = Table(title=f"Change of each answer, {UNITS[self.unit]}", title_justify="left", box=None, pad_edge=False)
+        for name in ("answer", "tokens", "predicted", "actual"):
+            table.add_column(name, justify="left" if name == "answer" else "right")
+        forces: dict[str, dict[str, float]] = {}
         if run.matrix is not None:
-            force = run.matrix[row["row"]]
-            mover = run.updated[int(force.abs().argmax())]
-            by_it = eta * float(force[mover["row"]])
-            cells.append(f"{shown(mover['token'])} {run.name(mover)} @{mover['position']} ({by_it:+.4f})")
-        for key in ("risers", "fallers"):
-            cells.append(" ".join(shown(entry["token"]) for entry in row[key][:3]))
-        table.add_row(*(Text(cell) for cell in cells))  # a token may look like markup
-    return table
+            forces = run.forces() if self.contexts is None else self.contexts.forces()
+            if len(next(iter(forces.values()))) > COLUMNS:
+                forces = {}
+        for name in next(iter(forces.values()), {}):
+            table.add_column(f"by {name}", justify="right", style="dim")
+        for name, change in run.changes().items():
+            cells = [name, str(int(change["tokens"])), self.of_change(change["predicted"]), self.of_change(change["actual"])]
+            table.add_row(*cells, *(self.of_force(force) for force in forces.get(name, {}).values()))
+        return table
+
+    def movers(self) -> Any:
+        """The observed tokens that move most, who is behind each, and what rises and falls in their places."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=f"The tokens that move most, {UNITS[self.unit]}", title_justify="left", box=None, pad_edge=False)
+        for name in ("token", "of", "predicted", "actual"):
+            table.add_column(name, justify="right" if name in ("predicted", "actual") else "left")
+        if self.run.matrix is not None:
+            if self.contexts is not None:
+                table.add_column("by itself", justify="right")
+            table.add_column("moved most by" if self.contexts is None else "moved most by another, net")
+        table.add_column("rising at that place")
+        table.add_column("falling at that place")
+        for row in sorted(self.run.observed, key=lambda row: -abs(row["actual"]))[:MOVERS]:
+            changes = (self.of_change(row[name]) for name in ("predicted", "actual"))
+            cells = [shown(row["token"]), self.run.place(row), *changes, *self.by(row)]
+            for key in ("risers", "fallers"):
+                cells.append(" ".join(shown(entry["token"]) for entry in row[key][:3]))
+            table.add_row(*(Text(cell) for cell in cells))  # a token may look like markup
+        return table
+
+    def by(self, row: Row) -> list[str]:
+        """Who moved a token most: its own context and the strongest other one, or the strongest single token."""
+        m = row["row"]
+        if self.run.matrix is None:
+            return []
+        if self.contexts is None:
+            mover = self.run.updated[int(self.run.matrix[m].abs().argmax())]
+            force = float(self.run.matrix[m, mover["row"]])
+            return [f"{shown(mover['token'])} {self.run.place(mover)} ({self.of_force(force)})"]
+        x = int(self.contexts.others[m].abs().argmax())
+        own = self.of_force(self.contexts.itself(m)) if self.contexts.own[m] >= 0 else "–"
+        return [own, f"{self.contexts.name(x)} ({self.of_force(float(self.contexts.others[m, x]))})"]
+
+
+def _number(x: float) -> str:
+    """Four decimals, or four digits where decimals would say nothing."""
+    return f"{x:+.4f}" if 1e-3 <= abs(x) < 1e3 or x == 0 else f"{x:+.4g}"

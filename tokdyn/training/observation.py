@@ -36,12 +36,15 @@ class Blame:
     Args:
         forces: by group of the probe, what each token of this rank did to it, [L]; before gradients are clipped.
         total: Σ of the forces on the first group, over all ranks once they were asked.
+        rounding: √P eps Σ|forces| on the first group, over all ranks: an inner product over P parameters is off by √P eps of
+            the terms that cancel in it. What is smaller is no movement.
         own: what the step's own gradient did to that group, clipped as it was. carried: what momentum and weight decay did.
             None where they are not known.
     """
 
     forces: Mapping[str, Tensor]
     total: float = 0.0
+    rounding: float = 0.0
     own: float | None = None
     carried: float | None = None
 

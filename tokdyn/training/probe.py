@@ -114,10 +114,10 @@ class Probe:
             self._saved, self._start = {}, None
             if capture.head.weight.device.type == "cpu":
                 _release_memory()
-            mine = 0.0 if found is None or found.blame is None else found.blame.total
-            total = float(distributed.total(torch.tensor(mine, dtype=torch.float64)))
+            blame = Blame({}) if found is None or found.blame is None else found.blame
+            sums = distributed.total(torch.tensor([blame.total, blame.rounding], dtype=torch.float64)).tolist()
             if found is not None and found.blame is not None:
-                found = replace(found, blame=replace(found.blame, total=total))
+                found = replace(found, blame=replace(found.blame, total=sums[0], rounding=sums[1]))
             self._found = found
 
     def watched(self) -> sharded.Watched:
@@ -189,7 +189,10 @@ class Probe:
         step.carried = blame.carried
         step.add_columns({f"on {name}": clip * forces for name, forces in blame.forces.items()})
         step.forces = clip * blame.forces[self.blamed[0]]
-        if blame.own:
+        if blame.own is not None and abs(blame.own) <= clip * blame.rounding:
+            if blame.rounding:
+                step.notes.append("the pushes of this step on the probe cancel to rounding: its gradient moves nothing there")
+        elif blame.own:
             step.accounted = clip * blame.total / blame.own
             if abs(step.accounted - 1) > 0.05:
                 step.notes.append(
@@ -244,7 +247,10 @@ class Probe:
                 x *= P[name]
             parts = [products.jvp(tracer, side, D, uses) for side in sides]
             forces[group] = torch.cat(parts).cpu() if parts else torch.zeros(0)
-        return Blame(forces, float(forces[self.blamed[0]].double().sum()), own, carried)
+        first = forces[self.blamed[0]].double()
+        P_all = sum(tracer.params[name].numel() for name in P)
+        rounding = P_all**0.5 * torch.finfo(tracer.precision).eps * float(first.abs().sum())
+        return Blame(forces, float(first.sum()), rounding, own, carried)
 
 
 def _along(

@@ -9,9 +9,8 @@ const BAR_COLUMNS = {
     { name: "log-prob", unit: "nats", value: (i) => UPDATED.at("log_prob", i) },
   ],
   observed: [
-    { name: "actual change", unit: "nats", value: MOVES.actual, sign: true },
-    { name: "predicted", unit: "nats", value: MOVES.predicted, sign: true, like: 0 },
-    { name: "force", unit: "nats per unit lr", value: MOVES.force, sign: true, unless: 1 },
+    { name: "actual change", unit: null, value: MOVES.actual, sign: true },
+    { name: "predicted", unit: null, value: MOVES.predicted, sign: true, like: 0 },
     { name: "‖π − e_y‖", unit: "0 to √2", value: (i) => OBSERVED.at("g_norm", i) },
     { name: "entropy", unit: "nats", value: (i) => OBSERVED.at("entropy", i) },
     { name: "log-prob", unit: "nats", value: (i) => OBSERVED.at("log_prob", i) },
@@ -55,7 +54,7 @@ function Bars() {
               h(
                 "th",
                 { scope: "col" },
-                h("div.axis-name", column.name, " ", h("span.unit", column.unit)),
+                h("div.axis-name", column.name, " ", h("span.unit", column.unit ?? unitName())),
                 axisTicks(column.low, column.high),
               ),
             ),
@@ -114,10 +113,7 @@ function Bars() {
 /** The columns that a range of tokens has values for, each with them and with the ends of its axis. */
 function barColumns(side, range) {
   const known = BAR_COLUMNS[side].map((column) => ({ ...column, values: range.map((i) => column.value(i)) }));
-  const columns = known.filter(
-    (column) =>
-      column.values.some(finite) && !(column.unless !== undefined && known[column.unless].values.some(finite)),
-  );
+  const columns = known.filter((column) => column.values.some(finite));
   for (const column of columns) {
     const peers = column.like !== undefined ? [...column.values, ...known[column.like].values] : column.values;
     const real = peers.filter(finite);

@@ -40,12 +40,13 @@ function HeatMap() {
     view.zoom = 0;
     rebuild();
   });
-  const columnMenu = dropdown("Columns", names(UPDATED, "all update"), "all", (value) => {
+  const columnMenu = dropdown("Columns", names(mapColumns(), "all update"), "all", (value) => {
     view.cols = value;
     view.zoom = 0;
     rebuild();
   });
   const menus = [rowMenu, columnMenu].map((menu) => menu.querySelector("select"));
+  let drawn = "";
   const modes = choice(
     "Cells",
     [
@@ -102,7 +103,16 @@ function HeatMap() {
     rebuild();
   }
 
+  /** The switches of the page have moved: other numbers, and maybe other columns. */
+  function switched() {
+    const columns = names(mapColumns(), "all update");
+    menus[1].replaceChildren(...columns.map(([key, text]) => h("option", { value: key }, text)));
+    Object.assign(view, { cols: "all", zoom: 0 });
+    rebuild();
+  }
+
   function rebuild() {
+    drawn = `${VIEW.unit} ${VIEW.net}`;
     grid = mapGrid(view);
     Object.assign(cursor, { i: -1, j: -1, keyboard: false });
     for (const menu of menus) menu.disabled = view.mode === "sequences";
@@ -118,8 +128,8 @@ function HeatMap() {
     legend(
       legendNode,
       scale,
-      view.mode === "tokens" ? "F[m,l]" : "Σ F over each pair of sequences",
-      `nats per unit lr${scale.log ? ", signed log" : ""}`,
+      `${VIEW.net ? "Net force" : "Force"}${view.mode === "tokens" ? "" : " summed over sequences"}`,
+      `${unitName()}${scale.log ? ", signed log" : ""}`,
     );
     queue();
   }
@@ -171,7 +181,7 @@ function HeatMap() {
     if (view.mode === "sequences" || !state.side) return { m: -1, l: -1 };
     const on = (index, { from, size }) => (index >= from && index < from + size ? index - from : -1);
     const [m, l] = state.side === "observed" ? [state.index, state.partner] : [state.partner, state.index];
-    return { m: on(m, grid.rows), l: on(l, grid.cols) };
+    return { m: on(m, grid.rows), l: on(VIEW.net && l >= 0 ? CONTEXT_OF[l] : l, grid.cols) };
   }
 
   function draw() {
@@ -206,7 +216,7 @@ function HeatMap() {
     else if (at && at.i >= 0 && view.mode === "tokens")
       showTip(event.clientX, event.clientY, tokenTip("observed", grid.rows.from + at.i));
     else if (at && at.j >= 0 && view.mode === "tokens")
-      showTip(event.clientX, event.clientY, tokenTip("updated", grid.cols.from + at.j));
+      showTip(event.clientX, event.clientY, tokenTip("updated", tokenOf(at.j)));
     else hideTip();
     queue();
   });
@@ -240,22 +250,22 @@ function HeatMap() {
     { passive: false },
   );
 
+  /** The update token that stands for a column. */
+  const tokenOf = (j) => (VIEW.net ? CONTEXT_LIST[grid.cols.from + j].members[0] : grid.cols.from + j);
+
   function choose({ i, j }) {
     if (view.mode === "sequences") return;
     if (i >= 0) {
-      if (
-        state.side !== "observed" ||
-        state.index !== grid.rows.from + i ||
-        state.partner !== (j >= 0 ? grid.cols.from + j : -1)
-      )
-        select("observed", grid.rows.from + i, j >= 0 ? grid.cols.from + j : -1);
-    } else if (j >= 0) select("updated", grid.cols.from + j);
+      const partner = j >= 0 ? tokenOf(j) : -1;
+      if (state.side !== "observed" || state.index !== grid.rows.from + i || state.partner !== partner)
+        select("observed", grid.rows.from + i, partner);
+    } else if (j >= 0) select("updated", tokenOf(j));
   }
 
   function openAt({ i, j }) {
     if (!MATRIX) return;
     if (view.mode === "sequences") open(i, j);
-    else open(OBSERVED.sequenceOf(grid.rows.from + i), UPDATED.sequenceOf(grid.cols.from + j));
+    else open(OBSERVED.sequenceOf(grid.rows.from + i), mapColumns().sequenceOf(grid.cols.from + j));
   }
 
   frame.addEventListener("keydown", (event) => {
@@ -307,6 +317,7 @@ function HeatMap() {
   }).observe(root);
   rebuild();
   follow(queue, () => {
+    if (drawn !== `${VIEW.unit} ${VIEW.net}`) return switched();
     layout();
     recolour();
     draw();

@@ -5,36 +5,70 @@ function Inspector(showInPanel) {
   const root = byId("inspector");
   const bar = byId("selection");
 
-  /** Bars for the n strongest forces at the other end of the selected token. */
-  function partners(side, values, n, title) {
-    const order = largest(values, n);
-    const top = order.length ? Math.abs(values[order[0]]) : 1;
-    const total = values.filter(finite).reduce((sum, value) => sum + Math.abs(value), 0);
+  /** Bars for forces at the other end of the selected token, [index, force, label] each, and a note under them. */
+  function ranking(title, side, entries, note) {
+    const top = Math.max(...entries.map(([, value]) => Math.abs(value)));
     const of = sideOf(side);
     return h(
       "section",
-      h("h4", title, " ", h("span.unit", "nats per unit lr")),
-      order.length
+      h("h4", title, " ", h("span.unit", unitName())),
+      entries.length
         ? h(
             "ol.ranking",
-            order.map((i) =>
+            entries.map(([i, value, name, where]) =>
               row(
                 side,
                 i,
-                [tokenText(of.token(i), { limit: 14 }), h("span.where", of.sequence(i).name)],
-                values[i],
+                [tokenText(name ?? of.token(i), { limit: 14 }), h("span.where", where ?? of.sequence(i).name)],
+                value,
                 top,
               ),
             ),
           )
         : h("p.note", "No force was computed."),
-      order.length
-        ? h(
-            "p.note",
-            `${percent(order.reduce((sum, i) => sum + Math.abs(values[i]), 0) / total)} of all force ${side === "updated" ? "on" : "from"} this token.`,
-          )
-        : null,
+      note && entries.length ? h("p.note", note) : null,
     );
+  }
+
+  const sizes = (list) => list.reduce((sum, [, value]) => sum + Math.abs(value), 0);
+
+  /** Who moved observed token m: other contexts net, its own apart; or single update tokens. */
+  function movers(m) {
+    if (!VIEW.net && MATRIX) {
+      const values = forcesOn(m);
+      const list = largest(values, 6).map((l) => [l, values[l]]);
+      const total = values.filter(finite).reduce((sum, value) => sum + Math.abs(value), 0);
+      return ranking("Who moved it", "updated", list, `${percent(sizes(list) / total)} of all force on this token.`);
+    }
+    const { list, size } = netPartners(m, 6);
+    const own = netOwn(m);
+    const entries = list.map(([x, value]) => [
+      CONTEXT_LIST[x].members[0],
+      value,
+      CONTEXTS.token(x),
+      CONTEXTS.sequence(x).name,
+    ]);
+    if (own !== null) {
+      const x = OWN_CONTEXT[m];
+      entries.unshift([CONTEXT_LIST[x].members[0], own, CONTEXTS.token(x), "itself"]);
+    }
+    const share = size ? `${percent(sizes(list) / size)} of all net force on this token from elsewhere.` : null;
+    return ranking("Who moved it, net", "updated", entries, share);
+  }
+
+  /** Whom update token l moved: net with all that stands behind the same text, or by itself. */
+  function moved(l) {
+    if (!VIEW.net && MATRIX) {
+      const values = forcesOf(l);
+      const list = largest(values, 8).map((m) => [m, values[m]]);
+      const total = values.filter(finite).reduce((sum, value) => sum + Math.abs(value), 0);
+      return ranking("Whom it moved", "observed", list, `${percent(sizes(list) / total)} of all force from this token.`);
+    }
+    const { list } = netReach(CONTEXT_OF[l]);
+    const together = CONTEXT_LIST[CONTEXT_OF[l]].members.length;
+    const note =
+      together > 1 ? `Net of the ${together} update tokens behind the same text; its own place is left out.` : null;
+    return ranking("Whom it moved, net", "observed", list, note);
   }
 
   function words(m) {
@@ -45,14 +79,16 @@ function Inspector(showInPanel) {
         h("h5", title),
         h(
           "ul.words-short",
-          items.map(([text, delta]) => h("li", tokenText(text, { limit: 14 }), " ", h("span.value", signed(delta)))),
+          items.map(([text, delta]) =>
+            h("li", tokenText(text, { limit: 14 }), " ", h("span.value", signed(inUnit(delta)))),
+          ),
         ),
       );
     };
     if (!OBSERVED.at("risers", m)?.length && !OBSERVED.at("fallers", m)?.length) return null;
     return h(
       "section",
-      h("h4", "In the vocabulary here ", h("span.unit", "nats per unit lr")),
+      h("h4", "In the vocabulary here ", h("span.unit", unitName())),
       h("div.two", list("risers", "rise"), list("fallers", "fall")),
     );
   }
@@ -61,7 +97,7 @@ function Inspector(showInPanel) {
   function empty() {
     const moves = Array.from({ length: OBSERVED.size }, (_, m) => MOVES[BEST_MOVE](m));
     const first = largest(moves, 6);
-    const strong = MATRIX ? strongestCells(6) : [];
+    const strong = HAS_FORCES ? strongestCells(6) : [];
     const top = (list) => Math.abs(list[0]) || 1;
     return [
       h("h3", "Selected token"),
@@ -72,7 +108,7 @@ function Inspector(showInPanel) {
       first.length
         ? h(
             "section",
-            h("h4", "Moved most ", h("span.unit", BEST_MOVE === "force" ? "nats per unit lr" : `${BEST_MOVE}, nats`)),
+            h("h4", "Moved most ", h("span.unit", `${BEST_MOVE}, ${unitName()}`)),
             h(
               "ol.ranking",
               first.map((m) =>
@@ -90,20 +126,20 @@ function Inspector(showInPanel) {
       strong.length
         ? h(
             "section",
-            h("h4", "Strongest single forces ", h("span.unit", "nats per unit lr")),
+            h("h4", VIEW.net ? "Strongest net forces " : "Strongest single forces ", h("span.unit", unitName())),
             h(
               "ol.ranking",
-              strong.map(([m, l]) =>
+              strong.map(([m, l, value]) =>
                 row(
                   "observed",
                   m,
                   [
-                    tokenText(UPDATED.token(l), { limit: 10 }),
+                    tokenText(VIEW.net ? CONTEXTS.token(CONTEXT_OF[l]) : UPDATED.token(l), { limit: 10 }),
                     h("span.where", "on"),
                     tokenText(OBSERVED.token(m), { limit: 10 }),
                   ],
-                  force(m, l),
-                  top(strong.map(([i, j]) => force(i, j))),
+                  value,
+                  top(strong.map((cell) => cell[2])),
                   l,
                 ),
               ),
@@ -136,17 +172,21 @@ function Inspector(showInPanel) {
     );
   }
 
-  /** The n largest |F| as [m, l]. */
+  /** The n largest forces as [m, l, force], net ones between different places where the page shows net forces. */
   function strongestCells(n) {
     const best = [];
-    for (let k = 0; k < MATRIX.length; k += 1) {
-      const size = Math.abs(MATRIX[k]);
-      if (!(size > 0) || (best.length === n && size <= best[n - 1][0])) continue;
-      best.push([size, k]);
-      best.sort((a, b) => b[0] - a[0]);
+    const offer = (m, l, value) => {
+      const size = Math.abs(value);
+      if (!(size > 0) || (best.length === n && size <= Math.abs(best[n - 1][2]))) return;
+      best.push([m, l, value]);
+      best.sort((a, b) => Math.abs(b[2]) - Math.abs(a[2]));
       best.length = Math.min(n, best.length);
+    };
+    for (let m = 0; m < OBSERVED.size; m += 1) {
+      if (VIEW.net || !MATRIX) for (const [x, value] of netPartners(m, n).list) offer(m, CONTEXT_LIST[x].members[0], value);
+      else for (let l = 0; l < UPDATED.size; l += 1) offer(m, l, tokenForce(m, l));
     }
-    return best.map(([, k]) => [Math.floor(k / UPDATED.size), k % UPDATED.size]);
+    return best;
   }
 
   function draw() {
@@ -167,10 +207,10 @@ function Inspector(showInPanel) {
       clear(),
     );
     const rows = tokenFacts(side, index);
-    if (partner >= 0)
+    if (partner >= 0 && MATRIX)
       rows.unshift([
-        side === "observed" ? "F from the marked cell" : "F",
-        `${signed(force(index, partner))} nats per unit lr`,
+        `${VIEW.net ? "net force" : "force"} from the marked cell`,
+        `${signed(force(index, partner))} ${unitName()}`,
       ]);
     root.replaceChildren(
       ...[
@@ -182,10 +222,7 @@ function Inspector(showInPanel) {
         ),
         h("p.place", of.place(index)),
         facts(rows),
-        MATRIX &&
-          (side === "observed"
-            ? partners("updated", forcesOn(index), 6, "Who moved it")
-            : partners("observed", forcesOf(index), 8, "Whom it moved")),
+        HAS_FORCES && (side === "observed" ? movers(index) : moved(index)),
         side === "observed" && words(index),
       ].filter(Boolean),
     );

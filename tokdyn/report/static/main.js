@@ -2,6 +2,36 @@
 
 loadTheme();
 selectFromAddress();
+byId("switches").append(
+  ...[
+    HAS_FORCES &&
+      MATRIX &&
+      choice(
+        "Forces",
+        [
+          [true, "net"],
+          [false, "token by token"],
+        ],
+        VIEW.net,
+        (net) => {
+          VIEW.net = net;
+          redraw();
+        },
+      ),
+    choice(
+      "Unit",
+      [
+        ["step", "after the step", ETA === null],
+        ["rate", "per unit lr"],
+      ],
+      VIEW.unit,
+      (unit) => {
+        VIEW.unit = unit;
+        redraw();
+      },
+    ),
+  ].filter(Boolean),
+);
 const showInPanel = { observed: AnswerPanel("observed"), updated: AnswerPanel("updated") };
 Inspector(showInPanel);
 HeatMap();

@@ -15,14 +15,18 @@ function mapAxis(of, mode, chosen) {
   };
 }
 
+/** What the columns of the map are: contexts, or update tokens one by one. */
+const mapColumns = () => (VIEW.net ? CONTEXTS : UPDATED);
+
 /** The values on show and their two axes. */
 function mapGrid(view) {
   const rows = mapAxis(OBSERVED, view.mode, view.rows);
-  const cols = mapAxis(UPDATED, view.mode, view.cols);
+  const cols = mapAxis(mapColumns(), view.mode, view.cols);
   const values = new Float32Array(rows.size * cols.size);
+  const [cell, sums] = VIEW.net ? [netForce, RUN.net] : [tokenForce, RUN.blocks];
   for (let i = 0, k = 0; i < rows.size; i += 1) {
     for (let j = 0; j < cols.size; j += 1, k += 1)
-      values[k] = view.mode === "tokens" ? force(rows.from + i, cols.from + j) : (RUN.blocks[i][j] ?? NaN);
+      values[k] = view.mode === "tokens" ? cell(rows.from + i, cols.from + j) : inUnit(sums[i][j] ?? NaN);
   }
   return { rows, cols, values, at: (i, j) => values[i * cols.size + j] };
 }
@@ -83,7 +87,8 @@ function mapNote({ rows, cols, values }, view) {
   return [
     `${grouped(rows.size)} × ${grouped(cols.size)} cells.`,
     missing && `${percent(missing / values.length)} not computed (hatched).`,
-    !MATRIX && "The matrix is too large for a page; these are sums over sequences.",
+    VIEW.net && "Update tokens behind the same text are one column: what cancels between them is gone.",
+    !MATRIX && "The matrix is too large for a page; these are sums over sequences. Select a token above for its strongest forces.",
     MATRIX &&
       (view.mode === "sequences"
         ? "Double-click a cell to open that pair of sequences."
@@ -110,7 +115,9 @@ function cellTip(grid, view, { i, j }) {
   const sums = view.mode === "sequences";
   const value = grid.at(i, j);
   const [m, l] = [grid.rows.from + i, grid.cols.from + j];
-  const [share, net] = rowShare(m, value, sums ? UPDATED.sequences.length : UPDATED.size, sums ? grid.at : force);
+  const columns = mapColumns();
+  const entry = sums ? grid.at : VIEW.net ? netForce : tokenForce;
+  const [share, net] = rowShare(m, value, sums ? columns.sequences.length : columns.size, entry);
   const end = (title, of, k) =>
     sums
       ? [title, of.sequences[k].name]
@@ -118,15 +125,17 @@ function cellTip(grid, view, { i, j }) {
           title,
           [
             h("span.strong", tokenText(of.token(k), { limit: 24 })),
-            h("span.where", `${of.sequence(k).name}, ${k - of.sequence(k).start + 1}`),
+            h("span.where", of.place(k)),
           ],
         ];
   return [
     facts([
       end("observed", OBSERVED, m),
-      end("update", UPDATED, l),
-      [sums ? "Σ F" : "F", finite(value) ? h("span.strong", `${signed(value)} nats per unit lr`) : "not computed"],
-      finite(value) && ETA !== null && ["× η", `${signed(ETA * value)} nats`],
+      end("update", columns, l),
+      [
+        `${VIEW.net ? "net force" : "force"}${sums ? ", summed" : ""}`,
+        finite(value) ? h("span.strong", `${signed(value)} ${unitName()}`) : "not computed",
+      ],
       finite(value) && ["share of the row", `${percent(share)} of Σ|F|`],
       finite(value) && ["row total", `${signed(net)}, all columns`],
     ]),

@@ -5,15 +5,15 @@ function Scatter() {
   const root = document.querySelector("#verify .check");
   const points = Array.from({ length: OBSERVED.size }, (_, m) => ({
     m,
-    x: MOVES.predicted(m),
-    y: MOVES.actual(m),
+    x: OBSERVED.at("predicted", m),
+    y: OBSERVED.at("actual", m),
   })).filter(({ x, y }) => finite(x) && finite(y));
   const verify = RUN.verify || {};
   if (!points.length) {
     root.append(
       h(
         "p.empty",
-        anyMove("predicted") || anyMove("force")
+        anyMove("predicted")
           ? "This run did not take the real step, so the prediction is unchecked. Profile again with verification to fill this in."
           : "There is no prediction to check.",
       ),
@@ -61,12 +61,12 @@ function Scatter() {
     SVG(
       "text",
       { class: "axis-title", x: (L + W - 12) / 2, y: H - 8, "text-anchor": "middle" },
-      "predicted change, nats",
+      "predicted change, nats after the step",
     ),
     SVG(
       "text",
       { class: "axis-title", transform: `translate(14 ${(12 + H - B) / 2}) rotate(-90)`, "text-anchor": "middle" },
-      "actual change, nats",
+      "actual change, nats after the step",
     ),
   );
 

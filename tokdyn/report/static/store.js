@@ -53,9 +53,8 @@ function tokenFacts(side, i) {
   const top = of.at("argmax_token", i);
   const rows = [];
   if (side === "observed") {
-    if (finite(MOVES.actual(i))) rows.push(["actual change", `${signed(MOVES.actual(i))} nats`]);
-    if (finite(MOVES.predicted(i))) rows.push(["predicted", `${signed(MOVES.predicted(i))} nats`]);
-    if (finite(MOVES.force(i))) rows.push(["force", `${signed(MOVES.force(i))} nats per unit lr`]);
+    if (finite(MOVES.actual(i))) rows.push(["actual change", `${signed(MOVES.actual(i))} ${unitName()}`]);
+    if (finite(MOVES.predicted(i))) rows.push(["predicted", `${signed(MOVES.predicted(i))} ${unitName()}`]);
   } else {
     if (finite(of.at("c", i)))
       rows.push([
@@ -82,10 +81,13 @@ function tokenTip(side, i) {
   if (state.side && state.side !== side && MATRIX) {
     const value = side === "observed" ? force(i, state.index) : force(state.index, i);
     rows.unshift([
-      side === "observed" ? "F from selected" : "F on selected",
-      finite(value) ? `${signed(value)} nats per unit lr` : "not computed",
+      `${VIEW.net ? "net force" : "force"} ${side === "observed" ? "from" : "on"} selected`,
+      finite(value) ? `${signed(value)} ${unitName()}` : "not computed",
     ]);
   }
+  const shared = side === "updated" ? CONTEXT_LIST[CONTEXT_OF[i]] : null;
+  if (shared && shared.members.length > 1)
+    rows.push(["behind the same text", `${label(CONTEXTS.token(CONTEXT_OF[i]), 24)}, ${CONTEXTS.sequence(CONTEXT_OF[i]).name}`]);
   return [
     h("p.tip-token", tokenText(of.token(i), { limit: 60 })),
     h(
@@ -93,10 +95,10 @@ function tokenTip(side, i) {
       [
         side === "observed" ? "Observed" : "Update",
         of.place(i),
-        ...["position", "token_id"]
-          .filter((key) => finite(of.at(key, i)))
-          .map((key) => `${key === "position" ? "position" : "id"} ${of.at(key, i)}`),
-      ].join(" · "),
+        finite(of.at("token_id", i)) && `id ${of.at("token_id", i)}`,
+      ]
+        .filter(Boolean)
+        .join(" · "),
     ),
     facts(rows),
   ];

@@ -3,21 +3,20 @@
 
 const MEASURES = {
   observed: {
-    actual: { name: "Actual", what: "Actual change of log π(m)", unit: "nats, after the step", value: MOVES.actual },
-    predicted: { name: "Predicted", what: "Predicted change of log π(m)", unit: "nats, η Σ F", value: MOVES.predicted },
-    force: { name: "Force", what: "Sum of forces on m", unit: "nats per unit lr", value: MOVES.force },
+    actual: { name: "Actual", what: "Actual change of log π(m)", unit: unitName, value: MOVES.actual },
+    predicted: { name: "Predicted", what: "Predicted change of log π(m), Σ F", unit: unitName, value: MOVES.predicted },
   },
   updated: {
     g: {
       name: "±‖G‖",
       what: "Gradient ‖G‖: blue pulls up, orange pushes down",
-      unit: "loss per logit",
+      unit: () => "loss per logit",
       value: (l) => (gNorm(l) === null ? null : Math.sign(UPDATED.at("c", l)) * gNorm(l)),
     },
     c: {
       name: "Weight c",
       what: "Weight c: blue pulls up, orange pushes down",
-      unit: "loss per nat",
+      unit: () => "loss per nat",
       value: (l) => UPDATED.at("c", l),
     },
   },
@@ -77,17 +76,17 @@ function AnswerPanel(side) {
   if (!of.size) texts.append(h("p.note", "No tokens on this side."));
 
   function shown() {
-    if (state.side && state.side !== side && MATRIX) {
+    if (state.side && state.side !== side && HAS_FORCES) {
       const from = side === "observed" ? forcesOf(state.index) : forcesOn(state.index);
       const name = [...label(sideOf(state.side).token(state.index), 16)].join("");
       return {
         values: from,
-        what: side === "observed" ? `F[·,l] from “${name}”` : `F[m,·] on “${name}”`,
-        unit: "nats per unit lr",
+        what: `${VIEW.net || !MATRIX ? "Net force" : "Force"} ${side === "observed" ? "from" : "on"} “${name}”${MATRIX ? "" : ", the strongest"}`,
+        unit: unitName(),
         isForce: true,
       };
     }
-    return { ...measures[chosen], values: all(measures[chosen]) };
+    return { ...measures[chosen], unit: measures[chosen].unit(), values: all(measures[chosen]) };
   }
 
   function paint() {
@@ -104,7 +103,8 @@ function AnswerPanel(side) {
       node.classList.toggle("unknown", known && !finite(values[i]));
       const chosenToken = state.side === side && state.index === i;
       node.classList.toggle("selected", chosenToken);
-      node.classList.toggle("partner", state.side !== side && state.partner === i);
+      const partner = state.side !== side && state.partner >= 0 && samePlace(side, state.partner, i);
+      node.classList.toggle("partner", partner);
       node.setAttribute("aria-pressed", chosenToken);
     });
     for (const article of texts.querySelectorAll(".sequence")) {
@@ -113,7 +113,8 @@ function AnswerPanel(side) {
       const sum = part.reduce((a, b) => a + b, 0);
       const same = part.length && part.every((value) => Math.abs(value - part[0]) <= 1e-5 * Math.abs(part[0]));
       const net = article.querySelector(".net");
-      if (!part.length) net.textContent = "";
+      const counted = side === "updated" && isForce && (VIEW.net || !MATRIX); // a net column lies in several sequences
+      if (!part.length || counted) net.textContent = "";
       else if (side === "updated" && !isForce)
         net.textContent =
           chosen === "c"
@@ -121,7 +122,7 @@ function AnswerPanel(side) {
               ? `c = ${signed(part[0])} each`
               : `Σ c = ${signed(sum)}`
             : `mean ‖G‖ ${number(part.reduce((a, b) => a + Math.abs(b), 0) / part.length)}`;
-      else net.textContent = `Σ ${signed(sum)} ${isForce || chosen === "force" ? "nats per lr" : "nats"}`;
+      else net.textContent = `Σ ${signed(sum)} ${VIEW.unit === "step" ? "nats" : "nats per lr"}`;
     }
   }
 
@@ -177,6 +178,10 @@ function AnswerPanel(side) {
     if (box.top < frame.top || box.bottom > frame.bottom) texts.scrollTop += box.top - frame.top - frame.height / 3;
   };
 }
+
+/** Whether token i is the one marked, or, of net forces, an update token behind the same text. */
+const samePlace = (side, marked, i) =>
+  marked === i || (side === "updated" && VIEW.net && CONTEXT_OF[marked] === CONTEXT_OF[i]);
 
 /** One tab stop per panel: the arrow keys move it. */
 function rove(nodes, index, focus) {

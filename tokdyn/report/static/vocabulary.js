@@ -16,7 +16,7 @@ function Vocabulary() {
     "Observed token",
     known.map((m) => [
       m,
-      `${OBSERVED.sequence(m).name}, ${m - OBSERVED.sequence(m).start + 1}: ${label(OBSERVED.token(m), 24)}`,
+      `${OBSERVED.place(m)}: ${label(OBSERVED.token(m), 24)}`,
     ]),
     state.focus,
     (value) => select("observed", +value),
@@ -56,7 +56,7 @@ function Vocabulary() {
         h(
           "tr",
           h("th", { scope: "col" }, "token"),
-          h("th", { scope: "col", colspan: 2 }, "change ", h("span.unit", "nats per unit lr")),
+          h("th", { scope: "col", colspan: 2 }, "change ", h("span.unit", unitName())),
           ETA !== null && h("th", { scope: "col" }, "probability after η"),
         ),
       ),
@@ -77,7 +77,7 @@ function Vocabulary() {
                     }),
                   ),
                 ),
-                h("td.value", signed(delta)),
+                h("td.value", signed(inUnit(delta))),
                 ETA !== null && h("td.value", `× ${number(Math.exp(ETA * delta))}`),
               ),
             )
@@ -97,7 +97,7 @@ function Vocabulary() {
       h("span.here", tokenText(OBSERVED.token(m), { limit: 60 })),
       h(
         "span.where",
-        `${OBSERVED.place(m)}${finite(move) ? `, ${BEST_MOVE === "actual" ? "moved" : BEST_MOVE} ${signed(move)} ${BEST_MOVE === "force" ? "nats per unit lr" : "nats"}` : ""}${m === MOST_MOVED ? "; the token that moved most" : ""}`,
+        `${OBSERVED.place(m)}${finite(move) ? `, ${BEST_MOVE === "actual" ? "moved" : "predicted"} ${signed(move)} ${unitName()}` : ""}${m === MOST_MOVED ? "; the token that moved most" : ""}`,
       ),
     );
     tables.replaceChildren(
