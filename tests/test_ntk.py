@@ -5,12 +5,12 @@ import sys
 from itertools import product
 
 import pytest
+import real_steps
 import torch
 
 import tokdyn as td
 from tokdyn import dynamics
 from tokdyn.exact import select
-from tokdyn.model.optimizer import preconditioner
 from tokdyn.model.trace import trace
 from tokdyn.objective import GTerm
 from tokdyn.testing import float64, random_chis, relative_error, tiny
@@ -83,8 +83,11 @@ def test_an_optimizer_makes_it_J_P_Jt():
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     model(O[0].ids[None]).logits.square().sum().backward()
     optimizer.step()
+    optimizer.zero_grad()
+    g = real_steps.gradients_of(model, -real_steps.log_probs(model, U).sum())
+    moved = real_steps.own_part(optimizer, dict(model.named_parameters()), g)
+    P = {name: torch.where(g[name] == 0, 0, moved[name] / (-1e-3 * g[name])) for name in g}  # of the optimizer's own step
     with trace(model) as tracer:
-        P = preconditioner(optimizer, tracer.trained)
         flat = torch.cat([P[tensor].flatten() for tensor in dict.fromkeys(select(tracer, "full").values())])
     trace_, norm = sizes(dense(model, P=flat))
     found = td.kernel(model, U, O, optimizer=optimizer)

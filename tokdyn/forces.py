@@ -20,6 +20,7 @@ from .exact.memory import size_in_bytes
 from .exact.problem import Coverage
 from .exact.progress import share
 from .exact.sides import with_sides
+from .model.optimizer import learning_rate
 from .model.trace import Tracer, trace
 from .objective import Objective
 from .objectives import SFT
@@ -41,6 +42,8 @@ class Vocabulary(NamedTuple):
 class Forces:
     """Forces of the tokens of an update on observed tokens; nats per unit learning rate, positive lifts.
 
+    Under an optimizer they are the parts of its coming step: nats per unit of `lr`.
+
     Attributes:
         matrix: F [M, L] ([M, G] of groups), or None when a reduction was asked for or it was written to a folder.
         vector: Σ_l F [M] (reduce="update"), Σ_m w_m F [L] (reduce="observe"), or None.
@@ -50,6 +53,7 @@ class Forces:
         scope, method, reduce: as asked.
         groups: the column of each update token, -1 for none, or None where each has its own.
         shards: the matrix on disk, where it was written to a folder.
+        lr: the learning rate that the optimizer will take (the largest of its groups), or None without one.
     """
 
     matrix: Float[Tensor, "M G"] | None
@@ -63,14 +67,27 @@ class Forces:
     reduce: str | None
     groups: Int[Tensor, " L"] | None = None
     shards: Shards | None = None
+    lr: float | None = None
     _live: _Live | None = field(default=None, repr=False)
 
-    def predict(self, eta: float) -> Float[Tensor, " M"]:
+    def predict(self, eta: float | None = None) -> Float[Tensor, " M"]:
         """First-order change of every observed log-probability, eta Σ_l F[m,l], in nats.
 
+        Under an optimizer this is what its coming step makes of the update's own gradient, each group at its learning rate,
+        with bias corrections; not what momentum of earlier steps and weight decay add.
+
+        Args:
+            eta: the step size; needed where no optimizer was given. With one it stands for the largest learning rate of its
+                groups, and the step is the coming one when absent.
+
         Raises:
-            ValueError: the result was reduced over the observed tokens.
+            ValueError: the result was reduced over the observed tokens, or eta is missing.
         """
+        eta = self.lr if eta is None else eta
+        if eta is None:
+            raise ValueError(
+                "predict needs the step size: predict(eta), or forces(optimizer=...) whose learning rates it takes"
+            )
         if self.reduce == "observe":
             raise ValueError('predict needs forces on each observed token: use reduce=None or reduce="update"')
         if self.shards is not None:
@@ -139,8 +156,9 @@ class Forces:
             FileExistsError: the folder exists.
         """
         about = dict(
-            format=FORMAT, kind="forces", scope=self.scope, method=self.method, reduce=self.reduce, coverage=self.coverage
-        )
+            format=FORMAT, kind="forces", scope=self.scope, method=self.method, reduce=self.reduce, coverage=self.coverage,
+            lr=self.lr,
+        )  # fmt: skip
         matrix = self.matrix if self.shards is None else self.shards.tensor()
         tensors = {"c": self.c, "matrix": matrix, "vector": self.vector, "groups": self.groups}
         write_folder(Path(path), about, self.tokens(), {k: v for k, v in tensors.items() if v is not None})
@@ -166,7 +184,7 @@ class Forces:
             )
             sides.append(rows.drop_columns(extra))
         return cls(tensors.get("matrix"), tensors.get("vector"), tensors["c"], sides[1], sides[0], about["coverage"],
-                   about["scope"], about["method"], about["reduce"], tensors.get("groups"))  # fmt: skip
+                   about["scope"], about["method"], about["reduce"], tensors.get("groups"), lr=about.get("lr"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -245,7 +263,11 @@ def forces(
             each update token on the summed (or weighted) observed log-probability.
         method: "tangent" (exact: docs/exact.md), "naive" (exact: one gradient per token per side; the
             oracle), "fd" (real parameter steps, extrapolated; reductions only).
-        optimizer: an Adam, AdamW or RMSprop with state; the kernel becomes J_o P J_uᵀ at its frozen diagonal P.
+        optimizer: an Adam, AdamW, RMSprop or SGD, before or after its first step, which is left as it is; the kernel becomes
+            J_o P J_uᵀ, P the diagonal of its coming step on this update (`model.optimizer.preconditioner`). P depends on the
+            whole update through the second moment v', and so on the loss's scale: give the loss as it is trained on. It is
+            held fixed when tokens are told apart, so that F is each token's share in the step, not what the step would lack
+            without the token. `Forces.predict()` is then the change by that step.
         reference: model of log pi_ref for the sequences that do not bring it; the policy itself when absent.
         weights: weight of each observed token in reduce="observe", [M].
         groups: one column for each group of update tokens instead of each token: "sequence", "response", "sentence", "context"
@@ -260,7 +282,8 @@ def forces(
         ValueError: an unknown option, sequences that do not fit the objective or the model, a model that is not finite.
 
     Cost: a reduction is a backward pass over one side and a tangent pass over the other (and a forward pass over an update of
-    several batches that c depends on together), a group one of each. A matrix by "tangent" is about
+    several batches that c depends on together), a group one of each; an optimizer takes a backward pass over the update and a
+    forward pass over the observed side more. A matrix by "tangent" is about
     one backward pass without weight gradients per token of both sides (docs/exact.md), by "naive" one full backward pass per
     token of both sides and 2·M·L·P flops.
     """
@@ -278,8 +301,8 @@ def forces(
         raise ValueError(f'scope="ch2" is an estimate in closed form: leave method={method!r} and optimizer out')
     memory, asked, method = size_in_bytes(memory), method, CH2 if scope == CH2 else method
     with trace(model) as tracer:
-        moving = Scope(tracer, {}, None) if method == CH2 else Scope.named(tracer, scope, optimizer)
-        unscored = UnscoredProblem.about(Asked(update, observe, objective, reference, weights), moving)
+        moving = Scope(tracer, {}, None) if method == CH2 else Scope.named(tracer, scope)
+        unscored = UnscoredProblem.about(Asked(update, observe, objective, reference, weights, optimizer), moving)
         labels = None if groups is None else group_labels(groups, unscored.updated.chis)
         matrix, vector, shards = None, None, None
         if reduce is not None:
@@ -294,7 +317,8 @@ def forces(
             updated = (context_table if _by_context(groups) else group_table)(updated, labels)
         return Forces(
             matrix, vector, u.c, problem.observed.table(with_c=False), updated, problem.coverage(scope, rules),
-            scope, asked, reduce, labels, shards, _Live(model, problem, labels, fingerprint(tracer)),
+            scope, asked, reduce, labels, shards, None if optimizer is None else learning_rate(optimizer, tracer.trained),
+            _Live(model, problem, labels, fingerprint(tracer)),
         )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .exact import Asked, Problem, Progress, Scope, UnscoredProblem
 from .exact.products import vjp_probes
 from .model.trace import Tracer, trace
+from .objective import Objective
 from .objectives import SFT
 from .sequences import Chi
 
@@ -75,6 +76,7 @@ def kernel(
     model: nn.Module,
     update: Sequence[Chi],
     observe: Sequence[Chi],
+    objective: Objective = SFT(),  # noqa: B008
     *,
     scope: str = "full",
     samples: int | None = None,
@@ -94,7 +96,9 @@ def kernel(
         samples: None for the exact values; n for n probes, the same ones for all tokens. The trace and ‖K‖² are unbiased, the
             norm itself is low by norm_error²/(2 norm) to leading order; the errors come from the spread of the n values, the
             norm's by the delta method.
-        optimizer: an Adam, AdamW or RMSprop with state, whose frozen diagonal is P; the identity when absent.
+        objective: the loss of the update, which K itself does not know: an optimizer's P does.
+        optimizer: an Adam, AdamW, RMSprop or SGD, whose coming step on the update has the diagonal P (as in `forces`); the
+            identity when absent.
         seed: of the probes.
         progress: called with (done, total) in tokens of the shorter side.
 
@@ -107,7 +111,7 @@ def kernel(
     """
     _check(samples)
     with trace(model) as tracer:
-        unscored = UnscoredProblem.about(Asked(update, observe, SFT()), Scope.named(tracer, scope, optimizer))
+        unscored = UnscoredProblem.about(Asked(update, observe, objective, optimizer=optimizer), Scope.named(tracer, scope))
         problem = unscored.scored()
         swap = len(problem.observed) < len(problem.updated)  # K_{l,m} is K_{m,l} transposed: the same trace and norm
         looped = problem.transposed() if swap else problem

@@ -145,7 +145,8 @@ class Scores:
 NO_SCORES = Scores()
 
 RANGES = {"label_smoothing": (0, 1), "epsilon": (0, 1), "alpha": (0, 1), "quantile": (0, 1), "beta": (0, math.inf),
-          "clip": (0, math.inf), "clip_high": (0, math.inf), "max_tokens": (1, math.inf)}  # fmt: skip
+          "clip": (0, math.inf), "clip_high": (0, math.inf), "max_tokens": (1, math.inf),
+          "dual_clip": (1, math.inf)}  # fmt: skip
 
 
 class Objective:

@@ -79,8 +79,21 @@ def _advantage(chi: Chi) -> float:
     return required_advantage(chi, "a policy-gradient objective needs Chi.advantage: build the sequences with td.rollouts(...)")
 
 
-def _clipped(ratio: Tensor, advantage: float, low: float, high: float) -> Tensor:
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+@dataclass(frozen=True)
+class _Clip:
+    """Where a surrogate is flat: below 1 - low and above 1 + high the way A wants, and for A < 0 above `dual`."""
+
+    low: float
+    high: float
+    dual: float | None
+
+    def surrogate(self, ratio: Tensor, advantage: float | Tensor) -> Tensor:
+        """min(γA, clip(γ)A), and for A < 0 no less than dual · A."""
+        value = torch.minimum(ratio * advantage, ratio.clamp(1 - self.low, 1 + self.high) * advantage)
+        if self.dual is None:
+            return value
+        A = torch.as_tensor(advantage).to(value)
+        return torch.where(A < 0, torch.maximum(value, self.dual * A), value)
 
 
 def _log1mexp(x: Tensor) -> Tensor:
@@ -159,9 +172,10 @@ class CDPO(_Preference):
 
 @dataclass(frozen=True)
 class IPO(_Preference):
-    """(h - 1/(2β))² (arXiv 2310.12036, eq. 17)."""
+    """(h - 1/(2β))² (arXiv 2310.12036, eq. 17); by_length takes h of the mean log ratios of a token, as TRL does."""
 
     beta: float = 0.1
+    by_length: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,8 +183,9 @@ class IPO(_Preference):
             raise ValueError("IPO: beta must be positive, its target is 1/(2 beta)")
 
     def pair_loss(self, pair):
-        """(h - 1/(2β))²."""
-        return (pair.h - 1 / (2 * self.beta)) ** 2
+        """(h - 1/(2β))², h of the sums or of the means over tokens."""
+        h = pair.r_plus / len(pair.plus) - pair.r_minus / len(pair.minus) if self.by_length else pair.h
+        return (h - 1 / (2 * self.beta)) ** 2
 
 
 @dataclass(frozen=True)
@@ -287,12 +302,17 @@ class REINFORCE(Objective):
 
 @dataclass(frozen=True)
 class PPO(Objective):
-    """-Σ_t [min(γ A, clip(γ, 1-ε, 1+ε) A) + k H_t], γ = pi/pi_old (arXiv 1707.06347, eq. 7 and 9)."""
+    """-Σ_t [min(γ A, clip(γ, 1-ε, 1+ε) A) + k H_t], γ = pi/pi_old (arXiv 1707.06347, eq. 7 and 9).
+
+    dual_clip = d clips A < 0 a second time: no less than d A, so that c is 0 at γ > d (arXiv 1912.09729, eq. 5; verl's
+    clip_ratio_c, 3 there, and TRL's delta).
+    """
 
     reads: ClassVar[str] = "rollouts"
     by_sequence: ClassVar[bool] = True
     clip: float = 0.2
     entropy: float = 0.0
+    dual_clip: float | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -301,8 +321,9 @@ class PPO(Objective):
 
     def loss(self, log_probs, chis, scores=NO_SCORES):
         """-Σ min(γA, clip(γ)A) - k Σ H."""
+        clip = _Clip(self.clip, self.clip, self.dual_clip)
         value = -sum(
-            _clipped((lp - _old(lp, chi)).exp(), _advantage(chi), self.clip, self.clip).sum()
+            clip.surrogate((lp - _old(lp, chi)).exp(), _advantage(chi)).sum()
             for lp, chi in zip(_each(log_probs, chis), chis, strict=True)
         )
         return value - self.entropy * scores.entropy.sum() if self.entropy else value
@@ -310,21 +331,28 @@ class PPO(Objective):
 
 @dataclass(frozen=True)
 class GRPO(Objective):
-    """-Σ_groups (1/G) Σ_i (1/|y_i|) Σ_t [min(γA, clip(γ)A) - β(e^ρ - ρ - 1)], ρ = log(pi_ref/pi) (arXiv 2402.03300, eq. 3)."""
+    """-Σ_groups (1/G) Σ_i (1/|y_i|) Σ_t [min(γA, clip(γ)A) - β(e^ρ - ρ - 1)], ρ = log(pi_ref/pi) (arXiv 2402.03300, eq. 3).
+
+    dual_clip as in PPO.
+    """
 
     reads: ClassVar[str] = "rollouts"
     clip: float = 0.2
     clip_high: float | None = None
     beta: float = 0.0
+    dual_clip: float | None = None
 
-    def token_weight(self, chi: Chi, group: Sequence[Chi]) -> float:
-        """Weight of one token of `chi` in the loss of its group."""
+    def token_weight(self, chi: Chi, group: Sequence[Chi], chis: Sequence[Chi]) -> float:
+        """Weight of one token of `chi` in the loss, among those of its group and of all groups."""
         return 1 / (len(group) * len(chi))
+
+    def clipping(self) -> _Clip:
+        """Where the surrogate is flat."""
+        return _Clip(self.clip, self.clip if self.clip_high is None else self.clip_high, self.dual_clip)
 
     def surrogate(self, lp: Tensor, chi: Chi, index: slice, scores: Scores) -> Tensor:
         """min(γA, clip(γ)A) for every token of one response; `index` is where its tokens lie in `scores`."""
-        high = self.clip if self.clip_high is None else self.clip_high
-        return _clipped((lp - _old(lp, chi)).exp(), _advantage(chi), self.clip, high)
+        return self.clipping().surrogate((lp - _old(lp, chi)).exp(), _advantage(chi))
 
     def loss(self, log_probs, chis, scores=NO_SCORES):
         """The negated, weighted sum of the surrogate, and the KL penalty."""
@@ -338,7 +366,7 @@ class GRPO(Objective):
                 if self.beta:
                     rho = _reference(lp, chi) - lp
                     value = value - self.beta * (rho.exp() - rho - 1)
-                total = total - self.token_weight(chi, group) * value.sum()
+                total = total - self.token_weight(chi, group, chis) * value.sum()
         return total
 
 
@@ -348,20 +376,24 @@ class DrGRPO(GRPO):
 
     max_tokens: int = 1
 
-    def token_weight(self, chi, group):
+    def token_weight(self, chi, group, chis):
         """1/(G·max_tokens), the same for every response."""
         return 1 / (len(group) * self.max_tokens)
 
 
 @dataclass(frozen=True)
 class DAPO(GRPO):
-    """Token-level mean over the whole group, and a higher upper clip (arXiv 2503.14476, eq. 8)."""
+    """One mean over the tokens of all groups, as the authors' code and TRL take it, and a higher upper clip.
+
+    arXiv 2503.14476, eq. 8, writes the mean of one group; the two agree where there is one. This is the one objective here that
+    is a mean over groups and not a sum.
+    """
 
     clip_high: float | None = 0.28
 
-    def token_weight(self, chi, group):
-        """1/Σ_i |y_i|."""
-        return 1 / sum(len(member) for member in group)
+    def token_weight(self, chi, group, chis):
+        """1/Σ_i |y_i| over all responses."""
+        return 1 / sum(len(every) for every in chis)
 
 
 @dataclass(frozen=True)
@@ -373,8 +405,7 @@ class GSPO(GRPO):
 
     def surrogate(self, lp, chi, index, scores):
         """min(sA, clip(s)A) on every token, s = exp(mean(log pi - log pi_old))."""
-        ratio = (lp - _old(lp, chi)).mean().exp().expand_as(lp)
-        return _clipped(ratio, _advantage(chi), self.clip, self.clip if self.clip_high is None else self.clip_high)
+        return self.clipping().surrogate((lp - _old(lp, chi)).mean().exp().expand_as(lp), _advantage(chi))
 
 
 @dataclass(frozen=True)
@@ -383,7 +414,8 @@ class SimKO(GRPO):
 
     At the tokens whose entropy lies above the response's q-quantile: for A > 0,
     γ⁺ = (1-α)γ + (α/N) Σ_n sg(γ/γ⁽ⁿ⁾) γ⁽ⁿ⁾ over the N most likely tokens (its value equals γ); for A < 0, where y is the
-    most likely token, γ⁻ = λγ. pi_old of the candidates cancels, so none is needed.
+    most likely token, A is multiplied by λ and γ clipped as it stands, as the authors' code does (the paper writes λγ, which
+    would be clipped elsewhere). pi_old of the candidates cancels, so none is needed.
     """
 
     alpha: float = 0.01
@@ -393,7 +425,7 @@ class SimKO(GRPO):
     needs: ClassVar[tuple[str, ...]] = ("entropy", "candidates", "candidate_log_probs")
 
     def surrogate(self, lp, chi, index, scores):
-        """The GRPO surrogate on the redistributed ratio at forking tokens, on the plain one elsewhere."""
+        """The GRPO surrogate on the redistributed ratio, or with the larger A, at forking tokens; the plain one elsewhere."""
         entropy = scores.entropy[index].detach()
         gate = entropy > entropy.quantile(self.quantile)
         A, ratio = _advantage(chi), (lp - _old(lp, chi)).exp()
@@ -402,29 +434,29 @@ class SimKO(GRPO):
             others = (others - others.detach()).exp()
             shared = (ratio.detach()[:, None] / others.detach() * others).mean(1)
             forked = (1 - self.alpha) * ratio + self.alpha * shared
-        else:
-            first = scores.candidates[index, 0] == chi.ids[chi.scored].to(lp.device)
-            forked = torch.where(first, self.lam * ratio, ratio)
-        high = self.clip if self.clip_high is None else self.clip_high
-        return _clipped(torch.where(gate, forked, ratio), A, self.clip, high)
+            return self.clipping().surrogate(torch.where(gate, forked, ratio), A)
+        first = scores.candidates[index, 0] == chi.ids[chi.scored].to(lp.device)
+        pressed = torch.where(gate & first, self.lam * A, torch.full_like(ratio, A))
+        return self.clipping().surrogate(ratio, pressed)
 
 
 @dataclass(frozen=True)
 class LLDS(GRPO):
-    """GRPO + λ Σ_t max(0, log pi_old - log pi) on responses whose total log-probability fell (after arXiv 2512.04220).
+    """GRPO + λ mean_t max(0, log pi_old - log pi) on responses with A >= 0 whose total log-probability fell.
 
-    The authors' released code differs: it penalises responses with A >= 0 only, by the mean over their tokens.
+    After arXiv 2512.04220, with the mask and the mean of the authors' released code: the mean is over the tokens of all
+    responses given, those that are not penalised included.
     """
 
     lam: float = 0.2
 
     def loss(self, log_probs, chis, scores=NO_SCORES):
-        """GRPO + λ Σ over responses with Σ_t(log pi_old - log pi) > 0 of Σ_t max(0, log pi_old - log pi)."""
+        """GRPO + (λ/N) Σ over responses with A >= 0 and Σ_t(log pi_old - log pi) > 0 of Σ_t max(0, log pi_old - log pi)."""
         total = super().loss(log_probs, chis, scores)
         for lp, chi in zip(_each(log_probs, chis), chis, strict=True):
             drop = _old(lp, chi) - lp
-            if float(drop.detach().sum()) > 0:
-                total = total + self.lam * relu(drop).sum()
+            if _advantage(chi) >= 0 and float(drop.detach().sum()) > 0:
+                total = total + self.lam * relu(drop).sum() / len(log_probs)
         return total
 
 

@@ -59,7 +59,9 @@ def verify(
 
     Args:
         model, update, observe, objective, scope, optimizer, reference: as in `forces`.
-        eta: step size; when absent, the one whose largest predicted change is `move` nats.
+        eta: step size; when absent, the one whose largest predicted change is `move` nats. Under an optimizer it stands for
+            the largest learning rate of its groups: at eta = lr the step is what the optimizer's own would make of this
+            gradient, momentum of earlier steps and weight decay left out.
         move: see eta.
 
     The stepped weights exist beside the model's own, which are never written: it is left bit-identical.
@@ -71,8 +73,8 @@ def verify(
     """
     check_eta(eta)
     with trace(model) as tracer:
-        asked = Asked(update, observe, objective, reference)
-        problem = UnscoredProblem.about(asked, Scope.named(tracer, scope, optimizer)).scored()
+        asked = Asked(update, observe, objective, reference, optimizer=optimizer)
+        problem = UnscoredProblem.about(asked, Scope.named(tracer, scope)).scored()
         if nothing_moves(problem):
             raise ValueError(
                 "nothing moves: the pushes of this update cancel to rounding, token by token. Are the answers of each pair or "

@@ -287,6 +287,47 @@ def test_protection_spares_the_tokens_whose_force_is_worst(build, probe, kind, f
     assert float(guarded.actual.sum()) > float(plain.actual.sum())
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_protection_is_by_the_step_that_the_optimizer_is_about_to_take(build, probe, kind, accumulate, monkeypatch):
+    """The last batch of AdamW's second step loses the tokens that td.Monitor, which reads the state AFTER a step, finds worst.
+
+    v' then holds the first step, the batches accumulated before, and gradients that clipping made smaller.
+    """
+    from tokdyn.integrations import intervene
+
+    spare, calls = intervene.interventions.spare, []
+
+    def last_alone(f, **options):
+        calls.append(len(f))  # once when protect() checks its options, then batch by batch
+        return spare(f, **options) if len(calls) == 1 + 2 * accumulate else torch.ones_like(f)
+
+    records = []
+    for guard in (False, True):
+        trainer = build(
+            kind,
+            max_steps=2,
+            optim="adamw_torch",
+            max_grad_norm=0.1,
+            gradient_accumulation_steps=accumulate,
+            learning_rate=1e-4,
+        )
+        if guard:
+            monkeypatch.setattr(intervene.interventions, "spare", last_alone)
+            protect(trainer, probe, share=0.25)
+        monitor = td.attach(trainer, probe={"protected": probe}, on_error="raise")
+        trainer.train()
+        records.append(monitor.steps[1])
+    plain, guarded = records
+    assert len(calls) == 1 + 2 * accumulate
+    own = (torch.tensor(plain.tokens["micro_batch"].to_pylist()) == accumulate - 1).nonzero().squeeze(1)
+    worst = own[plain.forces[own].argsort()[: int(0.25 * len(own))]]
+    spared = torch.zeros(len(plain.forces), dtype=torch.bool)
+    spared[worst[plain.forces[worst] < 0]] = True
+    assert bool(spared.any()) and torch.equal(guarded.c == 0, spared | (plain.c == 0))
+    torch.testing.assert_close(guarded.c[~spared], plain.c[~spared], rtol=1e-4, atol=0)  # c is captured anew in either run
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_protection_of_nothing_changes_no_bit(build, probe, kind):
     """The rehearsal leaves no trace in gradients, random numbers or the trainer's own figures of loss."""

@@ -48,7 +48,7 @@ def reduce(unscored: UnscoredProblem, method: str, over: Reduction) -> tuple[Ten
     "tangent" is a vjp and a jvp ("fd" with real steps for the jvp), which score both sides on their way, or the closed form of
     a readout that moves alone; "naive" and "ch2" add up the matrix.
     """
-    if method == "tangent" and not unscored.moves_readout_alone:
+    if method == "tangent" and (unscored.optimizer is not None or not unscored.moves_readout_alone):
         return *unscored.reduced(over), {}
     problem = unscored.scored()
     if method in ("tangent", "fd"):

@@ -5,6 +5,9 @@
     problem = unscored.scored()                     # both sides' logits seen, c known
     vector, problem = unscored.reduced("update")    # or scored by the reduction's own passes
 
+An optimizer's P depends on the gradient of the update (model/optimizer.py), so it is known with c and not before: a problem
+asked about under an optimizer takes one backward pass over the update more, and has its P once it is scored.
+
 Every way to F is a function `fill(problem, out, *, memory, progress) -> Coverage`; naive.py is their specification.
 """
 
@@ -19,11 +22,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..model.optimizer import preconditioner
 from ..objective import Objective
 from ..sequences import Chi
-from .products import jvp_scored, vjp_scored
+from .products import jvp_scored, vjp, vjp_scored
 from .progress import Progress
-from .scope import Scope
+from .scope import Scope, select
 from .sides import Observed, ScoredSide, Side, Update, gather, with_reference
 
 Coverage = dict[str, str]  # use of a tensor -> the rule that it took part by
@@ -82,6 +86,7 @@ class Asked(NamedTuple):
     objective: Objective
     reference: nn.Module | None = None
     weights: Tensor | None = None
+    optimizer: torch.optim.Optimizer | None = None
 
 
 Reduction = Literal["update", "observe"]
@@ -89,10 +94,11 @@ Reduction = Literal["update", "observe"]
 
 @dataclass(frozen=True)
 class UnscoredProblem(Scope):
-    """A problem before any logits were seen."""
+    """A problem before any logits were seen; P is that of the optimizer's coming step on the update, once it is scored."""
 
     observed: Observed
     updated: Update
+    optimizer: torch.optim.Optimizer | None
 
     @classmethod
     def about(cls, asked: Asked, scope: Scope) -> UnscoredProblem:
@@ -103,18 +109,36 @@ class UnscoredProblem(Scope):
         """
         update = asked.update if asked.reference is None else with_reference(asked.update, asked.reference)
         observed, updated = gather(scope.tracer, update, asked.observe, asked.objective, asked.weights)
-        return cls(scope.tracer, scope.uses, scope.P, observed, updated)
+        return cls(scope.tracer, scope.uses, scope.P, observed, updated, asked.optimizer)
 
     def scored(self) -> ScoredProblem:
-        """Both sides scored, by a forward pass over each."""
-        return self._with(self.observed.score(self.tracer), self.updated.score(self.tracer))
+        """Both sides scored, by a forward pass over each; under an optimizer with P, by a backward pass over the update.
+
+        Raises:
+            ValueError: see `preconditioner`.
+        """
+        if self.optimizer is None:
+            return self._with(self.observed.score(self.tracer), self.updated.score(self.tracer))
+        every = select(self.tracer, "full")  # the step's P is that of its whole gradient, whatever the scope
+        if self.updated.is_by_batch:
+            pulled, updated = vjp_scored(self.tracer, self.updated, every)
+        else:
+            updated = self.updated.score(self.tracer)
+            pulled = vjp(self.tracer, updated, every)
+        P = preconditioner(self.optimizer, self.tracer.trained, {name: -x for name, x in pulled.items()})
+        return replace(self._with(self.observed.score(self.tracer), updated), P=P)
 
     def reduced(self, reduce: Reduction) -> tuple[Tensor, ScoredProblem]:
         """Σ_l F[m,l] [M] or Σ_m F[m,l] [L] by a backward pass over one side and a tangent pass over the other.
 
         The passes score the sides on their way; only an update of several batches whose c depends on all of them is scored
-        by a forward pass before.
+        by a forward pass before. Under an optimizer both are scored first, for its P.
         """
+        if self.optimizer is not None:
+            problem = self.scored()
+            sides = (problem.updated, problem.observed)
+            from_, to = sides if reduce == "update" else sides[::-1]
+            return problem.jvp(to, problem.preconditioned(problem.vjp(from_))), problem
         source, sink = (self.updated, self.observed) if reduce == "update" else (self.observed, self.updated)
         known = None if self.updated.is_by_batch else self.updated.score(self.tracer)
         if known is not None and source is self.updated:

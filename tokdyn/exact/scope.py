@@ -1,4 +1,4 @@
-"""Which parameters move: a scope of a traced model, under an optimizer's preconditioner or none."""
+"""Which parameters move: a scope of a traced model, under a preconditioner or none."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..model.optimizer import preconditioner
 from ..model.trace import Tracer
 from ..sequences import Batch
 from . import products
@@ -68,14 +66,13 @@ class Scope:
     P: Direction | None
 
     @classmethod
-    def named(cls, tracer: Tracer, scope: str, optimizer: torch.optim.Optimizer | None = None) -> Scope:
-        """What users call a scope, and the optimizer whose diagonal is P.
+    def named(cls, tracer: Tracer, scope: str) -> Scope:
+        """What users call a scope, without a preconditioner.
 
         Raises:
-            ValueError: see `select` and `preconditioner`.
+            ValueError: see `select`.
         """
-        uses = select(tracer, scope)
-        return cls(tracer, uses, None if optimizer is None else preconditioner(optimizer, tracer.trained))
+        return cls(tracer, select(tracer, scope), None)
 
     @property
     def moves_readout_alone(self) -> bool:

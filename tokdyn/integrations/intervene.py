@@ -72,9 +72,11 @@ def protect(
 ) -> Undo:
     """Spare the tokens of every training batch whose exact force on the probe is worst, in whatever loss the trainer has.
 
-    Each batch's loss is computed twice. The first time its gradient at the logits (c, v and u) is captured, which gives the
-    exact force of each token on the probe, along the optimizer's diagonal once it has one. The second time trains, with the
-    tokens of the most negative forces scaled: see `interventions.force_weights`.
+    Each batch's loss is computed twice. The first time its gradient is captured, at the logits (c, v and u) and at the
+    parameters, which gives the exact force of each token on the probe in the optimizer's coming step: with the second moment v'
+    that this gradient, what was accumulated before it and clipping by max_grad_norm make. The second time trains, with the
+    tokens of the most negative forces scaled: see `interventions.force_weights`. Under accumulation batches that are still to
+    come, and under DDP those of other ranks, are not in that v'.
 
     Args:
         trainer: a transformers.Trainer or one of TRL's.
@@ -94,9 +96,11 @@ def protect(
     interventions.spare(torch.zeros(0), share=share, scale=scale)  # share and scale are checked before anything runs
 
     def compute_loss(original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        forward = _rehearsed(trainer, original, model, inputs, *args, **kwargs)
+        forward, gradients = _rehearsed(trainer, original, model, inputs, *args, **kwargs)
+        share = 1 if _divided(trainer, kwargs.get("num_items_in_batch")) else trainer.current_gradient_accumulation_steps
         with at_rest(model) as lm:
-            F = _forces_on(lm, forward, chis, trainer.optimizer)
+            coming = _coming_gradient(lm, gradients, share, float(trainer.args.max_grad_norm or 0))
+            F = _forces_on(lm, forward, chis, trainer.optimizer, coming)
         grid = torch.ones(forward.layout.real.shape, device=F.device)
         grid[forward.batch, forward.column] = interventions.spare(F, share=share, scale=scale)
         with interventions.weighted(model, grid):
@@ -212,8 +216,16 @@ def _ids_of(inputs: Any) -> tuple[Tensor, Tensor | None, Tensor]:
 # ---------------------------------------------------------------- what a batch's loss does to a probe
 
 
-def _rehearsed(trainer: Any, original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Forward:
-    """A batch's loss run once to capture its gradient at the logits; .grad, random state and monitors stay as they are."""
+Gradients = dict[int, Tensor]  # of a loss, by the id of the parameter
+
+
+def _rehearsed(
+    trainer: Any, original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
+) -> tuple[Forward, Gradients]:
+    """A batch's loss run once to capture its gradients, at the logits and at the parameters.
+
+    .grad, random state and monitors stay as they are.
+    """
     devices = [p.device.index for p in model.parameters() if p.device.type == "cuda"][:1]
     with unwatched(), torch.random.fork_rng(devices):
         capture = Capture(model, float(getattr(trainer, "temperature", None) or 1.0))
@@ -222,7 +234,8 @@ def _rehearsed(trainer: Any, original: Callable[..., Any], model: Any, inputs: A
             capture.recording = True
             value = original(model, inputs, *args, **kwargs)
             value = value[0] if isinstance(value, tuple) else value
-            torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            found = torch.autograd.grad(value, trained, allow_unused=True)
             capture.recording = False
             forwards = capture.take()
             diagnosis.require_forwards(forwards, capture.summary())
@@ -230,14 +243,30 @@ def _rehearsed(trainer: Any, original: Callable[..., Any], model: Any, inputs: A
             capture.remove()
     if len(forwards) > 1:
         raise ValueError(f"the loss runs {len(forwards)} forward passes a batch: protect() needs one")
-    return forwards[0]
+    return forwards[0], {id(p): g for p, g in zip(trained, found, strict=True) if g is not None}
 
 
-def _forces_on(lm: nn.Module, forward: Forward, probe: Sequence[Chi], optimizer: Any) -> Tensor:
-    """F_l = Σ_m F[m,l] of every scored token of a pass on a probe, in the order of the pass."""
+def _coming_gradient(lm: nn.Module, gradients: Gradients, share: int, max_norm: float) -> dict[str, Tensor]:
+    """The gradient of the coming step by parameter: what is in .grad plus this batch's, divided by `share`, and clipped."""
+    total = dict[str, Tensor]()
+    for name, p in lm.named_parameters():
+        parts = [p.grad] if p.grad is not None else []
+        parts += [gradients[id(p)] / share] if id(p) in gradients else []
+        if parts:
+            total[name] = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    norm = float(torch.stack([g.norm() for g in total.values()]).norm()) if total else 0.0
+    scale = min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0  # as torch.nn.utils.clip_grad_norm_ does it
+    return total if scale == 1 else {name: scale * g for name, g in total.items()}
+
+
+def _forces_on(lm: nn.Module, forward: Forward, probe: Sequence[Chi], optimizer: Any, gradient: Mapping[str, Tensor]) -> Tensor:
+    """F_l = Σ_m F[m,l] of every scored token of a pass on a probe, in the order of the pass.
+
+    The kernel is that of the optimizer's coming step on this gradient.
+    """
     with trace(lm) as tracer:
         uses, inner = exact.select(tracer, "full"), getattr(optimizer, "optimizer", optimizer)
-        P = preconditioner(inner, tracer.trained) if inner is not None and inner.state else None
+        P = None if inner is None else preconditioner(inner, tracer.trained, gradient)
         D = products.preconditioned(products.vjp(tracer, observed_side(tracer, probe), uses), P)
         return products.jvp(tracer, updated_side(tracer, forward), D, uses)
 
