@@ -6,8 +6,8 @@
     adjoint        <w, J d> = <Jᵀ w, d> for random w and d: forward and backward mode derive one function  `why_tangents_fail`
     positions      what the model makes of padding on the left                                             `counts_padding`
 
-Cost: PASSES_AT_ENTRY forward passes for each trace, and for each scope whose derivatives are taken a backward pass and a tangent
-pass, all on three rows of at most PIECE tokens. What an earlier trace of the same model found is not looked at again (`Found`).
+Cost: PASSES_AT_ENTRY forward passes for each trace, on at most three rows of PIECE tokens, and for each scope whose derivatives
+are taken a backward pass and a tangent pass on one row. What an earlier trace of a model found is not looked at again (`Found`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .differences import slope
 from .forward_ad import traceable, traceable_attention
 
 PIECE = 16  # tokens of the piece
-PASSES_AT_ENTRY = 2  # calls of the model for each trace: untouched, and traced
+PASSES_AT_ENTRY = 3  # calls of the model for each trace: untouched on the piece and on its beginning, traced on both
 PASSES_OF_ADJOINT = 2  # for each scope whose derivatives are taken: with a backward pass, and with tangents
 NUMBERS = 1 << 22  # of the parameters that the adjoint check moves, smallest tensors first: the sweep has no room for all
 
@@ -132,7 +132,8 @@ def faithful_attention(
     """
     T, most = piece.ids.shape[1], bound(model, eps)
     with torch.no_grad(), random_state_kept(device):
-        own, apart = untouched(model, piece.ids[:1].to(device)), dict[str, float]()
+        own, beginning = (untouched(model, piece.ids[:1, :n].to(device)) for n in (T, piece.short))
+        apart = dict[str, float]()
         for attention in dict.fromkeys((traceable_attention(model), "eager")):
             with traceable(model, attention):
                 z = run(piece.ids, piece.rows)
@@ -141,11 +142,13 @@ def faithful_attention(
             if not apart[attention] <= most:
                 continue
             later = max(_difference(changed[:-1], whole[:-1], eps), _difference(padded, whole[: piece.short], eps))
-            if not later <= min(most, 4 * torch.finfo(torch.bfloat16).eps):  # rows of one pass: the same sums
+            cut = _difference(beginning, own[: piece.short], eps)
+            if not later <= min(most, 4 * torch.finfo(torch.bfloat16).eps) or not cut <= most:  # rows of one pass: equal sums
                 raise ValueError(
-                    f"{type(model).__name__} is not causal: another later token changes earlier logits by {later:.1e} of "
-                    "their norm. A force on log pi(y_m) needs logits that depend on the tokens before y_m alone: build the "
-                    "model as a decoder (is_decoder=True where its configuration has it), or take a causal model"
+                    f"{type(model).__name__} is not causal: other tokens behind, or none, change earlier logits by "
+                    f"{max(later, cut):.1e} of their norm. A force on log pi(y_m) needs logits that depend on the tokens "
+                    "before y_m alone: build the model as a decoder (is_decoder=True where its configuration has it), or "
+                    "take a causal model"
                 )
             if attention != next(iter(apart)):
                 _say_other(type(model).__name__, apart[next(iter(apart))])
@@ -153,9 +156,9 @@ def faithful_attention(
     found = ", ".join(f"by {x:.1e} with {'eager' if name == 'eager' else 'the tracing'} attention" for name, x in apart.items())
     raise ValueError(
         f"{type(model).__name__} gives other logits when it is traced than by itself: {found} (relative; rounding makes "
-        f"{most:.0e} at most). Its forces would be another model's. Load it with attn_implementation=\"eager\" and train it so; "
-        "if that does not help, its logits depend on the other sequences of a batch or on chance, or it computes its attention "
-        "in a way that cannot be traced"
+        f"{most:.0e} at most). Its forces would be another model's. Load it with attn_implementation='eager' and train it "
+        "so; if that does not help, its logits depend on the other sequences of a batch or on chance, or it computes its "
+        "attention in a way that cannot be traced"
     )
 
 
@@ -253,8 +256,8 @@ def why_tangents_fail(
     if abs(pulled - truth) <= max(10 * eps**0.5, 1e-3) * scale and not abs(pushed - truth) <= abs(pulled - truth):
         return why
     raise ValueError(
-        f"the backward pass of {type(model).__name__} is not the derivative of its forward pass: {why}, by real steps {truth:.4g}. "
-        "Part of the model runs under torch.no_grad, detached, or with a gradient of its own (straight-through), so that its "
+        f"the backward pass of {type(model).__name__} is not the derivative of its forward pass: {why}, by real steps "
+        f"{truth:.4g}. Part of the model runs under torch.no_grad, detached, or with a gradient of its own (straight-through), so that its "
         'gradients do not predict what a step does. method="naive" gives the products of these gradients as they are, '
         'method="fd" with reduce="update" what a real step along them does'
     )

@@ -119,7 +119,7 @@ class Tracer:
             )
         return self.found.why_not[key]
 
-    def require_same_logits(self) -> str:
+    def faithful_attention(self) -> str:
         """The attention to trace the untouched model with; see `checks.faithful_attention`."""
         if self.found.attention is None:
             self.found.attention = checks.faithful_attention(
@@ -296,14 +296,14 @@ def trace(model: nn.Module, found: checks.Found | None = None) -> Iterator[Trace
         ValueError: no output embeddings, or NaN or inf in a parameter (named); traced the model gives other logits than by
             itself, it is not causal, or its logits are not one row for each token (checks.py).
 
-    Cost: two forward passes of at most 3 x 16 tokens, unless `found` says what they would.
+    Cost: three forward passes of at most 3 x 16 tokens, unless `found` says what they would.
     """
     training = {module: module.training for module in model.modules()}
     tracer = Tracer(model, found)
     try:
         model.eval()
         with torch.inference_mode(False):
-            attention = tracer.require_same_logits()
+            attention = tracer.faithful_attention()
             with traceable(model, attention):
                 yield tracer
     finally:
