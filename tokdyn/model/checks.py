@@ -6,8 +6,8 @@
     adjoint        <w, J d> = <Jᵀ w, d> for random w and d: forward and backward mode derive one function  `why_tangents_fail`
     positions      what the model makes of padding on the left                                             `counts_padding`
 
-Cost: PASSES_AT_ENTRY forward passes for each trace, on at most three rows of PIECE tokens, and for each scope whose derivatives
-are taken a backward pass and a tangent pass on one row. What an earlier trace of a model found is not looked at again (`Found`).
+Cost: PASSES_AT_ENTRY forward passes for each trace, on at most three rows of PIECE tokens, and for each scope that is derived
+a backward pass and a tangent pass on one row. What an earlier trace of a model found is not looked at again (`Found`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import jvp
 
+from .attention import NotComputed
 from .differences import slope
 from .forward_ad import traceable, traceable_attention
 
@@ -133,10 +134,16 @@ def faithful_attention(
     T, most = piece.ids.shape[1], bound(model, eps)
     with torch.no_grad(), random_state_kept(device):
         own, beginning = (untouched(model, piece.ids[:1, :n].to(device)) for n in (T, piece.short))
+        if not bool(own.isfinite().all()):  # scoring names where
+            return traceable_attention(model)
         apart = dict[str, float]()
         for attention in dict.fromkeys((traceable_attention(model), "eager")):
-            with traceable(model, attention):
-                z = run(piece.ids, piece.rows)
+            try:
+                with traceable(model, attention):
+                    z = run(piece.ids, piece.rows)
+            except NotComputed:
+                apart[attention] = float("inf")
+                continue
             whole, changed, padded = z[:T], z[T : 2 * T], z[2 * T :]
             apart[attention] = _difference(whole, own, eps)
             if not apart[attention] <= most:
@@ -237,6 +244,8 @@ def why_tangents_fail(
     with torch.enable_grad():
         leaves = {name: p.clone().requires_grad_() for name, p in moved.items()}
         z = logits(leaves)
+        if not bool(z.isfinite().all()):  # scoring names where
+            return ""
         w = torch.randn(z.shape, generator=generator).to(z)
         grads = torch.autograd.grad(z, list(leaves.values()), w, allow_unused=True) if z.requires_grad else ()
     pulled = sum(float((g.double() * x.double()).sum()) for g, x in zip(grads, d.values(), strict=False) if g is not None)
@@ -257,9 +266,9 @@ def why_tangents_fail(
         return why
     raise ValueError(
         f"the backward pass of {type(model).__name__} is not the derivative of its forward pass: {why}, by real steps "
-        f"{truth:.4g}. Part of the model runs under torch.no_grad, detached, or with a gradient of its own (straight-through), so that its "
-        'gradients do not predict what a step does. method="naive" gives the products of these gradients as they are, '
-        'method="fd" with reduce="update" what a real step along them does'
+        f"{truth:.4g}. Part of the model runs under torch.no_grad, detached, or with a gradient of its own (straight-through), "
+        "so that its gradients do not predict what a step does. method='naive' gives the products of these gradients as they "
+        "are, method='fd' with reduce='update' what a real step along them does"
     )
 
 
