@@ -9,6 +9,7 @@ from real_steps import first_order_change, gradients_of, log_probs, moved_by, ow
 
 import tokdyn as td
 from tokdyn import interventions
+from tokdyn.model import checks
 from tokdyn.model.trace import Tracer, trace
 from tokdyn.objectives import DPO, GRPO, PPO, SFT, SimKO
 from tokdyn.testing import float64, random_chis, relative_error, tiny, tiny_lora
@@ -114,7 +115,10 @@ class MeanSFT(SFT):
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize("reduce", ["update", "observe"])
 def test_a_reduction_makes_no_pass_for_c_that_another_makes_anyway(objective, batches, reduce, monkeypatch):
-    """One pass over each batch of a side, and one more where c needs sequences of two batches; c is what the matrix has."""
+    """One pass over each batch of a side, and one more where c needs sequences of two batches; c is what the matrix has.
+
+    Besides, the checks of checks.py: a constant number of passes over a short piece.
+    """
     model, passes = tiny("gpt2"), []
     update = [chi.with_(advantage=1.0) for chi in pair()]
     want = forces(model, update, OBSERVED, objective, method="naive")
@@ -123,7 +127,8 @@ def test_a_reduction_makes_no_pass_for_c_that_another_makes_anyway(objective, ba
         monkeypatch.setattr(Tracer, "batches", lambda tracer, chis, tokens: whole(tracer, chis, tokens=1))
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     got = forces(model, update, OBSERVED, objective, reduce=reduce)
-    assert len(passes) == 2 * batches + (2 if batches == 2 and isinstance(objective, DPO | MeanSFT) else 0)
+    at_entry = checks.PASSES_AT_ENTRY + checks.PASSES_OF_ADJOINT
+    assert len(passes) == at_entry + 2 * batches + (2 if batches == 2 and isinstance(objective, DPO | MeanSFT) else 0)
     assert relative_error(got.vector, want.matrix.sum(1 if reduce == "update" else 0)) < FP32
     for mine, theirs in ((got.updated, want.updated), (got.observed, want.observed)):
         assert mine.column_names == theirs.column_names

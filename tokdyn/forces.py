@@ -197,7 +197,7 @@ class _Live:
     fingerprint: Tensor
 
     def vocabulary(self, m: int | None, l: int | None, k: int) -> Vocabulary:  # noqa: E741
-        with trace(self.model) as tracer:
+        with trace(self.model, self.problem.tracer.found) as tracer:
             if not torch.equal(fingerprint(tracer), self.fingerprint):
                 raise ValueError("the model's parameters have changed since these forces were computed: compute them again")
             problem = replace(self.problem, tracer=tracer)

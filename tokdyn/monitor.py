@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ._version import __version__
-from .model.unwrap import is_sharded
+from .model.unwrap import is_sharded, require_no_prefix
 from .sequences import Chi, token_texts
 from .training import columns, diagnosis, distributed
 from .training.capture import Capture
@@ -128,7 +128,7 @@ class Monitor:
         """Set the hooks on a model and its optimizer; those given at construction when absent. Every rank must call it.
 
         Raises:
-            ValueError: the model has no readout. FileExistsError: `out` is taken.
+            ValueError: the model has no readout, or virtual tokens and a probe. FileExistsError: `out` is taken.
         """
         self.close()
         self.model = model if model is not None else self.model
@@ -138,6 +138,8 @@ class Monitor:
         failure: Exception | None = None
         try:
             self._capture = Capture(self.model, self.temperature)
+            if self.probe is not None:
+                require_no_prefix(self._capture.outer)
             self.ranks = self._ranks if self._ranks is not None else distributed.averaging(self.model)
             if self._out is not None:
                 self._folder = Folder(Path(self._out), distributed.rank(), self._facts())

@@ -38,6 +38,8 @@ class Chi:
         tokens: text of every token [T], for tables and pages.
         prompt, response: the texts, for tables and pages.
         truncated: how many tokens were cut to fit max_length.
+        padding: how many places of padding the loss had before it: a model that counts them (GPT-2) sees its tokens so much
+            later, here too.
 
     Raises:
         ValueError: a shape does not fit, or token 0 is marked as scored.
@@ -54,6 +56,7 @@ class Chi:
     prompt: str = ""
     response: str = ""
     truncated: int = 0
+    padding: int = 0
 
     def __post_init__(self) -> None:
         T = self.ids.numel()
@@ -131,16 +134,24 @@ class Batch:
     targets: Int[Tensor, " N"]
     sequence: Int[Tensor, " N"]
     position: Int[Tensor, " N"]
+    position_ids: Int[Tensor, "B T"] | None = None  # what the model is told, where it is not to count from 0
 
     def upto(self, rows: slice) -> Batch:
         """Some scored tokens of a batch of one sequence, with the sequence cut after the last position that scores them."""
         at = self.rows[rows]
-        ids = self.ids[:, : int(at.max()) + 1]
-        return Batch(ids, at, self.targets[rows], self.sequence[rows], self.position[rows])
+        T = int(at.max()) + 1
+        positions = None if self.position_ids is None else self.position_ids[:, :T]
+        return Batch(self.ids[:, :T], at, self.targets[rows], self.sequence[rows], self.position[rows], positions)
 
 
-def collate(chis: Sequence[Chi], first: int = 0) -> Batch:
-    """Stack sequences into one batch; `first` is the number of its first sequence in a longer list."""
+def collate(chis: Sequence[Chi], first: int = 0, count_padding: bool = False) -> Batch:
+    """Stack sequences into one batch.
+
+    Args:
+        chis: the sequences.
+        first: the number of the first of them in a longer list.
+        count_padding: tell the model the positions that tokens have behind `Chi.padding`.
+    """
     T = max(chi.ids.numel() for chi in chis)
     ids = torch.stack([torch.nn.functional.pad(chi.ids, (0, T - chi.ids.numel())) for chi in chis])
     where = [chi.scored.nonzero().squeeze(1) for chi in chis]
@@ -150,7 +161,13 @@ def collate(chis: Sequence[Chi], first: int = 0) -> Batch:
         targets=torch.cat([chi.ids[t] for chi, t in zip(chis, where, strict=True)]),
         sequence=torch.cat([torch.full_like(t, first + b) for b, t in enumerate(where)]),
         position=torch.cat(where),
+        position_ids=_behind_padding(chis, T) if count_padding else None,
     )
+
+
+def _behind_padding(chis: Sequence[Chi], T: int) -> Int[Tensor, "B T"]:
+    """Positions that go on counting from the padding before each sequence; behind its end the last one."""
+    return torch.stack([torch.arange(T).clamp(max=chi.ids.numel() - 1) + chi.padding for chi in chis])
 
 
 def encode(
@@ -251,7 +268,7 @@ def rollouts(
 def from_batch(
     input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None = None, labels: Tensor | None = None, tokenizer: Any = None
 ) -> list[Chi]:
-    """Sequences of a padded batch, as collators make them: padding on either side is taken off.
+    """Sequences of a padded batch, as collators make them: padding on either side is taken off, that on the left is noted.
 
     Args:
         input_ids: [B, T].
@@ -266,7 +283,8 @@ def from_batch(
         scored = labels[b][real].cpu() != -100 if labels is not None else torch.ones_like(ids, dtype=torch.bool)
         if ids.numel():
             scored[0] = False
-        chis.append(Chi(ids, scored, group=b, tokens=token_texts(tokenizer, ids.tolist()) if tokenizer is not None else None))
+        texts = token_texts(tokenizer, ids.tolist()) if tokenizer is not None else None
+        chis.append(Chi(ids, scored, group=b, tokens=texts, padding=int(real.int().argmax())))
     return chis
 
 

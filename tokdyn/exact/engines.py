@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
-
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import ch2, finite_difference, grouped, naive, per_direction, readout, sweep, tangents
 from .errors import Unsupported
 from .problem import MEMORY, Coverage, Fill, Problem, Reduction, ScoredProblem, UnscoredProblem
+from .products import way
 from .progress import Progress
 from .sweep.budget import Size
 from .sweep.plan import PlannedProblem, planned
 
+AUTOGRAD = "autograd"
 FORWARD = 1.5  # a tangent pass against a backward pass, as benchmarks/exact_forces.py times them
 
 
@@ -37,7 +38,8 @@ def choose(problem: Problem, method: str, labels: Int[Tensor, " L"] | None = Non
     if labels is None:
         return fill
     groups, tokens = int(labels.max()) + 1, sum(problem.shape)
-    if fill is structured and 2 * groups <= tokens / (1 + FORWARD):  # a group is a pull and a push; else tokens are cheaper
+    cheap = 2 * groups <= tokens / (1 + FORWARD)  # a group is a pull and a push; else tokens are cheaper
+    if fill is structured and cheap and not problem.tracer.why_not_tangents(problem.uses):
         return grouped.PerGroup(labels)
     return grouped.Summed(fill, labels, in_blocks=fill is readout.fill)
 
@@ -45,19 +47,21 @@ def choose(problem: Problem, method: str, labels: Int[Tensor, " L"] | None = Non
 def reduce(unscored: UnscoredProblem, method: str, over: Reduction) -> tuple[Tensor, ScoredProblem, Coverage]:
     """Σ_l F [M] ("update") or Σ_m F [L] ("observe") by this method, the problem scored, and the rule of each use.
 
-    "tangent" is a vjp and a jvp ("fd" with real steps for the jvp), which score both sides on their way, or the closed form of
-    a readout that moves alone; "naive" and "ch2" add up the matrix.
+    "tangent" is a vjp and a jvp ("fd" with real steps for the jvp, as where tangents cannot be trusted), which score both sides
+    on their way, or the closed form of a readout that moves alone; "naive" and "ch2" add up the matrix.
     """
     if method == "tangent" and (unscored.optimizer is not None or not unscored.moves_readout_alone):
-        return *unscored.reduced(over), {}
+        rules = way(unscored.tracer, unscored.uses, AUTOGRAD)
+        return *unscored.reduced(over), rules
     problem = unscored.scored()
     if method in ("tangent", "fd"):
         if method == "tangent" and problem.readout_is_closed:
             return readout.readout_matrix(problem, over), problem, dict.fromkeys(problem.uses, readout.LABEL)
         source, sink = (problem.updated, problem.observed) if over == "update" else (problem.observed, problem.updated)
         direction = problem.preconditioned(problem.vjp(source))
-        move = problem.jvp if method == "tangent" else partial(finite_difference.jvp, problem)
-        return move(sink, direction), problem, {}
+        if method == "fd":
+            return finite_difference.jvp(problem, sink, direction), problem, {}
+        return problem.jvp(sink, direction), problem, way(problem.tracer, problem.uses, AUTOGRAD)
     F = problem.empty()
     coverage = choose(problem, method)(problem, F)
     return F.sum(1 if over == "update" else 0), problem, coverage
@@ -68,16 +72,36 @@ def structured(
 ) -> Coverage:
     """F [M, L] into out: the readout in closed form, the backbone by the cheaper of sweep and tangents; see Fill.
 
-    Where a module is beyond the rules it is one vjp and one jvp per token, and the coverage says why.
+    Where a module is beyond the rules it is one vjp and one jvp per token, and the coverage says why. Where tangents cannot be
+    trusted it is the sweep, whose sum is then compared with two backward passes.
     """
+    doubtful = bool(problem.tracer.why_not_tangents(problem.uses))
     try:
         p, F = planned(problem), out
         if len(p.observed) < len(p.updated):  # as both engines take it; weighed as they take it
             p, F = p.transposed(), out.T
-        return _cheaper(p, memory)(p, F, memory=memory, progress=progress)
+        if not doubtful:
+            return _cheaper(p, memory)(p, F, memory=memory, progress=progress)
+        coverage = sweep.fill(p, F, memory=memory, progress=progress)
+        _require_sum(problem, out)
+        return coverage
     except Unsupported as reason:
         coverage = per_direction.fill(problem, out, memory=memory, progress=progress)
         return {use: f"{label} ({reason})" for use, label in coverage.items()}
+
+
+def _require_sum(problem: Problem, F: Float[Tensor, "M L"]) -> None:
+    """Raise unless aᵀ F b, for random signs a and b, is the product of two backward passes.
+
+    Raises:
+        Unsupported: it is not: a module's rule takes tangents that are wrong.
+    """
+    a, b = (torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(n)).to(F) * 2 - 1 for n in problem.shape)
+    o, u = problem.vjp(problem.observed.part(a)), problem.preconditioned(problem.vjp(problem.updated.part(b)))
+    truth = sum(float((o[name].double() * u[name].double()).sum()) for name in o)
+    apart = abs(float(a.double() @ F.double() @ b.double()) - truth)
+    if not apart <= problem.tracer.readout_bound * float(F.double().norm()):  # |aᵀFb| is about ‖F‖, and keeps half its digits
+        raise Unsupported("a rule takes tangents, which cannot be trusted here")
 
 
 def _cheaper(p: PlannedProblem, memory: int) -> Fill:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .problem import MEMORY, Coverage, Fill, Problem
+from .products import way
 from .progress import Progress, share
 
 LABEL = "one direction per group"
@@ -28,7 +29,7 @@ class PerGroup:
             out[:, g] = problem.jvp(problem.observed, problem.preconditioned(direction))
             if progress:
                 progress(g + 1, out.shape[1])
-        return dict.fromkeys(problem.uses, LABEL)
+        return way(problem.tracer, problem.uses, LABEL)
 
 
 @dataclass(frozen=True)

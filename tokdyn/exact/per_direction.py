@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .problem import MEMORY, Coverage, Problem
+from .products import way
 from .progress import Progress
 
 LABEL = "one direction per token"
@@ -23,4 +24,4 @@ def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, p
         out[:, l] = problem.jvp(problem.observed, problem.preconditioned(direction))
         if progress:
             progress(l + 1, len(problem.updated))
-    return dict.fromkeys(problem.uses, LABEL)
+    return way(problem.tracer, problem.uses, LABEL)

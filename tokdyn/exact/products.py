@@ -3,7 +3,8 @@
     vjp     forces at the logits of a side -> Σ_n J_nᵀ Γ_n, a direction of the parameters: a backward pass per batch
     jvp     a direction -> <Γ_n, J_n θ̇> of every token of a side: a tangent pass per batch
 
-A reduction is one of each, whatever the number of tokens. The forms `_scored` take a side whose logits nobody has seen, and
+A reduction is one of each, whatever the number of tokens. Where tangents cannot be trusted (`Tracer.why_not_tangents`) a jvp is
+real steps along its direction. The forms `_scored` take a side whose logits nobody has seen, and
 return it scored beside the product.
 """
 
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import jvp as forward_derivative
 
+from ..model.differences import slope
 from ..model.trace import Tracer
 from ..sequences import Batch
 from .sides import ScoredBatch, ScoredSide, Side, Unscored
@@ -103,10 +105,34 @@ def vjp_probes(
 @torch.no_grad()
 def jvp_logits(tracer: Tracer, batch: Batch, direction: Direction, uses: Uses) -> tuple[Tensor, Tensor]:
     """Logits and their velocity ż = J θ̇ [N, V] along a direction: one tangent pass."""
+    if tracer.why_not_tangents(uses):
+        primal = {use: tracer.params[use] for use in uses}
+        return tracer.logits(batch, primal), real_velocities(tracer, [batch], direction, uses)[0]
     primal = {use: tracer.params[use] for use in uses}
     tangent = {use: direction[tensor] for use, tensor in uses.items()}
     logits, velocity = forward_derivative(lambda p: tracer.logits(batch, p), (primal,), (tangent,))[:2]
     return logits, velocity
+
+
+@torch.no_grad()
+def real_velocities(tracer: Tracer, batches: Sequence[Batch], direction: Direction, uses: Uses) -> list[Float[Tensor, "N V"]]:
+    """ż of every batch from real parameter steps along a direction, by central differences (`differences.slope`)."""
+
+    def at(step: float) -> list[Tensor]:
+        params = tracer.stepped(direction, uses, step)
+        return [tracer.logits(batch, params) for batch in batches]
+
+    norm = float(torch.stack([value.norm() for value in direction.values()]).norm())
+    if norm == 0:
+        return [torch.zeros_like(z) for z in at(0.0)]
+    size = float(torch.stack([tracer.params[use].norm() for use in uses]).norm())
+    return slope(at, 1e-4 * size / norm)
+
+
+def way(tracer: Tracer, uses: Uses, label: str) -> dict[str, str]:
+    """The rule of every use by a label, with how its jvp was made where tangents cannot be trusted."""
+    why = tracer.why_not_tangents(uses)
+    return dict.fromkeys(uses, f"{label}, jvp by real steps ({why})" if why else label)
 
 
 def jvp(tracer: Tracer, side: Side, direction: Direction, uses: Uses) -> Float[Tensor, " N"]:

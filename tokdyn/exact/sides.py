@@ -67,8 +67,9 @@ class Side:
                 mine = (batch.sequence == s).nonzero().flatten()
                 b = int(batch.rows[mine[0]]) // T
                 rows = batch.rows[mine] - b * T
-                ids = batch.ids[b : b + 1, : int(rows.max()) + 1]
-                batches.append(Batch(ids, rows, batch.targets[mine], batch.sequence[mine], batch.position[mine]))
+                own = batch.ids[b : b + 1], batch.targets[mine], batch.sequence[mine], batch.position[mine]
+                positions = None if batch.position_ids is None else batch.position_ids[b : b + 1]
+                batches.append(Batch(own[0], rows, *own[1:], positions).upto(slice(None)))
                 terms.append(term.rows(mine.to(term.c.device)))
         return Side(batches, terms)
 

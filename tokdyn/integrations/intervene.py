@@ -21,7 +21,7 @@ from ..exact import products
 from ..exact.sides import with_reference
 from ..model.optimizer import preconditioner
 from ..model.trace import trace
-from ..model.unwrap import unwrap
+from ..model.unwrap import require_no_prefix, unwrap
 from ..objective import Objective
 from ..sequences import Chi
 from ..training import diagnosis
@@ -182,7 +182,7 @@ def sequences_of(trainer: Any, inputs: Any) -> tuple[list[Chi], Tensor, tuple[Te
         rows.append(b[kept])
         columns.append(t[kept])
         row, n = int(b[0]), int(own_scored.sum())
-        facts: dict[str, Any] = dict(group=s)
+        facts: dict[str, Any] = dict(group=s, padding=layout.padding_of(s))
         if "roles" in about:
             facts |= dict(role=about["roles"][s], group=about["groups"][s])
             if isinstance(inputs.get("ref_chosen_logps"), Tensor):  # only the sum over a response is known, and only it counts
@@ -274,7 +274,8 @@ def _forces_on(lm: nn.Module, forward: Forward, probe: Sequence[Chi], optimizer:
 @contextlib.contextmanager
 def at_rest(model: nn.Module) -> Iterator[nn.Module]:
     """The causal LM inside a model, for passes of our own (see `own_passes`) that no monitor records."""
-    lm, _, _ = unwrap(model)
+    lm, outer, _ = unwrap(model)
+    require_no_prefix(outer)
     with unwatched(), own_passes(lm):
         yield lm
 

@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from ..ops import attention, cotangent_attention, tangent_attention
 
 ATTENTION = "tokdyn"
+KNOWN = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}  # tensors that say again what the mask says
+
+
+class NotComputed(ValueError):
+    """A model asks its attention for something that the tracing attention does not compute."""
 
 
 class _Tangent(torch.autograd.Function):
@@ -137,16 +142,26 @@ def tracing_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """`_Attention` in transformers' signature: query [B, H, T, D], key and value [B, Hk, S, D] -> ([B, T, H, D], None)."""
+    """`_Attention` in transformers' signature: query [B, H, T, D], key and value [B, Hk, S, D] -> ([B, T, H, D], None).
+
+    Raises:
+        NotComputed: a bias of positions, sinks or other tensors; a mask that differs between heads or adds to the scores.
+    """
     B, H, T, D = query.shape
     Hk, S = key.shape[1], key.shape[2]
     mask = attention_mask
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)[None, None]
-    elif mask.dtype != torch.bool:
+    elif mask.dtype != torch.bool and attention_mask is not None:
         mask = mask == 0
+        if not bool((mask | (attention_mask <= torch.finfo(attention_mask.dtype).min / 2)).all()):
+            raise NotComputed("a mask that adds to the scores")
+    if mask.shape[1] != 1:
+        raise NotComputed("a mask of its own for every head")
+    if more := sorted(name for name, value in options.items() if isinstance(value, Tensor) and name not in KNOWN):
+        raise NotComputed(f"attention with {', '.join(more)}")
     q = query.reshape(B, Hk, H // Hk, T, D)
     out = _Attention.apply(q, key, value, mask[..., :S], D**-0.5 if scaling is None else float(scaling), softcap)
     return out.reshape(B, H, T, -1).transpose(1, 2), None

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -25,9 +27,12 @@ from .attention import ATTENTION, register
 
 
 @contextlib.contextmanager
-def traceable(model: nn.Module) -> Iterator[None]:
-    """Let a model run under torch.func, jvp included, inside the block."""
-    implementations = _implementations(model, attention=_traceable_attention(model), experts="eager")
+def traceable(model: nn.Module, attention: str | None = None) -> Iterator[None]:
+    """Let a model run under torch.func, jvp included, inside the block.
+
+    attention: transformers' name for it; None takes `traceable_attention`.
+    """
+    implementations = _implementations(model, attention=attention or traceable_attention(model), experts="eager")
     with implementations, _forward_derivatives(model), _parameter_adapters(model):
         yield
 
@@ -51,16 +56,33 @@ def _implementations(model: nn.Module, attention: str, experts: str) -> Iterator
             setattr(config, key, value)
 
 
-def _traceable_attention(model: Any) -> str:
-    """ATTENTION where the model takes its attention from transformers' interface and has no sinks, else "eager"."""
-    interface = hasattr(model, "_can_set_attn_implementation") and model._can_set_attn_implementation()
-    sinks = any(hasattr(module, "sinks") for module in model.modules())
-    if not interface or sinks:
-        why = "has attention sinks" if sinks else "does not take its attention from transformers' interface"
+def traceable_attention(model: Any) -> str:
+    """ATTENTION where the model takes its attention from transformers' interface alone and has no sinks, else "eager".
+
+    A family that does something only under attentions that it lists by name (the sparse mask of DeepSeek's and GLM's indexers)
+    would not do it under ours, which short sequences need not show.
+    """
+    why = ""
+    if not (hasattr(model, "_can_set_attn_implementation") and model._can_set_attn_implementation()):
+        why = "does not take its attention from transformers' interface"
+    elif any(hasattr(module, "sinks") for module in model.modules()):
+        why = "has attention sinks"
+    elif any(_lists_attentions(name) for name in {type(module).__module__ for module in model.modules()}):
+        why = "does something under attentions that it lists by name"
+    if why:
         _say_eager(type(model).__name__, why)
         return "eager"
     register()
     return ATTENTION
+
+
+@functools.cache
+def _lists_attentions(module: str) -> bool:
+    """Whether a Python module's source asks whether the attention is one of several."""
+    try:
+        return bool(re.search(r"_attn_implementation\s+(not\s+)?in\b", inspect.getsource(sys.modules[module])))
+    except (OSError, TypeError):  # no source
+        return False
 
 
 @functools.cache  # once for each kind of model

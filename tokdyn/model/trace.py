@@ -4,16 +4,17 @@
         z = tracer.logits(batch)                       # [N, V] at the scored tokens
         z = tracer.logits(batch, {"lm_head.weight": W})  # the same with other weights; the model's own are not touched
 
-Inside the block the model is in eval mode with the tracing attention (attention.py), or with eager attention where it takes
-no other: fused attention has no forward derivative. Both are put back on exit, also after an error; parameters, gradients,
-requires_grad, buffers and random state are never written.
+Inside the block the model is in eval mode with the tracing attention (attention.py), or with eager attention where that gives
+other logits or is not taken: fused attention has no forward derivative. Both are put back on exit, also after an error;
+parameters, gradients, requires_grad, buffers and random state are never written. A traced model was compared with the untouched
+one (checks.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.func import functional_call
 
 from ..ops import TokenStats, token_stats
 from ..sequences import Batch, Chi, collate
+from . import checks
 from .calls import Call, map_floats
 from .forward_ad import traceable
 from .hooks import hooked
@@ -45,10 +47,11 @@ class Tracer:
         device, dtype: of the readout's weight, where logits and hidden states are.
         precision: float32, or float64 where the model is in it: what half-precision numbers are summed in.
         vocabulary: how many token ids the model takes.
+        found: what was found of the model (checks.py); given to another trace of it, nothing is looked at again.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, found: checks.Found | None = None) -> None:
+        self.model, self.found = model, found or checks.Found()
         named = list(model.named_parameters(remove_duplicate=False))
         first: dict[int, str] = {}
         self.owner = {name: first.setdefault(id(p), name) for name, p in named}
@@ -73,8 +76,9 @@ class Tracer:
         """The sequences in order, in batches of at most `tokens` padded positions (one sequence at least).
 
         Raises:
-            ValueError: a token id outside the vocabulary.
+            ValueError: a token id outside the vocabulary; padding was on the left, and what the model makes of it is not known.
         """
+        count = any(chi.padding for chi in chis) and self.counts_padding
         for i, chi in enumerate(chis):
             if int(chi.ids.max()) >= self.vocabulary or int(chi.ids.min()) < 0:
                 raise ValueError(
@@ -89,9 +93,47 @@ class Tracer:
                 if stop > start and longest * (stop + 1 - start) > tokens:
                     break
                 stop += 1
-            batches.append(collate(chis[start:stop], first=start))
+            batches.append(collate(chis[start:stop], first=start, count_padding=count))
             start = stop
         return batches
+
+    @property
+    def counts_padding(self) -> bool:
+        """Whether padding on the left moves the positions of the tokens behind it; see `checks.counts_padding`."""
+        if self.found.counts_padding is None:
+            self.found.counts_padding = checks.counts_padding(self.model, self._piece, self._eps)
+        return self.found.counts_padding
+
+    def why_not_tangents(self, uses: Collection[str]) -> str:
+        """Why tangents in these parameters cannot be trusted, "" if they can; see `checks.why_tangents_fail`."""
+        key = frozenset(uses)
+        if key not in self.found.why_not:
+            ids = self._piece.ids[:1]
+            batch = _every_row(ids, torch.arange(ids.shape[1]))
+            self.found.why_not[key] = checks.why_tangents_fail(
+                self.model,
+                lambda params: self.logits(batch, params),
+                {use: self.params[use] for use in uses},
+                lambda direction, step: self.stepped(direction, {use: use for use in direction}, step),
+                self._eps,
+            )
+        return self.found.why_not[key]
+
+    def faithful_attention(self) -> str:
+        """The attention to trace the untouched model with; see `checks.faithful_attention`."""
+        if self.found.attention is None:
+            self.found.attention = checks.faithful_attention(
+                self.model, self._piece, lambda ids, rows: self.logits(_every_row(ids, rows)), self._eps, self.device
+            )
+        return self.found.attention
+
+    @cached_property
+    def _piece(self) -> checks.Piece:
+        return checks.Piece.of(self.model, self.vocabulary)
+
+    @property
+    def _eps(self) -> float:
+        return checks.roundoff(self.dtype, self.device)
 
     def stepped(self, direction: Parameters, uses: Mapping[str, str], step: float) -> Parameters:
         """Parameters after a step along a direction, for `logits`; a half-precision model in float32, which holds the step."""
@@ -184,7 +226,10 @@ class Tracer:
         try:
             ids = batch.ids.to(self.device)
             swapped = {self._swap_name[name]: value for name, value in (params or {}).items()}
-            out = functional_call(self.model, swapped, (ids,), dict(use_cache=False), tie_weights=False)
+            options: dict[str, Any] = dict(use_cache=False)
+            if batch.position_ids is not None:
+                options["position_ids"] = batch.position_ids.to(self.device)
+            out = functional_call(self.model, swapped, (ids,), options, tie_weights=False)
             return out.logits if hasattr(out, "logits") else out[0]
         except IndexError as error:
             T, most = batch.ids.shape[1], getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
@@ -239,25 +284,37 @@ def finite_stats(batch: Batch, logits: Float[Tensor, "N V"]) -> TokenStats:
 
 
 @contextlib.contextmanager
-def trace(model: nn.Module) -> Iterator[Tracer]:
+def trace(model: nn.Module, found: checks.Found | None = None) -> Iterator[Tracer]:
     """Trace a causal LM for the length of a block (see the module's docstring).
 
     Args:
         model: a transformers causal LM, or any module that takes ids [B, T] and use_cache, returns logits [B, T, V] (as
             `.logits` or first), and has get_output_embeddings.
+        found: `Tracer.found` of an earlier trace of it, whose checks are not repeated.
 
     Raises:
-        ValueError: no output embeddings, or NaN or inf in a parameter (named).
+        ValueError: no output embeddings, or NaN or inf in a parameter (named); traced the model gives other logits than by
+            itself, it is not causal, or its logits are not one row for each token (checks.py).
+
+    Cost: three forward passes of at most 3 x 16 tokens, unless `found` says what they would.
     """
     training = {module: module.training for module in model.modules()}
-    tracer = Tracer(model)
+    tracer = Tracer(model, found)
     try:
         model.eval()
-        with traceable(model), torch.inference_mode(False):
-            yield tracer
+        with torch.inference_mode(False):
+            attention = tracer.faithful_attention()
+            with traceable(model, attention):
+                yield tracer
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def _every_row(ids: Tensor, rows: Tensor) -> Batch:
+    """A batch whose logits are asked for at these places, whatever follows."""
+    y = ids.flatten()[rows]
+    return Batch(ids, rows, y, torch.zeros_like(y), torch.zeros_like(y))
 
 
 def _swap_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

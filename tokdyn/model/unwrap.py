@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,6 +45,20 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, list[nn.Module], nn.Module | No
             f"{type(inner).__name__} has no output embeddings: tokdyn needs a causal language model with a readout"
         )
     return inner, outer, compiled
+
+
+def require_no_prefix(wrappers: Iterable[nn.Module]) -> None:
+    """Refuse PEFT's prompt, P- and prefix tuning where passes of our own go through the causal LM inside.
+
+    Raises:
+        ValueError: what is trained is a prefix, which the model inside does not have.
+    """
+    for wrapper in wrappers:
+        if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                f"{type(wrapper).__name__} trains virtual tokens before each sequence (prompt, P- or prefix tuning): its "
+                "forces and what a step does to a probe are not computed; use LoRA, or a Monitor without a probe"
+            )
 
 
 def base_layer(head: Any) -> Any:

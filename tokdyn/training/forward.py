@@ -208,7 +208,8 @@ class Forward:
         """The sequences of the pass with their scored tokens, padding and packing undone.
 
         Raises:
-            ValueError: the model was called without ids, or a token is scored from another document's last hidden state.
+            ValueError: the model was called without ids, or with positions that jump, or a token is scored from another
+                document's last hidden state.
         """
         if self.layout.ids is None:
             raise ValueError("the model was called with inputs_embeds: its sequences cannot be replayed")
@@ -220,7 +221,7 @@ class Forward:
                 raise ValueError("a token is scored across the border of two packed documents: mask the first label of each")
             scored = torch.zeros(len(ids), dtype=torch.bool)
             scored[places] = True
-            chis.append(Chi(ids, scored, group=s))
+            chis.append(Chi(ids, scored, group=s, padding=self.layout.padding_of(s)))
         return chis
 
     def gterm(self, scale: float = 1.0) -> GTerm:

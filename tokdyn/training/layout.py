@@ -10,16 +10,22 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 IGNORED = -100
+JUMPS = -1
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which sequence each place of a batch belongs to and its position there, with padding and packing undone."""
+    """Which sequence each place of a batch belongs to and its position there, with padding and packing undone.
+
+    `padding` says for each sequence at which position the model was told that it begins, or else how many places of padding
+    stand before it (`Chi.padding`); JUMPS where the model was told positions that do not follow one another.
+    """
 
     ids: Int[Tensor, "B T"] | None
     real: Bool[Tensor, "B T"]
     sequence: Int[Tensor, "B T"]
     position: Int[Tensor, "B T"]
+    padding: Int[Tensor, " S"]
 
     @classmethod
     def of(cls, shape: tuple[int, int], ids: Tensor | None, mask: Any, positions: Tensor | None) -> Layout:
@@ -31,9 +37,28 @@ class Layout:
         if not masked and positions is not None and positions.shape == (B, T) and bool((positions[:, 1:] == 0).any()):
             starts = positions == 0
             starts[:, 0] = True
-            return cls(ids, real, starts.flatten().cumsum(0).reshape(B, T) - 1, positions.long())
+            sequence = starts.flatten().cumsum(0).reshape(B, T) - 1
+            return cls(ids, real, sequence, positions.long(), torch.zeros_like(sequence[starts]))
         rows = torch.arange(B, device=device)[:, None].expand(B, T)
-        return cls(ids, real, rows, torch.arange(T, device=device) - real.int().argmax(1, keepdim=True))
+        first = real.int().argmax(1, keepdim=True)
+        padding = first.squeeze(1)
+        if positions is not None and positions.shape in ((B, T), (1, T)):
+            told = positions.long().expand(B, T)
+            padding = told.gather(1, first).squeeze(1)
+            jumps = (told != padding[:, None] + real.long().cumsum(1) - 1) & real
+            padding = padding.masked_fill(jumps.any(1), JUMPS)
+        return cls(ids, real, rows, torch.arange(T, device=device) - first, padding)
+
+    def padding_of(self, sequence: int) -> int:
+        """`Chi.padding` of a sequence.
+
+        Raises:
+            ValueError: its positions jump.
+        """
+        n = int(self.padding[sequence])
+        if n == JUMPS:
+            raise ValueError("position_ids that jump inside a sequence: it cannot be replayed")
+        return n
 
     @property
     def sequences(self) -> int:

@@ -27,6 +27,7 @@ from torch.func import jvp
 from .. import exact
 from ..exact import products
 from ..exact.sides import row_table
+from ..model.checks import Found
 from ..model.optimizer import steps_of
 from ..model.trace import Tracer, trace
 from ..model.unwrap import local
@@ -75,6 +76,7 @@ class Probe:
         self.group = [name for name, chis in self.groups.items() for chi in chis for _ in range(len(chi))]
         self.names = [f"{name}/{what}" for name in self.groups for what in ("n", "log_prob", "actual", "predicted")]
         self.names += ["probe/square", "probe/product"]
+        self._checked = Found()
         self.forget()
 
     def forget(self) -> None:
@@ -215,7 +217,7 @@ class Probe:
     def _observe(self, capture: Capture, update: Update) -> Observation:
         """One pass at θ + Δθ, then a tangent pass along Δθ at θ."""
         lm = capture.lm
-        with own_passes(lm), trace(lm) as tracer:
+        with own_passes(lm), trace(lm, self._checked) as tracer:
             batches = tracer.batches(self.chis, TOKENS)
             with torch.no_grad():
                 after = torch.cat([log_probs(tracer.logits(batch), batch.targets) for batch in batches])
@@ -282,6 +284,9 @@ def _pushed(
     tracer: Tracer, head: nn.Module, batch: Batch, direction: exact.Direction, uses: Mapping[str, str]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`products.jvp_logits`, and the inputs of the readout [N, d] that the pass comes by."""
+    if tracer.why_not_tangents(uses):  # real steps, which keep no states
+        z, velocity = products.jvp_logits(tracer, batch, direction, uses)
+        return z, velocity, tracer.hidden(batch, {use: tracer.params[use] for use in uses})
     kept: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
 

@@ -122,17 +122,26 @@ class Plan:
         start_at: Place | None = None,
         stop_at: Place | None = None,
     ) -> Unrolled:
-        """Tracer.unroll at the moving modules, with the derivatives of norms, rotary embeddings and fusions in closed form."""
+        """Tracer.unroll at the moving modules, with the derivatives of norms, rotary embeddings and fusions in closed form.
+
+        Raises:
+            Unsupported: the model writes into what a module returned.
+        """
         with turned(tracer.model):
-            return tracer.unroll(
-                batch,
-                self.names,
-                replace_outputs=self.norms,
-                replace_inputs={of.place: of for of in self.fusions},
-                places=places,
-                start_at=start_at,
-                stop_at=stop_at,
-            )
+            try:
+                return tracer.unroll(
+                    batch,
+                    self.names,
+                    replace_outputs=self.norms,
+                    replace_inputs={of.place: of for of in self.fusions},
+                    places=places,
+                    start_at=start_at,
+                    stop_at=stop_at,
+                )
+            except RuntimeError as error:
+                if "in-place" not in str(error):
+                    raise
+                raise Unsupported("what a module returns is changed in place") from error
 
     def labels(self, problem: Problem, rules: Mapping[str, Rule]) -> Coverage:
         """The label of every moving use's rule."""

@@ -1,0 +1,382 @@
+"""What a traced model must satisfy is looked at before a number is computed: its own logits, causal, one derivative.
+
+The truth is the model itself, never traced: one sequence at a time through its own forward pass and autograd.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import tokdyn as td
+from tokdyn.model import checks
+from tokdyn.model.attention import ATTENTION, NotComputed, tracing_attention
+from tokdyn.model.trace import trace
+from tokdyn.testing import _perturbed as perturbed
+from tokdyn.testing import random_chis, relative_error, tiny
+
+U, O = random_chis([(5, 3), (2, 4)], seed=1), random_chis([(4, 4), (1, 2)], seed=2)  # noqa: E741
+FP32 = 1e-5  # two layers there and back, some 30 sums of up to 64 terms: √(30·64) eps = 5e-6 in either factor
+
+WIDE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64)
+VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+SPARSE = dict(
+    num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, kv_lora_rank=8, q_lora_rank=16,
+    qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, index_topk=3, index_head_dim=16, index_n_heads=8,
+    mlp_layer_types=["dense", "sparse"], layer_types=["indexed_attention"] * 2, indexer_types=["full"] * 2,
+)  # fmt: skip
+CYCLES = dict(hidden_size=32, num_attention_heads=4, intermediate_size=48, num_layers_per_stack=1, num_hidden_layers=8,
+              head_dim=8, prefix_lm=False)  # fmt: skip
+SHAPES = {
+    "dsa": ("GlmMoeDsaConfig", "GlmMoeDsaForCausalLM", WIDE | SPARSE),  # asks for attentions by name
+    "doge": ("DogeConfig", "DogeForCausalLM", WIDE | dict(num_key_value_heads=2, keep_window_size=4)),  # adds to its scores
+    "git": ("GitConfig", "GitForCausalLM", WIDE | dict(vision_config=VISION)),  # asks for a class by the attention's name
+    "bert as decoder": ("BertConfig", "BertLMHeadModel", WIDE | dict(is_decoder=True)),
+    "bert": ("BertConfig", "BertLMHeadModel", WIDE),
+    "xlnet": ("XLNetConfig", "XLNetLMHeadModel", dict(d_model=32, n_layer=2, n_head=4, d_inner=48)),
+    "cpmant": ("CpmAntConfig", "CpmAntForCausalLM", dict(hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=48,
+                                                         num_hidden_layers=2, prompt_length=4)),
+    "hrm": ("HrmTextConfig", "HrmTextForCausalLM", CYCLES),  # part of its cycles runs under no_grad
+}  # fmt: skip
+
+
+def build(name):
+    import transformers as tf
+
+    config, model, shape = SHAPES[name]
+    torch.manual_seed(0)
+    special = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    return perturbed(getattr(tf, model)(getattr(tf, config)(vocab_size=61, **special, **shape)).eval())
+
+
+def log_probs(model, chi, padding=0):
+    """log pi of the scored tokens by the model itself, behind so many places of padding."""
+    ids = torch.nn.functional.pad(chi.ids, (padding, 0))[None]
+    mask = {"attention_mask": (torch.arange(ids.shape[1]) >= padding).long()[None]} if padding else {}
+    z = model(ids, use_cache=False, **mask).logits[0, padding:].log_softmax(-1)
+    where = chi.scored.nonzero().squeeze(1)
+    return z[where - 1, chi.ids[where]]
+
+
+def gradients(model, chis):
+    """∇ log pi of every scored token [N, P], each by a backward pass of its own."""
+    own = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    for chi in chis:
+        for value in log_probs(model, chi, chi.padding):
+            grads = torch.autograd.grad(value, own, retain_graph=True, allow_unused=True)
+            filled = (torch.zeros_like(p) if g is None else g for p, g in zip(own, grads, strict=True))
+            rows.append(torch.cat([g.flatten() for g in filled]))
+    return torch.stack(rows).double()
+
+
+def gram(model, update=U, observe=O):
+    """F of SFT, whose force at the logits is that of log pi."""
+    return gradients(model, observe) @ gradients(model, update).T
+
+
+# ---------------------------------------------------------------- same logits
+
+
+@pytest.mark.parametrize("name", ["dsa", "doge", "git", "bert as decoder"])
+def test_forces_are_those_of_the_untouched_model(name):
+    model = build(name)
+    truth = gram(model)
+    assert relative_error(td.forces(model, U, O).matrix, truth) < FP32
+    whole = td.forces(model, U, O, reduce="update").vector
+    assert float((whole - truth.sum(1)).norm()) < FP32 * float(truth.abs().sum(1).norm())
+
+
+@pytest.mark.parametrize("name", ["dsa", "doge"])
+def test_a_probe_measures_the_untouched_model(name):
+    model = build(name)
+    opt = torch.optim.SGD(model.parameters(), lr=0.01)
+    with torch.no_grad():
+        before = torch.cat([log_probs(model, chi) for chi in O]).double()
+    with td.Monitor(model, opt, probe=O, on_error="raise") as monitor:
+        ids = torch.stack([torch.cat([chi.ids, chi.ids])[:8] for chi in U])
+        model(input_ids=ids, labels=ids).loss.backward()
+        opt.step()
+        step = monitor.step_end()
+    with torch.no_grad():
+        after = torch.cat([log_probs(model, chi) for chi in O]).double()
+    band = 100 * torch.finfo(torch.float32).eps * float(before.norm())  # of float32 logits before and after
+    assert float((step.actual - (after - before)).norm()) < band + FP32 * float((after - before).norm())
+
+
+class ByName(nn.Module):
+    """A block that is another one under other attentions than sdpa."""
+
+    def __init__(self, block, config):
+        super().__init__()
+        self.block, self.config = block, config
+
+    def forward(self, *args, **kwargs):
+        out = self.block(*args, **kwargs)
+        return out if self.config._attn_implementation == "sdpa" else 1.1 * out
+
+
+def test_a_model_that_is_another_one_when_traced_is_refused_by_name():
+    model = tiny("llama")
+    model.set_attn_implementation("sdpa")
+    model.model.layers[1].mlp = ByName(model.model.layers[1].mlp, model.config)
+    for ask in (td.forces, td.kernel, td.verify):
+        with pytest.raises(ValueError, match="LlamaForCausalLM gives other logits when it is traced .* attn_implementation"):
+            ask(model, U, O)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", td.testing.FAMILIES)
+def test_every_family_in_half_precision_passes(family):
+    """What rounding does in bfloat16 is no other model: else a check would keep users from what is right."""
+    with trace(tiny(family, tied=None).bfloat16()) as tracer:
+        assert not tracer.why_not_tangents(tracer.owner)
+
+
+class Draws(nn.Module):
+    """Draws random numbers in every pass, whatever for."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + 0 * torch.rand(())
+
+
+def test_checks_leave_the_random_state_and_are_a_constant_number_of_short_passes():
+    model, lengths = tiny("llama"), []
+    model.model.layers[0].mlp = Draws(model.model.layers[0].mlp)
+    model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    before = torch.get_rng_state()
+    with trace(model) as tracer:
+        assert len(lengths) == checks.PASSES_AT_ENTRY
+        assert torch.equal(torch.get_rng_state(), before)
+        for _ in range(2):
+            assert not tracer.why_not_tangents(tracer.owner)
+        assert len(lengths) == checks.PASSES_AT_ENTRY + checks.PASSES_OF_ADJOINT
+    with trace(model, tracer.found) as again:
+        assert not again.why_not_tangents(again.owner)
+    assert len(lengths) == checks.PASSES_AT_ENTRY + checks.PASSES_OF_ADJOINT and max(lengths) <= checks.PIECE
+
+
+def test_an_attention_that_does_not_run_here_is_compared_by_eager(monkeypatch):
+    """As flash attention in float32: only its training's autocast lets it run."""
+    from transformers import AttentionInterface
+
+    def refuses(*args, **kwargs):
+        raise RuntimeError("flash attention takes half precision alone")
+
+    AttentionInterface.register("refuses", refuses)
+    model = tiny("llama")
+    truth = td.forces(model, U, O).matrix
+    model.config._attn_implementation_internal = "refuses"
+    assert torch.equal(td.forces(model, U, O).matrix, truth)
+
+
+def test_what_the_tracing_attention_does_not_compute_it_refuses():
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
+    own = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    module, least = nn.Module(), torch.finfo(torch.float32).min
+    added = torch.zeros(1, 1, 5, 5).masked_fill(~own, least)
+    for mask in (own, added, None):
+        assert torch.allclose(tracing_attention(module, q, k, k, mask)[0], tracing_attention(module, q, k, k, own)[0])
+    for mask, options in ((added + 0.1, {}), (own.expand(1, 4, 5, 5), {}), (own, dict(position_bias=torch.zeros(1, 4, 5, 5)))):
+        with pytest.raises(NotComputed):
+            tracing_attention(module, q, k, k, mask, **options)
+
+
+def test_which_families_the_tracing_attention_serves():
+    """All but those that make their own attention: a check must not cost users the faster way."""
+    eager = set()
+    for family in td.testing.FAMILIES:
+        with trace(tiny(family)) as tracer:
+            if tracer.found.attention != ATTENTION:
+                eager.add(family)
+    assert eager == {"falcon", "falcon_new", "falcon_alibi", "bloom", "mamba"}
+
+
+# ---------------------------------------------------------------- causal
+
+
+@pytest.mark.parametrize("name", ["bert", "xlnet", "cpmant"])
+def test_a_model_that_sees_later_tokens_is_refused_by_name(name):
+    model = build(name)
+    with pytest.raises(ValueError, match=rf"{type(model).__name__} is not causal: .*is_decoder=True"):
+        td.forces(model, U, O)
+    with pytest.raises(ValueError, match="is not causal"):
+        td.forces(model, U, O, method="naive")
+
+
+class ByLength(nn.Module):
+    """Is causal, but knows how long the sequence is."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * (1 + 0.01 * x.shape[1])
+
+
+def test_a_model_that_knows_its_length_is_refused():
+    model = tiny("llama")
+    model.model.layers[0].mlp = ByLength(model.model.layers[0].mlp)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not causal: other tokens behind, or none"):
+        td.forces(model, U, O)
+
+
+# ---------------------------------------------------------------- adjoint
+
+
+class NoGrad(nn.Module):
+    """Keeps autograd out of a part of the model, every time or the first time of two."""
+
+    def __init__(self, inner, twice):
+        super().__init__()
+        self.inner, self.twice = inner, twice
+
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.inner(x)
+        return y + self.inner(x) if self.twice else y
+
+
+@pytest.mark.parametrize("name", ["hrm", "all", "once"])
+def test_a_backward_pass_that_is_not_the_derivative_is_refused_by_name(name):
+    """Forward mode sees through no_grad; one gradient per token is what it is, and stays to be had."""
+    model = build("hrm") if name == "hrm" else tiny("llama")
+    if name != "hrm":
+        model.model.layers[0].mlp = NoGrad(model.model.layers[0].mlp, twice=name == "once")
+    for options in (dict(), dict(reduce="update"), dict(reduce="observe"), dict(groups="sequence")):
+        with pytest.raises(ValueError, match=rf"backward pass of {type(model).__name__} is not the derivative .*no_grad"):
+            td.forces(model, U, O, **options)
+    assert relative_error(td.forces(model, U, O, method="naive").matrix, gram(model)) < FP32
+    opt = torch.optim.SGD(model.parameters(), lr=0.01)
+    with td.Monitor(model, opt, probe=O) as monitor:
+        ids = torch.stack([torch.cat([chi.ids, chi.ids])[:8] for chi in U])
+        model(input_ids=ids, labels=ids).loss.backward()
+        with pytest.warns(UserWarning, match="is not the derivative"):
+            opt.step()
+        assert monitor.step_end().predicted is None
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.save_for_backward(W)
+        return x @ W.T
+
+    @staticmethod
+    def backward(ctx, g):
+        return g @ ctx.saved_tensors[0], None
+
+
+class Quantized(nn.Module):
+    """As a 4-bit layer: a frozen weight, a product with a backward pass alone, and without gradients another one, detached."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("W", linear.weight.detach().clone())
+
+    def forward(self, x):
+        return _Product.apply(x, self.W) if x.requires_grad else x.detach() @ self.W.T
+
+
+@pytest.mark.parametrize("place", ["mlp", "local"])
+def test_where_tangents_are_wrong_both_ways_give_the_products_of_the_gradients(place):
+    """The sweep takes vjps alone; a reduction takes real steps and says so, to four digits of the sum of magnitudes."""
+    model = tiny("llama", tied=False)
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Quantized(layer.mlp.up_proj)
+        if place == "local":  # inside a module that moves by its own derivatives
+            layer.mlp = Owner(layer.mlp)
+    truth = gram(model)
+    found = td.forces(model, U, O)
+    if place == "mlp":
+        assert relative_error(found.matrix, truth) < FP32 and "outer product" in found.coverage.values()
+    assert relative_error(found.matrix, truth) < 1e-3
+    for reduce, axis in (("update", 1), ("observe", 0)):
+        part = td.forces(model, U, O, reduce=reduce)
+        assert float((part.vector - truth.sum(axis)).norm()) < 1e-3 * float(truth.abs().sum(axis).norm())
+        assert all("real steps (" in rule for rule in part.coverage.values())
+    grouped = td.forces(model, U, O, groups="sequence").matrix
+    columns = truth.split([len(chi) for chi in U], 1)
+    assert relative_error(grouped, torch.stack([x.sum(1) for x in columns], 1)) < 1e-3
+
+
+class Owner(nn.Module):
+    """Owns a weight around a block."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.gain = block, nn.Parameter(torch.full((32,), 1.5))
+
+    def forward(self, x):
+        return self.block(x * self.gain) * self.gain.sin()
+
+
+def test_a_probe_goes_by_real_steps_where_tangents_are_wrong():
+    model = tiny("llama", tied=False)
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Quantized(layer.mlp.up_proj)
+    opt = torch.optim.SGD(model.parameters(), lr=1e-3)
+    before = copy.deepcopy(model)
+    with td.Monitor(model, opt, probe=O, on_error="raise") as monitor:
+        ids = torch.stack([torch.cat([chi.ids, chi.ids])[:8] for chi in U])
+        model(input_ids=ids, labels=ids).loss.backward()
+        opt.step()
+        step = monitor.step_end()
+    delta = torch.cat([(p - q).detach().flatten() for p, q in zip(model.parameters(), before.parameters(), strict=True)])
+    truth = gradients(before, O) @ delta.double()
+    assert relative_error(step.predicted, truth) < 1e-3
+
+
+# ---------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "bloom"])
+def test_sequences_of_a_left_padded_batch_are_replayed_where_the_loss_had_them(family):
+    """GPT-2 counts padding as positions, the others do not."""
+    model = tiny(family)
+    behind = [chi.with_(padding=n) for chi, n in zip(U, (2, 4), strict=True)]
+    truth = gram(model, behind)
+    assert (relative_error(gram(model), truth) > 0.01) == (family == "gpt2")
+    T = max(chi.ids.numel() + chi.padding for chi in behind)
+    ids = torch.stack([torch.nn.functional.pad(c.ids, (c.padding, T - c.padding - c.ids.numel())) for c in behind])
+    mask = torch.stack([(torch.arange(T) >= c.padding) & (torch.arange(T) < c.padding + c.ids.numel()) for c in behind]).long()
+    scored = torch.stack([torch.nn.functional.pad(c.scored, (c.padding, T - c.padding - c.ids.numel())) for c in behind])
+    chis = td.from_batch(ids, mask, torch.where(scored, ids, -100))
+    assert [chi.padding for chi in chis] == [2, 4]
+    for options in (dict(), dict(method="naive")):
+        assert relative_error(td.forces(model, chis, O, **options).matrix, truth) < FP32
+    for reduce, axis in (("update", 1), ("observe", 0)):
+        vector = td.forces(model, chis, O, reduce=reduce).vector
+        assert float((vector - truth.sum(axis)).norm()) < FP32 * float(truth.abs().sum(axis).norm())
+
+
+def test_a_model_that_counts_padding_and_takes_no_positions_is_refused():
+    model = tiny("gpt2")
+    own = model.forward
+
+    def forward(ids, attention_mask=None, use_cache=False):
+        return own(ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    model.forward = forward
+    with pytest.raises(ValueError, match="behind padding on the left GPT2LMHeadModel"):
+        td.forces(model, [U[0].with_(padding=3)], O)
+
+
+def test_virtual_tokens_are_refused():
+    import peft
+
+    options = dict(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny("llama"), peft.PromptTuningConfig(**options)).eval()
+    with pytest.raises(ValueError, match="virtual tokens"):
+        td.forces(model, U, O)
+    for config in (peft.PromptTuningConfig(**options), peft.PrefixTuningConfig(**options)):
+        model = peft.get_peft_model(tiny("llama"), config)
+        monitor = td.Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), probe=O)
+        with pytest.raises(ValueError, match="trains virtual tokens"):
+            monitor.start()

@@ -1,0 +1,316 @@
+"""What a traced model must satisfy before a number is computed with it, looked at on a short piece of random tokens.
+
+    same logits    traced, the model gives the logits that it gives untouched: its attention and its experts are other code, and
+                   a family may ask which code runs                                                        `faithful_attention`
+    causal         a later token changes no earlier logit: sequences are padded on the right without mask  `faithful_attention`
+    adjoint        <w, J d> = <Jᵀ w, d> for random w and d: forward and backward mode derive one function  `why_tangents_fail`
+    positions      what the model makes of padding on the left                                             `counts_padding`
+
+Cost: PASSES_AT_ENTRY forward passes for each trace, on at most three rows of PIECE tokens, and for each scope that is derived
+a backward pass and a tangent pass on one row. What an earlier trace of a model found is not looked at again (`Found`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import jvp
+
+from .attention import NotComputed
+from .differences import slope
+from .forward_ad import traceable, traceable_attention
+
+PIECE = 16  # tokens of the piece
+PASSES_AT_ENTRY = 3  # calls of the model for each trace: untouched on the piece and on its beginning, traced on both
+PASSES_OF_ADJOINT = 2  # for each scope whose derivatives are taken: with a backward pass, and with tangents
+NUMBERS = 1 << 22  # of the parameters that the adjoint check moves, smallest tensors first: the sweep has no room for all
+
+Parameters = Mapping[str, Tensor]
+
+
+@dataclass
+class Found:
+    """What was found of a model so far, filled in by `Tracer`: kept where one model is traced again and again.
+
+    Attributes:
+        attention: the attention under which the traced model gives its own logits.
+        why_not: for each scope, by the names that move, why its tangents are not those of the backward pass; "" where they are.
+        counts_padding: whether padding on the left moves the positions of the tokens behind it.
+    """
+
+    attention: str | None = None
+    why_not: dict[frozenset[str], str] = field(default_factory=dict)
+    counts_padding: bool | None = None
+
+
+class Piece(NamedTuple):
+    """A sequence, the same with another last token, and the same cut short and padded, as `collate` pads."""
+
+    ids: Int[Tensor, "3 T"]
+    short: int  # tokens before the padding
+
+    @property
+    def rows(self) -> Int[Tensor, " N"]:
+        """The places that hold a token, in the flat [3·T]."""
+        T = self.ids.shape[1]
+        return torch.cat([torch.arange(2 * T), 2 * T + torch.arange(self.short)])
+
+    @classmethod
+    def of(cls, model: nn.Module, vocabulary: int) -> Piece:
+        """Random tokens; none that the configuration gives a meaning to (padding, images), where there are others."""
+        configs = [c for c in (getattr(module, "config", None) for module in model.modules()) if hasattr(c, "__dict__")]
+        known = [value for c in configs for name, value in vars(c).items() if name.endswith("token_id")]
+        special = {value for value in known if isinstance(value, int)} | {0}
+        plain = torch.tensor([i for i in range(min(vocabulary, 4096)) if i not in special] or list(range(vocabulary)))
+        most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        T = max(2, min(PIECE, most if isinstance(most, int) else PIECE))
+        draw = plain[torch.randint(len(plain), (T + 1,), generator=torch.Generator().manual_seed(0))]
+        ids, short = draw[:T].repeat(3, 1), (T + 1) // 2
+        others = plain[plain != ids[1, -1]]
+        ids[1, -1] = others[int(draw[-1]) % len(others)] if len(others) else ids[1, -1]
+        ids[2, short:] = 0
+        return cls(ids, short)
+
+
+# ---------------------------------------------------------------- what rounding may do
+
+
+def roundoff(dtype: torch.dtype, device: torch.device) -> float:
+    """The unit in which the model's numbers are rounded: float32's at best, since norms and angles are computed in it."""
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    if device.type == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        eps = 2.0**-10
+    if torch.is_autocast_enabled(device.type):
+        eps = max(eps, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
+    return eps
+
+
+def bound(model: nn.Module, eps: float) -> float:
+    """How far two ways of computing the same logits may lie apart, relative to their norm.
+
+    Each of n modules rounds what it returns. Roundings that follow one another add up like their root, and a badly conditioned
+    model may amplify them a hundredfold; half of the digits, √eps, are never lost to them.
+    """
+    return min(eps**0.5, 100 * len(list(model.modules())) ** 0.5 * eps)
+
+
+def _difference(a: Float[Tensor, "N V"], b: Float[Tensor, "N V"], eps: float) -> float:
+    """‖a - b‖/‖b‖ of logits without their mean, which no probability sees.
+
+    In half precision that of the median row: rounding may turn a router's choice, which is another model for that token.
+    """
+    a, b = (x.double() - x.double().mean(1, keepdim=True) for x in (a, b))
+    apart, size = (a - b).norm(dim=1), b.norm(dim=1)
+    if eps > 1e-4:
+        return float((apart / size.clamp(min=1e-30)).median())
+    return float(apart.norm() / size.norm().clamp(min=1e-30))
+
+
+# ---------------------------------------------------------------- same logits, and causal
+
+
+def faithful_attention(
+    model: nn.Module, piece: Piece, run: Callable[[Tensor, Tensor], Tensor], eps: float, device: torch.device
+) -> str:
+    """The attention under which the traced model gives the untouched model's logits, the tracing attention if it does.
+
+    Args:
+        model: in eval mode, untouched.
+        piece: what to run it on.
+        run: ids and rows -> the traced model's logits at these rows, called where the model is traceable.
+        eps: see `roundoff`.
+        device: where ids go.
+
+    Raises:
+        ValueError: it gives other logits under eager attention too, or a later token changes earlier logits.
+    """
+    T, most = piece.ids.shape[1], bound(model, eps)
+    with torch.no_grad(), random_state_kept(device):
+        own, beginning = (untouched(model, piece.ids[:1, :n].to(device)) for n in (T, piece.short))
+        if not bool(own.isfinite().all()):  # scoring names where
+            return traceable_attention(model)
+        apart = dict[str, float]()
+        for attention in dict.fromkeys((traceable_attention(model), "eager")):
+            try:
+                with traceable(model, attention):
+                    z = run(piece.ids, piece.rows)
+            except NotComputed:
+                apart[attention] = float("inf")
+                continue
+            whole, changed, padded = z[:T], z[T : 2 * T], z[2 * T :]
+            apart[attention] = _difference(whole, own, eps)
+            if not apart[attention] <= most:
+                continue
+            later = max(_difference(changed[:-1], whole[:-1], eps), _difference(padded, whole[: piece.short], eps))
+            cut = _difference(beginning, own[: piece.short], eps)
+            if not later <= min(most, 4 * torch.finfo(torch.bfloat16).eps) or not cut <= most:  # rows of one pass: equal sums
+                raise ValueError(
+                    f"{type(model).__name__} is not causal: other tokens behind, or none, change earlier logits by "
+                    f"{max(later, cut):.1e} of their norm. A force on log pi(y_m) needs logits that depend on the tokens "
+                    "before y_m alone: build the model as a decoder (is_decoder=True where its configuration has it), or "
+                    "take a causal model"
+                )
+            if attention != next(iter(apart)):
+                _say_other(type(model).__name__, apart[next(iter(apart))])
+            return attention
+    found = ", ".join(f"by {x:.1e} with {'eager' if name == 'eager' else 'the tracing'} attention" for name, x in apart.items())
+    raise ValueError(
+        f"{type(model).__name__} gives other logits when it is traced than by itself: {found} (relative; rounding makes "
+        f"{most:.0e} at most). Its forces would be another model's. Load it with attn_implementation='eager' and train it "
+        "so; if that does not help, its logits depend on the other sequences of a batch or on chance, or it computes its "
+        "attention in a way that cannot be traced"
+    )
+
+
+def untouched(model: nn.Module, ids: Int[Tensor, "1 T"]) -> Float[Tensor, "T V"]:
+    """The model's own logits of a sequence; by eager attention where its own does not run (flash attention in float32).
+
+    Raises:
+        ValueError: there are not as many rows of logits as tokens.
+    """
+    try:
+        out = model(ids, use_cache=False)
+    except (RuntimeError, ValueError) as error:
+        if getattr(getattr(model, "config", None), "_attn_implementation", "eager") == "eager":
+            raise
+        logging.getLogger(__name__).warning("%s: compared with eager attention, since %s", type(model).__name__, error)
+        with traceable(model, "eager"):
+            out = model(ids, use_cache=False)
+    z = out.logits if hasattr(out, "logits") else out[0]
+    if z.shape[:-1] != ids.shape:
+        raise ValueError(
+            f"{type(model).__name__} gives logits {list(z.shape)} for {ids.shape[1]} tokens: their rows are not the tokens'. "
+            "With virtual tokens (PEFT's prompt tuning, P-tuning) logits stand behind a prefix that no sequence holds: tokdyn "
+            "does not resolve their forces; use LoRA or prefix tuning"
+        )
+    return z[0]
+
+
+@contextlib.contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Whatever a model draws inside leaves the random state as it was."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+_said: set[str] = set()
+
+
+def _say_other(model: str, apart: float) -> None:
+    """Once for each kind of model."""
+    if model not in _said:
+        _said.add(model)
+        logging.getLogger(__name__).warning(
+            "%s gives other logits under the tracing attention (by %.1e of their norm): it is traced with eager attention, "
+            "which keeps T x T numbers for every head and tangent", model, apart,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- adjoint
+
+
+def why_tangents_fail(
+    model: nn.Module,
+    logits: Callable[[Parameters], Tensor],
+    params: Parameters,
+    stepped: Callable[[Parameters, float], Parameters],
+    eps: float,
+) -> str:
+    """Why tangents of these parameters are not the transpose of the backward pass, "" where they are.
+
+    <w, J d> by a tangent pass against <Jᵀ w, d> by a backward pass, w standard normal in all logits, d in as many of the
+    parameters as make `NUMBERS`. Where they differ real steps along d decide.
+
+    Args:
+        model: named in errors.
+        logits: parameters -> logits of a piece.
+        params: those that move.
+        stepped: a direction and a step size -> parameters there, in float32 at least.
+        eps: see `roundoff`.
+
+    Raises:
+        ValueError: real steps do not bear out the backward pass.
+    """
+    generator = torch.Generator().manual_seed(1)
+    moved = _smallest(params)
+    d = {name: (0.02 * torch.randn(p.shape, generator=generator)).to(p) for name, p in moved.items()}
+    with torch.enable_grad():
+        leaves = {name: p.clone().requires_grad_() for name, p in moved.items()}
+        z = logits(leaves)
+        if not bool(z.isfinite().all()):  # scoring names where
+            return ""
+        w = torch.randn(z.shape, generator=generator).to(z)
+        grads = torch.autograd.grad(z, list(leaves.values()), w, allow_unused=True) if z.requires_grad else ()
+    pulled = sum(float((g.double() * x.double()).sum()) for g, x in zip(grads, d.values(), strict=False) if g is not None)
+    try:
+        with torch.no_grad():
+            velocity = jvp(logits, (dict(moved),), (d,))[1]
+        pushed, size = float((w.double() * velocity.double()).sum()), float(velocity.double().norm())
+        why = f"<w, J d> is {pushed:.4g} forward and {pulled:.4g} backward"
+    except (RuntimeError, NotImplementedError) as error:
+        pushed, size, why = float("nan"), float("nan"), f"forward mode fails: {str(error).splitlines()[0][:120]}"
+    most = bound(model, eps)
+    if abs(pushed - pulled) <= most * size:
+        return ""
+    with torch.no_grad():
+        (real,) = slope(lambda h: [logits(stepped(d, h))], 1e-2)
+    truth, scale = float((w.double() * real.double()).sum()), float(real.double().norm())
+    if abs(pulled - truth) <= max(10 * eps**0.5, 1e-3) * scale and not abs(pushed - truth) <= abs(pulled - truth):
+        return why
+    raise ValueError(
+        f"the backward pass of {type(model).__name__} is not the derivative of its forward pass: {why}, by real steps "
+        f"{truth:.4g}. Part of the model runs under torch.no_grad, detached, or with a gradient of its own (straight-through), "
+        "so that its gradients do not predict what a step does. method='naive' gives the products of these gradients as they "
+        "are, method='fd' with reduce='update' what a real step along them does"
+    )
+
+
+def _smallest(params: Parameters) -> dict[str, Tensor]:
+    """As many of the tensors as have `NUMBERS` entries together, the smallest first, one at least; in their own order."""
+    chosen, total = set[str](), 0
+    for name, p in sorted(params.items(), key=lambda item: item[1].numel()):
+        total += p.numel()
+        if chosen and total > NUMBERS:
+            break
+        chosen.add(name)
+    return {name: p for name, p in params.items() if name in chosen}
+
+
+# ---------------------------------------------------------------- positions
+
+
+@torch.no_grad()
+def counts_padding(model: nn.Module, piece: Piece, eps: float) -> bool:
+    """Whether padding on the left, under a mask, moves the positions of the tokens behind it (GPT-2: yes; OPT, rotary: no).
+
+    Raises:
+        ValueError: behind padding the logits are those of no positions that the model can be told.
+    """
+    device, most = next(model.parameters()).device, bound(model, eps)
+    pads = piece.ids.shape[1] - piece.short
+    ids = piece.ids[:1, : piece.short].to(device)
+    padded = torch.nn.functional.pad(ids, (pads, 0))
+    mask = (torch.arange(padded.shape[1], device=device) >= pads).long()[None]
+
+    def run(tokens: Tensor, **options: Tensor) -> Tensor:
+        out = model(tokens, use_cache=False, **options)
+        return (out.logits if hasattr(out, "logits") else out[0])[0, -piece.short :]
+
+    truth = run(padded, attention_mask=mask)
+    if _difference(run(ids), truth, eps) <= most:
+        return False
+    shifted = torch.arange(pads, pads + piece.short, device=device)[None]
+    with contextlib.suppress(TypeError):  # it takes no position_ids
+        if _difference(run(ids, position_ids=shifted), truth, eps) <= most:
+            return True
+    raise ValueError(
+        f"behind padding on the left {type(model).__name__} gives logits that it gives without padding under no positions: the "
+        "sequences of this batch cannot be replayed one by one; pad on the right, or pass position_ids that count real tokens"
+    )
