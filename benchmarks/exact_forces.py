@@ -192,7 +192,8 @@ def measured(context: Any, args: argparse.Namespace) -> tuple[list[dict], list[s
         shapes = [shape for name in args.shape for shape in SHAPES[name]]
         for shape in dict.fromkeys(shape.quick() for shape in shapes) if args.quick else shapes:
             found, sentence = compare_shape(context, shape, args)
-            rows, said = rows + found, [*said, sentence]
+            print(sentence, flush=True)  # as it comes: all of them take minutes
+            rows += found
         return rows, said, fits
     sizes = [Size(args.length, V, args.width, args.layers) for V in args.vocabulary]
     if args.peer != "none":
