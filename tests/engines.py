@@ -35,8 +35,8 @@ PLACES = {
     "per token": [(per_direction, "fill")],  # the way of last resort
     "tile": [(tile.Tile, "fill")],
     "strip": [(strips.Strip, "spread")],  # tokens of a sequence that are pulled back together
-    "alone": [(tile.Tile, "_meet_aligned")],  # segments in which every cotangent stays at its own position
-    "mixed": [(tile.Tile, "_meet_segment")],  # segments in which it does not
+    "alone": [(tile.Tile, "_add_aligned")],  # segments in which every cotangent stays at its own position
+    "mixed": [(tile.Tile, "_add_segment")],  # segments in which it does not
     "part": [(tile, "reserve")],  # of what is kept of a mixed segment
     "whole graph": [(segments.Cuts, "whole")],  # all segments of a strip in one forward pass
     "some segments": [(segments.Cuts, "segments")],  # a graph of a few of them

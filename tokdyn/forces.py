@@ -189,7 +189,7 @@ class Forces:
 
 @dataclass(frozen=True)
 class _Live:
-    """What it takes to go back to the model for one more question."""
+    """The model and the scored problem behind a Forces, so that `vocabulary` can run another vjp and jvp."""
 
     model: nn.Module
     problem: ScoredProblem
@@ -306,7 +306,9 @@ def forces(
         labels = None if groups is None else group_labels(groups, unscored.updated.chis)
         matrix, vector, shards = None, None, None
         if reduce is not None:
-            vector, problem, rules = reduced(unscored, method, "update" if reduce == "update" else "observe")
+            vector, problem, rules = reduced(
+                unscored, method, "update" if reduce == "update" else "observe", memory=memory, progress=progress
+            )
         else:
             problem = unscored.scored()
             to = _Destination(*_columns(problem, groups, labels), out)
@@ -355,7 +357,7 @@ class _Destination:
         return torch.full((rows, self.shape[1]), torch.nan, dtype=tracer.precision, device=tracer.device)
 
     def fill(self, method: str, memory: int, progress: Progress | None) -> Coverage:
-        """Compute it; the rule of each use."""
+        """Fill the tensor or the shards; returns the coverage."""
         if self.matrix is not None:
             return choose(self.problem, method, self.labels)(self.problem, self.matrix, memory=memory, progress=progress)
         assert self.shards is not None

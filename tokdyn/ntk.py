@@ -3,7 +3,7 @@
     K_{m,l} = J_m P J_lᵀ    [V, V],    J = ∂z/∂θ the Jacobian of the logits that score a token
 
 The force F[m,l] = -[A_m K_{m,l} G_l]_{y_m} holds only while K stands still; Ren & Sutherland (arXiv 2407.10490) assume that it
-nearly does. A block is never written down: K_{m,l} ε is one pull of the probe ε at token l and one push over the observed
+nearly does. A block is never written down: K_{m,l} ε is one vjp of the probe ε at token l and one jvp over the observed
 sequences, for all m at once. With every e_w for ε that is exact, with random signs it is Hutchinson's estimator.
 """
 
@@ -115,10 +115,10 @@ def kernel(
         problem = unscored.scored()
         swap = len(problem.observed) < len(problem.updated)  # K_{l,m} is K_{m,l} transposed: the same trace and norm
         looped = problem.transposed() if swap else problem
-        moves, n = _moves(looped, _probes(tracer, samples, seed)), samples or len(tracer.readout.weight)
+        products, n = _kernel_products(looped, _probes(tracer, samples, seed)), samples or len(tracer.readout.weight)
         traces, norms = [], []
         for i in range(len(looped.updated)):
-            t, q = torch.stack([torch.stack([v @ e, v.square().sum(1)]) for e, v in islice(moves, n)], 1)
+            t, q = torch.stack([torch.stack([v @ e, v.square().sum(1)]) for e, v in islice(products, n)], 1)
             traces.append(_total(t, samples))
             norms.append(_root(*_total(q, samples)))
             if progress:
@@ -165,11 +165,11 @@ def kernel_drift(
         problem, there = (UnscoredProblem.about(asked, Scope.named(tracer, scope)).scored() for tracer in (a, b))
         swap = len(problem.observed) < len(problem.updated)
         looped = [of.transposed() if swap else of for of in (problem, there)]
-        moves_a, moves_b = (_moves(of, _probes(of.tracer, samples, seed)) for of in looped)
+        products_a, products_b = (_kernel_products(of, _probes(of.tracer, samples, seed)) for of in looped)
         n = samples or len(a.readout.weight)
         changes, cosines = [], []
         for i in range(len(looped[0].updated)):
-            pairs = ((x, y.to(x)) for (_, x), (_, y) in zip(islice(moves_a, n), islice(moves_b, n), strict=True))
+            pairs = ((x, y.to(x)) for (_, x), (_, y) in zip(islice(products_a, n), islice(products_b, n), strict=True))
             ratios = _ratios(torch.stack([_products(x, y) for x, y in pairs], 1), samples)
             changes.append(ratios[0])
             cosines.append(ratios[1])
@@ -272,8 +272,8 @@ def _probes(tracer: Tracer, samples: int | None, seed: int) -> Probes:
     return lambda: signs.double()
 
 
-def _moves(problem: Problem, probes: Probes) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each update token l and, inside that, each probe: ε [V] and K_{m,l} ε [M, V] of all observed m, in float64."""
+def _kernel_products(problem: Problem, probes: Probes) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (ε [V], K_{m,l} ε [M, V]) in float64, for every update token l and, within it, every probe."""
     directions = vjp_probes(problem.tracer, problem.updated.batches, probes, problem.uses)
     for _ in range(len(problem.updated)):
         for probe in probes():

@@ -89,7 +89,7 @@ def streams(tracer: Tracer, batch: Batch) -> list[Stream]:
 
 
 def _place(x: Tensor) -> tuple[int, int]:
-    """The same for a tensor and its views of the same numbers in the same order."""
+    """A key shared by a tensor and its views over the same contiguous storage."""
     return (x.data_ptr() if x.is_contiguous() else -id(x)), x.numel()
 
 
@@ -107,7 +107,7 @@ def _is_norm(call: Call) -> bool:
 def _is_projection(call: Call) -> bool:
     moves = {name for name, _ in call.module.named_parameters(recurse=False)}
     if not isinstance(call.module, nn.Linear) and any(call.module.get_parameter(name).dim() > 2 for name in moves):
-        return False  # a convolution or a stack: not called again to see
+        return False  # a convolution or a stack: replaying it is expensive, and it is never a projection
     try:
         return isinstance(rule_for([call], moves), Linear)
     except NotReplayable:

@@ -15,11 +15,11 @@ from .sweep.budget import Size
 from .sweep.plan import PlannedProblem, planned
 
 AUTOGRAD = "autograd"
-FORWARD = 1.5  # a tangent pass against a backward pass, as benchmarks/exact_forces.py times them
+FORWARD = 1.5  # cost of a jvp in units of a vjp, as benchmarks/exact_forces.py times them
 
 
 def choose(problem: Problem, method: str, labels: Int[Tensor, " L"] | None = None) -> Fill:
-    """The way to F [M, L] by this method, or to its columns summed by group [M, G].
+    """The Fill of F [M, L] for this method, or of its columns summed by group [M, G].
 
     Args:
         problem: whose sizes decide, and whether its readout alone moves.
@@ -38,17 +38,20 @@ def choose(problem: Problem, method: str, labels: Int[Tensor, " L"] | None = Non
     if labels is None:
         return fill
     groups, tokens = int(labels.max()) + 1, sum(problem.shape)
-    cheap = 2 * groups <= tokens / (1 + FORWARD)  # a group is a pull and a push; else tokens are cheaper
+    cheap = 2 * groups <= tokens / (1 + FORWARD)  # a group costs a vjp and a jvp, a token of the sweep half a vjp
     if fill is structured and cheap and not problem.tracer.why_not_tangents(problem.uses):
         return grouped.PerGroup(labels)
     return grouped.Summed(fill, labels, in_blocks=fill is readout.fill)
 
 
-def reduce(unscored: UnscoredProblem, method: str, over: Reduction) -> tuple[Tensor, ScoredProblem, Coverage]:
+def reduce(
+    unscored: UnscoredProblem, method: str, over: Reduction, *, memory: int = MEMORY, progress: Progress | None = None
+) -> tuple[Tensor, ScoredProblem, Coverage]:
     """Σ_l F [M] ("update") or Σ_m F [L] ("observe") by this method, the problem scored, and the rule of each use.
 
     "tangent" is a vjp and a jvp ("fd" with real steps for the jvp, as where tangents cannot be trusted), which score both sides
-    on their way, or the closed form of a readout that moves alone; "naive" and "ch2" add up the matrix.
+    on their way, or the closed form of a readout that moves alone; "naive" and "ch2" add up the matrix, in
+    `memory` bytes beside it.
     """
     if method == "tangent" and (unscored.optimizer is not None or not unscored.moves_readout_alone):
         rules = way(unscored.tracer, unscored.uses, AUTOGRAD)
@@ -63,7 +66,7 @@ def reduce(unscored: UnscoredProblem, method: str, over: Reduction) -> tuple[Ten
             return finite_difference.jvp(problem, sink, direction), problem, {}
         return problem.jvp(sink, direction), problem, way(problem.tracer, problem.uses, AUTOGRAD)
     F = problem.empty()
-    coverage = choose(problem, method)(problem, F)
+    coverage = choose(problem, method)(problem, F, memory=memory, progress=progress)
     return F.sum(1 if over == "update" else 0), problem, coverage
 
 

@@ -21,8 +21,8 @@ def node_of(x: Tensor) -> Node:
 def depths(h: Tensor, leaves: Sequence[Tensor]) -> tuple[dict[Node, int], set[int]]:
     """The nodes between h and the leaves with their depth, and the depths of those through which all deeper ones are reached.
 
-    Nodes come up in an order in which each is before all that it was made from; one that comes up when no other is waiting
-    is a cut.
+    Nodes are visited in reverse topological order. A node visited while the queue is otherwise empty dominates everything
+    deeper: it is a cut.
     """
     wanted = {id(x) for x in leaves}
 

@@ -16,7 +16,7 @@ LABEL = "one direction per group"
 
 @dataclass(frozen=True)
 class PerGroup:
-    """A way to [M, G]: each group is one direction, a vjp and a jvp."""
+    """A Fill of [M, G]: one vjp and one jvp per group."""
 
     labels: Int[Tensor, " L"]  # the column of each update token, -1 for none
 
@@ -34,12 +34,12 @@ class PerGroup:
 
 @dataclass(frozen=True)
 class Summed:
-    """A way to [M, G]: the token matrix by another way, its columns added up by group.
+    """A Fill of [M, G]: the token matrix by another Fill, its columns added up by group.
 
-    in_blocks makes it in blocks of rows that `memory` holds, for a way that does not cost more in parts.
+    in_blocks makes it in blocks of rows that `memory` holds, for a Fill that does not cost more in parts.
     """
 
-    columns: Fill
+    token_fill: Fill
     labels: Int[Tensor, " L"]
     in_blocks: bool
 
@@ -53,7 +53,7 @@ class Summed:
         labels, coverage, start = self.labels.to(out.device)[member], Coverage(), 0
         for part in problem.row_blocks(rows) if rows < M else [problem]:
             F, n = part.empty().to(out), part.shape[0]
-            coverage |= self.columns(part, F, memory=memory, progress=share(progress, start, n, M))
+            coverage |= self.token_fill(part, F, memory=memory, progress=share(progress, start, n, M))
             out[start : start + n].zero_().index_add_(1, labels, F[:, member])
             start += n
         return coverage

@@ -24,8 +24,8 @@ def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, p
     """
     o, u = problem.observed, problem.updated
     tensors = dict.fromkeys(problem.uses.values())
-    P_all = sum(problem.tracer.params[name].numel() for name in tensors)
-    size = P_all * out.element_size()
+    n_params = sum(problem.tracer.params[name].numel() for name in tensors)
+    size = n_params * out.element_size()
     block = len(u) if memory // size >= len(o) + len(u) else min(BLOCK, len(u))
     rows = max(1, min(len(o), memory // size - block))
     passes = -(-len(o) // rows)
@@ -33,7 +33,7 @@ def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, p
 
     def flat(side: Side, start: int, stop: int, P: Direction | None) -> Tensor:
         nonlocal done
-        J = torch.empty(min(stop, len(side)) - start, P_all, dtype=out.dtype, device=out.device)
+        J = torch.empty(min(stop, len(side)) - start, n_params, dtype=out.dtype, device=out.device)
         for i, direction in enumerate(problem.vjp_each(side, start, stop)):
             whole = preconditioned(direction, P)
             torch.cat([whole[name].reshape(-1).to(out.dtype) for name in tensors], out=J[i])

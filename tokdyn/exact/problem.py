@@ -30,7 +30,7 @@ from .progress import Progress
 from .scope import Scope, select
 from .sides import Observed, ScoredSide, Side, Update, gather, with_reference
 
-Coverage = dict[str, str]  # use of a tensor -> the rule that it took part by
+Coverage = dict[str, str]  # use of a tensor -> label of the rule that covered it; where one is absent, "autograd"
 MEMORY = 4 << 30
 
 
@@ -158,12 +158,12 @@ class UnscoredProblem(Scope):
 
 @runtime_checkable
 class Fill(Protocol):
-    """A way to the matrix."""
+    """A way to compute the matrix."""
 
     def __call__(
         self, problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, progress: Progress | None = None
     ) -> Coverage:
-        """F [M, L] into out; returns the rule that each use took part by.
+        """F [M, L] into out; returns the label of the rule that covered each use.
 
         Args:
             problem: the model, what moves, both sides.

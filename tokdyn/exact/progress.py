@@ -8,7 +8,7 @@ Progress = Callable[[int, int], None]
 
 
 def share(progress: Progress | None, first: int, size: int, whole: int) -> Progress | None:
-    """What a part that is `size` of `whole`, after `first` of them are done, reports to as if it were all there is."""
+    """A callback for a sub-task covering [first, first + size) of `whole`: maps its (done, total) onto the whole."""
     if progress is None or size == whole:
         return progress
     return lambda done, total: progress(first * total + size * done, whole * total)

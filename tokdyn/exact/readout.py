@@ -28,7 +28,9 @@ def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, p
 
 @torch.no_grad()
 def readout_matrix(problem: Problem, reduce: Reduction | None = None) -> Tensor:
-    """F_readout[m,l] = (h_m·h_l [+ 1]) <Γ_m, Γ_l>, Γ pulled back through softcap and scale; zero where the readout is still.
+    """F_readout[m,l] = (h_m·h_l [+ 1]) <Γ_m, Γ_l>, Γ pulled back through softcap and scale.
+
+    Zero if neither weight nor bias is in scope.
 
     With a preconditioner Σ_{v,d} Γ_m[v] h_m[d] P[v,d] Γ_l[v] h_l[d], at 2 M L V d flops.
 

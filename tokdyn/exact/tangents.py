@@ -47,28 +47,28 @@ def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, p
     if not p.plan.moves:
         out.copy_(closed)
         return p.plan.labels(p, {})
-    looped = p.updated.one_by_one()
+    looped = p.singles[1]
     ids = p.observed.ids(p.tracer.device), looped.ids(p.tracer.device)
     tracer_o, tracer_u = SideTracer(p.tracer, p.plan, p.observed, ids[1]), SideTracer(p.tracer, p.plan, looped, ids[0])
-    mover = _Mover(p.tracer, p.plan, [tracer_o(b, with_calls=True) for b in range(len(p.observed.batches))])
+    tangents = _TangentPass(p.tracer, p.plan, [tracer_o(b, with_calls=True) for b in range(len(p.observed.batches))])
     done, rules = 0, Rules()
     for b in range(len(looped.batches)):
-        source = tracer_u(b, with_calls=True)
-        for rows, blocks in mover.columns(source, memory):
+        source = tracer_u(b, with_calls=False)  # its calls are recorded in the graph of each chunk
+        for rows, blocks in tangents.columns(source, memory):
             columns = slice(source.where.start + rows.start, source.where.start + rows.stop)
-            for other, block in zip(mover.others, blocks, strict=True):
+            for other, block in zip(tangents.others, blocks, strict=True):
                 out[other.where, columns] = closed[other.where, columns] + block.to(out)
             done += rows.stop - rows.start
             if progress:
                 progress(done, out.shape[1])
-    for other in mover.others:
+    for other in tangents.others:
         rules |= other.rules
     return p.plan.labels(p, rules)
 
 
 @dataclass(frozen=True)
-class _Mover:
-    """Moves the batches of one side along the directions of the other's tokens."""
+class _TangentPass:
+    """Batched jvps of one side's hidden states along the parameter directions of the other side's tokens."""
 
     tracer: Tracer
     plan: Plan
@@ -102,7 +102,7 @@ class _Mover:
 
     @torch.no_grad()
     def _move(self, other: TracedBatch, source: TracedBatch, rows: slice, deltas: Deltas) -> Float[Tensor, "M b"]:
-        """What the backbone's part of a chunk of update tokens does to one batch of observed ones."""
+        """F_backbone [M, b] between one observed batch and a chunk of b looped tokens: one batched jvp."""
         b = rows.stop - rows.start
         waiting = {name: iter(rule.tangent(*deltas[name])) for name, rule in other.rules.items() if name in deltas}
         tangents, F = list[Tensor](), torch.zeros(len(other.h), b, dtype=other.h.dtype, device=other.h.device)

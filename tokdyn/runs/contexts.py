@@ -45,7 +45,7 @@ def context_keys(rows: Iterable[Row], sequences: Iterable[Mapping[str, Any]]) ->
             key: Any = (*place, len(found))
         elif place not in before:
             key = ("first", text["prompt"], position)
-        elif before[place][1] == position - 1:
+        elif before[place][1] + 1 == position:
             key = ("next", before[place][0], before[place][2])
         else:
             key = ("gap", text["prompt"], text.get("response"), position)

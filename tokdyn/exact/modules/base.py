@@ -31,8 +31,8 @@ class Rule(ABC):
     Attributes:
         label: what a result's coverage calls it.
         shapes: of each tensor that each observed call returns.
-        size: numbers of a direction.
-        scratch: numbers of a direction that `tangent` writes down on its way, 0 where it does not.
+        size: elements of a parameter direction.
+        scratch: elements of a direction that `tangent` materialises, else 0.
         modules: how many modules it stands for.
         can_fuse: whether the module may be one of several that are fused (fused.py).
         has_outer_products: whether `outer_products` gives anything.
@@ -77,8 +77,8 @@ def own_parameters(call: Call) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in call.module.named_parameters(recurse=False)}
 
 
-def number_of(call: Call, moves: set[str]) -> int:
-    """How many numbers of a module move."""
+def trained_elements(call: Call, moves: set[str]) -> int:
+    """Elements of a module that are trained."""
     return sum(call.module.get_parameter(name).numel() for name in moves)
 
 
@@ -87,12 +87,12 @@ def as_function(call: Call) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
     return lambda own: tuple(floats(functional_call(call.module, own, call.args, call.kwargs)))
 
 
-def inputs_in_a_row(calls: Sequence[Call]) -> Float[Tensor, "S p"]:
+def flat_inputs(calls: Sequence[Call]) -> Float[Tensor, "S p"]:
     """The first input of every call, all positions one after the other."""
     return cat([call.inputs[0].flatten(0, -2) for call in calls], 0)
 
 
-def cotangents_in_a_row(delta: Outputs) -> Float[Tensor, "b S q"]:
+def flat_cotangents(delta: Outputs) -> Float[Tensor, "b S q"]:
     """The cotangents at the one output of every call, all positions one after the other."""
     return cat([x.flatten(1, -2) for (x,) in delta], 1)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...model.calls import Call
 from ..products import Direction
 from ..products import preconditioned as under
-from .base import OuterProducts, Outputs, Rule, as_function, cat, is_close, number_of, own_parameters
+from .base import OuterProducts, Outputs, Rule, as_function, cat, is_close, own_parameters, trained_elements
 from .linear import random_parameters
 
 
@@ -21,10 +21,10 @@ class Gain(Rule):
     label = "elementwise gain"
 
     def __init__(self, calls: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
-        super().__init__(calls, number_of(calls[0], moves))
+        super().__init__(calls, trained_elements(calls[0], moves))
         self.moves, self.P, self.calls = moves, P, calls
-        self.shape = own_parameters(calls[0])["weight"].shape
-        self.has_outer_products = len(self.shape) == 1  # a vector as wide as the output
+        self.weight_shape = own_parameters(calls[0])["weight"].shape
+        self.has_outer_products = len(self.weight_shape) == 1  # a vector as wide as the output
 
     def prefers_direction(self, positions: int) -> bool:
         """See Rule: always, a vector."""
@@ -32,10 +32,10 @@ class Gain(Rule):
 
     def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
         """Σ_s δ_s ⊙ â_s and Σ_s δ_s."""
-        d = cat([x.reshape(len(x), -1, *self.shape) for (x,) in delta], 1)
+        d = cat([x.reshape(len(x), -1, *self.weight_shape) for (x,) in delta], 1)
         found = {}
         if "weight" in self.moves:
-            a = cat([_normalised(call).reshape(-1, *self.shape) for call in calls], 0)
+            a = cat([_normalised(call).reshape(-1, *self.weight_shape) for call in calls], 0)
             found["weight"] = (d * a).sum(1)
         if "bias" in self.moves:
             found["bias"] = d.sum(1)
@@ -47,7 +47,7 @@ class Gain(Rule):
         E = []
         for call in self.calls:
             x = _normalised(call)
-            wide = (-1, *(1,) * (x.dim() - len(self.shape)), *self.shape)
+            wide = (-1, *(1,) * (x.dim() - len(self.weight_shape)), *self.weight_shape)
             e = moved["weight"].view(wide) * x if "weight" in moved else torch.zeros_like(x)
             e = e + moved["bias"].view(wide) if "bias" in moved else e
             E.append([e])
@@ -56,9 +56,9 @@ class Gain(Rule):
     def outer_products(
         self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool
     ) -> OuterProducts:
-        """See Rule: with a of one number, 1."""
+        """See Rule: as outer products with the scalar a = 1."""
         one = torch.ones_like(delta[at, :1])
-        found = {"weight": delta[at] * _normalised(call).reshape(-1, *self.shape)[at], "bias": delta[at]}
+        found = {"weight": delta[at] * _normalised(call).reshape(-1, *self.weight_shape)[at], "bias": delta[at]}
         found = {name: x for name, x in found.items() if name in self.moves}
         return [(one, x) for x in under(found, self.P if preconditioned else None).values()]
 

@@ -1,4 +1,7 @@
-"""W a + b (nn.Linear, GPT-2's Conv1D, …): E_l = δ_lᵀ S with S = a·b (+ 1 where the bias moves)."""
+"""Linear layers y = W a + bias (nn.Linear, Conv1D, …): E_l = δ_lᵀ S, S[s,t] = a_s·a'_t (+ 1 if the bias is trained).
+
+a are the inputs on the updated side, a' those on the observed side.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from .base import (
     Outputs,
     Rule,
     as_function,
-    cotangents_in_a_row,
-    inputs_in_a_row,
+    flat_cotangents,
+    flat_inputs,
     is_close,
-    number_of,
     own_parameters,
+    trained_elements,
 )
 
 
@@ -29,20 +32,20 @@ class Linear(Rule):
     label = "outer product"
 
     def __init__(self, calls: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
-        size = number_of(calls[0], moves)
+        size = trained_elements(calls[0], moves)
         super().__init__(calls, size, scratch=0 if P is None else size)
-        self.b = [call.inputs[0].flatten(0, -2) for call in calls]
+        self.observed_inputs = [call.inputs[0].flatten(0, -2) for call in calls]
         self.moves, self.P = moves, P
         self.is_transposed = type(calls[0].module) is not nn.Linear and P is not None and _is_transposed(calls[0])
         self.can_fuse = self.has_outer_products = P is None  # a preconditioner couples a and δ
 
     def prefers_direction(self, positions: int) -> bool:
         """See Rule."""
-        return self.P is not None or "weight" not in self.moves or self.b[0].shape[1] < positions
+        return self.P is not None or "weight" not in self.moves or self.observed_inputs[0].shape[1] < positions
 
     def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
         """Σ_s δ_s a_sᵀ and Σ_s δ_s, in the layout of the parameters."""
-        a, d = inputs_in_a_row(calls), cotangents_in_a_row(delta)
+        a, d = flat_inputs(calls), flat_cotangents(delta)
         found = {}
         if "weight" in self.moves:
             found["weight"] = torch.matmul(a.T, d) if self.is_transposed else torch.matmul(d.mT, a)
@@ -54,22 +57,25 @@ class Linear(Rule):
         """See Rule."""
         if self.P is not None:
             W = preconditioned(self.direction(calls, delta), self.P)
-            E = [delta[0][0].new_zeros(()) for _ in self.b]
+            E = [delta[0][0].new_zeros(()) for _ in self.observed_inputs]
             if "weight" in W:
-                E = [torch.matmul(x, W["weight"] if self.is_transposed else W["weight"].mT) for x in self.b]
+                E = [torch.matmul(x, W["weight"] if self.is_transposed else W["weight"].mT) for x in self.observed_inputs]
             if "bias" in W:
                 E = [e + W["bias"][:, None] for e in E]
         else:
-            a, d = inputs_in_a_row(calls), cotangents_in_a_row(delta)
-            E = [self._moved(a, d, x) for x in self.b]
-        return [[e.expand(-1, len(x), -1).reshape(-1, *shape)] for e, x, (shape,) in zip(E, self.b, self.shapes, strict=True)]
+            a, d = flat_inputs(calls), flat_cotangents(delta)
+            E = [self._moved(a, d, x) for x in self.observed_inputs]
+        return [
+            [e.expand(-1, len(x), -1).reshape(-1, *shape)]
+            for e, x, (shape,) in zip(E, self.observed_inputs, self.shapes, strict=True)
+        ]
 
     def tangent_into(self, calls: Sequence[Call], delta: Outputs, outs: Outputs) -> None:
         """See Rule: E = δᵀ S in one product into `outs`, where the weight moves without a preconditioner."""
         if self.P is not None or "weight" not in self.moves:
             return super().tangent_into(calls, delta, outs)
-        a, d = inputs_in_a_row(calls), cotangents_in_a_row(delta)
-        for x, (out,) in zip(self.b, outs, strict=True):
+        a, d = flat_inputs(calls), flat_cotangents(delta)
+        for x, (out,) in zip(self.observed_inputs, outs, strict=True):
             torch.matmul(self._gram(x, a), d, out=out.view(len(d), len(x), -1))
 
     def outer_products(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...model.calls import Call
 from ..products import Direction
-from .base import Outputs, Rule, as_function, cotangents_in_a_row, is_close, own_parameters
+from .base import Outputs, Rule, as_function, flat_cotangents, is_close, own_parameters
 from .linear import random_parameters
 
 
@@ -34,7 +34,7 @@ class Lookup(Rule):
         return {"weight": d.new_zeros(len(d), self.height, d.shape[2]).index_add_(1, ids, d)}
 
     def _steps(self, calls: Sequence[Call], delta: Outputs) -> tuple[Int[Tensor, " S"], Float[Tensor, "b S q"]]:
-        ids, d = torch.cat([_rows_of(call)[0] for call in calls]), cotangents_in_a_row(delta)
+        ids, d = torch.cat([_rows_of(call)[0] for call in calls]), flat_cotangents(delta)
         return ids, d * (ids.ne(self.padding).to(d.dtype) * self.scale)[:, None]
 
     def rows(self, calls: Sequence[Call], delta: Outputs) -> tuple[Int[Tensor, " S"], Float[Tensor, "b S q"]]:

@@ -26,40 +26,67 @@ from ..sides import Side
 from .plan import PlannedProblem
 from .strips import SAVED, SHORTEST, Budget, in_strips
 
-CHUNK, GROUP = 32, 96
-PASS = 3  # a forward pass that leaves a graph, in multiplications by its weights: with hooks, and of few positions
-PIECE = 32 << 20  # on a CPU a larger tensor is asked from the system anew each time, which costs more than filling it
+CHUNK, GROUP = 32, 96  # cotangents per vjp, streamed tokens per product, where memory allows
+PASS = 3  # cost of a graph-building forward pass in weights x positions: hooks and short inputs make it 3 rather than 1
+PIECE = 32 << 20  # on a CPU a larger tensor is mapped afresh each time, and faulting its pages costs more than filling them
+IN_FLIGHT = 8  # 1/8 of memory at most for the chunk of cotangents in a vjp
+AT_HAND = 6  # 1/6 at most for the group of streamed tokens in a product
+GRAPHS = (2, 5, 20)  # 1/2, 1/5 or 1/20 of memory for autograd graphs, whichever is cheapest
+GRAPH_SLACK = 2.1  # both sides' graphs beside the larger one's, with a twentieth for what is not counted
 
-Block = list[tuple[int, slice]]  # which sequences of a side, and which tokens of each
+Tokens = list[tuple[int, slice]]  # which sequences of a side, and which tokens of each
 
 
 class Tiling(NamedTuple):
     """Both sides in blocks: a tile is one of each, and every tile is pulled back anew."""
 
-    kept: list[Block]
-    streamed: list[Block]
+    kept_blocks: list[Tokens]
+    streamed_blocks: list[Tokens]
     budget: Budget
     cost: float  # multiplications
 
 
+class _Candidate(NamedTuple):
+    """One way to share memory out; the least cost is taken."""
+
+    cost: float  # multiplications
+    rows: int  # blocks of the kept side
+    columns: int  # blocks of the streamed side
+    kept_bytes: int
+    graph_bytes: int
+
+
 @dataclass(frozen=True)
 class Size:
-    """The longest sequence in numbers: what a token at its end takes, and what a pull through it costs."""
+    """Element counts for the longest sequence, from which memory and multiplications of every tiling are estimated.
+
+    Attributes:
+        length: its positions.
+        item: bytes per element.
+        piece: largest tensor to allocate at once, bytes.
+        cut: elements of one token's cotangent at the widest cut.
+        segments: elements of each module's outputs, by segment.
+        stored: per segment, elements stored for one token as parameter directions and as cotangents.
+        written: elements of the largest direction that is materialised.
+        weights: elements of all backbone matrices, trained or frozen.
+        moving: trained elements of the backbone, the tied lookup left out.
+        moved: elements at the trained modules' outputs, per position.
+    """
 
     length: int
-    item: int  # bytes of a number
-    piece: int  # bytes of a tensor at most
-    cut: int  # numbers of a cotangent between segments
-    segments: list[list[int]]  # of cotangents at a module's outputs, by segment and module
-    kept: list[tuple[int, int]]  # what stays of a segment: numbers of directions, and of cotangents
-    written: int  # the largest direction that is written down
-    weights: int  # matrices of the backbone, those that move or not
-    moving: int  # numbers that move
-    moved: int  # numbers at the outputs of the modules that move, a position
+    item: int
+    piece: int
+    cut: int
+    segments: list[list[int]]
+    stored: list[tuple[int, int]]
+    written: int
+    weights: int
+    moving: int
+    moved: int
 
     @classmethod
     def of(cls, problem: PlannedProblem) -> Size:
-        """Of a problem's backbone, with the rules of its modules."""
+        """The counts for a problem's backbone, under the rules of its modules."""
         tracer, cuts, rules = problem.tracer, problem.cuts, problem.rules
         T = max(cuts.outlines)
         outline, half = cuts.outlines[T], T // 2
@@ -77,7 +104,7 @@ class Size:
             piece=PIECE if tracer.device.type == "cpu" else sys.maxsize,
             cut=max([outline.top.numel(), *(outline.cuts[key][1].numel() for key in cuts.keys)]),
             segments=[[values for _, values in of] for of in inside],
-            kept=[
+            stored=[
                 (
                     sum(rule.size for rule, _ in of if rule.prefers_direction(half)),
                     sum(values for rule, values in of if not rule.prefers_direction(half)),
@@ -91,59 +118,65 @@ class Size:
         )
 
     def tiling(self, o: Side, u: Side, memory: int) -> Tiling:
-        """The cheapest way to share memory: what is at hand and graphs first, then cotangents at the cuts and what is kept."""
+        """The tiling with the fewest multiplications that fits in `memory` bytes.
+
+        Reserved first: the chunk of cotangents in flight, the group of streamed tokens, the autograd graphs. The rest is split
+        between cotangents at the cuts and the kept side's buffer.
+        """
         segment, widest = max([1, *map(sum, self.segments)]), max([1, *(x for of in self.segments for x in of)])
-        alive = 2 * self.item * (self.cut + segment + self.written)  # of each cotangent in a chunk, while it is pulled
-        chunk = max(1, min(CHUNK, self.piece // (self.item * widest), memory // 8 // alive))
-        met = self.item * (segment + max(widest, self.written))  # of each streamed token at hand, with what it meets
-        group = max(1, min(GROUP, memory // 6 // met))
-        t_o, t_u = _ends(o), _ends(u)
-        pull_o, pull_u = self.weights * float(t_o.sum()), self.weights * float(t_u.sum())
-        kept = [float(self._keeps(t_o, of).sum()) for of in self.kept]
-        E = self._moves(t_u, o) / len(o.batches)
-        positions = _passed(o), _passed(u)
-        whole = 21 * self.item * SAVED * sum(map(sum, self.segments)) * max(positions) // (10 * self.length)
-        most = max(1, self.item * max(map(sum, self.kept)))  # bytes that a token at the end of the sequence leaves of a segment
-        ways = [(math.inf, len(o), len(u), 1, memory // 20)]
-        for graphs in {min(whole, memory // 2), min(whole, memory // 5), min(whole, memory // 20)}:
-            passes = min(len(self.segments), -(-whole // max(1, graphs)))
-            made = PASS * passes * self.weights * sum(positions)
-            room = memory - chunk * alive - group * met - graphs
+        bytes_per_cotangent = 2 * self.item * (self.cut + segment + self.written)
+        chunk = max(1, min(CHUNK, self.piece // (self.item * widest), memory // IN_FLIGHT // bytes_per_cotangent))
+        bytes_per_streamed = self.item * (segment + max(widest, self.written))
+        group = max(1, min(GROUP, memory // AT_HAND // bytes_per_streamed))
+        reach_o, reach_u = _reach(o), _reach(u)
+        vjp_o, vjp_u = self.weights * float(reach_o.sum()), self.weights * float(reach_u.sum())
+        stored = [float(self._stored_bytes(reach_o, of).sum()) for of in self.stored]
+        E = self._tangent_cost(reach_u, o) / len(o.batches)
+        positions = _graph_positions(o), _graph_positions(u)
+        all_graphs = int(GRAPH_SLACK * self.item * SAVED * sum(map(sum, self.segments)) * max(positions)) // self.length
+        kept_bytes_per_token = max(1, self.item * max(map(sum, self.stored)))
+        candidates = [_Candidate(math.inf, len(o), len(u), 1, memory // GRAPHS[-1])]
+        for graphs in {min(all_graphs, memory // share) for share in GRAPHS}:
+            passes = min(len(self.segments), -(-all_graphs // max(1, graphs)))
+            graph_cost = PASS * passes * self.weights * sum(positions)
+            free = memory - chunk * bytes_per_cotangent - group * bytes_per_streamed - graphs
             for rows, columns in product(_counts(len(o)), _counts(len(u))):
-                cuts = self.item * self.cut / self.length * (float(t_o.sum()) / rows + float(t_u.sum()) / columns)
-                left = room - cuts
+                at_cuts = self.item * self.cut / self.length * (float(reach_o.sum()) / rows + float(reach_u.sum()) / columns)
+                left = free - at_cuts
                 if left > 0:
-                    times = rows * sum(max(1, math.ceil(size / rows / left)) for size in kept) / len(kept)
-                    again = max(rows, columns, SHORTEST * most / left)  # short strips are more of them
-                    cost = pull_o * columns + pull_u * times + E * max(len(o.batches), times) + made * again
-                    ways.append((cost, rows, columns, int(left), graphs))
-        cost, rows, columns, left, graphs = min(ways)
-        budget = Budget(chunk, group, max(1, left // most), left, graphs)
-        cost += len(u) * sum(kept) / self.item
-        return Tiling(_in_blocks(o, t_o, rows), _in_blocks(u, t_u, columns), budget, cost)
+                    streamed_vjps = rows * sum(max(1, math.ceil(size / rows / left)) for size in stored) / len(stored)
+                    rebuilds = max(rows, columns, SHORTEST * kept_bytes_per_token / left)  # short strips are more of them
+                    cost = (
+                        vjp_o * columns + vjp_u * streamed_vjps + E * max(len(o.batches), streamed_vjps) + graph_cost * rebuilds
+                    )
+                    candidates.append(_Candidate(cost, rows, columns, int(left), graphs))
+        best = min(candidates)
+        budget = Budget(chunk, group, max(1, best.kept_bytes // kept_bytes_per_token), best.kept_bytes, best.graph_bytes)
+        blocks = _in_blocks(o, reach_o, best.rows), _in_blocks(u, reach_u, best.columns)
+        return Tiling(*blocks, budget, best.cost + len(u) * sum(stored) / self.item)
 
     def tangents(self, o: Side, u: Side) -> float:
-        """Multiplications where the tokens of u are pulled and carried forward over all of o, padding included."""
-        t_u, positions = _ends(u), sum(batch.ids.numel() for batch in o.batches)
-        return self.weights * (float(t_u.sum()) + 2 * len(u) * positions) + self._moves(t_u, o)
+        """Multiplications of the tangents engine: u's tokens pulled back and carried forward over o, padding included."""
+        reach, positions = _reach(u), sum(batch.ids.numel() for batch in o.batches)
+        return self.weights * (float(reach.sum()) + 2 * len(u) * positions) + self._tangent_cost(reach, o)
 
-    def _keeps(self, ends: Float[Tensor, " N"], of: tuple[int, int]) -> Float[Tensor, " N"]:
-        """Bytes that tokens leave of a segment."""
-        return self.item * (of[0] + of[1] / self.length * ends)
+    def _stored_bytes(self, reach: Float[Tensor, " N"], of: tuple[int, int]) -> Float[Tensor, " N"]:
+        """Bytes that tokens with this reach leave of a segment."""
+        return self.item * (of[0] + of[1] / self.length * reach)
 
-    def _moves(self, ends: Float[Tensor, " N"], other: Side) -> float:
-        """Multiplications of E for all tokens with these ends, on all sequences of the other side."""
+    def _tangent_cost(self, reach: Float[Tensor, " N"], other: Side) -> float:
+        """Multiplications of E for all tokens with this reach, on all sequences of the other side."""
         T = [t for batch in other.batches for t in [batch.ids.shape[1]] * len(batch.ids)]
-        return sum(float(torch.minimum(ends * (t * self.moved), (ends + t) * self.moving).sum()) for t in T)
+        return sum(float(torch.minimum(reach * (t * self.moved), (reach + t) * self.moving).sum()) for t in T)
 
 
-def _passed(side: Side) -> int:
-    """Positions of all strips of a side."""
+def _graph_positions(side: Side) -> int:
+    """Positions of the graphs of all strips of a side."""
     return sum(int(batch.rows[part.stop - 1]) + 1 for batch in side.batches for part in in_strips(len(batch.rows)))
 
 
-def _ends(side: Side) -> Float[Tensor, " N"]:
-    """Where the strips end in which the tokens of a side are pulled: the positions that each takes part in."""
+def _reach(side: Side) -> Float[Tensor, " N"]:
+    """For each token, the length of its strip's sequence: the number of positions its cotangent can reach."""
     found = []
     for batch in side.batches:
         for part in in_strips(len(batch.rows)):
@@ -156,10 +189,10 @@ def _counts(most: int) -> list[int]:
     return sorted({min(most, x) for i in range(most.bit_length() + 1) for x in (2**i, 3 * 2**i)})
 
 
-def _in_blocks(side: Side, sizes: Float[Tensor, " N"], count: int) -> list[Block]:
+def _in_blocks(side: Side, sizes: Float[Tensor, " N"], count: int) -> list[Tokens]:
     """A side's tokens in consecutive blocks of about the same size."""
     number = ((sizes.cumsum(0) - sizes / 2) * (count / sizes.sum())).long().clamp(max=count - 1).tolist()
-    blocks: list[Block] = []
+    blocks: list[Tokens] = []
     start = 0
     for b, batch in enumerate(side.batches):
         N = len(batch.targets)

@@ -16,7 +16,7 @@ class ScratchBuffer:
         self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
 
     def arrays(self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Iterator[Tensor]:
-        """Arrays [rows, columns], not filled, one after the other; what was taken before may be overwritten."""
+        """Uninitialised arrays [rows, columns]; invalidates those of earlier calls."""
         sizes = [rows * columns * dtype.itemsize for rows, columns in shapes]
         starts = list(accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
         if starts[-1] > len(self._bytes):

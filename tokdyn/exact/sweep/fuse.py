@@ -45,7 +45,7 @@ def fusions(h: Tensor, calls: Sequence[Call], given: Mapping[Place, Tensor], fit
 
 
 def _elementwise(h: Tensor, w: Tensor, calls: Sequence[Call], cotangent: Tensor) -> tuple[str, ...]:
-    """Those of the calls whose cotangent is w's times a slope, number by number."""
+    """Those of the calls whose cotangent is w's times a slope, elementwise."""
     ys = [call.output for call in calls]
     slopes = torch.autograd.grad(w, ys, torch.ones_like(w), retain_graph=True, allow_unused=True)
     whole, *deltas = torch.autograd.grad(h, [w, *ys], cotangent, retain_graph=True, allow_unused=True)
@@ -58,7 +58,7 @@ def _elementwise(h: Tensor, w: Tensor, calls: Sequence[Call], cotangent: Tensor)
 
 
 def _depends_only_on(w: Tensor, ys: Sequence[Tensor]) -> bool:
-    """Whether w depends on these tensors alone: an adapter's output is added to that of a frozen layer, which leads deeper."""
+    """Whether w depends on these tensors alone; false for LoRA on a frozen base: w then also depends on the frozen layer."""
     ends = {node_of(y) for y in ys}
     waiting, seen = [node_of(w)], set()
     while waiting:

@@ -15,13 +15,13 @@ from ..errors import Unsupported
 from ..modules.base import Outputs, Rule
 from ..products import Direction
 from .buffer import ScratchBuffer
-from .segments import OTHERWISE
+from .segments import DIFFERENT_MODULES
 from .strips import Strip
 
 
 @dataclass(frozen=True)
 class Block:
-    """A matrix [tokens, numbers of each] of one module for the tokens from `first` on.
+    """One buffer [tokens, elements] of a module for the tile's tokens from `first` on: directions, or cotangents of a slice.
 
     Attributes:
         first: the first token on the tile's axis.
@@ -59,7 +59,7 @@ def parts_that_fit(kept: list[Strip], depth: int, memory: int) -> Iterator[list[
         size = 0
         for name, outputs in strip.shapes(depth):
             if name not in rules:
-                raise Unsupported(OTHERWISE)
+                raise Unsupported(DIFFERENT_MODULES)
             rule, values = rules[name], sum(x.numel() for x in outputs)
             size += len(strip.positions) * item * (rule.size if rule.prefers_direction(strip.half) else values)
         if part and size > left:
@@ -78,7 +78,7 @@ def layout(strips: list[Strip], depth: int) -> Kept:
     first, last, rules = strips[0].where.start, strips[-1].where.stop, strips[0].traced.rules
     shapes = [strip.shapes(depth) for strip in strips]
     if any([name for name, _ in of] != [name for name, _ in shapes[0]] for of in shapes):
-        raise Unsupported(OTHERWISE)
+        raise Unsupported(DIFFERENT_MODULES)
     calls_of: dict[str, list[int]] = {}
     for i, (name, _) in enumerate(shapes[0]):
         calls_of.setdefault(name, []).append(i)
@@ -92,7 +92,7 @@ def layout(strips: list[Strip], depth: int) -> Kept:
             for k in range(len(shapes[0][i][1])):
                 before = None
                 for strip, shape in zip(strips, shapes, strict=True):
-                    for part in _beyond(before, shape[i][1][k]):
+                    for part in _new_positions(before, shape[i][1][k]):
                         size = prod(x.stop - x.start for x in part)
                         blocks.append(Block(strip.where.start, (last - strip.where.start, size), (c, k, part)))
                     before = shape[i][1][k]
@@ -112,14 +112,16 @@ def reserve(layouts: list[Kept], buffer: ScratchBuffer, dtype: torch.dtype) -> l
 def pull_into(strips: list[Strip], depth: int, kept: Kept) -> None:
     """Pull the kept tokens of one sequence through a segment and write what is to be kept."""
     for strip in strips:
-        require_same_beginning(strip, depth)
+        require_same_prefix(strip, depth)
         for where, found in strip.pull(depth):
             for name, (calls, delta) in found.items():
                 _write(kept[name], strip.traced.rules[name], calls, delta, where)
 
 
-def require_same_beginning(strip: Strip, depth: int) -> None:
-    """Raise unless the strip's modules return what begins the whole sequence's: its cotangents meet tangents made for that.
+def require_same_prefix(strip: Strip, depth: int) -> None:
+    """Raise unless the truncated sequence gives the same module outputs as the prefix of the whole one.
+
+    Tangents are made on the whole sequence, a strip's cotangents on the truncated one.
 
     Raises:
         Unsupported: they do not (the rows of a module may be in another order).
@@ -155,8 +157,8 @@ def flatten(direction: Direction, out: Float[Tensor, "n K"]) -> None:
     torch.cat([direction[name].flatten(1) for name in sorted(direction)], 1, out=out)
 
 
-def _beyond(before: torch.Size | None, shape: torch.Size) -> list[tuple[slice, ...]]:
-    """The part of an output that a longer sequence has beyond a shorter one, or all of it."""
+def _new_positions(before: torch.Size | None, shape: torch.Size) -> list[tuple[slice, ...]]:
+    """Slices of an output that the longer sequence adds to the shorter one's; the whole output if there is none."""
     if before is None:
         return [tuple(slice(0, n) for n in shape)]
     longer = [i for i, (a, b) in enumerate(zip(before, shape, strict=True)) if a != b]

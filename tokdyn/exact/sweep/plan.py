@@ -193,9 +193,9 @@ class PlannedProblem(Problem):
 
 
 def planned(problem: Problem) -> PlannedProblem:
-    """Sort the uses by the innermost module that was seen to use them (Tracer.usage) and that can be moved by itself.
+    """Assign every trained tensor to the innermost module whose call reads it (Tracer.usage) and that can be replayed alone.
 
-    A module that does not repeat its output when called alone is moved as part of the one around it.
+    A module that cannot be replayed is covered by the module that contains it.
 
     Raises:
         Unsupported: a tensor that two modules share, other than a lookup tied to the readout; a readout that is not
@@ -208,9 +208,9 @@ def planned(problem: Problem) -> PlannedProblem:
     error = tracer.readout_residual(batches[0])
     if error > tracer.readout_bound:
         raise Unsupported(f"the logits differ by {error:.0e} from softcap(scale (W h + b)), the readout's formula")
-    seen, passed = tracer.usage(batches), set[str]()
+    seen, not_replayable = tracer.usage(batches), set[str]()
     while True:
-        plan = _sorted(problem, seen, passed)
+        plan = _assign_modules(problem, seen, not_replayable)
         try:
             calls = tracer.record(batches[0], plan.names)[1]
             rules = plan.rules(calls)
@@ -219,7 +219,7 @@ def planned(problem: Problem) -> PlannedProblem:
         except NotReplayable as stuck:
             if not stuck.name:
                 raise Unsupported("the model does not repeat its output") from stuck
-            passed.add(stuck.name)
+            not_replayable.add(stuck.name)
     require_covered(problem, plan)
     plan = replace(plan, norms={name: norm for name, norm in norms.items() if norm is not None})
     return PlannedProblem(tracer, problem.uses, problem.P, problem.observed, problem.updated, plan)
@@ -241,14 +241,15 @@ def require_covered(problem: Problem, plan: Plan) -> None:
         raise Unsupported(f"no module was seen to use {' and '.join(use for use in unseen if unseen[use] in moved)}")
 
 
-def _sorted(problem: Problem, seen: dict[str, set[tuple[str, ...]]], passed: Collection[str]) -> Plan:
+def _assign_modules(problem: Problem, seen: dict[str, set[tuple[str, ...]]], not_replayable: Collection[str]) -> Plan:
+    """The plan for this assignment of tensors to modules; raises Unsupported if one tensor belongs to two."""
     tracer, P, head = problem.tracer, problem.P, problem.tracer.readout
-    before = {use: tensor for use, tensor in problem.uses.items() if use not in (head.weight_name, head.bias_name)}
+    uses_below_readout = {use: tensor for use, tensor in problem.uses.items() if use not in (head.weight_name, head.bias_name)}
     moves: dict[str, set[str]] = {}
-    scaled: dict[str, Direction] = {}
+    preconditioners: dict[str, Direction] = {}
     module_of: dict[str, str] = {}
-    for tensor in dict.fromkeys(before.values()):
-        modules = {next((m for m in reversed(chain) if m not in passed), "") for chain in seen.get(tensor, ())}
+    for tensor in dict.fromkeys(uses_below_readout.values()):
+        modules = {next((m for m in reversed(chain) if m not in not_replayable), "") for chain in seen.get(tensor, ())}
         outermost = [m for m in modules if not any(n != m and _within(m, n) for n in modules)]
         if len(outermost) > 1:
             raise Unsupported(f"{tensor} is one tensor in two modules, {' and '.join(sorted(outermost))}")
@@ -257,11 +258,11 @@ def _sorted(problem: Problem, seen: dict[str, set[tuple[str, ...]]], passed: Col
             own = names[0][len(module) + 1 if module else 0 :]
             moves.setdefault(module, set()).add(own)
             if P is not None:
-                scaled.setdefault(module, {})[own] = P[tensor]
-            module_of |= {use: module for use, other in before.items() if other == tensor}
+                preconditioners.setdefault(module, {})[own] = P[tensor]
+            module_of |= {use: module for use, other in uses_below_readout.items() if other == tensor}
     tied = tracer.owner[head.weight_name]
-    lookup = next((module_of[use] for use, tensor in before.items() if tensor == tied and use in module_of), None)
-    return Plan(moves, module_of, lookup if head.weight_name in problem.uses else None, scaled, {})
+    lookup = next((module_of[use] for use, tensor in uses_below_readout.items() if tensor == tied and use in module_of), None)
+    return Plan(moves, module_of, lookup if head.weight_name in problem.uses else None, preconditioners, {})
 
 
 def _within(name: str, module: str) -> bool:

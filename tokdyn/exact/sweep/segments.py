@@ -23,7 +23,7 @@ from ..errors import Unsupported
 from ..graph import batched_vjp, depth_of, depths, node_of
 
 TRIED = 32  # tokens on which the cuts are tried
-OTHERWISE = "not every sequence passes through the same modules"
+DIFFERENT_MODULES = "not every sequence passes through the same modules"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Outline:
             Unsupported: none of the modules was called.
         """
         if not h.requires_grad:
-            raise Unsupported(OTHERWISE)
+            raise Unsupported(DIFFERENT_MODULES)
         depth, cuts = depths(h, [x for call in calls for x in call.outputs if x.is_leaf])
 
         at = partial(depth_of, depth)
@@ -74,13 +74,13 @@ class Outline:
             where.pop()
         return where
 
-    def values(self, keys: Sequence[Place]) -> list[list[int]]:
-        """How many numbers each output of each segment holds."""
+    def sizes(self, keys: Sequence[Place]) -> list[list[int]]:
+        """Elements of each module output, by segment."""
         return [[x.numel() for i in inside for x in self.shapes[i]] for inside in self.segments(keys)]
 
 
 def common_cuts(outlines: Sequence[Outline]) -> list[Place]:
-    """The cuts that all share and that divide no module's calls, from the readout down, the first met of those at one place."""
+    """Cuts of every outline that separate no two calls of one module, from the readout down; of one depth, the first."""
     keys = set.intersection(*(set(outline.cuts) for outline in outlines))
     for outline in outlines:
         spans = outline.spans()
@@ -144,7 +144,7 @@ class Cuts:
         return cls(unroll, tuple(keys), tried, whole.outlines)
 
     def outline(self, batch: Batch) -> Outline:
-        """Of a sequence of this length; `segments` sees to it that all of them have the same."""
+        """The outline for this sequence length, made once; `segments` raises if a sequence of that length differs."""
         length = batch.ids.shape[1]
         if length not in self.outlines:
             self.outlines[length] = self._fitting(Outline.of(*self.unroll(batch)))
@@ -152,15 +152,15 @@ class Cuts:
 
     def _fitting(self, outline: Outline) -> Outline:
         if not set(self.keys) <= set(outline.cuts):
-            raise Unsupported(OTHERWISE)
+            raise Unsupported(DIFFERENT_MODULES)
         return outline
 
     def __len__(self) -> int:
         return len(self.keys) + 1
 
-    def end(self, start: int, most: int) -> int:
-        """Where a graph of about so many segments ends: at the next cut from there on at which another may begin."""
-        return next((stop for stop in range(start + most, len(self)) if self._is_end(stop)), len(self))
+    def graph_end(self, start: int, at_least: int) -> int:
+        """Depth at which a graph of at least so many segments ends: the next cut at which a new graph gives the same vjp."""
+        return next((stop for stop in range(start + at_least, len(self)) if self._is_end(stop)), len(self))
 
     def _is_end(self, depth: int) -> bool:
         """Whether the segments above and below a cut, each in a graph that goes no further, are those of the whole graph."""
@@ -169,7 +169,9 @@ class Cuts:
             try:
                 apart = [self._cut(self.tried, 0, depth)[0][-1], self._cut(self.tried, depth, len(self))[0][0]]
                 self.ends[depth] = all(a.agrees(b) for a, b in zip(apart, whole, strict=True))
-            except (RuntimeError, KeyError):  # a leaf changed in place, a place that is not come by
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, KeyError):  # a leaf changed in place, a place that the pass does not reach
                 self.ends[depth] = False
         return self.ends[depth]
 
@@ -190,7 +192,7 @@ class Cuts:
         for calls, which in zip(inside, outline.segments(self.keys)[start:], strict=False):
             foreseen = [(outline.names[i], outline.shapes[i]) for i in which]
             if [(call.name, [x.shape for x in call.outputs]) for call in calls] != foreseen:
-                raise Unsupported(OTHERWISE)
+                raise Unsupported(DIFFERENT_MODULES)
         return found
 
     def _cut(self, batch: Batch, start: int, stop: int) -> tuple[list[Segment], list[list[Call]]]:
@@ -202,7 +204,7 @@ class Cuts:
     def _divided(
         self, end: Tensor, calls: Sequence[Call], given: Mapping[Place, Tensor], start: int, stop: int
     ) -> tuple[list[Segment], list[list[Call]]]:
-        """The same from what unroll gives."""
+        """Split an unrolled graph at the inner cuts: its segments, and the calls in each."""
         bottom = self.keys[stop - 1] if stop <= len(self.keys) else None
         inner = self.keys[start : stop - 1]
         depth = depths(end, [x for call in calls for x in call.outputs if x.is_leaf])[0]

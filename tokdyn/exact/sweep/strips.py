@@ -34,7 +34,9 @@ class Budget(NamedTuple):
 
 @dataclass(eq=False)
 class Strip:
-    """Consecutive tokens of a sequence, which ends behind the last of them; its cotangents move down as segments are pulled.
+    """A run of consecutive scored tokens, on the sequence truncated after the last one.
+
+    Mutable: each `pull` replaces its cotangents by those at the next cut.
 
     Attributes:
         traced: the whole sequence.
@@ -72,7 +74,7 @@ class Strip:
     def segment(self, depth: int) -> Segment:
         """A segment of the backbone on this sequence, its graph made now if it is not there."""
         if depth not in self.made:
-            stop = self.cuts.end(depth, self.at_once)
+            stop = self.cuts.graph_end(depth, self.at_once)
             self.made.update(enumerate(self.cuts.segments(self.batch, depth, stop), depth))
         return self.made[depth]
 
@@ -85,7 +87,7 @@ class Strip:
         return [(self.outline.names[i], self.outline.shapes[i]) for i in self.outline.segments(self.cuts.keys)[depth]]
 
     def pull_aligned(self, depth: int) -> Found:
-        """Take all tokens through a segment that mixes no positions, as one cotangent."""
+        """The vjp of a position-wise segment, with all tokens superposed in one cotangent."""
         segment = self.segment(depth)
         deltas, below = segment.pull(self.aligned[None])
         self.aligned = below[0]
@@ -104,7 +106,7 @@ class Strip:
         self.aligned = whole.new_empty(0)
 
     def pull(self, depth: int, last: bool = True) -> Iterator[tuple[slice, Found]]:
-        """Take every chunk through a segment: where it lies on the tile's axis, and the cotangents inside the segment.
+        """The vjp of every chunk through a segment: its columns on the tile's axis, and the cotangents at the modules.
 
         `last` moves the strip's own cotangents down; without it the segment can be pulled again.
         """
@@ -153,7 +155,7 @@ def make_strips(
         cut += [(traced, part, traced.batch.upto(part)) for part in parts]
 
     def size(traced: TracedBatch, batch: Batch, how: Callable[[list[int]], int]) -> int:
-        values = how([sum(of) for of in cuts.outline(traced.batch).values(cuts.keys)])
+        values = how([sum(of) for of in cuts.outline(traced.batch).sizes(cuts.keys)])
         return SAVED * traced.dtype.itemsize * values * batch.ids.shape[1] // traced.batch.ids.shape[1]
 
     fit = sum(size(traced, batch, sum) for traced, _, batch in cut) <= graphs

@@ -26,7 +26,7 @@ Group = list[tuple[slice, Strip, slice, Found]]  # chunks of streamed tokens: pl
 
 @dataclass(eq=False)
 class Tile:
-    """The backbone's part of F for the tokens of two lists of strips, which are used up.
+    """The backbone's part of F for the tokens of two lists of strips. `fill` consumes their cotangents: a tile runs once.
 
     Attributes:
         plan: what moves.
@@ -53,15 +53,15 @@ class Tile:
         rules = self.kept[-1].traced.rules
         aligned = aligned_depths(max(both, key=lambda strip: strip.batch.ids.shape[1]), rules)
         for depth in range(aligned):
-            self._meet_aligned(rules, depth)
+            self._add_aligned(rules, depth)
         for strip in both:
             strip.spread(self.budget.chunk)
         for depth in range(aligned, depths):
-            self._meet_segment(depth, depths)
+            self._add_segment(depth, depths)
         return self.F
 
-    def _meet_segment(self, depth: int, depths: int) -> None:
-        """Add what a segment's modules do, in parts that memory holds."""
+    def _add_segment(self, depth: int, depths: int) -> None:
+        """Add one segment's share Σ_modules <Ẇ_m, P Ẇ_l> to F, the kept side in as many parts as the budget's bytes require."""
         parts = list(parts_that_fit(self.kept, depth, self.budget.kept))
         for part in parts:
             reserved = reserve([layout(strips, depth) for strips in part], self._kept_memory, self.kept[0].traced.dtype)
@@ -71,18 +71,22 @@ class Tile:
             for columns, group in groups(self.streamed, depth, self.budget.group, last=part is parts[-1]):
                 for strips, kept in sequences:
                     rules = strips[0].traced.rules
-                    self._meet(self.F[:, columns], kept, rules, group)
+                    self._add_inner_products(self.F[:, columns], kept, rules, group)
                     tied = self.plan.tied_lookup(rules)
                     if tied is not None and self.plan.lookup in kept:
-                        self._meet_tied(self.F[:, columns], strips, tied, group)
+                        self._add_tied(self.F[:, columns], strips, tied, group)
                 if self.progress:
                     self.progress(int(STEPS * (depth + columns.stop / self.F.shape[1]) / depths), STEPS)
                 del group  # before the next one is pulled
             del sequences, reserved, kept
 
     @torch.no_grad()
-    def _meet_aligned(self, rules: Rules, depth: int) -> None:
-        """Add what a segment's modules do where every token's cotangent is at its own position: (a_m·a_l) (δ_m·δ_l)."""
+    def _add_aligned(self, rules: Rules, depth: int) -> None:
+        """Add the share of a segment in which every token's cotangent is at its own position: (a_m·a_l) (δ_m·δ_l).
+
+        Rules of one sequence serve all: outer products read no call but the one they are given. `aligned_depths` has ruled out
+        modules called twice and outputs of another form than [b, 1, T, q].
+        """
         sides: list[dict[str, list]] = []
         for strips, is_streamed in ((self.kept, False), (self.streamed, True)):
             products: dict[str, list] = {}
@@ -97,8 +101,8 @@ class Tile:
                 ops.dual_gram(a1, a2, d1, d2, out=self.F)
 
     @torch.no_grad()
-    def _meet(self, F: Float[Tensor, "M b"], kept: Kept, rules: Rules, group: Group) -> None:
-        """Add what a segment's modules do, between the kept tokens of one sequence and a group of streamed ones."""
+    def _add_inner_products(self, F: Float[Tensor, "M b"], kept: Kept, rules: Rules, group: Group) -> None:
+        """Add a segment's share between the kept tokens of one sequence and a group of streamed ones."""
         for name, blocks in kept.items():
             rule = rules[name]
             if blocks[0].part is None:
@@ -139,7 +143,7 @@ class Tile:
         return E
 
     @torch.no_grad()
-    def _meet_tied(self, F: Float[Tensor, "M b"], kept: list[Strip], rule: Lookup, group: Group) -> None:
+    def _add_tied(self, F: Float[Tensor, "M b"], kept: list[Strip], rule: Lookup, group: Group) -> None:
         """Add what the lookup of streamed tokens does where the same tensor is the readout of kept ones."""
         assert self.plan.lookup is not None
         for at, _, _, found in group:

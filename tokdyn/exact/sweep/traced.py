@@ -26,7 +26,8 @@ class TracedBatch:
         batch: its sequences.
         h: the readout's input, [N, d].
         cotangent: Wᵀ Γ, Γ at the logits pulled back through softcap and scale, [N, d].
-        ids, residual: Γ at the logits of these ids, in order: of those that the other side looks up, where that is tied.
+        ids, gamma_at_ids: columns of Γ for the token ids that occur on the other side, sorted; empty unless the readout is
+            tied to a trained lookup.
         where: its tokens on the side's axis of F.
         dtype: of the backbone.
         calls: of the moving modules; empty where they were not asked for.
@@ -37,7 +38,7 @@ class TracedBatch:
     h: Float[Tensor, "N d"]
     cotangent: Float[Tensor, "N d"]
     ids: Int[Tensor, " I"]
-    residual: Float[Tensor, "N I"]
+    gamma_at_ids: Float[Tensor, "N I"]
     where: slice
     dtype: torch.dtype
     calls: Sequence[Call]
@@ -45,7 +46,7 @@ class TracedBatch:
 
     def residual_at(self, ids: Int[Tensor, " S"]) -> Float[Tensor, "N S"]:
         """Γ at the logits of these ids."""
-        return self.residual[:, torch.searchsorted(self.ids, ids)]
+        return self.gamma_at_ids[:, torch.searchsorted(self.ids, ids)]
 
 
 @dataclass(frozen=True)
