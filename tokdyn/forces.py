@@ -362,7 +362,7 @@ class _Destination:
             return choose(self.problem, method, self.labels)(self.problem, self.matrix, memory=memory, progress=progress)
         assert self.shards is not None
         coverage, first, M = Coverage(), 0, self.shape[0]
-        for part in self.problem.row_blocks(max(1, memory // 4 // (self.shape[1] * 4))):
+        for part in self.problem.row_blocks(max(1, memory // 4 // (self.shape[1] * self.problem.tracer.precision.itemsize))):
             block, n = self._empty(part.shape[0]), part.shape[0]
             fill = choose(part, method, self.labels)
             coverage |= fill(part, block, memory=memory, progress=share(progress, first, n, M))
