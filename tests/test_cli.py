@@ -42,7 +42,10 @@ def test_main_job_on_the_demo_model(tmp_path):
     spelled = "".join(r["token"] for r in run.tokens.to_pylist() if r["side"] == "updated" and r["role"] == "chosen")
     assert spelled == json.loads(DEMO_PAIRS.read_text().splitlines()[4])["chosen"] + "<|endoftext|>"
     assert "chosen 1" in result.output and "order" in result.output
-    assert call("report", tmp_path / "run").exit_code == 0
+    assert "nats after the step" in result.output and "by itself" in result.output
+    again = call("report", tmp_path / "run", "--unit", "rate", "--per", "tokens")
+    assert again.exit_code == 0 and "nats per unit learning rate" in again.output and "by itself" not in again.output
+    refused(call("report", tmp_path / "run", "--unit", "nats"), "unit must be", "'nats'")
 
 
 def test_other_objectives_data_forms_and_a_model_folder(tmp_path):
@@ -98,6 +101,7 @@ def test_bad_data_is_named_by_file_and_line(tmp_path, text, words):
         (["--max-length", "4"], ["response is empty after truncation"]),
         (["--scope", "nothing_like_it"], ["no trainable parameter"]),
         (["--rows", "999"], ["32 rows"]),
+        (["--per", "words"], ["per must be", "'words'"]),
         (["--eta", "-1"], ["eta must be positive"]),
     ],
 )
@@ -159,3 +163,13 @@ def test_control_c_before_there_is_anything_leaves_nothing(tmp_path, monkeypatch
     result = call(*RUN, "--out", tmp_path / "run")
     assert result.exit_code == 130 and "nothing was written" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pair_of_one_text_moves_nothing_and_is_told_so(tmp_path):
+    (tmp_path / "same.jsonl").write_text(json.dumps(dict(prompt="Why?", chosen=" Because.", rejected=" Because.")) + "\n")
+    result = call("profile", "--rows", 1, "--held-out", 0, "--data", tmp_path / "same.jsonl", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output + result.stderr
+    said = " ".join(result.output.split())
+    assert "Nothing moves." in said and "chosen 1 and rejected 1" in said and "no step" in said and "holds" not in said
+    assert "Nothing moves" in (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert call("report", tmp_path / "run").exit_code == 0

@@ -108,6 +108,7 @@ def test_a_profile_of_a_pair_of_one_text_says_so_and_takes_no_step(tmp_path):
     assert again.about["settings"]["eta"] is None and again.about["verify"] is None
     observed = [row for row in again.tokens.to_pylist() if row["side"] == "observed"]
     assert all(row["actual"] is None and row["predicted"] is None for row in observed)
+    assert not any(row["risers"] or row["fallers"] for row in observed)
     assert not run.vector.any()  # added at the logits, before anything could round
     gross = float(run.matrix.abs().sum())
     assert gross > 1 and run.about["checks"]["row sums of the matrix against the tangent pass"] < 1e-5

@@ -251,9 +251,10 @@ def _tokens(  # what a run knows of each token, from where it was found
     texts = token_texts(tokenizer, ids) if tokenizer is not None else [""] * len(ids)
     text = {i: spelled or f"<{i}>" for i, spelled in zip(ids, texts, strict=True)}
 
-    def entries(ids: Tensor, values: Tensor) -> list[list[dict[str, Any]]]:
+    def entries(ids: Tensor, values: Tensor) -> Any:
         rows = zip(ids.tolist(), values.tolist(), strict=True)
-        return [[{"token": text[i], "delta": v} for i, v in zip(*row, strict=True)] for row in rows]
+        found = [[{"token": text[i], "delta": v} for i, v in zip(*row, strict=True) if v] for row in rows]
+        return pa.array(found, pa.list_(pa.struct([("token", pa.string()), ("delta", pa.float64())])))
 
     for name, source in (
         ("p_target_after", "target_after"),
@@ -268,8 +269,8 @@ def _tokens(  # what a run knows of each token, from where it was found
         ("force", pa.array(vector.tolist())),
         ("predicted", _numbers(verification, "predicted", observed.num_rows)),
         ("actual", _numbers(verification, "actual", observed.num_rows)),
-        ("risers", pa.array(entries(*vocabulary[0]))),
-        ("fallers", pa.array(entries(*vocabulary[1]))),
+        ("risers", entries(*vocabulary[0])),
+        ("fallers", entries(*vocabulary[1])),
     ):
         observed = observed.append_column(name, values)
     updated, observed = (

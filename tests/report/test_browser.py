@@ -13,6 +13,7 @@ import torch
 import tokdyn as td
 from tokdyn.loading import DEMO_PAIRS, load_model
 from tokdyn.runs.by_sequence import BySequence
+from tokdyn.runs.contexts import Contexts
 from tokdyn.testing import random_chis, tiny
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -88,12 +89,9 @@ def details(page):
     return panel.locator("h3").inner_text(), panel.locator(".place").inner_text(), dict(zip(names, values, strict=True))
 
 
-def place(table, row):
-    """Where a token stands, as the page says it: "chosen 1, token 3 of 26"."""
-    own = [
-        r["row"] for r in (table.observed if row["side"] == "observed" else table.updated) if r["sequence"] == row["sequence"]
-    ]
-    return f"{table.name(row)}, token {row['row'] - own[0] + 1} of {len(own)}"
+def by_context(run):
+    """The run by context, and its step size."""
+    return Contexts.of(BySequence.of(run.tokens, run.matrix), run.about["sequences"]), run.about["settings"]["eta"]
 
 
 def spelled(token):
@@ -128,29 +126,45 @@ def test_a_sequence_has_one_name_in_terminal_findings_and_page(visit, run, file)
     for k, (side, names) in enumerate((("observed", ["chosen 1", "rejected 2"]), ("updated", ["chosen 1", "rejected 1"]))):
         assert names == [name for (of, _), name in table.names.items() if of == side]
         assert names == page.locator(f"#{side} .caption .name").all_inner_texts()
-        assert names == page.locator("#forces select").nth(k).locator("option").all_inner_texts()[1:]
+        assert names == page.locator("#forces select").nth(k).locator("option").all_inner_texts()[-2:]
     assert any("rejected 2" in text for text in page.locator(".findings p").all_inner_texts())
 
 
-def test_an_observed_token_shows_its_row_of_the_table_and_who_moved_it(visit, run, file):
+@pytest.mark.parametrize("m", [8, 40])
+def test_an_observed_token_shows_its_row_of_the_table_and_who_moved_it(visit, run, file, m):
+    """One that is trained on in its own place, and one of another prompt."""
     page, table = visit(file), BySequence.of(run.tokens, run.matrix)
-    row = table.observed[len(table.observed) // 2]
+    row = table.observed[m]
     page.locator(f'#observed .token[data-i="{row["row"]}"]').click()
     heading, where, facts = details(page)
-    assert heading == f"Observed {spelled(row['token'])}" and where == place(table, row)
+    assert heading == f"Observed {spelled(row['token'])}" and where == table.place(row)
     assert where in page.locator("#selection").inner_text()
-    for name, column in (("actual change", "actual"), ("predicted", "predicted"), ("force", "force"),
-                         ("log-prob", "log_prob"), ("entropy", "entropy")):  # fmt: skip
+    for name, column in (("actual change", "actual"), ("predicted", "predicted"), ("log-prob", "log_prob"),
+                         ("entropy", "entropy")):  # fmt: skip
         assert numbers(facts[name])[0] == pytest.approx(row[column], rel=DIGITS), name
     assert numbers(facts["rank"]) == [row["rank"] + 1]
-    forces = run.matrix[row["row"]]
-    order = forces.abs().argsort(descending=True).tolist()[:6]
-    ranking = page.locator("#inspector .ranking button")
-    assert ranking.count() == 6
-    for k, l in enumerate(order):  # noqa: E741
+    contexts, eta = by_context(run)
+    ranking, others = page.locator("#inspector .ranking button"), contexts.others[m]
+    own = [(int(contexts.own[m]), contexts.itself(m))] if contexts.own[m] >= 0 else []
+    expected = own + [(x, float(others[x])) for x in others.abs().argsort(descending=True).tolist()[:6]]
+    assert ranking.count() == len(expected) == (7 if m == 8 else 6)
+    for k, (x, force) in enumerate(expected):
+        tokens = contexts.tokens(x)
+        assert ranking.nth(k).locator(".token-text").inner_text() == "/".join(map(spelled, tokens))
+        shown = numbers(ranking.nth(k).locator(".value").inner_text())
+        assert shown == [pytest.approx(eta * force, rel=DIGITS, abs=1e-6 * eta * float(run.matrix[m].abs().sum()))]
+        where = ", ".join(contexts.sequences(x)) if k or not own else "itself"
+        assert ranking.nth(k).locator(".where").inner_text() == where
+    page.get_by_role("radio", name="per unit lr").click()
+    assert "nats per unit lr" in page.locator("#inspector").inner_text()
+    page.get_by_role("radio", name="token by token").click()
+    forces = run.matrix[m]
+    for k, l in enumerate(forces.abs().argsort(descending=True).tolist()[:6]):  # noqa: E741
         assert ranking.nth(k).locator(".token-text").inner_text() == spelled(table.updated[l]["token"])
         assert numbers(ranking.nth(k).locator(".value").inner_text()) == [pytest.approx(float(forces[l]), rel=DIGITS)]
-        assert ranking.nth(k).locator(".where").inner_text() == table.name(table.updated[l])
+    facts = details(page)[2]
+    assert numbers(facts["predicted"])[0] == pytest.approx(row["force"], rel=DIGITS)
+    assert numbers(facts["actual change"])[0] == pytest.approx(row["actual"] / eta, rel=DIGITS)
     page.keyboard.press("Escape")
     assert page.locator("#selection").inner_text() == "no token selected"
 
@@ -160,36 +174,63 @@ def test_an_update_token_shows_its_weight_and_whom_it_moved(visit, run, file):
     row = table.updated[-3]
     page.locator(f'#updated .token[data-i="{row["row"]}"]').click()
     heading, where, facts = details(page)
-    assert heading == f"Update {spelled(row['token'])}" and where == place(table, row)
+    assert heading == f"Update {spelled(row['token'])}" and where == table.place(row)
     assert numbers(facts["weight c"])[0] == pytest.approx(row["c"], rel=DIGITS) and facts["weight c"].endswith("pushed down")
     assert numbers(facts["‖G‖"]) == [pytest.approx(abs(row["c"]) * row["g_norm"], rel=DIGITS)]
-    forces = run.matrix[:, row["row"]]
+    contexts, eta = by_context(run)
+    forces = contexts.others[:, contexts.column[row["row"]]]
     strongest = page.locator("#inspector .ranking button").first
     assert numbers(strongest.locator(".value").inner_text()) == [
-        pytest.approx(float(forces[forces.abs().argmax()]), rel=DIGITS)
+        pytest.approx(eta * float(forces[forces.abs().argmax()]), rel=DIGITS)
     ]
     strongest.click()  # and on to the token that it moved most
-    assert details(page)[1] == place(table, table.observed[int(forces.abs().argmax())])
+    assert details(page)[1] == table.place(table.observed[int(forces.abs().argmax())])
 
 
-def test_cells_of_the_map_are_entries_of_the_matrix(visit, run, file):
-    page, table = visit(file), BySequence.of(run.tokens, run.matrix)
+@pytest.mark.parametrize("net", [True, False])
+def test_cells_of_the_map_are_entries_of_the_matrix_or_net_ones(visit, run, file, net):
+    page, (contexts, eta) = visit(file), by_context(run)
+    table, matrix = contexts.run, contexts.matrix * eta if net else run.matrix
+    if not net:
+        page.get_by_role("radio", name="token by token").click()
+        page.get_by_role("radio", name="per unit lr").click()
     page.locator("#forces .map-frame").focus()
     walk = {"ArrowRight": (0, 0), "End": (0, -1), "ArrowDown": (1, -1), "ArrowLeft": (1, -2), "PageDown": (26, -2)}
+    noise = 1e-6 * float(run.matrix.abs().max()) * (eta if net else 1)  # what cancels leaves rounding
     for key, cell in walk.items():  # the first shows the cursor
         page.keyboard.press(key)
         value = page.locator("#live").inner_text().rpartition(": ")[2]
-        assert numbers(value) == [pytest.approx(float(run.matrix[cell]), rel=DIGITS)], cell
+        assert numbers(value) == [pytest.approx(float(matrix[cell]), rel=DIGITS, abs=noise)], cell
     page.keyboard.press("Enter")
-    assert details(page)[1] == place(table, table.observed[26])
+    assert details(page)[1] == table.place(table.observed[26])
     page.get_by_role("radio", name="Sequence sums").click()
     page.locator("#forces .map-frame").focus()
-    for key in ("ArrowRight", "ArrowRight"):
-        page.keyboard.press(key)
-    total = table.forces()["chosen 1"]["rejected 1"]
-    said = page.locator("#live").inner_text()
-    assert said.startswith("chosen 1 from rejected 1: ")
-    assert numbers(said.rpartition(": ")[2]) == [pytest.approx(total, rel=DIGITS)]
+    by = contexts.forces()["chosen 1"] if net else table.forces()["chosen 1"]
+    for k, (name, total) in enumerate(by.items()):
+        page.keyboard.press("ArrowRight")
+        said = page.locator("#live").inner_text()
+        assert said.startswith(f"chosen 1 from {name}: ")
+        assert numbers(said.rpartition(": ")[2]) == [pytest.approx(total * (eta if net else 1), rel=DIGITS)], k
+
+
+def test_a_matrix_too_large_for_a_page_still_answers_a_click(visit, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("tokdyn.report.page.MATRIX_CELLS", 10)
+    run.to_html(tmp_path / "large.html")
+    page, (contexts, eta) = visit(tmp_path / "large.html"), by_context(run)
+    m = len(contexts.run.observed) // 2
+    page.locator(f'#observed .token[data-i="{m}"]').click()
+    ranking, others = page.locator("#inspector .ranking button"), contexts.others[m]
+    order = others.abs().argsort(descending=True).tolist()[:6]
+    own = [contexts.itself(m)] if contexts.own[m] >= 0 else []
+    shown = [numbers(text)[0] for text in page.locator("#inspector .ranking .value").all_inner_texts()[: len(order) + len(own)]]
+    noise = 1e-6 * eta * float(run.matrix[m].abs().sum())
+    assert ranking.count() == len(shown)
+    assert shown == pytest.approx([eta * x for x in [*own, *others[order].tolist()]], rel=DIGITS, abs=noise)
+    page.locator('#updated .token[data-i="20"]').click()
+    forces = contexts.others[:, contexts.column[20]]
+    assert numbers(page.locator("#inspector .ranking .value").first.inner_text())[0] == pytest.approx(
+        eta * float(forces[forces.abs().argmax()]), rel=DIGITS
+    )
 
 
 def test_text_of_a_model_is_never_run(visit, run, tmp_path):

@@ -18,7 +18,7 @@ import pyarrow.compute
 import pytest
 from pages import Tags, payload_of, synthetic_run
 
-from tokdyn.report import page, render
+from tokdyn.report import net, page, render
 
 SECTIONS = ("answers", "forces", "numbers", "verify", "vocabulary", "squeezing", "run")
 HOSTILE = (
@@ -202,7 +202,32 @@ def test_a_matrix_too_large_for_a_page_is_summed(run: Any, monkeypatch: pytest.M
     monkeypatch.setattr(page, "MATRIX_CELLS", run[2].size - 1)
     payload = payload_of(render(*run))
     assert payload["matrix"] is None
-    assert np.array(payload["blocks"]).sum() == pytest.approx(run[2].astype(float).sum(), rel=1e-4, abs=1e-6)
+    for sums in (payload["blocks"], payload["net"]):
+        assert np.array(sums).sum() == pytest.approx(run[2].astype(float).sum(), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [10**9, 7])
+def test_the_strongest_partners_of_every_token_are_kept_at_any_size(
+    run: Any, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """By brute force over the net matrix, a token's own place apart; whatever the blocks in which the matrix is read."""
+    monkeypatch.setattr(page, "MATRIX_CELLS", 0)
+    monkeypatch.setattr(net, "CHUNK", rows * run[2].shape[1] // 16 + 1)
+    payload = payload_of(render(*run))
+    contexts, partners = payload["contexts"], payload["partners"]
+    whole = run[2].astype(float) @ np.eye(len(contexts["list"]))[contexts["updated"]]
+    others, own = whole.copy(), contexts["observed"]
+    assert (
+        len(set(contexts["updated"])) < run[2].shape[1] and min(own) >= 0
+    )  # the pairs share a beginning; both sides are the same
+    others[np.arange(len(own)), own] = 0
+    assert partners["own"] == pytest.approx(list(whole[np.arange(len(own)), own]), rel=1e-5, abs=1e-7)
+    assert partners["size"] == pytest.approx(list(np.abs(others).sum(1)), rel=1e-4)
+    for kept, values in [*zip(partners["observed"], others, strict=True), *zip(partners["reach"], others.T, strict=True)]:
+        assert [values[i] for i, _ in kept] == pytest.approx([x for _, x in kept], rel=1e-4, abs=1e-7)
+        largest = np.sort(np.abs(values))[::-1][: net.PARTNERS]
+        assert np.abs([x for _, x in kept]) == pytest.approx(largest[: len(kept)], rel=1e-4, abs=1e-7)
+        assert len(kept) == net.PARTNERS or largest[len(kept)] < 1e-7
 
 
 DEGENERATE = {

@@ -38,7 +38,8 @@ def context_keys(rows: Iterable[Row], sequences: Iterable[Mapping[str, Any]]) ->
         if row.get("context") is not None:
             found.append(row["context"])
             continue
-        place, position = (row["side"], row["sequence"]), row.get("position")
+        place = row["side"], row["sequence"]
+        position: Any = row.get("position")
         text = texts.get(place, {})
         known = bool(text.get("prompt")) and position is not None and row.get("token_id") is not None
         if not known:

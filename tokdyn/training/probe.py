@@ -43,6 +43,7 @@ from .observation import Blame, Observation, Update, through_readout
 from .own_passes import own_passes
 from .steps import Step
 
+LAST_DIGITS = 20  # eps of a log-probability by which a change of it, a difference of two, may be off
 TOKENS = 768  # padded positions looked at together: several [TOKENS, V] at a time
 
 
@@ -162,7 +163,8 @@ class Probe:
         step.observed = self._table(step.step, found)
         step.predicted, step.actual = found.predicted, actual
         square, product = float(found.predicted @ found.predicted), float(found.predicted @ actual)
-        step.linearity = product / square if square else float("nan")
+        noise = LAST_DIGITS * torch.finfo(torch.float32).eps * float(found.before.norm())
+        step.linearity = product / square if square > noise**2 else float("nan")
         if found.blame is not None:
             self._blame_into(step, found.blame, clip)
         if found.problem:

@@ -26,7 +26,7 @@ class Step:
         notes: what is known to be missing.
         observed: the table of the probe's tokens, [M], with before, after, actual, predicted and predicted_readout.
         predicted, actual: change of their log-probs through this step, first order and real, [M] nats.
-        linearity: <predicted, actual>/‖predicted‖².
+        linearity: <predicted, actual>/‖predicted‖²; NaN where the log-probs' last digits are larger than what is predicted.
         forces: nats by which each scored token of this rank moved the blamed group of the probe in this step, [tokens].
         carried: what momentum and weight decay moved it by. accounted: Σ forces of all ranks / what the gradient moved it by.
     """

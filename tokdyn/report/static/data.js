@@ -42,7 +42,7 @@ function unpack({ base64 }) {
 const { updated: CONTEXT_OF, observed: OWN_CONTEXT, list: CONTEXT_LIST, bands: BANDS } = RUN.contexts;
 const CONTEXTS = Side("contexts", {
   columns: {
-    token: CONTEXT_LIST.map(({ tokens }) => tokens.join("/")),
+    token: CONTEXT_LIST.map(({ tokens }) => (tokens.length > 1 ? tokens.map((text) => label(text)).join("/") : tokens[0])),
     position: CONTEXT_LIST.map(({ position }) => position),
   },
   sequences: BANDS,

@@ -7,7 +7,7 @@ function Inspector(showInPanel) {
 
   /** Bars for forces at the other end of the selected token, [index, force, label] each, and a note under them. */
   function ranking(title, side, entries, note) {
-    const top = Math.max(...entries.map(([, value]) => Math.abs(value)));
+    const top = Math.max(...entries.map(([, value]) => Math.abs(value))) || 1;
     const of = sideOf(side);
     return h(
       "section",
