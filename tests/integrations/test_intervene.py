@@ -307,6 +307,7 @@ def test_protection_is_by_the_step_that_the_optimizer_is_about_to_take(build, pr
         trainer = build(
             kind,
             max_steps=2,
+            per_device_train_batch_size=4 if kind == "grpo" else 4 // accumulate,
             optim="adamw_torch",
             max_grad_norm=0.1,
             gradient_accumulation_steps=accumulate,
