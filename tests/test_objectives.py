@@ -429,16 +429,18 @@ def trl_slope(kind, chis, log_probs, beta=0.0, **options):
     lp = lp.detach().requires_grad_()
     old, reference = (padded([getattr(chi, name) for chi in chis])[0] for name in ("old_log_probs", "reference_log_probs"))
     N = int(mask.sum())
-    config = trainers.GRPOConfig(loss_type=kind, bf16=False, use_cpu=True, report_to="none", **options)
+    config = trainers.GRPOConfig(
+        loss_type=kind, bf16=False, use_cpu=True, report_to="none", use_bias_correction_kl=False, **options
+    )
     config.steps_per_generation = 1
-    gather = SimpleNamespace(num_processes=1, gather=lambda x: x, device=torch.device("cpu"))
+    alone = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
     trainer = SimpleNamespace(
         args=config, loss_type=kind, beta=beta, epsilon_low=config.epsilon, epsilon_high=config.epsilon_high or config.epsilon,
         importance_sampling_level="token", top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
         vllm_importance_sampling_correction=False, max_completion_length=9, current_gradient_accumulation_steps=1,
-        accelerator=gather, model=torch.nn.Identity(), _metrics={"train": defaultdict(list)}, entropy_coef=0.0,
-        use_adaptive_entropy=False,
-        _get_per_token_logps_and_entropies=lambda *_, **__: (lp, torch.zeros_like(lp)),
+        accelerator=alone, model=torch.nn.Identity(), _metrics={"train": defaultdict(list)},
+        aux_loss_enabled=False, _entropy_bonus_enabled=False,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (lp, torch.zeros_like(lp), None),
     )  # fmt: skip
     ids, prompt = torch.zeros_like(mask).long(), torch.zeros(len(chis), 1).long()
     inputs = dict(
