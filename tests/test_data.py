@@ -153,13 +153,16 @@ def facts(chis):
     return [(chi.role, chi.group, chi.response, chi.advantage) for chi in chis]
 
 
+HALF = 0.5 / 0.5**0.5  # of a right and a wrong answer: ±½ over the sample spread of 1 and 0
+
+
 @pytest.mark.parametrize(
     "objective, expected",
     [
         (td.SFT(), [("chosen", 0, PAIR["chosen"], None)]),
         (td.DPO(), [("chosen", 0, PAIR["chosen"], None), ("rejected", 0, PAIR["rejected"], None)]),
         (td.KTO(), [("chosen", 0, PAIR["chosen"], None), ("rejected", 0, PAIR["rejected"], None)]),
-        (td.GRPO(), [("chosen", 0, PAIR["chosen"], 1.0), ("rejected", 0, PAIR["rejected"], -1.0)]),
+        (td.GRPO(), [("chosen", 0, PAIR["chosen"], HALF), ("rejected", 0, PAIR["rejected"], -HALF)]),
         (td.DrGRPO(), [("chosen", 0, PAIR["chosen"], 0.5), ("rejected", 0, PAIR["rejected"], -0.5)]),
     ],
     ids=lambda x: type(x).__name__,
@@ -172,7 +175,9 @@ def test_sampled_groups_serve_supervised_and_policy_gradient_objectives(tokenize
     texts = GROUP["completions"]
     assert [chi.response for chi in data.sequences(tokenizer, [GROUP], td.SFT())] == texts
     advantages = [chi.advantage for chi in data.sequences(tokenizer, [GROUP], td.GRPO())]
-    assert advantages == pytest.approx([1.5**0.5, -(1.5**0.5), 0.0])  # population spread of 1, 0, ½ is 1/√6
+    assert advantages == pytest.approx([1.0, -1.0, 0.0])  # sample spread of 1, 0, ½ is ½
+    wide = [chi.advantage for chi in data.sequences(tokenizer, [GROUP], td.GRPO(), std="population")]
+    assert wide == pytest.approx([1.5**0.5, -(1.5**0.5), 0.0])  # population spread is 1/√6
 
 
 @pytest.mark.parametrize("objective", [td.by_name(name) for name in td.__all__ if name != "SimKO"], ids=repr)

@@ -167,7 +167,7 @@ def test_the_weighted_step_does_to_the_probe_what_the_weighted_forces_say():
 def test_under_an_optimizer_the_tokens_spared_are_the_worst_of_its_real_step(make, steps):
     """Σ_l F_l is what its own step() does to the probe, Σ_l w_l F_l the weighted gradient's part along that step's diagonal.
 
-    And the real step on the weighted loss, whose v' is its own, takes less from the probe.
+    What the real step on the weighted loss does is another matter: its v' is its own.
     """
     lr = 1e-3
     with float64():
@@ -179,15 +179,15 @@ def test_under_an_optimizer_the_tokens_spared_are_the_worst_of_its_real_step(mak
         w = force_weights(model, PAIR, PROTECT, DPO(), share=0.4, scale=0.2, optimizer=optimizer)
         F = td.forces(model, PAIR, PROTECT, DPO(), reduce="observe", optimizer=optimizer).vector
         g, g_w = (real_steps.gradients_of(model, loss(model, PAIR, DPO(), weights=x)) for x in (None, w))
+        change = real_steps.first_order_change(model, optimizer, g, PROTECT).sum()
         observed = real_steps.gradients_of(model, real_steps.log_probs(model, PROTECT).sum())
-        change, spared = (real_steps.first_order_change(model, optimizer, x, PROTECT).sum() for x in (g, g_w))
         moved = real_steps.own_part(optimizer, named, g)
         along = sum((torch.where(g[n] == 0, 0, moved[n] * g_w[n] / g[n]) * observed[n]).sum() for n in g)
     size = float(F.abs().sum())
     assert abs(float(lr * F.sum() - change)) < 1e-6 * lr * size  # of second order in a step of 1e-3 of lr
     # moved is a difference of weights of size 1: off by eps/lr of Adam's steps, which are of size lr
     assert abs(float(lr * (w * F).sum() - along)) < 1e-8 * lr * size
-    assert float((w * F).sum()) > float(F.sum()) and float(spared) > float(change)
+    assert bool((F[w < 1] < 0).all()) and float((w * F).sum()) > float(F.sum())
 
 
 def test_spare_takes_the_worst_within_its_share():
@@ -348,16 +348,16 @@ def test_simko_as_a_loss_keeps_grpos_value_and_shares_its_gradient():
 
 
 def test_llds_as_a_loss_holds_on_to_what_was_lost():
-    """λ Σ max(0, log pi_old - log pi) adds -λ ∇ Σ log pi of answers that have lost likelihood, nothing where none has."""
+    """λ mean max(0, log pi_old - log pi) adds -λ/N ∇ Σ log pi of right answers that lost likelihood, nothing where none has."""
     with float64():
         model = tiny("llama").double()
         now = td.forces(model, ROLLOUTS, ROLLOUTS, SFT(), reduce="update").observed["log_prob"].to_pylist()
         now = torch.tensor(now).double().split([len(chi) for chi in ROLLOUTS])
         lost, kept = ([chi.with_(old_log_probs=lp + d) for chi, lp in zip(ROLLOUTS, now, strict=True)] for d in (0.05, -0.05))
         grads = [gradient(model, loss(model, lost, o)) for o in (GRPO(), LLDS(lam=0.5))]
-        answers = gradient(model, loss(model, ROLLOUTS, SFT()))
+        answers = gradient(model, loss(model, [chi for chi in ROLLOUTS if chi.advantage >= 0], SFT()))
         same = [gradient(model, loss(model, kept, o)) for o in (GRPO(), LLDS(lam=0.5))]
-    assert relative_error(grads[1] - grads[0], 0.5 * answers) < 1e-10
+    assert relative_error(grads[1] - grads[0], 0.5 / sum(map(len, ROLLOUTS)) * answers) < 1e-10
     assert torch.equal(*same)
 
 

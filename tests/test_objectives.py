@@ -1,5 +1,6 @@
 """Objectives against the closed forms of docs/theory.md, Objectives, and against autograd through dense logits, in float64."""
 
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -20,10 +21,12 @@ ROLLOUTS = [("response", 0, 6, 1.2), ("response", 5, 4, -0.9), ("response", 0, 3
             ("response", 0, 5, -0.5)]  # fmt: skip
 
 ALL = [
-    td.SFT(), td.SFT(label_smoothing=0.1), td.DPO(beta=0.3), td.CDPO(beta=0.3, epsilon=0.2), td.IPO(beta=0.4), td.SLiC(),
+    td.SFT(), td.SFT(label_smoothing=0.1), td.DPO(beta=0.3), td.CDPO(beta=0.3, epsilon=0.2), td.IPO(beta=0.4),
+    td.IPO(beta=0.4, by_length=True), td.SLiC(),
     td.SPPO(eta=0.7), td.SPIN(beta=0.2), td.SimPO(beta=1.5, gamma=0.4), td.ORPO(lam=0.6),
     td.KTO(beta=0.4, z0=0.3, desirable=1.5, undesirable=0.5), td.DPOP(beta=0.3, lam=2.0), td.REINFORCE(), td.PPO(),
-    td.PPO(entropy=0.05), td.GRPO(), td.GRPO(beta=0.3), td.DrGRPO(max_tokens=9, beta=0.3), td.DAPO(beta=0.3),
+    td.PPO(entropy=0.05), td.PPO(dual_clip=1.3), td.GRPO(), td.GRPO(dual_clip=1.3),
+    td.GRPO(beta=0.3), td.DrGRPO(max_tokens=9, beta=0.3), td.DAPO(beta=0.3),
     td.GSPO(clip=0.05, clip_high=0.08, beta=0.1), td.SimKO(quantile=0.5, alpha=0.3, beta=0.1), td.LLDS(),
 ]  # fmt: skip
 everyone = pytest.mark.parametrize("objective", ALL, ids=repr)
@@ -178,11 +181,18 @@ def cdpo(o, p):
     return both(o.beta * ((1 - o.epsilon) * (1 - a) - o.epsilon * a))
 
 
+def ipo(o, p):
+    if not o.by_length:
+        return both(2 * (1 / (2 * o.beta) - p.h))
+    pull = 2 * (1 / (2 * o.beta) - (p.r_plus / p.n_plus - p.r_minus / p.n_minus))
+    return pull / p.n_plus, -pull / p.n_minus
+
+
 PAIR_FORMS = {
     "DPO": lambda o, p: both(o.beta * (1 - sigmoid(o.beta * p.h))),
     "SPIN": lambda o, p: both(o.beta * (1 - sigmoid(o.beta * p.h))),
     "CDPO": cdpo,
-    "IPO": lambda o, p: both(2 * (1 / (2 * o.beta) - p.h)),
+    "IPO": ipo,
     "SPPO": lambda o, p: (2 * (o.eta / 2 - p.r_plus), -2 * (p.r_minus + o.eta / 2)),
     "SLiC": lambda o, p: both(1.0 * (p.gap < o.delta)),
     "SimPO": simpo,
@@ -244,22 +254,23 @@ def test_dpop_pays_for_a_lowered_chosen_answer_only(shift):
 # ---------------------------------------------------------------- closed forms: policy gradients
 
 
-def clipped(A, ratio, low, high):
-    """Tokens whose surrogate is flat: already moved further than the clip the way A wants."""
-    return ((A > 0) & (ratio > 1 + high)) | ((A < 0) & (ratio < 1 - low))
+def clipped(A, ratio, low, high, dual=None):
+    """Tokens whose surrogate is flat: moved further than the clip the way A wants, or beyond the dual clip against it."""
+    flat = ((A > 0) & (ratio > 1 + high)) | ((A < 0) & (ratio < 1 - low))
+    return flat if dual is None else flat | ((A < 0) & (ratio > dual))
 
 
 def rollouts(chis, log_probs):
     for chi, lp in zip(chis, each(log_probs, chis), strict=True):
         group = [other for other in chis if other.group == chi.group]
         yield SimpleNamespace(
-            A=torch.tensor(chi.advantage, dtype=lp.dtype), n=len(chi), G=len(group), tokens=sum(map(len, group)),
+            A=torch.tensor(chi.advantage, dtype=lp.dtype), n=len(chi), G=len(group), tokens=sum(map(len, chis)),
             ratio=(lp - chi.old_log_probs).exp(), rho=chi.reference_log_probs - lp,
         )  # fmt: skip
 
 
 def surrogate(o, t, ratio, high=None):
-    return t.A * ratio * ~clipped(t.A, ratio, o.clip, o.clip if high is None else high)
+    return t.A * ratio * ~clipped(t.A, ratio, o.clip, o.clip if high is None else high, o.dual_clip)
 
 
 def kl(o, t):
@@ -305,6 +316,25 @@ def one_token(ratio, advantage):
 def test_the_clip_stops_only_what_has_already_moved_as_wanted(objective, ratio, advantage, moves):
     lp, chis = one_token(ratio, advantage)
     assert close(objective.g_terms(lp, chis).c, [moves * advantage * ratio])
+
+
+@pytest.mark.parametrize("kind", [td.PPO, td.GRPO])
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "moves"), [(2.9, -2, 1), (3.1, -2, 0), (3.1, 2, 0), (1.1, 2, 1), (0.9, -2, 1), (0.7, -2, 0)]
+)
+def test_the_dual_clip_also_stops_a_wrong_token_that_has_risen_far(kind, ratio, advantage, moves):
+    """c = Aγ but 0 where A < 0 and γ > 3 (verl's clip_ratio_c), where without it a push of 3.1 A would remain."""
+    lp, chis = one_token(ratio, advantage)
+    assert close(kind(dual_clip=3.0).g_terms(lp, chis).c, [moves * advantage * ratio])
+    assert close(kind().g_terms(lp, chis).c, [advantage * ratio * (moves or (ratio > 1 and advantage < 0))])
+
+
+def test_dapo_is_one_mean_over_the_tokens_of_all_groups():
+    """Not one of each group, which would be twice as heavy for two groups of one size, and weigh groups apart."""
+    lp, (chi,) = one_token(1.0, 2.0)
+    chis = [chi.with_(group=i) for i in range(3)] + [chi.with_(group=9, ids=torch.tensor([0, 1, 1, 1]),
+            scored=torch.tensor([False, True, True, True]), old_log_probs=lp.expand(3))]  # fmt: skip
+    assert close(td.DAPO().g_terms(lp.expand(6), chis).c, [2 / 6] * 6)
 
 
 def test_the_kl_term_of_grpo_pulls_towards_the_reference():
@@ -355,17 +385,90 @@ def test_simko_presses_harder_on_a_wrong_token_of_rank_one():
     assert close(objective.g_terms(log_probs, chis, scores).c, factor * td.GRPO().g_terms(log_probs, chis).c)
 
 
-def test_llds_pulls_lost_tokens_of_responses_that_lost_in_sum():
+@pytest.mark.parametrize("ratio", [0.72, 0.735, 0.79, 0.81, 1.0, 1.5])
+def test_simko_scales_the_advantage_and_clips_the_plain_ratio(ratio):
+    """c = λAγ/(G|y|) for γ >= 1 - ε. Were λγ clipped, tokens of γ in [.727, .8) would still be pushed."""
+    lp, (chi,) = one_token(ratio, -1.0)
+    chi = chi.with_(
+        ids=torch.tensor([0, 1, 1]), scored=torch.tensor([False, True, True]), old_log_probs=chi.old_log_probs.expand(2)
+    )
+    lp, top = lp.expand(2), torch.tensor([[1, 0, 2]] * 2)
+    scores = Scores(torch.tensor([0.1, 0.9]).double(), None, top, torch.tensor([[-1.0, -2.0, -3.0]] * 2).double())
+    c = td.SimKO(quantile=0.5, lam=1.1).g_terms(lp, [chi], scores).c
+    assert close(c, [-ratio * (ratio >= 0.8) / 2, -1.1 * ratio * (ratio >= 0.8) / 2])  # the second one forks
+
+
+def test_llds_pulls_lost_tokens_of_right_responses_that_lost_in_sum():
+    """GRPO's c + λ/N [π < π_old] where A >= 0 and Σ log π has fallen, N all tokens; wrong answers are not pulled up."""
     met = set()
-    for seed in range(3):
+    for seed in range(6):
         chis, z = problem("rollouts", seed)
+        chis[2] = chis[2].with_(advantage=0.0)
         log_probs, _ = read(z, chis)
         extra = td.LLDS(lam=0.4).g_terms(log_probs, chis).c - td.GRPO().g_terms(log_probs, chis).c
         for chi, lp, pull in zip(chis, each(log_probs, chis), each(extra, chis), strict=True):
             drop = chi.old_log_probs - lp
-            assert close(pull, 0.4 * (drop > 0) * (drop.sum() > 0))
-            met.add((bool(drop.sum() > 0), bool((drop > 0).any())))
-    assert {(True, True), (False, True)} <= met
+            assert close(pull, 0.4 / len(z) * (drop > 0) * (drop.sum() > 0) * (chi.advantage >= 0))
+            met.add((chi.advantage >= 0, bool(drop.sum() > 0), bool((drop > 0).any())))
+    assert {(True, True, True), (True, False, True), (False, True, True)} <= met
+
+
+# ---------------------------------------------------------------- TRL's own loss code
+
+
+def padded(parts):
+    """Per-token values of ragged responses as trainers hold them: [B, T], and the mask."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(list(parts), batch_first=True), pad([torch.ones(len(x)) for x in parts], batch_first=True)
+
+
+def trl_slope(kind, chis, log_probs, beta=0.0, **options):
+    """-∂L/∂log pi of every token by GRPOTrainer._compute_loss itself, on these log-probs instead of a model's."""
+    trainers = pytest.importorskip("trl.trainer.grpo_trainer")
+    lp, mask = padded(each(log_probs, chis))
+    lp = lp.detach().requires_grad_()
+    old, reference = (padded([getattr(chi, name) for chi in chis])[0] for name in ("old_log_probs", "reference_log_probs"))
+    N = int(mask.sum())
+    config = trainers.GRPOConfig(
+        loss_type=kind, bf16=False, use_cpu=True, report_to="none", use_bias_correction_kl=False, **options
+    )
+    config.steps_per_generation = 1
+    alone = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
+    trainer = SimpleNamespace(
+        args=config, loss_type=kind, beta=beta, epsilon_low=config.epsilon, epsilon_high=config.epsilon_high or config.epsilon,
+        importance_sampling_level="token", top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
+        vllm_importance_sampling_correction=False, max_completion_length=9, current_gradient_accumulation_steps=1,
+        accelerator=alone, model=torch.nn.Identity(), _metrics={"train": defaultdict(list)},
+        aux_loss_enabled=False, _entropy_bonus_enabled=False,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (lp, torch.zeros_like(lp), None),
+    )  # fmt: skip
+    ids, prompt = torch.zeros_like(mask).long(), torch.zeros(len(chis), 1).long()
+    inputs = dict(
+        prompt_ids=prompt, prompt_mask=prompt, completion_ids=ids, completion_mask=mask, old_per_token_logps=old,
+        ref_per_token_logps=reference, num_items_in_batch=torch.tensor(N),
+        advantages=torch.tensor([chi.advantage for chi in chis], dtype=torch.float64),
+    )  # fmt: skip
+    loss = trainers.GRPOTrainer._compute_loss(trainer, torch.nn.Identity(), inputs)
+    return -torch.autograd.grad(loss, lp)[0][mask.bool()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective", "options", "factor"),
+    [
+        ("grpo", td.GRPO(beta=0.3), {}, lambda chis: 1 / len({chi.group for chi in chis})),  # ours sums groups, of one size
+        ("grpo", td.GRPO(dual_clip=1.3), {"delta": 1.3}, lambda chis: 1 / len({chi.group for chi in chis})),
+        ("dapo", td.DAPO(beta=0.3), {"epsilon_high": 0.28}, lambda chis: 1.0),
+        ("dr_grpo", td.DrGRPO(max_tokens=9), {}, lambda chis: 1 / len({chi.group for chi in chis})),
+    ],
+    ids=["GRPO", "GRPO, delta", "DAPO", "Dr. GRPO"],
+)
+def test_c_is_the_slope_of_trls_own_loss_up_to_the_factor_that_theory_names(kind, objective, options, factor):
+    """docs/theory.md, Stacks: for groups of one size; DAPO's mean over all tokens needs no factor."""
+    chis, z = problem("rollouts", 1)
+    chis = [chi.with_(group=i // 2) for i, chi in enumerate(chis[:4])]
+    log_probs = read(z, problem("rollouts", 1)[0])[0][: sum(map(len, chis))]
+    theirs = trl_slope(kind, chis, log_probs, beta=objective.beta, **options)
+    assert close(objective.g_terms(log_probs, chis).c * factor(chis), theirs) and bool(theirs.any())
 
 
 # ---------------------------------------------------------------- mistakes

@@ -255,24 +255,54 @@ def test_a_preference_pair_has_roles_one_group_and_one_prompt():
 
 
 @pytest.mark.parametrize(
-    "rewards, scale, advantages",
+    "rewards, options, advantages",
     [
-        ([1.0, 0.0, 0.0, 0.0], True, [1.7320508, -0.5773503, -0.5773503, -0.5773503]),
-        ([1.0, 0.0, 0.0, 1.0], True, [1, -1, -1, 1]),
-        ([1.0, 0.0, 0.0, 0.0], False, [0.75, -0.25, -0.25, -0.25]),
-        ([0.1, 0.1, 0.1], True, [0, 0, 0]),  # their mean is not 0.1 in floats
-        ([5.0], True, [0]),
+        ([1.0, 0.0, 0.0, 0.0], {}, [1.5, -0.5, -0.5, -0.5]),
+        ([1.0, 0.0, 0.0, 1.0], {}, [0.8660254, -0.8660254, -0.8660254, 0.8660254]),
+        ([1.0, 0.0, 0.0, 0.0], {"std": "population"}, [1.7320508, -0.5773503, -0.5773503, -0.5773503]),
+        ([1.0, 0.0, 0.0, 1.0], {"std": "population"}, [1, -1, -1, 1]),
+        ([1.0, 0.0, 0.0, 0.0], {"scale": False}, [0.75, -0.25, -0.25, -0.25]),
+        ([0.1, 0.1, 0.1], {}, [0, 0, 0]),  # their mean is not 0.1 in floats
+        ([5.0], {}, [0]),
     ],
 )
-def test_advantages_are_centred_and_divided_by_the_population_spread(rewards, scale, advantages):
-    chis = td.rollouts(tokenizer("byte"), "The cat", [" sat"] * len(rewards), rewards, scale=scale, group=4)
+def test_advantages_are_centred_and_divided_by_the_spread(rewards, options, advantages):
+    chis = td.rollouts(tokenizer("byte"), "The cat", [" sat"] * len(rewards), rewards, group=4, **options)
     assert [chi.advantage for chi in chis] == pytest.approx(advantages, abs=5e-8)  # as docs/theory.md, Advantages, prints them
     assert {(chi.role, chi.group) for chi in chis} == {("response", 4)}
+
+
+@pytest.mark.parametrize("rewards", [[1.0, 0.0, 0.0, 0.0], [0.3, 2.0, -1.0], [1.0, 1.0]])
+def test_advantages_are_trls(rewards):
+    """TRL divides by its own spread + 1e-4: with that taken out, its advantages are ours."""
+    nanstd = pytest.importorskip("trl.trainer.utils").nanstd
+    r = torch.tensor(rewards, dtype=torch.float64)
+    theirs = (r - r.mean()) / (nanstd(r) + 1e-4)
+    ours = [chi.advantage for chi in td.rollouts(tokenizer("byte"), "The cat", [" sat"] * len(r), rewards)]
+    # the factor n/(n - 1) of theirs is a float32
+    assert ours == pytest.approx((theirs * (1 + 1e-4 / nanstd(r).clamp_min(1e-9))).tolist(), rel=torch.finfo(torch.float32).eps)
 
 
 def test_a_reward_for_each_completion_is_required():
     with pytest.raises(ValueError, match="got 2 completions and 1 rewards"):
         td.rollouts(tokenizer("byte"), "The cat", [" sat", " went"], [1.0])
+    with pytest.raises(ValueError, match='std must be "sample" or "population", got \'none\''):
+        td.rollouts(tokenizer("byte"), "The cat", [" sat", " went"], [1.0, 0.0], std="none")
+
+
+def test_a_first_token_without_one_before_it_is_named():
+    """Without BOS an empty prompt leaves the response's first token unscored, as a trainer's shift does; and it is said."""
+    text = "The other cats sat there"
+    with pytest.warns(UserWarning, match="the response's first token, 'The', is not scored.*tokenizer.bos_token"):
+        bare = td.encode(tokenizer("byte"), "", text)
+    assert bare.scored.tolist() == [False] + [True] * (len(bare.ids) - 1)
+    whole = td.encode(tokenizer("byte"), tokenizer("byte").bos_token, text)  # what the warning says to do
+    assert torch.equal(whole.ids[1:], bare.ids) and len(whole) == len(bare) + 1
+    assert len(td.encode(tokenizer("byte bos"), "", text)) == len(whole)
+    (id_,) = tokenizer("byte")("The", add_special_tokens=False).input_ids
+    assert bare.ids[0] == id_
+    with pytest.raises(ValueError, match="the response's first token, 'The', is all there is to score, and cannot be"):
+        td.encode(tokenizer("byte"), "", "The", eos=False)
 
 
 # ---------------------------------------------------------------- batches

@@ -109,7 +109,9 @@ def force_weights(
 
     F_l = Σ_m F[m,l] over the protected tokens m; w_l = scale for the tokens with the most negative F_l, and 1 elsewhere. To
     first order the protected log-probability then changes by eta Σ_l w_l F_l >= eta Σ_l F_l, with room to spare wherever a
-    token was spared.
+    token was spared. Under an Adam or RMSprop that holds at the unweighted step's P; the weighted step has another v', most of
+    all before the first step, where P = 1/|g| and a token's share of it says little of what the step would be without
+    the token: give no optimizer there.
 
     Args:
         model: a causal LM.
@@ -117,7 +119,7 @@ def force_weights(
         protect: the sequences that are not to lose.
         share: at most so much of all update tokens is spared.
         scale: what is left of their gradient.
-        options: of `forces`: scope, optimizer (its direction is what counts), reference.
+        options: of `forces`: scope, optimizer (its coming step is what counts), reference.
 
     Returns:
         Weights [L].

@@ -8,8 +8,9 @@ and autograd on that small vector gives c; the closed forms (docs/theory.md, Obj
 the token up, c < 0 pushes it down. Three generalisations cover the rest: several target tokens per position (c [L, K]), an
 entropy term v_l = dL/dH_l, and a uniform target u_l = -dL/d(mean over the vocabulary of log pi_l).
 
-The loss is a SUM over sequences, pairs or prompts (a group), normalised inside each as its paper does; scale eta to turn the
-sum into a mean. pi_ref and pi_old are fields of the Chi; if absent they are the policy itself, as at step 0.
+The loss is a SUM over sequences, pairs or prompts (a group), normalised inside each as its paper does (DAPO alone is a mean
+over all of them); scale eta to turn the sum into a mean. pi_ref and pi_old are fields of the Chi; if absent they are the
+policy itself, as at step 0.
 """
 
 from __future__ import annotations

@@ -193,6 +193,9 @@ def encode(
         truncate: "end" cuts the end of the response, "start" the start of the prompt.
         metadata: role, group, advantage and the other fields of Chi.
 
+    The first token of a sequence has no logits before it: where the prompt is empty and the tokenizer puts no BOS, the
+    response's first token is not scored, and a warning names it. Trainers, which shift labels by one, do the same in silence.
+
     Raises:
         ValueError: no token of the response is left to score, a chat template is missing, or the boundary cannot be placed.
     """
@@ -209,7 +212,8 @@ def encode(
     end = tokenizer.eos_token_id
     if eos and not chat and end is not None and (not ids or ids[-1] != end):
         ids, scored = [*ids, end], [*scored, True]
-    if ids:
+    unpreceded = bool(ids) and scored[0]
+    if unpreceded:
         scored[0] = False
     cut = 0 if max_length is None else max(0, len(ids) - max_length)
     if cut:
@@ -221,9 +225,15 @@ def encode(
             stacklevel=2,
         )
         ids, scored = ids[keep], kept
+    first = f"the response's first token, {token_texts(tokenizer, ids[:1])[0]!r}," if unpreceded else ""
+    remedy = "no token stands before it. Begin the prompt with one, tokenizer.bos_token for instance"
     if not any(scored):
+        if unpreceded and not cut:
+            raise ValueError(f"{first} is all there is to score, and cannot be: {remedy}")
         reason = f"after truncation to max_length={max_length}" if cut else "in the text given"
         raise ValueError(f"the response is empty {reason}: no token is left to score (prompt: {_shorten(before)!r})")
+    if unpreceded:
+        warnings.warn(f"{first} is not scored (nor is it in a trainer, which shifts its labels): {remedy}", stacklevel=2)
     texts = dict(prompt=before, response=whole[len(before) :])
     return Chi(torch.tensor(ids), torch.tensor(scored), tokens=token_texts(tokenizer, ids), truncated=cut, **(texts | metadata))
 
@@ -243,22 +253,33 @@ def rollouts(
     rewards: Sequence[float],
     *,
     scale: bool = True,
+    std: str = "sample",
     group: int = 0,
     **options: Any,
 ) -> list[Chi]:
     """A group of G sampled completions with group-relative advantages A_i = (r_i - mean r) / std r.
 
-    std is the population's (GRPO); a group of equal rewards has advantage 0. scale=False leaves out the division (Dr. GRPO).
+    A group of equal rewards has advantage 0.
+
+    Args:
+        tokenizer, prompt, completions, rewards: G answers to one prompt and what each earned.
+        scale: False leaves out the division (Dr. GRPO).
+        std: "sample" divides by G - 1 inside the root, as TRL, verl and OpenRLHF do; "population" by G, which makes advantages
+            larger by sqrt(G/(G - 1)).
+        group: number of the prompt.
+        options: as in `encode`.
 
     Raises:
-        ValueError: completions and rewards differ in number.
+        ValueError: completions and rewards differ in number, or std is neither.
     """
+    if std not in ("sample", "population"):
+        raise ValueError(f'std must be "sample" or "population", got {std!r}')
     if len(completions) != len(rewards):
         raise ValueError(f"one reward per completion: got {len(completions)} completions and {len(rewards)} rewards")
     r = torch.tensor(rewards, dtype=torch.float64)
     advantages = r - r.mean() if len(set(rewards)) > 1 else torch.zeros_like(r)  # equal rewards have a mean that may round
     if scale and bool(advantages.any()):
-        advantages = advantages / r.std(correction=0)
+        advantages = advantages / r.std(correction=int(std == "sample"))
     return [
         encode(tokenizer, prompt, text, advantage=float(a), group=group, **options)
         for text, a in zip(completions, advantages, strict=True)

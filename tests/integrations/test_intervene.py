@@ -141,12 +141,21 @@ def test_batches_are_read_as_the_model_reads_them(build, tokenizer, kind):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize(("kind", "objective"), [("sft", SFT()), ("dpo", DPO(beta=0.1)), ("grpo", GRPO())])
-def test_a_trainers_own_loss_as_an_objective_trains_the_same(build, kind, objective, accumulate):
-    """td.objectives' SFT, DPO and GRPO in TRL's trainers give TRL's losses and gradients."""
+@pytest.mark.parametrize(
+    ("kind", "objective", "own"),
+    [
+        ("sft", SFT(), {}),
+        ("dpo", DPO(beta=0.1), {}),
+        ("dpo", IPO(by_length=True), {"loss_type": ["ipo"]}),
+        ("grpo", GRPO(), {}),
+    ],
+    ids=["sft", "dpo", "ipo", "grpo"],
+)
+def test_a_trainers_own_loss_as_an_objective_trains_the_same(build, kind, objective, own, accumulate):
+    """td.objectives' SFT, DPO, IPO and GRPO in TRL's trainers give TRL's losses and gradients."""
     if kind == "sft" and accumulate > 1:
         pytest.skip("TRL averages tokens over all accumulated batches, an objective over each")
-    plain = build(kind, gradient_accumulation_steps=accumulate)
+    plain = build(kind, gradient_accumulation_steps=accumulate, **own)
     plain.train()
     trainer = build(kind, gradient_accumulation_steps=accumulate)
     train_with(trainer, objective)
@@ -173,7 +182,7 @@ def test_llds_trains_on_the_trainers_old_and_reference_log_probs(build, folder):
 
     pi_old is the policy at the rollout, one step ago in every second step, and pi_ref the model that training started from.
     """
-    T, objective = 0.7, LLDS(clip=0.1, beta=0.3, lam=0.5)
+    T, objective = 0.7, LLDS(clip=0.1, beta=0.3, lam=12.0)
     trainer, batches = build("grpo", max_steps=4, num_iterations=2, beta=0.3, temperature=T, learning_rate=0.02), []
     start = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     train_with(trainer, objective)
@@ -307,6 +316,7 @@ def test_protection_is_by_the_step_that_the_optimizer_is_about_to_take(build, pr
         trainer = build(
             kind,
             max_steps=2,
+            per_device_train_batch_size=4 if kind == "grpo" else 4 // accumulate,
             optim="adamw_torch",
             max_grad_norm=0.1,
             gradient_accumulation_steps=accumulate,

@@ -118,6 +118,22 @@ def test_what_a_step_leaves_says_what_was_read_before_it():
             assert relative_error(lr * P[n], steps) < 100 * torch.finfo(torch.float64).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_a_finite_diagonal(dtype):
+    """What nothing has pulled has P = 1/ε = 1e8, beyond float16; the rest is the diagonal of the wide weights, rounded."""
+    wide = {n: p.detach().to(dtype).double() for n, p in trained_parameters().items()}
+    half = {n: p.to(dtype) for n, p in wide.items()}
+    g = {n: x.to(dtype) for n, x in gradients_like(wide).items()}
+    g["0.weight"][1] = 0
+    found, truth = (
+        preconditioner(torch.optim.Adam(list(p.values())), p, {n: x.to(p[n]) for n, x in g.items()}) for p in (half, wide)
+    )
+    for n in half:
+        assert found[n].dtype == dtype and bool(found[n].isfinite().all())
+        pulled = g[n] != 0
+        assert relative_error(found[n][pulled], truth[n][pulled]) <= torch.finfo(dtype).eps
+
+
 def test_a_gradient_that_is_absent_is_zero():
     trained = trained_parameters()
     optimizer, g = torch.optim.RMSprop(trained.values()), gradients_like(trained)

@@ -74,7 +74,8 @@ def protect(
 
     Each batch's loss is computed twice. The first time its gradient is captured, at the logits (c, v and u) and at the
     parameters, which gives the exact force of each token on the probe in the optimizer's coming step: with the second moment v'
-    that this gradient, what was accumulated before it and clipping by max_grad_norm make. The second time trains, with the
+    that this gradient, what was accumulated before it and clipping by max_grad_norm make; in its first step along the plain
+    gradient (Adam's P is then 1/|g|, and no response to a change of g). The second time trains, with the
     tokens of the most negative forces scaled: see `interventions.force_weights`. Under accumulation batches that are still to
     come, and under DDP those of other ranks, are not in that v'.
 
@@ -97,9 +98,10 @@ def protect(
 
     def compute_loss(original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         forward, gradients = _rehearsed(trainer, original, model, inputs, *args, **kwargs)
-        share = 1 if _divided(trainer, kwargs.get("num_items_in_batch")) else trainer.current_gradient_accumulation_steps
+        whole = _divided(trainer, kwargs.get("num_items_in_batch"))
         with at_rest(model) as lm:
-            coming = _coming_gradient(lm, gradients, share, float(trainer.args.max_grad_norm or 0))
+            divisor = 1 if whole else trainer.current_gradient_accumulation_steps
+            coming = _coming_gradient(lm, gradients, divisor, float(trainer.args.max_grad_norm or 0))
             F = _forces_on(lm, forward, chis, trainer.optimizer, coming)
         grid = torch.ones(forward.layout.real.shape, device=F.device)
         grid[forward.batch, forward.column] = interventions.spare(F, share=share, scale=scale)
@@ -246,12 +248,12 @@ def _rehearsed(
     return forwards[0], {id(p): g for p, g in zip(trained, found, strict=True) if g is not None}
 
 
-def _coming_gradient(lm: nn.Module, gradients: Gradients, share: int, max_norm: float) -> dict[str, Tensor]:
-    """The gradient of the coming step by parameter: what is in .grad plus this batch's, divided by `share`, and clipped."""
+def _coming_gradient(lm: nn.Module, gradients: Gradients, divisor: int, max_norm: float) -> dict[str, Tensor]:
+    """The gradient of the coming step by parameter: what is in .grad plus this batch's, divided by `divisor`, and clipped."""
     total = dict[str, Tensor]()
     for name, p in lm.named_parameters():
         parts = [p.grad] if p.grad is not None else []
-        parts += [gradients[id(p)] / share] if id(p) in gradients else []
+        parts += [gradients[id(p)] / divisor] if id(p) in gradients else []
         if parts:
             total[name] = parts[0] if len(parts) == 1 else parts[0] + parts[1]
     norm = float(torch.stack([g.norm() for g in total.values()]).norm()) if total else 0.0
@@ -262,11 +264,11 @@ def _coming_gradient(lm: nn.Module, gradients: Gradients, share: int, max_norm: 
 def _forces_on(lm: nn.Module, forward: Forward, probe: Sequence[Chi], optimizer: Any, gradient: Mapping[str, Tensor]) -> Tensor:
     """F_l = Σ_m F[m,l] of every scored token of a pass on a probe, in the order of the pass.
 
-    The kernel is that of the optimizer's coming step on this gradient.
+    The kernel is that of the optimizer's coming step on this gradient, or the plain one before the first.
     """
     with trace(lm) as tracer:
         uses, inner = exact.select(tracer, "full"), getattr(optimizer, "optimizer", optimizer)
-        P = None if inner is None else preconditioner(inner, tracer.trained, gradient)
+        P = preconditioner(inner, tracer.trained, gradient) if inner is not None and inner.state else None
         D = products.preconditioned(products.vjp(tracer, observed_side(tracer, probe), uses), P)
         return products.jvp(tracer, updated_side(tracer, forward), D, uses)
 

@@ -42,7 +42,9 @@ def preconditioner(
         wide = torch.promote_types(p.dtype, torch.float32)
         g = gradient[name].to(p.device, wide) if name in gradient else torch.zeros_like(p, dtype=wide)
         D = _diagonal(optimizer, group, _after(optimizer, group, state, _counted(optimizer, group, p, g)), p)
-        found[name] = (share * _gain(group, state, int(state.get("step", 0)) + 1) * D).to(p.dtype)
+        D = share * _gain(group, state, int(state.get("step", 0)) + 1) * D
+        limit = torch.finfo(p.dtype).max  # 1/ε of what nothing has pulled exceeds float16, and inf · 0 is NaN
+        found[name] = D.clamp(-limit, limit).to(p.dtype)
     return found
 
 
