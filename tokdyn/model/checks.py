@@ -31,7 +31,7 @@ from .forward_ad import traceable, traceable_attention
 PIECE = 16  # tokens of the piece
 PASSES_AT_ENTRY = 3  # calls of the model for each trace: untouched on the piece and on its beginning, traced on both
 PASSES_OF_ADJOINT = 2  # for each scope whose derivatives are taken: with a backward pass, and with tangents
-NUMBERS = 1 << 22  # of the parameters that the adjoint check moves, smallest tensors first: the sweep has no room for all
+NUMBERS = 1 << 20  # of the parameters that the adjoint check moves, smallest tensors first: the sweep has no room for all
 
 NAMES = {ATTENTION: "the tracing", "eager": "eager", "sdpa": "torch's"}
 
