@@ -115,7 +115,7 @@ class MeanSFT(SFT):
 def test_a_reduction_makes_no_pass_for_c_that_another_makes_anyway(objective, batches, reduce, monkeypatch):
     """One pass over each batch of a side, and one more where c needs sequences of two batches; c is what the matrix has.
 
-    Besides, the checks of checks.py: a constant number of passes over a short piece.
+    Besides, the checks of tokdyn/model/checks.py: a constant number of passes over a short piece.
     """
     model, passes = tiny("gpt2"), []
     update = [chi.with_(advantage=1.0) for chi in pair()]
