@@ -88,6 +88,17 @@ def test_forces_are_those_of_the_untouched_model(name):
     assert float((whole - truth.sum(1)).norm()) < FP32 * float(truth.abs().sum(1).norm())
 
 
+def test_a_family_that_is_another_model_under_eager_attention_too_is_traced_with_torchs_own():
+    """transformers adds Falcon's ALiBi to the mask, and under eager attention a second time to the scores."""
+    model = tiny("falcon_alibi")
+    model.set_attn_implementation("sdpa")
+    truth = gram(model)
+    found = td.forces(model, U, O)
+    assert relative_error(found.matrix, truth) < FP32 and "outer product" in found.coverage.values()
+    whole = td.forces(model, U, O, reduce="update").vector
+    assert float((whole - truth.sum(1)).norm()) < FP32 * float(truth.abs().sum(1).norm())
+
+
 @pytest.mark.parametrize("name", ["dsa", "doge"])
 def test_a_probe_measures_the_untouched_model(name):
     model = build(name)
@@ -106,7 +117,7 @@ def test_a_probe_measures_the_untouched_model(name):
 
 
 class ByName(nn.Module):
-    """A block that is another one under other attentions than sdpa."""
+    """A block that is another one under any attention that can be traced."""
 
     def __init__(self, block, config):
         super().__init__()
@@ -114,17 +125,21 @@ class ByName(nn.Module):
 
     def forward(self, *args, **kwargs):
         out = self.block(*args, **kwargs)
-        return out if self.config._attn_implementation == "sdpa" else 1.1 * out
+        return out if self.config._attn_implementation == "its own" else 1.1 * out
 
 
 def test_a_model_that_is_another_one_when_traced_is_refused_by_name():
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("its own", sdpa_attention_forward)
     model = tiny("llama")
-    model.set_attn_implementation("sdpa")
+    model.config._attn_implementation_internal = "its own"
     model.model.layers[1].mlp = ByName(model.model.layers[1].mlp, model.config)
     for ask in (td.forces, td.kernel, td.verify):
         with pytest.raises(ValueError, match="LlamaForCausalLM gives other logits when it is traced .* attn_implementation"):
             ask(model, U, O)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "its own"
 
 
 @pytest.mark.parametrize("family", td.testing.FAMILIES)
@@ -194,7 +209,7 @@ def test_which_families_the_tracing_attention_serves():
         with trace(tiny(family)) as tracer:
             if tracer.found.attention != ATTENTION:
                 eager.add(family)
-    assert eager == {"falcon", "falcon_new", "falcon_alibi", "bloom", "mamba"}
+    assert eager == {"falcon", "falcon_new", "falcon_alibi", "bloom"}
 
 
 # ---------------------------------------------------------------- causal

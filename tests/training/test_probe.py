@@ -179,3 +179,22 @@ def test_the_readouts_share_of_a_step():
         step = monitor.step_end()
     readout = torch.tensor(step.observed["predicted_readout"].to_pylist(), dtype=torch.float64)
     assert float((readout - step.predicted).norm()) < 100 * EPS * float(step.predicted.norm())
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["mask", "position_ids"])
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_behind_padding_on_the_left_the_forces_of_all_tokens_are_what_the_gradient_does(family, told):
+    """GPT-2 counts the padding as positions unless it is told others: the replay must stand where the loss stood."""
+    model, pads = tiny(family), torch.tensor([0, 3, 1, 5])
+    opt = torch.optim.SGD(model.parameters(), lr=0.02)
+    ids = torch.stack([torch.nn.functional.pad(row, (int(n), 5 - int(n))) for row, n in zip(data(), pads, strict=True)])
+    place = torch.arange(ids.shape[1])
+    mask = ((place >= pads[:, None]) & (place < pads[:, None] + 9)).long()
+    labels = torch.where((place >= pads[:, None] + PROMPT) & mask.bool(), ids, -100)
+    more = dict(position_ids=(mask.cumsum(1) - 1).clamp(min=0)) if told else {}
+    with td.Monitor(model, opt, probe=PROBE, on_error="raise") as monitor:
+        model(input_ids=ids, attention_mask=mask, labels=labels, **more).loss.backward()
+        opt.step()
+        step = monitor.step_end()
+    own = float(step.forces.double().sum()) / step.accounted  # what the gradient does, by the optimizer's own
+    assert abs(float(step.forces.double().sum()) - own) < 100 * EPS * (abs(own) + float(step.forces.abs().sum()))

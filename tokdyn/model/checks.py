@@ -13,6 +13,7 @@ a backward pass and a tangent pass on one row. What an earlier trace of a model 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,14 +24,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import jvp
 
-from .attention import NotComputed
+from .attention import ATTENTION, NotComputed
 from .differences import slope
 from .forward_ad import traceable, traceable_attention
 
 PIECE = 16  # tokens of the piece
 PASSES_AT_ENTRY = 3  # calls of the model for each trace: untouched on the piece and on its beginning, traced on both
 PASSES_OF_ADJOINT = 2  # for each scope whose derivatives are taken: with a backward pass, and with tangents
-NUMBERS = 1 << 22  # of the parameters that the adjoint check moves, smallest tensors first: the sweep has no room for all
+NUMBERS = 1 << 20  # of the parameters that the adjoint check moves, smallest tensors first: the sweep has no room for all
+
+NAMES = {ATTENTION: "the tracing", "eager": "eager", "sdpa": "torch's"}
 
 Parameters = Mapping[str, Tensor]
 
@@ -121,6 +124,9 @@ def faithful_attention(
 ) -> str:
     """The attention under which the traced model gives the untouched model's logits, the tracing attention if it does.
 
+    Else eager attention, or torch's own where the model has that: its plain kernel has both derivatives, and some families are
+    another model under eager attention (transformers 5.23 adds Falcon's ALiBi twice).
+
     Args:
         model: in eval mode, untouched.
         piece: what to run it on.
@@ -129,7 +135,7 @@ def faithful_attention(
         device: where ids go.
 
     Raises:
-        ValueError: it gives other logits under eager attention too, or a later token changes earlier logits.
+        ValueError: it gives other logits under each of them, or a later token changes earlier logits.
     """
     T, most = piece.ids.shape[1], bound(model, eps)
     with torch.no_grad(), random_state_kept(device):
@@ -137,7 +143,7 @@ def faithful_attention(
         if not bool(own.isfinite().all()):  # scoring names where
             return traceable_attention(model)
         apart = dict[str, float]()
-        for attention in dict.fromkeys((traceable_attention(model), "eager")):
+        for attention in dict.fromkeys((traceable_attention(model), "eager", *(["sdpa"] if uses_sdpa(model) else []))):
             try:
                 with traceable(model, attention):
                     z = run(piece.ids, piece.rows)
@@ -157,16 +163,22 @@ def faithful_attention(
                     "before y_m alone: build the model as a decoder (is_decoder=True where its configuration has it), or "
                     "take a causal model"
                 )
-            if attention != next(iter(apart)):
-                _say_other(type(model).__name__, apart[next(iter(apart))])
+            if len(apart) > 1:
+                first = next(iter(apart))
+                _say_other(type(model).__name__, f"{NAMES[first]} attention (by {apart[first]:.1e} of their norm)", attention)
             return attention
-    found = ", ".join(f"by {x:.1e} with {'eager' if name == 'eager' else 'the tracing'} attention" for name, x in apart.items())
+    found = ", ".join(f"by {x:.1e} with {NAMES[name]} attention" for name, x in apart.items())
     raise ValueError(
         f"{type(model).__name__} gives other logits when it is traced than by itself: {found} (relative; rounding makes "
         f"{most:.0e} at most). Its forces would be another model's. Load it with attn_implementation='eager' and train it "
         "so; if that does not help, its logits depend on the other sequences of a batch or on chance, or it computes its "
         "attention in a way that cannot be traced"
     )
+
+
+def uses_sdpa(model: nn.Module) -> bool:
+    """Whether the model's own attention is torch's."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa"
 
 
 def untouched(model: nn.Module, ids: Int[Tensor, "1 T"]) -> Float[Tensor, "T V"]:
@@ -200,17 +212,12 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
-_said: set[str] = set()
-
-
-def _say_other(model: str, apart: float) -> None:
-    """Once for each kind of model."""
-    if model not in _said:
-        _said.add(model)
-        logging.getLogger(__name__).warning(
-            "%s gives other logits under the tracing attention (by %.1e of their norm): it is traced with eager attention, "
-            "which keeps T x T numbers for every head and tangent", model, apart,
-        )  # fmt: skip
+@functools.cache  # once for each kind of model
+def _say_other(model: str, other: str, attention: str) -> None:
+    logging.getLogger(__name__).warning(
+        "%s gives other logits under %s: it is traced with %s attention, which keeps T x T numbers for every head and tangent",
+        model, other, NAMES[attention],
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- adjoint

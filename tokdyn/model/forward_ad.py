@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
@@ -32,8 +33,10 @@ def traceable(model: nn.Module, attention: str | None = None) -> Iterator[None]:
 
     attention: transformers' name for it; None takes `traceable_attention`.
     """
-    implementations = _implementations(model, attention=attention or traceable_attention(model), experts="eager")
-    with implementations, _forward_derivatives(model), _parameter_adapters(model):
+    attention = attention or traceable_attention(model)
+    implementations = _implementations(model, attention=attention, experts="eager")
+    kernel = sdpa_kernel(SDPBackend.MATH) if attention == "sdpa" else contextlib.nullcontext()  # the one with a jvp
+    with implementations, kernel, _forward_derivatives(model), _parameter_adapters(model):
         yield
 
 

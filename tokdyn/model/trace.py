@@ -4,10 +4,10 @@
         z = tracer.logits(batch)                       # [N, V] at the scored tokens
         z = tracer.logits(batch, {"lm_head.weight": W})  # the same with other weights; the model's own are not touched
 
-Inside the block the model is in eval mode with the tracing attention (attention.py), or with eager attention where that gives
-other logits or is not taken: fused attention has no forward derivative. Both are put back on exit, also after an error;
-parameters, gradients, requires_grad, buffers and random state are never written. A traced model was compared with the untouched
-one (checks.py).
+Inside the block the model is in eval mode with the tracing attention (attention.py), or with eager or torch's plain attention
+where that gives other logits or is not taken: fused attention has no forward derivative. Both are put back on exit, also after
+an error; parameters, gradients, requires_grad, buffers and random state are never written. A traced model was compared with the
+untouched one (checks.py).
 """
 
 from __future__ import annotations
