@@ -248,7 +248,8 @@ def check_text(value: Any, key: str, where: str) -> None:
     """
     if not isinstance(value, (str, list)):
         raise ValueError(f"{where}: {key} must be text or a list of messages, got {type(value).__name__}")
-    answer, texts = key not in ("prompt", "messages"), [value]
+    answer = key not in ("prompt", "messages")
+    texts = [value] if isinstance(value, str) else []
     if isinstance(value, list):
         for message in value:
             if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ._arguments import check_eta
 from .exact import Asked, Direction, Problem, Scope, UnscoredProblem
 from .model.trace import trace
 from .objective import Objective
@@ -114,16 +115,6 @@ def against_steps(
         residuals=residuals,
         linearity=float((predicted @ actual[0]) / (predicted @ predicted)),
     )
-
-
-def check_eta(eta: float | None) -> None:
-    """Refuse a step size that is not a positive number.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if eta is not None and not 0 < eta < math.inf:
-        raise ValueError(f"eta must be positive and finite, got {eta}")
 
 
 def _slope(x: list[float], y: list[float]) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .by_sequence import BySequence
 from .findings import shown
+from .table import Listing
 
 MOVERS = 5  # tokens that are listed
 COLUMNS = 8  # updated sequences that a terminal has room for
@@ -47,15 +48,10 @@ def summary(about: Mapping[str, Any], tokens: Any, matrix: Tensor | None) -> Any
 
 def _answers(run: BySequence, eta: float) -> Any:
     """Change of each observed sequence, and what each updated one contributes to it."""
-    from rich.table import Table
-
-    table = Table(title="Change of each answer, nats", title_justify="left", box=None, pad_edge=False)
-    for name in ("answer", "tokens", "predicted", "actual"):
-        table.add_column(name, justify="left" if name == "answer" else "right")
     updated = [name for (side, _), name in run.names.items() if side == "updated"]
     forces = run.forces() if run.matrix is not None and len(updated) <= COLUMNS else {}
-    for name in updated if forces else ():
-        table.add_column(f"by {name}", justify="right", style="dim")
+    columns = ["answer", "tokens", "predicted", "actual", *(f"by {name}" for name in updated if forces)]
+    table = Listing("Change of each answer, nats", columns, range(1, len(columns)), range(4, len(columns)))
     for name, change in run.changes().items():
         cells = [name, str(int(change["tokens"])), f"{change['predicted']:+.4f}", f"{change['actual']:+.4f}"]
         table.add_row(*cells, *(f"{eta * force:+.4f}" for force in forces.get(name, {}).values()))
@@ -64,16 +60,9 @@ def _answers(run: BySequence, eta: float) -> Any:
 
 def _movers(run: BySequence, eta: float) -> Any:
     """The observed tokens that move most, the update token behind each, and what rises and falls in their places."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="The tokens that move most", title_justify="left", box=None, pad_edge=False)
-    for name in ("token", "of", "predicted", "actual"):
-        table.add_column(name, justify="right" if name in ("predicted", "actual") else "left")
-    if run.matrix is not None:
-        table.add_column("moved most by")
-    table.add_column("rising at that place")
-    table.add_column("falling at that place")
+    by = ["moved most by"] if run.matrix is not None else []
+    columns = ["token", "of", "predicted", "actual", *by, "rising at that place", "falling at that place"]
+    table = Listing("The tokens that move most", columns, (2, 3))
     for row in sorted(run.observed, key=lambda row: -abs(row["actual"]))[:MOVERS]:
         cells = [
             shown(row["token"]),
@@ -88,5 +77,5 @@ def _movers(run: BySequence, eta: float) -> Any:
             cells.append(f"{shown(mover['token'])} {run.name(mover)} @{mover['position']} ({by_it:+.4f})")
         for key in ("risers", "fallers"):
             cells.append(" ".join(shown(entry["token"]) for entry in row[key][:3]))
-        table.add_row(*(Text(cell) for cell in cells))  # a token may look like markup
+        table.add_row(*cells)
     return table
