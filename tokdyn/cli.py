@@ -27,6 +27,7 @@ out_console, err_console = Console(highlight=False), Console(stderr=True, highli
 # what is not installed with tokdyn itself, and the extra that brings it
 EXTRAS = {"accelerate": "trl", "datasets": "trl", "matplotlib": "studies", "pandas": "dataframe", "peft": "trl",
           "scipy": "studies", "sklearn": "studies", "trl": "trl"}  # fmt: skip
+_options = {"debug": False}  # of `tokdyn` itself, as `about` last read them
 DATA = "'demo', or a file with prompt/completion, prompt/chosen/rejected, messages …: .jsonl, .json, .csv (.gz) or .parquet"
 
 
@@ -53,10 +54,11 @@ def about(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """tokdyn: which token of an update moved which token of an answer, which way, how much, and why."""
+    _options["debug"] = debug
 
 
 @contextlib.contextmanager
-def plain_errors(context: typer.Context) -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
     """Print what goes wrong as one sentence and exit with 2, with 130 after Ctrl-C; warnings are one line each."""
     try:
         with warnings.catch_warnings():
@@ -65,7 +67,7 @@ def plain_errors(context: typer.Context) -> Iterator[None]:
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
     except Exception as error:
-        if context.find_root().params.get("debug"):
+        if _options["debug"]:
             err_console.print_exception()
         err_console.print("error:", style="bold red", end=" ")
         err_console.print(_sentence(error), markup=False, soft_wrap=True)
@@ -90,7 +92,11 @@ def _sentence(error: Exception) -> str:
 def _print_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """A warning as a note of one line; what libraries say to their own developers is left out."""
     if not issubclass(category, (DeprecationWarning, FutureWarning)):
-        err_console.print(f"note: {' '.join(str(message).split())}", style="yellow", markup=False, soft_wrap=True)
+        _note(" ".join(str(message).split()))
+
+
+def _note(text: str) -> None:
+    err_console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
 
 
 def constants(pairs: list[str]) -> dict[str, float]:
@@ -107,7 +113,6 @@ def constants(pairs: list[str]) -> dict[str, float]:
 
 @app.command()
 def profile(
-    context: typer.Context,
     model: Annotated[str, typer.Option(help="'demo', a local folder (also of a PEFT adapter), or a hub name")] = "demo",
     adapter: Annotated[str | None, typer.Option(help="PEFT adapter for the model: forces are those on its weights")] = None,
     data: Annotated[str, typer.Option(help=DATA)] = "demo",
@@ -130,7 +135,7 @@ def profile(
 
     Ctrl-C or SIGTERM during the matrix keeps what is done as a readable partial run.
     """
-    with plain_errors(context):
+    with plain_errors():
         from . import _arguments as arguments
         from .loading import DEMO_PAIRS, check_device, find_model, load_tokenizer, load_weights
         from .runs.folder import check_free
@@ -162,7 +167,7 @@ def profile(
             raise ValueError(f"{data} has {total} rows, after skipping {skip} there are not {rows} for the update")
         if len(table) < rows + held_out:
             left, asked = len(table) - rows, f"{held_out} further row{'s' * (held_out > 1)}"
-            warnings.warn(f"--held-out asks for {asked} and {data} has {left or 'none'}: so many are held out", stacklevel=1)
+            _note(f"--held-out asks for {asked} and {data} has {left or 'none'}: so many are held out")
         with progress() as stage:
             stage(f"loading {model}", 0, 0)
             tokenizer = load_tokenizer(model, adapter)
@@ -187,13 +192,12 @@ def profile(
 
 @app.command()
 def report(
-    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="folder of a run, or of a training that td.attach or td.Monitor records")],
     step: Annotated[list[int] | None, typer.Option(help="of a training: a step whose forces are shown token by token")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="of a training: write the page anew until it has ended")] = False,
 ) -> None:
     """Show a run in the terminal and write its page anew; of a training, write its page."""
-    with plain_errors(context):
+    with plain_errors():
         import tokdyn as td
 
         from .runs.folder import kind_of
@@ -210,7 +214,6 @@ def report(
 
 @probe_app.command("build")
 def probe_build(
-    context: typer.Context,
     data: Annotated[str, typer.Argument(help="'demo', or a file as profile takes it, with prompt, chosen and rejected")],
     out: Annotated[Path, typer.Option(help="file to write, .jsonl")],
     rows: Annotated[int | None, typer.Option(min=1, help="rows to draw at random; all by default")] = None,
@@ -220,7 +223,7 @@ def probe_build(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file that lies there")] = False,
 ) -> None:
     """Make the response types that are watched through training: chosen, rejected, other prompts' answers, permuted, random."""
-    with plain_errors(context):
+    with plain_errors():
         from . import probes
         from .loading import DEMO_PAIRS
         from .runs.table import Listing
@@ -240,7 +243,6 @@ def probe_build(
 
 @app.command()
 def bench(
-    context: typer.Context,
     ops: Annotated[list[str] | None, typer.Argument(help="operators, e.g. token_stats; all by default")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one")] = "auto",
     side: Annotated[list[str] | None, typer.Option(help="only these sides, e.g. --side cpp --side eager")] = None,
@@ -253,7 +255,7 @@ def bench(
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="write the table here")] = None,
 ) -> None:
     """Time every operator beside plain torch, torch.compile and other projects' kernels, and against the machine's floor."""
-    with plain_errors(context):
+    with plain_errors():
         import json
 
         import torch
@@ -282,7 +284,6 @@ def bench(
 
 @app.command()
 def study(
-    context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="one study; without a name they are listed")] = None,
     all_: Annotated[bool, typer.Option("--all", help="all of them, and one page of them")] = False,
     quick: Annotated[
@@ -299,7 +300,7 @@ def study(
 
     A claim that does not hold is a result like any other: it is said, and the exit code stays 0.
     """
-    with plain_errors(context):
+    with plain_errors():
         from .studies import gallery, load, names
 
         root = Path("runs/studies-quick" if quick else "runs/studies")
@@ -328,9 +329,9 @@ def study(
 
 
 @app.command()
-def doctor(context: typer.Context) -> None:
+def doctor() -> None:
     """Versions, devices, which native parts were built, and a check of the mathematics on a tiny model."""
-    with plain_errors(context):
+    with plain_errors():
         import platform
         from importlib.metadata import PackageNotFoundError, version
 

@@ -26,10 +26,13 @@ class Listing:
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         """Side by side if that fits (rich asks for this)."""
-        from rich.measure import Measurement
+        from rich.cells import cell_len
 
-        wide = self._wide()
-        yield wide if Measurement.get(console, options, wide).minimum <= options.max_width else self._tall()
+        widths = [
+            max(cell_len(part) for cell in column for part in ([cell] if i in self.figures else cell.split() or [""]))
+            for i, column in enumerate(zip(self.columns, *self.rows, strict=True))
+        ]
+        yield self._wide() if sum(widths) + 2 * (len(widths) - 1) <= options.max_width else self._tall()
 
     def _wide(self) -> Any:
         from rich.table import Table
