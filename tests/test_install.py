@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -17,6 +19,23 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def test_one_version():
     assert tokdyn.__version__ == importlib.metadata.version("tokdyn")
+
+
+def test_importing_it_waits_for_nothing_and_every_name_is_there():
+    """In a fresh process; td.forces is the function, also after the module of that name was imported, and dir() is complete."""
+    program = """
+import sys, tokdyn as td
+assert not {"torch", "transformers", "numpy"} & set(sys.modules)
+assert set(td.__all__) <= set(dir(td)) and {"attach", "watch", "Monitor", "tap"} <= set(dir(td))
+import tokdyn.forces, tokdyn.profile, tokdyn.verify
+from tokdyn import forces, profile, verify
+assert all(callable(f) and f is getattr(td, f.__name__) for f in (forces, profile, verify))
+for name in td.__all__:
+    found = getattr(td, name)
+    assert getattr(found, "__module__", getattr(found, "__name__", "tokdyn")).startswith("tokdyn"), name
+assert td.data.read and not hasattr(td, "no_such_name")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_kernels_is_not_a_top_level_package():

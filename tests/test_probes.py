@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import unicodedata
 
 import pytest
 import torch
@@ -57,6 +59,49 @@ def test_permuted_are_the_same_words_in_another_order(seed):
             assert row["random_permute"][0] == " "  # the prompt runs into the answer as before
         else:
             assert row["chosen"] == " Yes."  # one word has one order
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("今天天气很好。我们去公园吧。", 12),
+        (" こんにちは、世界。", 7),
+        ("我爱 Python 编程", 5),
+        ("สวัสดีครับ", 7),
+        (" It lets\n the body rest.", 5),
+    ],
+)
+def test_words_of_scripts_without_spaces_are_permuted_too(text, words, seed):
+    """The same characters in another order, cut only between words; no space comes to where there was none."""
+    mixed = probes.permute(text, random.Random(seed))
+    assert len(probes.split_words(text)) == words and "".join(probes.split_words(text)).split() == text.split()
+    assert sorted(mixed.replace(" ", "")) == sorted("".join(text.split())) and mixed.split() != text.split()
+    assert len(mixed.split()) <= len(text.split()) and (mixed[0] == " ") == (text[0] == " ")
+    assert not any(
+        unicodedata.category(c)[0] in "MP" for c in (mixed.lstrip()[0], *(w.strip()[0] for w in probes.split_words(mixed)))
+    )
+
+
+def test_random_words_of_scripts_without_spaces_are_as_many_and_no_answer_as_it_stands():
+    texts = ["今天天气很好。", "我们去公园吧。", "他昨天没有来。", "这本书很有意思。"]
+    rows = [{"prompt": f"{n}?", "chosen": text} for n, text in enumerate(texts)]
+    for row in probes.build(rows, seed=3):
+        assert len(probes.split_words(row["random_nonhum"])) == len(probes.split_words(row["chosen"]))
+        assert row["random_nonhum"] not in texts and " " not in row["random_nonhum"] and row["random_permute"] not in texts
+
+
+def test_turns_of_others_are_no_part_of_an_answer():
+    def say(*texts):
+        return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts, strict=False)]
+
+    rows = [{"chosen": say(q, good), "rejected": say(q, bad)} for q, good, bad in (("a?", "b", "c"), ("d?", "e f", "g"))]
+    full = [{"prompt": r["chosen"][:1], "chosen": r["chosen"][1:], "rejected": r["rejected"][1:]} for r in rows]
+    assert probes.build(rows) == probes.build(full) and probes.text_of(probes.build(rows)[0]["irr_train"]) == "e f"
+    with pytest.raises(ValueError, match="row 1: chosen .* assistant alone, got one of 'user'"):
+        probes.build([{"prompt": "a", "chosen": say("b")}])
+    with pytest.raises(ValueError, match="row 2: irr_train .* assistant alone, got one of 'user'"):
+        probes.build([full[0], full[1] | {"irr_train": say("a?", "b")}])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -201,6 +246,7 @@ def test_the_papers_form_is_read_as_it_is(tmp_path):
         (lambda: probes.build([{"prompt": "Why?", "chosen": "  "}]), "row 1: chosen is empty"),
         (lambda: probes.build([{"prompt": "Why?", "chosen": 3}]), "row 1: chosen must be text or a list of messages, got int"),
         (lambda: probes.build([]), "no rows"),
+        (lambda: probes.build([*PAIRS, {"prompt": "Why?", "chosen": "\ud800"}]), "row 6: chosen holds half a character"),
         (lambda: probes.load(None, PAIRS, types=["irr_hum"]), "no irr_hum: the data has none: build them with"),
         (lambda: probes.load(None, PAIRS, rows=0), "between 1 and the 5 rows"),
         (lambda: probes.write("no/where/probe.jsonl", PAIRS), "no folder no/where"),

@@ -3,6 +3,7 @@
 import functools
 import random
 import re
+import warnings
 
 import jaxtyping
 import pytest
@@ -206,8 +207,55 @@ def test_chat_messages_need_a_template_that_shows_the_response():
         td.encode(tokenizer("byte"), USER, "there")
     with pytest.raises(ValueError, match="does not reproduce the response"):
         td.encode(chat("{{ messages | length }}"), USER, "there")
-    with pytest.raises(ValueError, match="one assistant message whose content is text"):
-        td.encode(tokenizer("byte"), "Where?", USER + USER)
+    with pytest.raises(ValueError, match="text or one assistant message, got 2 messages"):
+        td.encode(tokenizer("byte"), "Where?", 2 * [{"role": "assistant", "content": "There."}])
+
+
+@pytest.mark.parametrize("prompt", ["Where?", USER])
+def test_what_nobody_wrote_as_an_answer_is_not_scored(prompt):
+    fast = chat(TEMPLATES["generation prompt is a prefix"])
+    answer = {"role": "assistant", "content": "There."}
+    for response in (USER, [answer, *USER, answer], [{"role": "system", "content": "Be brief."}]):
+        with pytest.raises(ValueError, match="messages of the assistant alone, got one of '(user|system)'"):
+            td.encode(fast, prompt, response)
+    with pytest.raises(ValueError, match="got none"):
+        td.encode(fast, prompt, [])
+
+
+def test_content_in_parts_is_their_text():
+    fast = chat(TEMPLATES["generation prompt is a prefix"])
+
+    def say(role, *texts):
+        return [{"role": role, "content": [{"type": "text", "text": text} for text in texts]}]
+
+    parts = td.encode(fast, say("user", "Where is", " the cat?"), say("assistant", "The ", "cat sat."))
+    assert torch.equal(parts.ids, td.encode(fast, USER, "The cat sat.").ids) and "type" not in parts.prompt
+    image = [{"role": "user", "content": [{"type": "image", "image": "cat.png"}]}]
+    with pytest.raises(ValueError, match="every part of a content must have type \"text\" and a text, got 'image'"):
+        td.encode(fast, image, "There.")
+    with pytest.raises(ValueError, match="every content must be text or a list of parts, got NoneType"):
+        td.encode(fast, [{"role": "user", "content": None}], "There.")
+
+
+def test_templates_and_tokenizers_that_fail_are_said_in_a_sentence():
+    for template, kind in (
+        ("{{ raise_exception('roles must alternate') }}", "TemplateError: roles must alternate"),
+        ("{{ messages[7].content }}", "UndefinedError"),
+        ("{% for", "TemplateSyntaxError"),
+    ):
+        with pytest.raises(ValueError, match=f"the chat template failed: {kind}"):
+            td.encode(chat(template), USER, "There.")
+    with pytest.raises(ValueError, match="the tokenizer failed: TypeError"):
+        td.encode(tokenizer("byte"), "Where?", " \ud800")
+
+
+def test_a_second_bos_is_said():
+    fast = tokenizer("byte bos")
+    with pytest.warns(UserWarning, match=f"begins with {fast.bos_token} and the tokenizer adds another"):
+        assert td.encode(fast, f"{fast.bos_token}Where?", "There.").ids.tolist().count(fast.bos_token_id) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        td.encode(fast, "Where?", "There.")
 
 
 # ---------------------------------------------------------------- truncation
@@ -329,6 +377,11 @@ def test_padding_on_either_side_is_taken_off(side):
 def test_a_batch_without_mask_and_labels_is_scored_from_its_second_token():
     (chi,) = td.from_batch(torch.tensor([[5, 6, 7]]))
     assert chi.ids.tolist() == [5, 6, 7] and chi.scored.tolist() == [False, True, True]
+
+
+def test_labels_that_score_nothing_are_said():
+    with pytest.raises(ValueError, match="every label is -100: no token is scored"):
+        td.from_batch(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, -100, -100]]))  # nothing precedes the first
 
 
 def test_collate_by_hand():

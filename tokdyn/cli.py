@@ -6,6 +6,10 @@ A command has as many parameters as options, for typer reads them from its signa
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,34 +17,86 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ._version import __version__
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 probe_app = typer.Typer(no_args_is_help=True, help="Probe sets: responses watched while a model is trained.")
 app.add_typer(probe_app, name="probe")
 out_console, err_console = Console(highlight=False), Console(stderr=True, highlight=False)
 
+# what is not installed with tokdyn itself, and the extra that brings it
+EXTRAS = {"accelerate": "trl", "datasets": "trl", "matplotlib": "studies", "pandas": "dataframe", "peft": "trl",
+          "scipy": "studies", "sklearn": "studies", "trl": "trl"}  # fmt: skip
+_options = {"debug": False}  # of `tokdyn` itself, as `about` last read them
+DATA = "'demo', or a file with prompt/completion, prompt/chosen/rejected, messages …: .jsonl, .json, .csv (.gz) or .parquet"
+
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line. --debug may stand anywhere, and SIGTERM (a scheduler's, a timeout's) is what Ctrl-C is."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    given = sys.argv[1:]
+    app(["--debug"] * ("--debug" in given) + [word for word in given if word != "--debug"])
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        out_console.print(f"tokdyn {__version__}")
+        raise typer.Exit
+    return wanted
 
 
 @app.callback()
-def about() -> None:
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,  # fmt: skip
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
     """tokdyn: which token of an update moved which token of an answer, which way, how much, and why."""
+    _options["debug"] = debug
 
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Print a user's mistake (ValueError, OSError) as one sentence and exit with 2; exit with 130 after Ctrl-C."""
+    """Print what goes wrong as one sentence and exit with 2, with 130 after Ctrl-C; warnings are one line each."""
     try:
-        yield
-    except (ValueError, OSError) as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            yield
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception as error:
+        if _options["debug"]:
+            err_console.print_exception()
         err_console.print("error:", style="bold red", end=" ")
-        err_console.print(str(error), markup=False, soft_wrap=True)
+        err_console.print(_sentence(error), markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         err_console.print("interrupted before there was anything to keep; nothing was written", style="yellow")
         raise typer.Exit(130) from None
+
+
+def _sentence(error: Exception) -> str:
+    """An error as a user reads it: a mistake (ValueError, OSError) says what it is, others with their kind."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        name = error.name.partition(".")[0]
+        what = f"'tokdyn[{EXTRAS[name]}]'" if name in EXTRAS else name
+        return f"this needs the package {name}, which is not installed: pip install {what}"
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError)) and text:
+        return text
+    return f"{type(error).__name__}{': ' if text else ''}{text[:500]} (tokdyn --debug shows where)"
+
+
+def _print_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """A warning as a note of one line; what libraries say to their own developers is left out."""
+    if not issubclass(category, (DeprecationWarning, FutureWarning)):
+        _note(" ".join(str(message).split()))
+
+
+def _note(text: str) -> None:
+    err_console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
 
 
 def constants(pairs: list[str]) -> dict[str, float]:
@@ -63,10 +119,9 @@ Per = Annotated[
 
 @app.command()
 def profile(
-    model: Annotated[str, typer.Option(help="'demo', a local folder, or a hub name")] = "demo",
-    data: Annotated[
-        str, typer.Option(help="'demo', or a .jsonl or .parquet file with prompt/completion or prompt/chosen/rejected")
-    ] = "demo",  # fmt: skip
+    model: Annotated[str, typer.Option(help="'demo', a local folder (also of a PEFT adapter), or a hub name")] = "demo",
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter for the model: forces are those on its weights")] = None,
+    data: Annotated[str, typer.Option(help=DATA)] = "demo",
     objective: Annotated[str, typer.Option(help="loss of the update: sft, dpo, ipo, simpo, kto, grpo, …")] = "dpo",
     set_: Annotated[list[str] | None, typer.Option("--set", help="constant of the objective, e.g. beta=0.5")] = None,
     rows: Annotated[int, typer.Option(min=1, help="rows of the data in the update")] = 2,
@@ -86,36 +141,60 @@ def profile(
 ) -> None:
     """Profile the token-level forces of one update and write run.json, tokens.parquet, forces.safetensors and report.html.
 
-    Ctrl-C during the matrix keeps what is done as a readable partial run.
+    Ctrl-C or SIGTERM during the matrix keeps what is done as a readable partial run.
     """
     with plain_errors():
+        from . import _arguments as arguments
+        from .loading import DEMO_PAIRS, check_device, find_model, load_tokenizer, load_weights
+        from .runs.folder import check_free
+
+        # all that can be refused without torch, then without the model
+        arguments.objective_name(objective, arguments.objective_names())
+        chosen = constants(set_ or [])
+        arguments.check_eta(eta)
+        arguments.check_method(method)
+        arguments.size_in_bytes(memory)
+        arguments.scope_pattern(scope)
+        arguments.check_view(unit, per)
+        for name, with_adapter in [(model, adapter), *([(reference, None)] if reference else [])]:
+            find_model(name, with_adapter)
+        source = DEMO_PAIRS if data == "demo" else Path(data)
+        if not source.is_file():
+            raise FileNotFoundError(f"no data file {source}: give a .jsonl, .json, .csv or .parquet file")
+        check_free(out, overwrite)
+
         import tokdyn as td
 
         from .data import read, sequences, watched
-        from .loading import DEMO_PAIRS, load_model
-        from .runs.folder import check_free
-        from .runs.summary import check_view, summary
+        from .runs.summary import summary
 
-        check_free(out, overwrite)
-        check_view(unit, per)
-        loss = td.objectives.by_name(objective, **constants(set_ or []))
-        table = read(DEMO_PAIRS if data == "demo" else data)
+        loss = td.objectives.by_name(objective, **chosen)
+        check_device(device)
+        table = read(source)
         total, table = len(table), table[skip : skip + rows + held_out]
         if len(table) < rows:
             raise ValueError(f"{data} has {total} rows, after skipping {skip} there are not {rows} for the update")
+        if len(table) < rows + held_out:
+            left, asked = len(table) - rows, f"{held_out} further row{'s' * (held_out > 1)}"
+            _note(f"--held-out asks for {asked} and {data} has {left or 'none'}: so many are held out")
         with progress() as stage:
             stage(f"loading {model}", 0, 0)
-            lm, tokenizer = load_model(model, device)
-            other = load_model(reference, device)[0] if reference else None
+            tokenizer = load_tokenizer(model, adapter)
             update = sequences(tokenizer, table[:rows], loss, max_length=max_length)
             observe = watched(tokenizer, table, max_length=max_length)
+            lm = load_weights(model, device, adapter=adapter)
+            other = load_weights(reference, device) if reference else None
             run = td.profile(
                 lm, update, observe, loss, tokenizer=tokenizer, eta=eta, scope=scope, method=method, memory=memory,
                 reference=other, out=out, overwrite=overwrite, stage=stage,
-                about={"model": {"name": model}, "data": {"path": data, "rows": total, "used": len(table)}},
+                about={"model": {"name": model} | ({"adapter": adapter} if adapter else {}),
+                       "data": {"path": data, "rows": total, "used": len(table)}},
             )  # fmt: skip
         out_console.print(summary(run.about, run.tokens, run.matrix, unit=unit, per=per))
-        out_console.print(f"Run in {out}, page in {out / 'report.html'}")
+        if run.path is not None:
+            out_console.print(f"Run in {run.path}, page in {run.path / 'report.html'}", soft_wrap=True)
+        if run.path != out:
+            raise typer.Exit(1)
         if run.about["status"] != "complete":
             raise typer.Exit(130)
 
@@ -132,8 +211,9 @@ def report(
     with plain_errors():
         import tokdyn as td
 
+        from ._arguments import check_view
         from .runs.folder import kind_of
-        from .runs.summary import check_view, summary
+        from .runs.summary import summary
 
         check_view(unit, per)
         if kind_of(run) == "training":
@@ -147,7 +227,7 @@ def report(
 
 @probe_app.command("build")
 def probe_build(
-    data: Annotated[str, typer.Argument(help="'demo', or a .jsonl or .parquet file with prompt, chosen and rejected")],
+    data: Annotated[str, typer.Argument(help="'demo', or a file as profile takes it, with prompt, chosen and rejected")],
     out: Annotated[Path, typer.Option(help="file to write, .jsonl")],
     rows: Annotated[int | None, typer.Option(min=1, help="rows to draw at random; all by default")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same probe set")] = 0,
@@ -157,20 +237,19 @@ def probe_build(
 ) -> None:
     """Make the response types that are watched through training: chosen, rejected, other prompts' answers, permuted, random."""
     with plain_errors():
-        from rich.table import Table
-        from rich.text import Text
-
         from . import probes
         from .loading import DEMO_PAIRS
+        from .runs.table import Listing
 
         made = probes.build(DEMO_PAIRS if data == "demo" else data, held_out=held_out, rows=rows, seed=seed, types=kind)
         probes.write(out, made, overwrite)
-        table = Table("kind", "rows", "words each", "begins", box=None, pad_edge=False)
+        table = Listing("", ("kind", "rows", "words each", "begins"), (1, 2))
         for name in probes.TYPES:
             texts = [probes.text_of(row[name]) for row in made if name in row]
             if texts:
-                words = sum(len(text.split()) for text in texts) / len(texts)
-                table.add_row(name, str(len(texts)), f"{words:.0f}", Text(" ".join(texts[0].split()[:5])))
+                words = [probes.split_words(text) for text in texts]
+                mean = sum(map(len, words)) / len(words)
+                table.add_row(name, str(len(texts)), f"{mean:.0f}", "".join(words[0][:5]).strip())
         out_console.print(table)
         out_console.print(f"Probe set of {len(made)} prompts in {out}", soft_wrap=True)
 
@@ -265,41 +344,40 @@ def study(
 @app.command()
 def doctor() -> None:
     """Versions, devices, which native parts were built, and a check of the mathematics on a tiny model."""
-    import os
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
+    with plain_errors():
+        import platform
+        from importlib.metadata import PackageNotFoundError, version
 
-    import torch
-    from rich.table import Table
+        import torch
 
-    from . import __version__, _native
-    from .loading import DEMO_MODEL
+        from . import _native
+        from .loading import DEMO_MODEL
+        from .runs.table import Listing
 
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("tokdyn", __version__)
-    table.add_row(
-        "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} processors"
-    )
-    for name in ("torch", "transformers", "numpy", "triton", "trl", "peft"):
-        try:
-            table.add_row(name, version(name))
-        except PackageNotFoundError:
-            table.add_row(name, "not installed", style="dim")
-    cuda = torch.cuda.is_available()
-    table.add_row(
-        "device", torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads (no CUDA device)"
-    )
-    for part, state in _native.parts().items():
-        table.add_row(part, state)
-    table.add_row("demo model", "present" if (DEMO_MODEL / "model.safetensors").exists() else "missing")
-    with progress() as stage:
-        stage("checking the mathematics", 0, 0)
-        error = self_check()
-    good = error < 1e-5
-    table.add_row("exact forces", f"{'agree' if good else 'DISAGREE'} with one gradient per token: relative error {error:.1e}")
-    out_console.print(table)
-    if not good:
-        raise typer.Exit(1)
+        table = Listing("", ("", ""))
+        table.add_row("tokdyn", __version__)
+        system = f"{platform.system()} {platform.machine()}"
+        table.add_row("python", f"{platform.python_version()} on {system}, {os.cpu_count()} processors")
+        for name in ("torch", "transformers", "numpy", "triton", "trl", "peft"):
+            try:
+                table.add_row(name, version(name))
+            except PackageNotFoundError:
+                table.add_row(name, "not installed")
+        cuda = torch.cuda.is_available()
+        cpu = f"cpu, {torch.get_num_threads()} threads (no CUDA device)"
+        table.add_row("device", torch.cuda.get_device_name() if cuda else cpu)
+        for part, state in _native.parts().items():
+            table.add_row(part, state)
+        table.add_row("demo model", "present" if (DEMO_MODEL / "model.safetensors").exists() else "missing")
+        with progress() as stage:
+            stage("checking the mathematics", 0, 0)
+            error = self_check()
+        good = error < 1e-5
+        verdict = "agree" if good else "DISAGREE"
+        table.add_row("exact forces", f"{verdict} with one gradient per token: relative error {error:.1e}")
+        out_console.print(table)
+        if not good:
+            raise typer.Exit(1)
 
 
 def self_check() -> float:

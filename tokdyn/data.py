@@ -1,69 +1,217 @@
-"""Rows of a data file as sequences: prompt/completion or prompt/chosen/rejected, plain or conversational, JSONL or parquet."""
+"""Rows of a data file as sequences: every form that TRL's trainers take, plain or conversational, JSON, CSV or parquet.
+
+    prompt, completion                  an answer; with label (true, false) one that is wanted or not (KTO)
+    prompt, chosen, rejected            a pair; without prompt, what the two begin with is the prompt
+    prompt, completions, rewards        sampled answers
+    messages                            a conversation: its last message, the assistant's, answers what is before it
+
+Only what the assistant wrote as the answer is scored. An answer that repeats the prompt's conversation is taken from where
+that ends; one with a message of anybody else behind it is refused.
+"""
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .objective import Objective
-from .objectives import DrGRPO
-from .sequences import Chi, encode, preference, rollouts
+from .objectives import KTO, DrGRPO
+from .sequences import Chi, as_answer, as_sentence, encode, message_text, preference, rollouts
 
 FORMS = (("prompt", "chosen", "rejected"), ("prompt", "completions", "rewards"), ("prompt", "completion"))
+ANSWERS = ("chosen", "rejected", "completion")
+
+
+class Row(dict[str, Any]):
+    """A row that knows its place for error messages, as in "pairs.jsonl line 3"."""
+
+    where = ""
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """All rows of a .jsonl (.json, one object a line) or .parquet file, checked.
+    """All rows of a file, checked and with an explicit prompt.
 
-    A row has prompt and completion; prompt, chosen and rejected; or prompt, completions and rewards (sampled groups). Texts
-    are strings, or lists of chat messages.
+    Args:
+        path: .jsonl, .ndjson or .json (one object a line, or an array), .csv with a header, or .parquet; the first four may
+            be compressed (.gz). The forms of rows are in this module's first lines.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is empty, or a row is not what it should be (file and line are named).
+        ValueError: it is empty or cannot be read, or a row is not what it should be (file and line are named).
     """
-    numbered = objects(path)
-    for where, row in numbered:
-        _check(row, where)
-    return [row for _, row in numbered]
+    return [_checked(row, where) for where, row in objects(path)]
 
 
 def objects(path: str | Path) -> list[tuple[str, Any]]:
-    """The objects in a .jsonl or .parquet file, unchecked, each with its place for error messages ("pairs.jsonl line 3").
+    """The objects in a file as `read` takes it, unchecked, each with its place for error messages ("pairs.jsonl line 3").
 
     Raises:
         FileNotFoundError: no such file. ValueError: it is empty or cannot be read (file and line are named).
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no data file {path}: give a .jsonl or .parquet file")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        try:
-            numbered, unit = list(enumerate(pq.read_table(path).to_pylist(), 1)), "row"
-        except (ValueError, OSError) as error:  # pyarrow does not name the file
-            raise ValueError(f"{path} is not a parquet file ({error})") from None
-    elif path.suffix in (".jsonl", ".json"):
-        numbered, unit = [], "line"
-        for n, line in enumerate(path.read_bytes().splitlines(), 1):  # bytes, since str.splitlines would also split at U+2028
-            if not line.strip():
-                continue
-            try:
-                numbered.append((n, json.loads(line)))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} line {n} is not UTF-8 ({error.reason} at byte {error.start})") from None
-            except json.JSONDecodeError as error:
-                shown = line[:60].decode(errors="replace")
-                raise ValueError(f"{path} line {n} is not JSON ({error.msg} at column {error.colno}): {shown!r}") from None
+        raise FileNotFoundError(f"no data file {path}: give a .jsonl, .json, .csv or .parquet file")
+    name = path.name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    if suffix == ".parquet" and not name.endswith(".gz"):
+        unit, numbered = "row", _parquet(path)
+    elif suffix in (".jsonl", ".ndjson", ".json"):
+        unit, numbered = _json(path, _bytes(path))
+    elif suffix == ".csv":
+        unit, numbered = "row", _csv(path, _bytes(path))
     else:
-        raise ValueError(f"{path} must end in .jsonl or .parquet")
+        raise ValueError(f"{path} must end in .jsonl, .ndjson, .json or .csv (each also with .gz), or in .parquet")
     if not numbered:
         raise ValueError(f"{path} holds no rows")
     return [(f"{path} {unit} {n}", row) for n, row in numbered]
+
+
+def _bytes(path: Path) -> bytes:
+    """What a text file holds, unpacked."""
+    raw = path.read_bytes()
+    if path.name.lower().endswith(".gz"):
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is not a whole gzip file ({error})") from None
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:4]:
+        raise ValueError(f"{path} is UTF-16 (or 32), not UTF-8: save it as UTF-8")
+    return raw
+
+
+def _parquet(path: Path) -> list[tuple[int, Any]]:
+    """The rows of a parquet file, numbered."""
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{path} has more than one column {', '.join(twice)}: keep one of each")
+        return list(enumerate(file.read().to_pylist(), 1))
+    except (ValueError, OSError) as error:  # pyarrow does not name the file
+        raise error if str(error).startswith(str(path)) else ValueError(f"{path} is not a parquet file ({error})") from None
+
+
+def _json(path: Path, raw: bytes) -> tuple[str, list[tuple[int, Any]]]:
+    """The objects of JSON lines, or of one array, numbered; with what is numbered."""
+    if raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        try:
+            return "item", list(enumerate(json.loads(raw), 1))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} begins an array and is not JSON ({error.msg} at line {error.lineno})") from None
+    numbered = []
+    for n, line in enumerate(raw.splitlines(), 1):  # bytes, since str.splitlines would also split at U+2028
+        if not line.strip():
+            continue
+        try:
+            numbered.append((n, json.loads(line)))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} line {n} is not UTF-8 ({error.reason} at byte {error.start})") from None
+        except json.JSONDecodeError as error:
+            shown = line[:60].decode(errors="replace")
+            raise ValueError(f"{path} line {n} is not JSON ({error.msg} at column {error.colno}): {shown!r}") from None
+    return "line", numbered
+
+
+def _csv(path: Path, raw: bytes) -> list[tuple[int, Any]]:
+    """The rows of a CSV file under the names of its first line, numbered; an empty cell is absent, lists are JSON."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is not CSV ({error})") from None
+    for n, row in enumerate(rows, 1):
+        if None in row:
+            raise ValueError(f"{path} row {n} has more cells than the first line has names: quote texts that hold a comma")
+        for key, cell in row.items():
+            if key in ("completions", "rewards", "messages") or (cell or "").startswith('[{"'):
+                try:
+                    row[key] = json.loads(cell) if cell else None
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path} row {n}: {key} is not a JSON list ({error.msg})") from None
+        row |= {key: None for key, cell in row.items() if cell == ""}
+    return list(enumerate(rows, 1))
+
+
+# ---------------------------------------------------------------- one form for every row
+
+
+def canonical(row: Mapping[str, Any], where: str, answers: Sequence[str] = ANSWERS) -> Row:
+    """A row with its prompt spelled out and none of it left in its answers (the columns `answers`).
+
+    As TRL does (`extract_prompt`, `maybe_extract_prompt`): without a prompt, and where answers are conversations beside a
+    plain prompt, it is what chosen and rejected begin with. A label becomes true or false.
+
+    Raises:
+        ValueError: no prompt can be found (`where` opens the message).
+    """
+    made = Row(row)
+    made.where = where
+    have = {key for key, value in row.items() if value is not None}
+    if "messages" in have and not have & {"prompt", *ANSWERS, "completions"}:
+        check_text(row["messages"], "messages", where)
+        if not isinstance(row["messages"], list) or len(row["messages"]) < 2:
+            raise ValueError(f"{where}: messages must be a list that ends in a question and the assistant's answer")
+        made |= {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
+        del made["messages"]
+    elif "prompt" not in have and {"chosen", "rejected"} <= have:
+        made["prompt"] = _shared(row["chosen"], row["rejected"], where)
+        made |= {key: row[key][len(made["prompt"]) :] for key in ("chosen", "rejected")}
+    elif isinstance(row.get("prompt"), str) and (told := [key for key in answers if _conversation(row.get(key))]):
+        key = told[0]
+        pair = {"chosen", "rejected"} <= set(told)
+        history = _shared(row["chosen"], row["rejected"], where) if pair else row[key][:-1]
+        if not any(isinstance(m, Mapping) and m.get("content") == row["prompt"] for m in history):
+            raise ValueError(f"{where}: {key} is a conversation in which the prompt is no message: give the prompt as messages")
+        made["prompt"] = history
+    if isinstance(made.get("prompt"), list):
+        made |= {key: _behind(made["prompt"], made[key]) for key in answers if key in made}
+        if isinstance(made.get("completions"), list):
+            made["completions"] = [_behind(made["prompt"], answer) for answer in made["completions"]]
+    if made.get("label") is not None and "completion" in made and "chosen" not in have:
+        made["label"] = _label(made["label"], where)
+    return made
+
+
+def _conversation(answer: Any) -> bool:
+    """Whether an answer is a list of more than one message."""
+    return isinstance(answer, list) and len(answer) > 1
+
+
+def _behind(prompt: list[Any], answer: Any) -> Any:
+    """An answer without the conversation that it repeats."""
+    repeats = isinstance(answer, list) and len(answer) > len(prompt) > 0 and answer[: len(prompt)] == prompt
+    return answer[len(prompt) :] if repeats else answer
+
+
+def _shared(chosen: Any, rejected: Any, where: str) -> Any:
+    """What both begin with: messages, or characters without the space that opens an answer."""
+    alike = isinstance(chosen, (str, list)) and type(chosen) is type(rejected)
+    n = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None) if alike else None
+    if n is not None and n > 0 and chosen[n - 1] == " ":
+        n -= 1
+    if not n:
+        raise ValueError(f"{where}: without a prompt, chosen and rejected must begin alike and then differ: give the prompt")
+    return chosen[:n]
+
+
+def _label(value: Any, where: str) -> bool:
+    """A label as true or false."""
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    if str(value).lower() not in known:
+        raise ValueError(f"{where}: label must be true or false (1 or 0), got {value!r}")
+    return known[str(value).lower()]
 
 
 def _form(row: dict[str, Any]) -> tuple[str, ...]:
@@ -71,15 +219,16 @@ def _form(row: dict[str, Any]) -> tuple[str, ...]:
     return next((form for form in FORMS if all(row.get(key) is not None for key in form)), ())
 
 
-def _check(row: Any, where: str) -> None:
-    """Raise unless a row has one of FORMS with values of the right types; `where` opens the message."""
-    if not isinstance(row, dict):
+def _checked(row: Any, where: str) -> Row:
+    """A row as `canonical` makes it, if it has one of FORMS with values of the right types; `where` opens the message."""
+    if not isinstance(row, Mapping):
         raise ValueError(f"{where} must be an object, got {type(row).__name__}")
+    row = canonical(row, where)
     form = _form(row)
     if not form:
         wanted = " or ".join(f"({', '.join(keys)})" for keys in FORMS)
         have = ", ".join(key for key, value in row.items() if value is not None) or "nothing"
-        raise ValueError(f"{where} must have {wanted}; it has {have}")
+        raise ValueError(f"{where} must have {wanted}, or messages; it has {have}")
     if "rewards" in form:
         texts, rewards = row["completions"], row["rewards"]
         if not isinstance(texts, list) or not isinstance(rewards, list) or len(texts) != len(rewards) or not texts:
@@ -89,61 +238,99 @@ def _check(row: Any, where: str) -> None:
     for key in form:
         for value in row[key] if key == "completions" else [] if key == "rewards" else [row[key]]:
             check_text(value, key, where)
+    return row
 
 
 def check_text(value: Any, key: str, where: str) -> None:
-    """Raise unless a value is text, or a list of chat messages, with something in it; `where` opens the message."""
+    """Raise unless a value is text, or a list of chat messages, with something in it; `where` opens the message.
+
+    Everything but a prompt and messages is an answer, whose messages are the assistant's.
+    """
     if not isinstance(value, (str, list)):
         raise ValueError(f"{where}: {key} must be text or a list of messages, got {type(value).__name__}")
+    answer = key not in ("prompt", "messages")
+    texts = [value] if isinstance(value, str) else []
     if isinstance(value, list):
         for message in value:
-            if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
                 raise ValueError(f"{where}: every message of {key} must have a role and a content")
-            if not isinstance(message["content"], str):
-                raise ValueError(f"{where}: every content in {key} must be text, got {type(message['content']).__name__}")
-    text = value if isinstance(value, str) else "".join(message["content"] for message in value)
-    if not text.strip() and (key != "prompt" or value == []):
-        raise ValueError(f"{where}: {key} is empty, so there is nothing to {'answer' if key == 'prompt' else 'score'}")
+        with as_sentence(f"{where}: {key} cannot be taken"):
+            texts = [message_text(message) for message in value]
+            if answer and value:
+                as_answer(value)
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: {key} holds half a character at place {error.start} (a surrogate without its other half)"
+            ) from None
+    if not "".join(texts).strip() and (answer or value == []):
+        raise ValueError(f"{where}: {key} is empty, so there is nothing to {'score' if answer else 'answer'}")
 
 
-def sequences(tokenizer: Any, rows: Sequence[dict[str, Any]], objective: Objective, **options: Any) -> list[Chi]:
+def sequences(tokenizer: Any, rows: Sequence[Mapping[str, Any]], objective: Objective, **options: Any) -> list[Chi]:
     """The sequences an objective trains on, row by row (group = number of the row).
 
     A preference row serves every objective: supervised ones learn the chosen answer, policy gradients take the two answers
-    as a group with rewards 1 and 0 (Dr. GRPO's advantages are not divided by their spread). Options as in `encode`.
+    as a group with rewards 1 and 0 (Dr. GRPO's advantages are not divided by their spread). A labelled completion is chosen
+    or rejected, for KTO. Options as in `encode`.
 
     Raises:
-        ValueError: the objective needs pairs or groups and a row has one completion only.
+        ValueError: the objective needs pairs or groups and a row has one completion only, or a row's template or tokenizer
+            fails (the row is named).
     """
     chis: list[Chi] = []
-    for i, row in enumerate(rows):
-        pair, group = "chosen" in _form(row), "completions" in _form(row)
-        if objective.reads == "completion":
-            texts = [row["chosen"]] if pair else row["completions"] if group else [row["completion"]]
-            role = "chosen" if pair else "response"
-            chis += [encode(tokenizer, row["prompt"], text, role=role, group=i, **options) for text in texts]
-        elif objective.reads == "preference" and pair:
-            chis += preference(tokenizer, row["prompt"], row["chosen"], row["rejected"], group=i, **options)
-        elif objective.reads == "rollouts" and (pair or group):
-            texts = [row["chosen"], row["rejected"]] if pair else row["completions"]
-            rewards = [1.0, 0.0] if pair else [float(r) for r in row["rewards"]]
-            scaled = {"scale": not isinstance(objective, DrGRPO)} | options
-            made = rollouts(tokenizer, row["prompt"], texts, rewards, group=i, **scaled)
-            roles = ("chosen", "rejected") if pair else ["response"] * len(made)
-            chis += [chi.with_(role=role) for chi, role in zip(made, roles, strict=True)]
-        else:
-            wanted = "chosen and rejected" + (", or completions and rewards" if objective.reads == "rollouts" else "")
-            raise ValueError(f"{type(objective).__name__} needs {wanted} in every row; row {i + 1} has {', '.join(row)}")
+    for i, (where, row) in enumerate(_named(rows)):
+        with as_sentence(where):
+            chis += _trained(tokenizer, row, objective, where, options | {"group": i})
     return chis
 
 
-def watched(tokenizer: Any, rows: Sequence[dict[str, Any]], first_group: int = 0, **options: Any) -> list[Chi]:
+def _trained(tokenizer: Any, row: Row, objective: Objective, where: str, options: dict[str, Any]) -> list[Chi]:
+    """What an objective trains on of one row."""
+    pair, group, prompt = "chosen" in _form(row), "completions" in _form(row), row["prompt"]
+    if objective.reads == "completion":
+        texts = [row["chosen"]] if pair else row["completions"] if group else [row["completion"]]
+        role = "chosen" if pair else _role(row)
+        return [encode(tokenizer, prompt, text, role=role, **options) for text in texts]
+    if objective.reads == "preference" and pair:
+        return preference(tokenizer, prompt, row["chosen"], row["rejected"], **options)
+    if isinstance(objective, KTO) and row.get("label") is not None and not group:
+        return [encode(tokenizer, prompt, row["completion"], role=_role(row), **options)]
+    if objective.reads == "rollouts" and (pair or group):
+        texts = [row["chosen"], row["rejected"]] if pair else row["completions"]
+        rewards = [1.0, 0.0] if pair else [float(r) for r in row["rewards"]]
+        scaled = {"scale": not isinstance(objective, DrGRPO)} | options
+        made = rollouts(tokenizer, prompt, texts, rewards, **scaled)
+        roles = ("chosen", "rejected") if pair else ["response"] * len(made)
+        return [chi.with_(role=role) for chi, role in zip(made, roles, strict=True)]
+    more = {"rollouts": ", or completions and rewards"}.get(objective.reads, "")
+    more = ", or completion and label" if isinstance(objective, KTO) else more
+    have = ", ".join(key for key, value in row.items() if value is not None)
+    raise ValueError(f"{where}: {type(objective).__name__} needs chosen and rejected{more} in every row; this one has {have}")
+
+
+def watched(tokenizer: Any, rows: Sequence[Mapping[str, Any]], first_group: int = 0, **options: Any) -> list[Chi]:
     """Every answer of the rows as a sequence to observe, whatever the objective trains on; arguments as in `sequences`."""
     chis: list[Chi] = []
-    for i, row in enumerate(rows, first_group):
-        if "chosen" in _form(row):
-            chis += preference(tokenizer, row["prompt"], row["chosen"], row["rejected"], group=i, **options)
-        else:
-            for text in row["completions"] if "completions" in _form(row) else [row["completion"]]:
-                chis.append(encode(tokenizer, row["prompt"], text, group=i, **options))
+    for i, (where, row) in enumerate(_named(rows), first_group):
+        with as_sentence(where):
+            if "chosen" in _form(row):
+                chis += preference(tokenizer, row["prompt"], row["chosen"], row["rejected"], group=i, **options)
+            else:
+                for text in row["completions"] if "completions" in _form(row) else [row["completion"]]:
+                    chis.append(encode(tokenizer, row["prompt"], text, role=_role(row), group=i, **options))
     return chis
+
+
+def _named(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Row]]:
+    """Rows with their places; those that `read` did not make are checked here."""
+    return [
+        (row.where, row) if isinstance(row, Row) else (f"row {n}", _checked(row, f"row {n}")) for n, row in enumerate(rows, 1)
+    ]
+
+
+def _role(row: Row) -> str:
+    """The role of a row's completion: its label, where it has one."""
+    return "response" if row.get("label") is None else "chosen" if row["label"] else "rejected"

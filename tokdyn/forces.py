@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import ops
+from ._arguments import size_in_bytes
 from .exact import CH2, Asked, Problem, Progress, Scope, ScoredProblem, UnscoredProblem, choose
 from .exact.contexts import by_context
 from .exact.engines import reduce as reduced
 from .exact.groups import context_table, group_labels, group_table
-from .exact.memory import size_in_bytes
 from .exact.problem import Coverage
 from .exact.progress import share
 from .exact.sides import with_sides

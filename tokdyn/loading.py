@@ -1,48 +1,127 @@
-"""Load a model and its tokenizer by name: the embedded demo model, a local folder, or a hub name."""
+"""Load a model and its tokenizer by name: the embedded demo model, a local folder, or a hub name; adapters too."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 DEMO = Path(__file__).parent / "demo"
 DEMO_MODEL, DEMO_PAIRS = DEMO / "model", DEMO / "pairs.jsonl"
+ADAPTER = "adapter_config.json"  # what PEFT saves beside an adapter's weights
 
 
-def load_model(name: str = "demo", device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """A causal LM in evaluation mode and its tokenizer; "demo" is the model that ships with tokdyn.
+def load_model(name: str = "demo", device: str = "cpu", dtype: Any = None, adapter: str | None = None) -> tuple[Any, Any]:
+    """A causal LM in evaluation mode and its tokenizer.
+
+    Args:
+        name: "demo", the model that ships with tokdyn; a folder; or a hub name. A folder of PEFT's that holds an adapter
+            stands for its base model with that adapter.
+        device: "cpu", "cuda", "cuda:0", …
+        dtype: of the weights; float32 when absent.
+        adapter: a PEFT adapter for the model, a folder or a hub name. Its weights are trainable and the base is frozen, so
+            that forces are those of a training of the adapter.
 
     Raises:
-        ValueError: the device is not available, or transformers cannot load a causal LM and a tokenizer of that name.
+        ValueError: the device is not available, or transformers cannot load a causal LM and a tokenizer of that name, or PEFT
+            the adapter.
     """
+    check_device(device)
+    tokenizer = load_tokenizer(name, adapter)
+    return load_weights(name, device, dtype, adapter), tokenizer
+
+
+def load_tokenizer(name: str, adapter: str | None = None) -> Any:
+    """The tokenizer of a model as `load_model` names it; an adapter's own where its folder has one."""
+    base, adapter = find_model(name, adapter)
+    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
+    with _sentence(f"the tokenizer of {name!r}"):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(adapter if own else base)
+
+
+def load_weights(name: str, device: str = "cpu", dtype: Any = None, adapter: str | None = None) -> Any:
+    """The model alone; arguments as in `load_model`."""
+    base, adapter = find_model(name, adapter)
+    what = "folder" if Path(base).is_dir() else "model"
+    with _sentence(f"the {what} {name!r} as a causal language model"):
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        bar = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or torch.float32)
+        finally:
+            if bar:
+                logging.enable_progress_bar()
+    if adapter is not None:
+        with _sentence(f"the adapter {adapter!r} onto {base!r}"):
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    return model.to(device).eval()
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ValueError: torch does not know it, or finds no CUDA device.
+    """
+    import torch
+
     try:
         kind = torch.device(device).type
     except RuntimeError:
         raise ValueError(f'unknown device {device!r}: "cpu", "cuda", or "cuda:0"') from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f'device {device!r} was asked for but torch finds no CUDA device: use device="cpu"')
+
+
+def find_model(name: str, adapter: str | None = None) -> tuple[str, str | None]:
+    """Where a model and its adapter, or None, are loaded from; nothing is loaded.
+
+    Raises:
+        ValueError: a folder that is named is not there, or holds no model or adapter.
+    """
     source = str(DEMO_MODEL) if name == "demo" else name
     folder = Path(source)
     if not folder.is_dir() and (folder.is_absolute() or source.startswith((".", "~"))):
         raise ValueError(f"there is no model folder {source}")
-    if folder.is_dir() and not list(folder.glob("*config.json")):
+    if adapter is not None:
+        place = Path(adapter)
+        if not place.is_dir() and (place.is_absolute() or adapter.startswith((".", "~"))):
+            raise ValueError(f"there is no adapter folder {adapter}")
+        if place.is_dir() and not (place / ADAPTER).exists():
+            raise ValueError(f"the folder {adapter} holds no adapter: it has no {ADAPTER}")
+    elif (folder / ADAPTER).exists() and not (folder / "config.json").exists():
+        try:
+            base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (ValueError, AttributeError):
+            raise ValueError(f"{folder / ADAPTER} is not the JSON that PEFT writes") from None
+        if not base:
+            raise ValueError(f"the adapter {source} does not name its base model: give --model BASE --adapter {source}")
+        try:
+            return find_model(str(base))[0], source
+        except ValueError as error:
+            raise ValueError(f"the base model of the adapter {source}: {error}. Give --model BASE --adapter {source}") from None
+    if folder.is_dir() and not list(folder.glob("config.json")):
         raise ValueError(f"the folder {source} holds no model: it has no config.json")
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    return source, adapter
 
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+
+@contextlib.contextmanager
+def _sentence(what: str) -> Iterator[None]:
+    """Turn what a library raises while it loads something into a ValueError of one sentence."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        what = "folder" if folder.is_dir() else "model"
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"cannot load the {what} {name!r} as a causal language model with its tokenizer: {reason}") from error
-    finally:
-        if bar:
-            logging.enable_progress_bar()
-    return model.to(device).eval(), tokenizer
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(f"cannot load {what}: the package {error.name} is not installed (pip install {error.name})") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"cannot load {what}: {reason}") from error

@@ -15,7 +15,6 @@ policy itself, as at step 0.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from ._arguments import objective_name
 from .objective import NO_SCORES
 from .objective import Objective as Objective
 from .objective import Scores as Scores
@@ -471,12 +471,7 @@ def by_name(name: str, **constants: Any) -> Objective:
     Raises:
         ValueError: no such objective (names the nearest), or it has no such constant (names those it has).
     """
-    known: dict[str, Callable[..., Objective]] = {n.lower(): globals()[n] for n in __all__}
-    if name.lower() not in known:
-        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(known[n].__name__ for n in near)}?" if near else f"known: {', '.join(__all__)}"
-        raise ValueError(f"unknown objective {name!r}: {hint}")
-    cls = known[name.lower()]
+    cls: Callable[..., Objective] = globals()[objective_name(name, __all__)]
     allowed = [f.name for f in fields(cls) if f.init]  # type: ignore[arg-type]
     for constant in constants:
         if constant not in allowed:

@@ -9,7 +9,7 @@ follows twelve kinds of response to the same prompts; each tells another effect 
     chosen_gptformat, reject_gptformat          something else said in the same form
     irr_train, irr_test                         the answer to another prompt, of the training set and of a held-out one
     irr_hum                                     a sentence that answers nothing
-    random_permute                              the words of the chosen answer in random order
+    random_permute                              the words of the chosen answer in random order (`permute`)
     random_nonhum                               words of other answers in random order
 
 A file of one JSON object a line with `prompt` and some of these fields is a probe set; the paper's own files are.
@@ -23,13 +23,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import tempfile
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .data import check_text, objects
-from .sequences import Chi, Text, encode
+from .data import Row, canonical, check_text, objects
+from .sequences import Chi, Text, as_sentence, encode, message_text
 
 TYPES = ("chosen", "chosen_initial", "chosen_gptsemantic", "chosen_gptformat", "rejected", "reject_gptsemantic",
          "reject_gptformat", "irr_train", "irr_test", "irr_hum", "random_permute", "random_nonhum")  # fmt: skip
@@ -59,7 +61,7 @@ def build(
 
     Args:
         data: a .jsonl or .parquet file, or its rows: prompt and chosen (or completion), with rejected and any of TYPES;
-            texts or lists of chat messages.
+            texts or lists of chat messages; every form that `tokdyn.data.read` takes with chosen or one completion.
         held_out: the same, for prompts that are not trained on; no irr_test is made without it.
         rows: how many rows to draw at random; all of them when absent. The drawn rows keep their order.
         seed: the same seed gives the same probe set; a row's responses do not depend on which other rows are drawn.
@@ -109,22 +111,48 @@ def _make(kind: str, row: Mapping[str, Any], train: _AnswerPool, test: _AnswerPo
 
 
 def permute(text: str, rng: random.Random) -> str | None:
-    """The words of a text (split at white space, joined by one space) in another order; its leading white space stays.
+    """The words of a text in another order; its leading white space stays.
+
+    White space separates words and is one space afterwards. In scripts that are written without it (Chinese, Japanese, Thai,
+    …) every character is a word, with the marks and the punctuation behind it.
 
     None where every order gives the same text.
     """
-    words = text.split()
+    words = split_words(text)
     if len(set(words)) < 2:
         return None
     mixed = list(words)
     while mixed == words:
         rng.shuffle(mixed)
-    return _leading_space(text) + " ".join(mixed)
+    return _leading_space(text) + "".join(mixed).lstrip()
+
+
+# scripts without spaces between words: Thai, Lao, Burmese, Khmer; kana, ideographs and their extensions
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3031-\u30ff\u31f0-\u31ff\u3400-\u9fff"
+                       "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")  # fmt: skip
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text as `permute` takes them, each with the space that separates it from the one before."""
+    words: list[str] = []
+    for chunk in text.split():
+        start = len(words)
+        for character in chunk:
+            goes_on = len(words) > start and (
+                unicodedata.category(character)[0] in "MP"
+                or not (_UNSPACED.match(character) or _UNSPACED.match(words[-1].lstrip()))
+            )
+            if goes_on:
+                words[-1] += character
+            else:
+                spaced = len(words) == start and (start > 0 or not _UNSPACED.match(character))
+                words.append(f" {character}" if spaced else character)
+    return words
 
 
 def text_of(answer: Text) -> str:
     """An answer as one text: messages one after the other."""
-    return answer if isinstance(answer, str) else "\n".join(message["content"] for message in answer)
+    return answer if isinstance(answer, str) else "\n".join(message_text(message) for message in answer)
 
 
 def write(path: str | Path, rows: Sequence[Mapping[str, Any]], overwrite: bool = False) -> None:
@@ -175,11 +203,11 @@ def load(
     _require_present(types, table, f"{_source_name(source)} has none: build them with tokdyn probe build")
     found: dict[str, list[Chi]] = {}
     for kind in wanted:
-        chis = [
-            encode(tokenizer, row["prompt"], row[kind], role=kind, group=n, **options)
-            for n, row in enumerate(table)
-            if row.get(kind) is not None
-        ]
+        chis = []
+        for n, row in enumerate(table):
+            if row.get(kind) is not None:
+                with as_sentence(f"{row.where}: {kind}"):
+                    chis.append(encode(tokenizer, row["prompt"], row[kind], role=kind, group=n, **options))
         if chis:
             found[kind] = chis
     return found
@@ -188,7 +216,7 @@ def load(
 # ---------------------------------------------------------------- rows
 
 
-def _rows(source: Source) -> list[dict[str, Any]]:
+def _rows(source: Source) -> list[Row]:
     """Checked rows with prompt, chosen and what else they have of TYPES; blank responses count as absent."""
     if isinstance(source, (str, Path)):
         numbered = objects(source)
@@ -198,13 +226,15 @@ def _rows(source: Source) -> list[dict[str, Any]]:
     for where, row in numbered:
         if not isinstance(row, Mapping):
             raise ValueError(f"{where} must be an object, got {type(row).__name__}")
+        row = canonical(row, where, (*TYPES, "completion"))
         if row.get("chosen") is None and row.get("completion") is not None:
-            row = {**row, "chosen": row["completion"]}
+            row["chosen"] = row["completion"]
         missing = [key for key in ("prompt", "chosen") if row.get(key) is None]
         if missing:
             have = ", ".join(key for key, value in row.items() if value is not None) or "nothing"
             raise ValueError(f"{where} must have prompt and chosen (or completion); it has {have}")
-        kept = {"prompt": row["prompt"]}
+        kept = Row(prompt=row["prompt"])
+        kept.where = where
         for key in ("prompt", *TYPES):
             value = row.get(key)
             if value is None or (key not in ("prompt", "chosen") and isinstance(value, str) and not value.strip()):
@@ -248,8 +278,8 @@ class _AnswerPool:
     def words(self, row: Mapping[str, Any], rng: random.Random) -> str:
         """As many words as the chosen answer has, each from an answer to another prompt."""
         own = text_of(row["chosen"])
-        answers = self.draw(row, rng, len(own.split()))
-        return _leading_space(own) + " ".join(rng.choice(text_of(answer).split()) for answer in answers)
+        answers = self.draw(row, rng, len(split_words(own)))
+        return _leading_space(own) + "".join(rng.choice(split_words(text_of(answer))) for answer in answers).lstrip()
 
 
 def _normalised(text: Text) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import platform
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -17,10 +19,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import ops, squeeze
+from ._arguments import check_eta, check_method, size_in_bytes
 from ._version import __version__
 from .exact import Asked, Direction, Scope, ScoredProblem, UnscoredProblem, choose
 from .exact.contexts import by_context
-from .exact.memory import size_in_bytes
 from .exact.sides import with_sides
 from .model.trace import Tracer, trace
 from .objective import Objective
@@ -28,7 +30,7 @@ from .objectives import DPO
 from .runs import folder as store
 from .runs.findings import ROW_SUMS, findings
 from .sequences import Chi, context_numbers, token_texts
-from .verify import Verification, against_steps, check_eta, nothing_moves
+from .verify import Verification, against_steps, nothing_moves
 
 Stage = Callable[[str, int, int], None]
 
@@ -42,12 +44,14 @@ class Run:
         tokens: one row per updated and per observed token (tokens.parquet, pyarrow).
         vector: Σ_l F, the whole step on each observed token, [M] nats per unit learning rate.
         matrix: F [M, L]; NaN where an interrupted run had not come to, None when it was not asked for.
+        path: the folder that `profile` wrote, None where it wrote none.
     """
 
     about: dict[str, Any]
     tokens: Any
     vector: Float[Tensor, " M"]
     matrix: Float[Tensor, "M L"] | None = None
+    path: Path | None = None
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The report as one self-contained page, written to path when given."""
@@ -109,7 +113,8 @@ def profile(
         memory: what the matrix may take, as in `forces`. It is made in tiles that fit, and an interrupt keeps whole tiles.
         k: how many rising and falling vocabulary entries to keep per observed token.
         about: further entries of run.json (model, data).
-        out: folder to write; nothing is written when absent.
+        out: folder to write; nothing is written when absent. Where it cannot be written in the end, a temporary folder is,
+            which a warning and `Run.path` name.
         overwrite: replace a run that lies there.
         stage: called with (what, done, total).
 
@@ -122,8 +127,7 @@ def profile(
     """
     if out is not None:
         store.check_free(Path(out), overwrite)
-    if method not in ("naive", "tangent", "none"):
-        raise ValueError(f'method must be "naive", "tangent" or "none", got {method!r}')
+    check_method(method)
     check_eta(eta)
     memory = size_in_bytes(memory)
     stages, asked = _Stages(stage), Asked(update, observe, objective, reference)
@@ -162,8 +166,25 @@ def profile(
     record["seconds"] = stages.seconds()
     run = Run(record, tokens, vector.cpu(), matrix)
     if out is not None:
-        run.save(out, overwrite)
+        run.path = _save(run, Path(out), overwrite)
     return run
+
+
+def _save(run: Run, out: Path, overwrite: bool) -> Path | None:
+    """Write a run to `out` and say where it is; to a temporary folder where that fails, with a warning: it was long to make."""
+    try:
+        run.save(out, overwrite)
+        return out
+    except OSError as error:
+        problem = f"the run could not be written to {out} ({error})"
+    try:
+        place = Path(tempfile.mkdtemp(prefix="tokdyn-")) / (out.name or "run")
+        run.save(place)
+    except OSError as error:
+        warnings.warn(f"{problem}, nor to a temporary folder ({error}); it is in memory alone", stacklevel=3)
+        return None
+    warnings.warn(f"{problem}; it is in {place}", stacklevel=3)
+    return place
 
 
 def _force_matrix(

@@ -7,10 +7,11 @@ character of the response is scored, also when a BPE merge starts it inside the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,8 +186,9 @@ def encode(
     Args:
         tokenizer: a fast transformers tokenizer. One without offsets serves as long as the prompt's own tokens are
             a prefix of the whole text's.
-        prompt: text, or a list of chat messages, rendered with the tokenizer's chat template.
-        response: text, or a list with the assistant's message. A text answers chat messages as the assistant.
+        prompt: text, or a list of chat messages, rendered with the tokenizer's chat template. The content of a message is
+            text, or a list of parts of type "text".
+        response: text, or a list of the assistant's messages. A text answers chat messages as the assistant.
         eos: close a plain response with the end-of-sequence token, where the tokenizer has one. A chat template
             closes its own turns.
         max_length: longest sequence in tokens; what is cut is said in a warning and recorded in `Chi.truncated`.
@@ -197,19 +199,29 @@ def encode(
     response's first token is not scored, and a warning names it. Trainers, which shift labels by one, do the same in silence.
 
     Raises:
-        ValueError: no token of the response is left to score, a chat template is missing, or the boundary cannot be placed.
+        ValueError: no token of the response is left to score, a message of it is not the assistant's, a chat template is
+            missing or fails, the tokenizer fails, or the boundary cannot be placed.
     """
     if truncate not in ("end", "start"):
         raise ValueError(f'truncate must be "end" or "start", got {truncate!r}')
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {max_length}")
     chat = not isinstance(prompt, str)
+    answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else as_answer(response)
     if isinstance(prompt, str):
-        before, whole = prompt, prompt + (response if isinstance(response, str) else _content(response))
+        if len(answer) != 1:
+            raise ValueError(f"a response to a plain prompt must be text or one assistant message, got {len(answer)} messages")
+        before, whole = prompt, prompt + answer[0]["content"]
     else:
-        before, whole = _render(tokenizer, prompt, response)
+        before, whole = _render(tokenizer, plain(prompt), answer)
     ids, scored = _tokenise(tokenizer, before, whole, specials=not chat)
-    end = tokenizer.eos_token_id
+    end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if not chat and start is not None and ids[:2] == [start, start]:
+        warnings.warn(
+            f"the prompt begins with {tokenizer.bos_token} and the tokenizer adds another: the model sees two. Give a chat as "
+            "messages, not as the text that its template makes",
+            stacklevel=2,
+        )
     if eos and not chat and end is not None and (not ids or ids[-1] != end):
         ids, scored = [*ids, end], [*scored, True]
     unpreceded = bool(ids) and scored[0]
@@ -296,7 +308,12 @@ def from_batch(
         attention_mask: [B, T], 1 where a token is real; everything when absent (then pad tokens are NOT guessed).
         labels: [B, T], -100 where a token is not scored; every token but the first when absent.
         tokenizer: for the token texts.
+
+    Raises:
+        ValueError: labels score no token at all.
     """
+    if labels is not None and not bool((labels[:, 1:] != -100).any()):
+        raise ValueError("every label is -100: no token is scored. Is the prompt's mask laid over the answer too?")
     chis = []
     for b in range(input_ids.shape[0]):
         real = attention_mask[b].bool() if attention_mask is not None else torch.ones_like(input_ids[b], dtype=torch.bool)
@@ -309,24 +326,67 @@ def from_batch(
     return chis
 
 
-def _content(messages: Sequence[Message]) -> str:
-    """The text of a response that is a list of one message."""
-    if len(messages) != 1 or not isinstance(messages[0].get("content"), str):
-        raise ValueError("a response to a plain prompt must be text or one assistant message whose content is text")
-    return messages[0]["content"]
+@contextlib.contextmanager
+def as_sentence(what: str) -> Iterator[None]:
+    """Turn what a user's template, tokenizer or row raises inside into a ValueError that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, ValueError) and text.startswith(what):
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what}: {kind}{text}") from error
 
 
-def _render(tokenizer: Any, prompt: Sequence[Message], response: Text) -> tuple[str, str]:
+def message_text(message: Message) -> str:
+    """The content of a chat message as one text; parts of type "text" are joined.
+
+    Raises:
+        ValueError: it is neither text nor a list of such parts.
+    """
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"every content must be text or a list of parts, got {type(content).__name__}")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            shown = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ValueError(f'every part of a content must have type "text" and a text, got {shown!r}')
+    return "".join(part["text"] for part in content)
+
+
+def plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Chat messages whose contents are texts, as templates for text expect them."""
+    return [{**message, "content": message_text(message)} for message in messages]
+
+
+def as_answer(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages of a response, contents as texts.
+
+    Raises:
+        ValueError: there is none, or one is not the assistant's: what nobody wrote as an answer is not scored.
+    """
+    for message in messages:
+        if message.get("role") != "assistant":
+            raise ValueError(f"a response must hold messages of the assistant alone, got one of {message.get('role')!r}")
+    if not messages:
+        raise ValueError("a response must hold a message of the assistant, got none")
+    return plain(messages)
+
+
+def _render(tokenizer: Any, prompt: Sequence[Message], answer: Sequence[Message]) -> tuple[str, str]:
     """Render a conversation with the chat template: the text of the prompt, a prefix of the whole text, and the whole text."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the data is conversational but the tokenizer has no chat template: give plain text instead")
-    answer = [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
 
     def render(messages: Sequence[Message], **options: Any) -> str:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        with as_sentence("the chat template failed"):
+            return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
 
     whole, before = render([*prompt, *answer]), render(prompt, add_generation_prompt=True)
-    if answer and (before == render(prompt) or not whole.startswith(before)):
+    if before == render(prompt) or not whole.startswith(before):
         # no generation prompt, or one that the whole text does not repeat: a marker in the answer's place says where it starts
         before, found, _ = render([*prompt, {**answer[0], "content": MARKER}, *answer[1:]]).rpartition(MARKER)
         if not found or not whole.startswith(before):
@@ -337,14 +397,15 @@ def _render(tokenizer: Any, prompt: Sequence[Message], response: Text) -> tuple[
 def _tokenise(tokenizer: Any, before: str, whole: str, *, specials: bool) -> tuple[list[int], list[bool]]:
     """Token ids of the whole text, and which of them hold a character behind `before`, the prompt."""
     if getattr(tokenizer, "is_fast", False):
-        encoding = _exact_offsets(tokenizer).encode(whole, add_special_tokens=specials)
+        with as_sentence("the tokenizer failed"):
+            encoding = _exact_offsets(tokenizer).encode(whole, add_special_tokens=specials)
         scored, inside = [], False
         for (_, end), special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
             inside = inside or end > len(before)
             scored.append(inside if special else end > len(before))  # a special token scores when it closes the response
         return list(encoding.ids), scored
-    ids = tokenizer(whole, add_special_tokens=specials).input_ids
-    head = tokenizer(before, add_special_tokens=specials).input_ids
+    with as_sentence("the tokenizer failed"):
+        ids, head = (tokenizer(text, add_special_tokens=specials).input_ids for text in (whole, before))
     while head and ids[: len(head)] != head and head[-1] in tokenizer.all_special_ids:
         head = head[:-1]  # the end-of-sequence token that this tokenizer puts behind every text
     if ids[: len(head)] != head:

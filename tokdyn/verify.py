@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ._arguments import check_eta
 from .exact import Asked, Direction, Problem, Scope, ScoredProblem, UnscoredProblem
 from .exact.contexts import all_cancel
 from .model.trace import trace
@@ -130,16 +131,6 @@ def nothing_moves(problem: ScoredProblem) -> bool:
     Judged before any division, where they are added: at the logits of each context (`contexts.all_cancel`).
     """
     return all_cancel(problem.updated, context_numbers(problem.updated.chis), problem.tracer.vocabulary)
-
-
-def check_eta(eta: float | None) -> None:
-    """Refuse a step size that is not a positive number.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if eta is not None and not 0 < eta < math.inf:
-        raise ValueError(f"eta must be positive and finite, got {eta}")
 
 
 def _slope(x: list[float], y: list[float]) -> float:

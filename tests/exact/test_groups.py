@@ -6,9 +6,9 @@ from engines import forces
 
 import tokdyn as td
 from tokdyn import ops
+from tokdyn._arguments import size_in_bytes
 from tokdyn.exact import readout
 from tokdyn.exact.groups import group_labels
-from tokdyn.exact.memory import size_in_bytes
 from tokdyn.objectives import DPO, GRPO, KTO, SFT, SimKO
 from tokdyn.runs.shards import Shards
 from tokdyn.sequences import context_numbers

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..runs.table import Listing
+
 COLUMNS = ("case", "side", "median ms", "least-most ms", "GB/s", "TFLOP/s", "% of floor", "peak MiB", "differs by")
 
 
@@ -78,31 +80,24 @@ def _table(columns: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> list[st
 
 
 def tables(found: dict[str, Any]) -> Iterator[Any]:
-    """The run for a terminal of 80 columns: a table for each case, then the bars."""
-    from rich.table import Table
-
-    def table(title: str, columns: tuple[str, ...]) -> Table:
-        made = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
-        for i, column in enumerate(columns):
-            made.add_column(column, justify="right" if 0 < i < len(columns) - 1 else "left", overflow="fold")
-        return made
-
-    case, current = "", table("", ())
+    """The run for a terminal: a table for each case, then the bars."""
+    case, current = "", Listing("", ())
     for cells in lines(found):
         if cells[0] != case:
             if case:
                 yield current
-            case, current = cells[0], table(cells[0], ("side", "ms", "least-most", "rate", "% floor", "peak MiB", "differs by"))
+            columns = ("side", "ms", "least-most", "rate", "% floor", "peak MiB", "differs by")
+            case, current = cells[0], Listing(cells[0], columns, range(1, 5))
         _, side, ms, between, bandwidth, rate, share, peak, differs = cells
         if ms.startswith("did not run"):
-            current.add_row(side, "-", "", "", "", "", ms.replace("[", "\\["))
+            current.add_row(side, "-", "", "", "", "", ms)
         else:
             speed = f"{rate} TFLOP/s" if rate else f"{bandwidth} GB/s" if bandwidth else ""
             current.add_row(side, ms, between, speed, share, peak, differs)
     if case:
         yield current
     if found["bars"]:
-        bars = table("held against", ("case", "side", "bar", "value", ""))
+        bars = Listing("held against", ("case", "side", "bar", "value", ""), (3,))
         for row in verdicts(found):
             bars.add_row(*row)
         yield bars

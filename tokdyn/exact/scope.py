@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
+from .._arguments import scope_pattern
 from ..model.trace import Tracer
 from ..sequences import Batch
 from . import products
@@ -37,12 +37,7 @@ def select(tracer: Tracer, scope: str) -> dict[str, str]:
     elif scope == "backbone":
         uses = {use: tensor for use, tensor in uses.items() if use not in head}
     elif scope != "full":
-        try:
-            pattern = re.compile(scope)
-        except re.error as error:
-            raise ValueError(
-                f'scope must be "full", "readout", "backbone" or a regular expression, got {scope!r}: {error}'
-            ) from None
+        pattern = scope_pattern(scope)
         wanted = {tensor for use, tensor in uses.items() if pattern.search(use)}
         uses = {use: tensor for use, tensor in uses.items() if tensor in wanted}
     if not uses:

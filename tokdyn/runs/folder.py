@@ -9,9 +9,10 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 FILES = ABOUT, TOKENS, FORCES, PAGE = "run.json", "tokens.parquet", "forces.safetensors", "report.html"
@@ -23,10 +24,13 @@ def check_free(path: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: the path exists and overwrite is False, it holds anything but a run, or its place cannot be written to.
     """
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))  # permissions alone do not say it
+    except OSError as error:
+        why = error.strerror or error
+        raise FileExistsError(f"{path} cannot be made: {parent} is not a folder that can be written to ({why})") from None
     if not path.exists():
-        parent = next(folder for folder in path.absolute().parents if folder.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise FileExistsError(f"{path} cannot be made: {parent} is not a folder that can be written to")
         return
     if not overwrite:
         raise FileExistsError(f"{path} exists already: choose another place or pass --overwrite (overwrite=True)")

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from .._arguments import UNITS, check_view
 from .by_sequence import BySequence, Row
 from .contexts import Contexts
 from .findings import shown
+from .table import Listing
 
 MOVERS = 5  # tokens that are listed
 COLUMNS = 8  # groups of updated tokens that a terminal has room for
-UNITS = {"step": "nats after the step", "rate": "nats per unit learning rate"}
-PER = ("contexts", "tokens")
 
 
 def summary(
@@ -59,18 +59,6 @@ def summary(
     return Group(*parts)
 
 
-def check_view(unit: str, per: str) -> None:
-    """Refuse what `summary` cannot show.
-
-    Raises:
-        ValueError: another unit, or another per.
-    """
-    if unit not in UNITS:
-        raise ValueError(f'unit must be "step" (nats after the step) or "rate" (per unit learning rate), got {unit!r}')
-    if per not in PER:
-        raise ValueError(f'per must be "contexts" (net of what cancels) or "tokens" (single ones), got {per!r}')
-
-
 @dataclass(frozen=True)
 class _View:
     """A run in one unit, its update tokens net by context or one by one."""
@@ -88,46 +76,36 @@ class _View:
         """A change after the step in the unit."""
         return _number(change / (1 if self.unit == "step" else self.eta))
 
-    def answers(self) -> Any:
+    def answers(self) -> Listing:
         """Change of each observed sequence, and what each group of updated tokens contributes to it."""
-        from rich.table import Table
-
         run = self.run
-        table = Table(title=f"Change of each answer, {UNITS[self.unit]}", title_justify="left", box=None, pad_edge=False)
-        for name in ("answer", "tokens", "predicted", "actual"):
-            table.add_column(name, justify="left" if name == "answer" else "right")
         forces: dict[str, dict[str, float]] = {}
         if run.matrix is not None:
             forces = run.forces() if self.contexts is None else self.contexts.forces()
             if len(next(iter(forces.values()))) > COLUMNS:
                 forces = {}
-        for name in next(iter(forces.values()), {}):
-            table.add_column(f"by {name}", justify="right", style="dim")
+        columns = ["answer", "tokens", "predicted", "actual", *(f"by {name}" for name in next(iter(forces.values()), {}))]
+        figures = range(1, len(columns))
+        table = Listing(f"Change of each answer, {UNITS[self.unit]}", columns, figures, range(4, len(columns)))
         for name, change in run.changes().items():
             cells = [name, str(int(change["tokens"])), self.of_change(change["predicted"]), self.of_change(change["actual"])]
             table.add_row(*cells, *(self.of_force(force) for force in forces.get(name, {}).values()))
         return table
 
-    def movers(self) -> Any:
+    def movers(self) -> Listing:
         """The observed tokens that move most, who is behind each, and what rises and falls in their places."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=f"The tokens that move most, {UNITS[self.unit]}", title_justify="left", box=None, pad_edge=False)
-        for name in ("token", "of", "predicted", "actual"):
-            table.add_column(name, justify="right" if name in ("predicted", "actual") else "left")
+        by, figures = list[str](), [2, 3]
         if self.run.matrix is not None:
-            if self.contexts is not None:
-                table.add_column("by itself", justify="right")
-            table.add_column("moved most by" if self.contexts is None else "moved most by another, net")
-        table.add_column("rising at that place")
-        table.add_column("falling at that place")
+            by = ["moved most by"] if self.contexts is None else ["by itself", "moved most by another, net"]
+            figures += [4] if self.contexts is not None else []
+        columns = ["token", "of", "predicted", "actual", *by, "rising at that place", "falling at that place"]
+        table = Listing(f"The tokens that move most, {UNITS[self.unit]}", columns, figures)
         for row in sorted(self.run.observed, key=lambda row: -abs(row["actual"]))[:MOVERS]:
             changes = (self.of_change(row[name]) for name in ("predicted", "actual"))
             cells = [shown(row["token"]), self.run.place(row), *changes, *self.by(row)]
             for key in ("risers", "fallers"):
                 cells.append(" ".join(shown(entry["token"]) for entry in row[key][:3]))
-            table.add_row(*(Text(cell) for cell in cells))  # a token may look like markup
+            table.add_row(*cells)
         return table
 
     def by(self, row: Row) -> list[str]:

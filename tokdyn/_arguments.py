@@ -1,0 +1,98 @@
+"""What users' arguments mean, and which mean nothing; without torch, so that the command line refuses those at once."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+METHODS = ("tangent", "naive", "none")  # of a profile
+UNITS = {"step": "nats after the step", "rate": "nats per unit learning rate"}
+PER = ("contexts", "tokens")
+
+
+def check_eta(eta: float | None) -> None:
+    """Refuse a step size that is not a positive number.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if eta is not None and not 0 < eta < math.inf:
+        raise ValueError(f"eta must be positive and finite, got {eta}")
+
+
+def check_method(method: str) -> None:
+    """Refuse a way of computing a profile's matrix that there is not.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if method not in METHODS:
+        raise ValueError(f'method must be "naive", "tangent" or "none", got {method!r}')
+
+
+def objective_name(name: str, names: Sequence[str]) -> str:
+    """An objective's name as it is spelled among `names`, found in any case.
+
+    Raises:
+        ValueError: there is none (the nearest are named).
+    """
+    known = {each.lower(): each for each in names}
+    if name.lower() not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(known[n] for n in near)}?" if near else f"known: {', '.join(names)}"
+        raise ValueError(f"unknown objective {name!r}: {hint}")
+    return known[name.lower()]
+
+
+def objective_names() -> list[str]:
+    """The names of objectives, read from their source: to import them is to wait for torch."""
+    source = (Path(__file__).parent / "objectives.py").read_text(encoding="utf-8")
+    (names,) = (
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
+    )
+    return list(ast.literal_eval(names))
+
+
+def scope_pattern(scope: str) -> re.Pattern[str]:
+    """A scope that is no name as the regular expression that it is.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return re.compile(scope)
+    except re.error as error:
+        raise ValueError(
+            f'scope must be "full", "readout", "backbone" or a regular expression, got {scope!r}: {error}'
+        ) from None
+
+
+def size_in_bytes(memory: int | str) -> int:
+    """Bytes of 4294967296, "4GiB", "512 MiB" or "2GB".
+
+    Raises:
+        ValueError: no such size, or not positive.
+    """
+    units = {"": 1, "b": 1, **{x + y: b ** (i + 1) for y, b in (("b", 1000), ("ib", 1024)) for i, x in enumerate("kmgt")}}
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", str(memory))
+    if found is None or found[2].lower() not in units or found[1].count(".") > 1 or float(found[1]) <= 0:
+        raise ValueError(f'memory must be a number of bytes or a size such as "2GiB" or "500MB", got {memory!r}')
+    return int(float(found[1]) * units[found[2].lower()])
+
+
+def check_view(unit: str, per: str) -> None:
+    """Refuse what `summary` cannot show.
+
+    Raises:
+        ValueError: another unit, or another per.
+    """
+    if unit not in UNITS:
+        raise ValueError(f'unit must be "step" (nats after the step) or "rate" (per unit learning rate), got {unit!r}')
+    if per not in PER:
+        raise ValueError(f'per must be "contexts" (net of what cancels) or "tokens" (single ones), got {per!r}')
