@@ -37,13 +37,14 @@ class _IgnoreRequiresGrad(TorchFunctionMode):
     """Skip requires_grad_() where torch.func refuses it: inside a transform, and where it changes nothing.
 
     Gradient checkpointing of adapters (TRL's default) hooks requires_grad_() onto the embedding's output; PEFT's adapters of
-    parameters set it to what it already is. A transform's tensors know themselves whether they are differentiated.
+    parameters set it to what it already is. A transform's own calls, by which it marks what it differentiates, are let through.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.requires_grad_:
+        functorch = torch._C._functorch
+        if func is Tensor.requires_grad_ and not functorch.get_inplace_requires_grad_allowed():
             wanted = (*args[1:], *(kwargs or {}).values(), True)[0]
-            if torch._C._functorch.peek_interpreter_stack() is not None or args[0].requires_grad == wanted:
+            if functorch.peek_interpreter_stack() is not None or args[0].requires_grad == wanted:
                 return args[0]
         return func(*args, **(kwargs or {}))
 
