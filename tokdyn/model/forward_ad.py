@@ -1,8 +1,8 @@
 """What lets a model run under torch.func and forward-mode AD for as long as it is traced.
 
-Fused attention and grouped matrix products have no jvp, some custom autograd functions have only a backward, and PEFT's
-adapters of parameters write in their forward pass. Each context manager here changes one of these and puts it back on exit,
-also after an error.
+Fused attention and grouped matrix products have no jvp, some custom autograd functions have only a backward, PEFT's adapters of
+parameters write in their forward pass, and gradient checkpointing sets requires_grad in it. Each context manager here changes one
+of these and puts it back on exit, also after an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,11 +32,26 @@ def traceable(model: nn.Module, attention: str | None = None) -> Iterator[None]:
 
     attention: transformers' name for it; None takes `traceable_attention`.
     """
-    attention = attention or traceable_attention(model)
-    implementations = _implementations(model, attention=attention, experts="eager")
-    kernel = sdpa_kernel(SDPBackend.MATH) if attention == "sdpa" else contextlib.nullcontext()  # the one with a jvp
-    with implementations, kernel, _forward_derivatives(model), _parameter_adapters(model):
+    implementations = _implementations(model, attention=attention or traceable_attention(model), experts="eager")
+    kernel = sdpa_kernel(SDPBackend.MATH)  # the one with a jvp, for modules that call scaled_dot_product_attention themselves
+    with implementations, kernel, _forward_derivatives(model), _parameter_adapters(model), _IgnoreRequiresGrad():
         yield
+
+
+class _IgnoreRequiresGrad(TorchFunctionMode):
+    """Skip requires_grad_() where torch.func refuses it: inside a transform, and where it changes nothing.
+
+    Gradient checkpointing of adapters (TRL's default) hooks requires_grad_() onto the embedding's output; PEFT's adapters of
+    parameters set it to what it already is. A transform's own calls, by which it marks what it differentiates, are let through.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        functorch = torch._C._functorch
+        if func is Tensor.requires_grad_ and not functorch.get_inplace_requires_grad_allowed():
+            wanted = (*args[1:], *(kwargs or {}).values(), True)[0]
+            if functorch.peek_interpreter_stack() is not None or args[0].requires_grad == wanted:
+                return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -120,58 +134,89 @@ def _is_old_style(f: type[torch.autograd.Function]) -> bool:
 def _parameter_adapters(model: nn.Module) -> Iterator[None]:
     """Let PEFT's adapters of parameters (expert stacks, routers) run under torch.func.
 
-    In every forward pass they register a parametrization, which writes the frozen tensor onto itself and sets its
-    requires_grad to what it already is. torch.func refuses both, although nothing changes; both are skipped.
+    In every forward pass they register a parametrization, which writes the frozen tensor onto itself: torch.func refuses that,
+    although nothing changes, and it is skipped (as is the requires_grad_ that follows, see `_IgnoreRequiresGrad`).
     """
     wrapper = getattr(sys.modules.get("peft.tuners.lora.layer"), "ParamWrapper", ())
     if not any(isinstance(module, wrapper) for module in model.modules()):
         yield
         return
-
-    class SkipSameRequiresGrad(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is Tensor.requires_grad_ and args[0].requires_grad == (*args, True)[1]:
-                return args[0]
-            return func(*args, **(kwargs or {}))
-
     write = parametrize._maybe_set
     try:
         parametrize._maybe_set = lambda dest, src: None if dest is src else write(dest, src)
-        with SkipSameRequiresGrad():
-            yield
+        yield
     finally:
         parametrize._maybe_set = write
 
 
 def _with_jvp(old: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """An old-style function of tensors as one that torch.func takes; its jvp J ẋ is the transpose of its backward g -> Jᵀ g."""
+    """An old-style function as one that torch.func takes; its jvp J ẋ is the transpose of its backward g -> Jᵀ g.
 
-    def forward_and_vjp(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Callable[..., Any]]:
-        context = SimpleNamespace(needs_input_grad=(True,) * len(inputs), saved_tensors=())
-        context.save_for_backward = lambda *saved: setattr(context, "saved_tensors", saved)
+    Its inputs may hold numbers and flags; where its backward returns None, as for those, an input has no derivative.
+    """
+
+    def forward_and_vjp(inputs: tuple[Any, ...]) -> tuple[Any, Callable[..., Any]]:
+        context = _Context(inputs)
         output = old.forward(context, *inputs)
-        return output, lambda g: old.backward(context, g)
+        return output, lambda *g: old.backward(context, *g)
 
     class New(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(*inputs: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(*inputs: Any) -> Any:  # type: ignore[override]
             return forward_and_vjp(inputs)[0]
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            ctx.save_for_backward(*inputs)
-            ctx.save_for_forward(*inputs)
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            tensors = [x for x in inputs if isinstance(x, Tensor)]
+            ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+            ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
+            ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
 
         @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-            return forward_and_vjp(ctx.saved_tensors)[1](g)
+        def backward(ctx: Any, *g: Tensor) -> Any:  # type: ignore[override]
+            return forward_and_vjp(_inputs(ctx))[1](*g)
 
         @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor) -> Tensor:  # type: ignore[override]
-            output, pull_back = forward_and_vjp(ctx.saved_tensors)
-            like_backward = tangents if len(tangents) > 1 else tangents[0]  # a backward with one result returns no tuple
-            return vjp(pull_back, torch.zeros_like(output))[1](like_backward)[0]
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:  # type: ignore[override]
+            inputs = _inputs(ctx)
+            output, pull_back = forward_and_vjp(inputs)
+            moving = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.is_floating_point()]
+
+            def pulled(*g: Tensor) -> tuple[Tensor, ...]:
+                found = pull_back(*g)
+                found = found if isinstance(found, tuple) else (found,)  # a backward with one result returns no tuple
+                return tuple(torch.zeros_like(inputs[i]) if found[i] is None else found[i] for i in moving)
+
+            single = isinstance(output, Tensor)
+            zeros = [torch.zeros_like(x) for x in ([output] if single else output)]
+            wanted = tuple(torch.zeros_like(inputs[i]) if tangents[i] is None else tangents[i] for i in moving)
+            moved = vjp(pulled, *zeros)[1](wanted)
+            return moved[0] if single else moved
 
     return New
+
+
+class _Context:
+    """What an old-style function is given as its context outside autograd."""
+
+    def __init__(self, inputs: tuple[Any, ...]) -> None:
+        self.needs_input_grad = tuple(isinstance(x, Tensor) and x.is_floating_point() for x in inputs)
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+
+    def save_for_backward(self, *saved: Tensor | None) -> None:
+        self.saved_tensors = saved
+
+    def mark_non_differentiable(self, *outputs: Tensor) -> None:
+        """Nothing to do: its cotangent is zero."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Nothing to do: every cotangent is a tensor."""
+
+
+def _inputs(ctx: Any) -> tuple[Any, ...]:
+    """The inputs of a function whose tensors were saved and whose other inputs are beside them."""
+    saved = iter(ctx.saved_tensors)
+    return tuple(next(saved) if tensor else x for tensor, x in zip(ctx.is_tensor, ctx.others, strict=True))

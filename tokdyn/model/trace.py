@@ -25,7 +25,7 @@ from torch.func import functional_call
 from ..ops import TokenStats, token_stats
 from ..sequences import Batch, Chi, collate
 from . import checks
-from .calls import Call, map_floats
+from .calls import Call, floats, map_floats
 from .forward_ad import traceable
 from .hooks import hooked
 from .readout import output_embeddings, traced_readout
@@ -160,15 +160,31 @@ class Tracer:
         return kept[0]
 
     @torch.no_grad()
-    def record(self, batch: Batch, names: Collection[str]) -> tuple[Tensor, list[Call]]:
-        """Hidden states at the scored tokens, [N, d], and every call of the named modules in the order they were made."""
+    def record(self, batch: Batch, names: Collection[str], copied: Collection[str] = ()) -> tuple[Tensor, list[Call]]:
+        """Hidden states at the scored tokens, [N, d], and every call of the named modules in the order they were made.
+
+        copied: modules whose outputs the model writes to in place (`overwritten`): it is given a copy.
+        """
         calls: list[Call] = []
 
-        def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             calls.append(Call(name, module, args, kwargs, output))
+            return map_floats(Tensor.clone, output) if name in copied else None
 
         with hooked(self.model, after={name: partial(keep, name) for name in names}):
             return self.hidden(batch), calls
+
+    @torch.no_grad()
+    def overwritten(self, batch: Batch, names: Collection[str]) -> frozenset[str]:
+        """Those of the named modules whose outputs the model writes to in place (CTRL's lookup, times a constant)."""
+        seen: list[tuple[str, Tensor, int]] = []
+
+        def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            seen.extend((name, x, x._version) for x in floats(output))
+
+        with hooked(self.model, after={name: partial(keep, name) for name in names}):
+            self.hidden(batch)
+        return frozenset(name for name, x, version in seen if x._version != version)
 
     @torch.enable_grad()
     def unroll(
@@ -181,12 +197,13 @@ class Tracer:
         places: Collection[Place] | None = None,
         start_at: Place | None = None,
         stop_at: Place | None = None,
+        copied: Collection[str] = (),
     ) -> Unrolled:
         """Hidden states at the scored tokens in a graph that starts at the named modules' outputs, and their calls.
 
         The keywords are those of `GraphRecorder`, which says what each is told and returns.
         """
-        recorder = GraphRecorder(names, replace_outputs or {}, replace_inputs or {}, places, start_at, stop_at)
+        recorder = GraphRecorder(names, replace_outputs or {}, replace_inputs or {}, places, start_at, stop_at, copied)
         return recorder.record(self.model, partial(self.hidden, batch, self.params))
 
     def steer(self, batch: Batch, names: Collection[str], additions: Sequence[Tensor]) -> Float[Tensor, "N d"]:

@@ -63,6 +63,7 @@ class GraphRecorder:
         places: where to keep what modules are given; None keeps everything that any module is given.
         start_at: one of the places. The graph starts at the tensor there; no call before it is recorded.
         stop_at: one of the places. The forward pass ends at the tensor there and returns it.
+        copied: modules whose outputs the model writes to in place: it is given a copy, and what is recorded stays as it was.
     """
 
     names: Collection[str]
@@ -71,6 +72,7 @@ class GraphRecorder:
     places: Collection[Place] | None = None
     start_at: Place | None = None
     stop_at: Place | None = None
+    copied: Collection[str] = ()
     calls: list[Call] = field(default_factory=list, init=False)
     given: dict[Place, Tensor] = field(default_factory=dict, init=False)
     times: Counter[str] = field(default_factory=Counter, init=False)  # how often each module has been called
@@ -116,7 +118,7 @@ class GraphRecorder:
         other = self.replace_outputs[name](call) if name in self.replace_outputs else None
         call = replace(call, output=map_floats(_in_graph, output if other is None else other))
         self.calls.append(call)
-        return call.output
+        return map_floats(Tensor.clone, call.output) if name in self.copied else call.output
 
 
 def _in_graph(x: Tensor) -> Tensor:

@@ -1,30 +1,18 @@
-"""Forward passes of our own through a model that a training has wrapped: without autocast, and fit for a tangent pass."""
+"""Forward passes of our own through a model that a training has wrapped: without autocast."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 
 @contextlib.contextmanager
 def own_passes(lm: nn.Module) -> Iterator[None]:
-    """Passes inside compute in the model's own dtype, and may be differentiated by torch.func."""
-    with _without_autocast(lm), _IgnoreRequiresGrad():
+    """Passes inside compute in the model's own dtype."""
+    with _without_autocast(lm):
         yield
-
-
-class _IgnoreRequiresGrad(TorchFunctionMode):
-    """Gradient checkpointing of adapters hooks requires_grad_() onto the embedding's output, which a tangent pass refuses."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.requires_grad_ and torch._C._functorch.peek_interpreter_stack() is not None:
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

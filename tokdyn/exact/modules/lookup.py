@@ -72,8 +72,14 @@ def _rows_of(call: Call) -> tuple[Int[Tensor, " S"], float]:
 def is_lookup(call: Call) -> bool:
     """Whether output = constant · weight[ids], for a lookup whatever its signature (OPT's positions start at 2)."""
     own = random_parameters(call)
-    if not isinstance(call.module, nn.Embedding) or set(own) != {"weight"}:
+    if not isinstance(call.module, nn.Embedding) or call.module.max_norm is not None or set(own) != {"weight"}:
         return False
-    ids, scale = _rows_of(call)
-    (output,) = as_function(call)(own)
+    try:
+        ids, scale = _rows_of(call)
+        (output,) = as_function(call)(own)
+    except (RuntimeError, TypeError, ValueError):  # it takes no table of one column, or returns something else than a tensor
+        return False
+    inside = len(ids) > 0 and int(ids.min()) >= 0 and int(ids.max()) < len(own["weight"])
+    if not inside or output.numel() != len(ids) * own["weight"].shape[1]:
+        return False
     return is_close(output, (scale * own["weight"][ids]).reshape_as(output))

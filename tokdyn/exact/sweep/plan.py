@@ -42,6 +42,7 @@ class Plan:
         P: module -> the preconditioner of its moving parameters, named from there; empty without one.
         norms: moving modules whose cotangent has a closed form.
         fusions: moving linear layers that go as one.
+        copied: moving modules whose outputs the model writes to in place.
     """
 
     moves: dict[str, set[str]]
@@ -50,6 +51,7 @@ class Plan:
     P: dict[str, Direction]
     norms: dict[str, Norm]
     fusions: tuple[Fusion, ...] = ()
+    copied: frozenset[str] = frozenset()
 
     @property
     def names(self) -> list[str]:
@@ -110,7 +112,7 @@ class Plan:
     def record(self, tracer: Tracer, batch: Batch) -> tuple[Tensor, list[Call]]:
         """Tracer.record at the moving modules, with one call in place of fused layers."""
         if not self.fusions:
-            return tracer.record(batch, self.names)
+            return tracer.record(batch, self.names, self.copied)
         h, calls, _ = self.unroll(tracer, batch)
         return h.detach(), [call.detached() for call in calls]
 
@@ -137,6 +139,7 @@ class Plan:
                     places=places,
                     start_at=start_at,
                     stop_at=stop_at,
+                    copied=self.copied,
                 )
             except RuntimeError as error:
                 if "in-place" not in str(error):
@@ -212,7 +215,8 @@ def planned(problem: Problem) -> PlannedProblem:
     while True:
         plan = _assign_modules(problem, seen, not_replayable)
         try:
-            calls = tracer.record(batches[0], plan.names)[1]
+            plan = replace(plan, copied=tracer.overwritten(batches[0], plan.names))
+            calls = tracer.record(batches[0], plan.names, plan.copied)[1]
             rules = plan.rules(calls)
             norms = {call.name: Norm.of(call) for call in calls if isinstance(rules[call.name], Gain)}
             break
