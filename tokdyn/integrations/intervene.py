@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import exact, interventions
-from ..exact import products
 from ..exact.sides import with_reference
 from ..model.optimizer import preconditioner
 from ..model.trace import trace
@@ -267,10 +266,11 @@ def _forces_on(lm: nn.Module, forward: Forward, probe: Sequence[Chi], optimizer:
     The kernel is that of the optimizer's coming step on this gradient, or the plain one before the first.
     """
     with trace(lm) as tracer:
-        uses, inner = exact.select(tracer, "full"), getattr(optimizer, "optimizer", optimizer)
+        inner = getattr(optimizer, "optimizer", optimizer)
         P = preconditioner(inner, tracer.trained, gradient) if inner is not None and inner.state else None
-        D = products.preconditioned(products.vjp(tracer, observed_side(tracer, probe), uses), P)
-        return products.jvp(tracer, updated_side(tracer, forward), D, uses)
+        sides = observed_side(tracer, probe), updated_side(tracer, forward)
+        problem = exact.Problem(tracer, exact.select(tracer, "full"), P, *sides)
+        return problem.jvp(problem.updated, problem.preconditioned(problem.vjp(problem.observed)))
 
 
 @contextlib.contextmanager

@@ -235,25 +235,26 @@ class Probe:
                 return replace(found, problem=f"no forces of single update tokens: {error}")
 
     def _blame(self, tracer: Tracer, update: Update) -> Blame:
-        """Σ over each blamed group, pulled back once, pushed over the update: one backward and one tangent pass a group."""
-        P, uses = steps_of(update.optimizer, tracer.trained), exact.select(tracer, "full")
+        """A vjp of each blamed group's sum and a jvp over the update, at the step's own diagonal."""
+        P = steps_of(update.optimizer, tracer.trained)
+        scope = exact.Scope(tracer, exact.select(tracer, "full"), P)
         sides = [updated_side(tracer, f, update.scale) for f in update.forwards]
         named = dict(tracer.model.named_parameters())
         grads = {name: p.grad for name, p in named.items() if p.grad is not None}
         forces, own, carried = dict[str, Tensor](), 0.0, 0.0
         for group in self.blamed:
-            D = products.vjp(tracer, observed_side(tracer, self.groups[group]), uses)
+            D = scope.vjp(observed_side(tracer, self.groups[group]))
             if group == self.blamed[0]:
                 own = sum(float(-(P[name] * grads[name] * x).double().sum()) for name, x in D.items() if name in grads)
                 moved = sum(float(((named[name].detach() - self._saved[name]) * x).double().sum()) for name, x in D.items())
                 carried = moved - own
             for name, x in D.items():
-                x *= P[name]
-            parts = [products.jvp(tracer, side, D, uses) for side in sides]
+                x *= P[name]  # in place: a direction is of the model's size
+            parts = [scope.jvp(side, D) for side in sides]
             forces[group] = torch.cat(parts).cpu() if parts else torch.zeros(0)
         first = forces[self.blamed[0]].double()
-        P_all = sum(tracer.params[name].numel() for name in P)
-        rounding = P_all**0.5 * torch.finfo(tracer.precision).eps * float(first.abs().sum())
+        n_params = sum(tracer.params[name].numel() for name in P)
+        rounding = n_params**0.5 * torch.finfo(tracer.precision).eps * float(first.abs().sum())
         return Blame(forces, float(first.sum()), rounding, own, carried)
 
 
