@@ -276,7 +276,9 @@ def test_a_monitored_training_has_a_page(tmp_path):
     near = alone["near"][0]
     assert payload["maps"][0]["values"][0] == pytest.approx(near.tolist(), rel=1e-4, abs=1e-5 * float(near.abs().max()))
     assert [kind["name"] for kind in payload["probe"]["types"]] == ["near", "far"]
-    result = CliRunner().invoke(app, ["report", str(tmp_path / "near-far")])
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "near-far"), "--follow"])
+    shown = " ".join(result.output.split())
+    assert shown.index("report.html") < shown.index("The training has ended (complete): there is nothing to follow")
     assert result.exit_code == 0 and "report.html" in result.output.replace("\n", ""), result.output + result.stderr
 
 
