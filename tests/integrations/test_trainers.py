@@ -388,7 +388,7 @@ def test_training_goes_on_where_tokdyn_cannot_start(build, probe, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_taken_folder_is_refused_before_training_and_overwritten_if_asked(build, probe, tmp_path):
-    """A run that is started again: refused at once, the trainer as it was; with overwrite=True the new records alone are there."""
+    """A run that is started again: refused, the trainer as it was; with overwrite=True the new records alone are there."""
     first = build("trainer")
     td.attach(first, out=tmp_path / "run", on_error="raise")
     first.train()
