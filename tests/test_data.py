@@ -370,7 +370,7 @@ def test_a_model_folder_that_is_absent_or_holds_none_is_said_in_a_sentence(tmp_p
         load_model(str(tmp_path))
     assert sentence(error)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="cannot load the folder .* as a causal language model") as error:
+    with pytest.raises(ValueError, match="cannot load the tokenizer of .*") as error:
         load_model(str(tmp_path))
     assert sentence(error)
 

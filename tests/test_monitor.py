@@ -1,5 +1,6 @@
 """Monitor: figures are what they say, and training is unmoved."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -254,6 +255,22 @@ def test_a_wrong_temperature_is_named():
 
 
 # ---------------------------------------------------------------- records on disk, options
+
+
+def test_a_folder_says_when_it_was_last_written(tmp_path):
+    """Every flush moves the time on, so that a training that writes no more can be told from one that runs."""
+    step_folder = importlib.import_module("tokdyn.training.step_folder")
+    _, _, monitor = train(sft, steps=1)
+    folder, seen = step_folder.Folder(tmp_path / "run", 0, {}), []
+    for hour in (1, 2):
+        about = folder.about | {"written": f"2000-01-01T0{hour}:00:00+00:00"}  # as of a run of long ago
+        (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+        assert step_folder.unwritten_for(records.read(tmp_path / "run")[0]) > 20 * 365 * 24 * 3600
+        folder.add(monitor.steps[0], every=1)
+        seen.append(step_folder.unwritten_for(records.read(tmp_path / "run")[0]))
+    assert all(-1 <= seconds < 3600 for seconds in seen)  # whole seconds are written
+    assert records.read(tmp_path / "run")[0]["status"] == "running"
+    assert step_folder.unwritten_for({"status": "running"}) is None
 
 
 def test_the_folder_holds_what_the_records_hold(tmp_path):

@@ -1,4 +1,4 @@
-"""What users' arguments mean, and which mean nothing; without torch, so that the command line refuses those at once."""
+"""What users' arguments mean, which mean nothing, and an error in words; without torch, so that the command line is quick."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+# what is not installed with tokdyn itself, and the extra that brings it
+EXTRAS = {"accelerate": "trl", "datasets": "trl", "matplotlib": "studies", "pandas": "dataframe", "peft": "trl",
+          "scipy": "studies", "sklearn": "studies", "trl": "trl"}  # fmt: skip
 METHODS = ("tangent", "naive", "none")  # of a profile
 UNITS = {"step": "nats after the step", "rate": "nats per unit learning rate"}
 PER = ("contexts", "tokens")
@@ -96,3 +99,27 @@ def check_view(unit: str, per: str) -> None:
         raise ValueError(f'unit must be "step" (nats after the step) or "rate" (per unit learning rate), got {unit!r}')
     if per not in PER:
         raise ValueError(f'per must be "contexts" (net of what cancels) or "tokens" (single ones), got {per!r}')
+
+
+def constants(pairs: list[str]) -> dict[str, float]:
+    """Parse --set options such as 'beta=0.1' into keyword arguments."""
+    found = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise ValueError(f"--set takes NAME=NUMBER, got {pair!r}") from None
+    return found
+
+
+def sentence(error: Exception) -> str:
+    """An error as a user reads it: a mistake (ValueError, OSError) says what it is, others with their kind."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        name = error.name.partition(".")[0]
+        what = f"'tokdyn[{EXTRAS[name]}]'" if name in EXTRAS else name
+        return f"this needs the package {name}, which is not installed: pip install {what}"
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError)) and text:
+        return text
+    return f"{type(error).__name__}{': ' if text else ''}{text[:500]} (tokdyn --debug shows where)"

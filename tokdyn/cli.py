@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ._arguments import sentence
 from ._version import __version__
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -24,9 +25,6 @@ probe_app = typer.Typer(no_args_is_help=True, help="Probe sets: responses watche
 app.add_typer(probe_app, name="probe")
 out_console, err_console = Console(highlight=False), Console(stderr=True, highlight=False)
 
-# what is not installed with tokdyn itself, and the extra that brings it
-EXTRAS = {"accelerate": "trl", "datasets": "trl", "matplotlib": "studies", "pandas": "dataframe", "peft": "trl",
-          "scipy": "studies", "sklearn": "studies", "trl": "trl"}  # fmt: skip
 _options = {"debug": False}  # of `tokdyn` itself, as `about` last read them
 DATA = "'demo', or a file with prompt/completion, prompt/chosen/rejected, messages …: .jsonl, .json, .csv (.gz) or .parquet"
 
@@ -70,23 +68,11 @@ def plain_errors() -> Iterator[None]:
         if _options["debug"]:
             err_console.print_exception()
         err_console.print("error:", style="bold red", end=" ")
-        err_console.print(_sentence(error), markup=False, soft_wrap=True)
+        err_console.print(sentence(error), markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         err_console.print("interrupted before there was anything to keep; nothing was written", style="yellow")
         raise typer.Exit(130) from None
-
-
-def _sentence(error: Exception) -> str:
-    """An error as a user reads it: a mistake (ValueError, OSError) says what it is, others with their kind."""
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        name = error.name.partition(".")[0]
-        what = f"'tokdyn[{EXTRAS[name]}]'" if name in EXTRAS else name
-        return f"this needs the package {name}, which is not installed: pip install {what}"
-    text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, OSError)) and text:
-        return text
-    return f"{type(error).__name__}{': ' if text else ''}{text[:500]} (tokdyn --debug shows where)"
 
 
 def _print_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -97,18 +83,6 @@ def _print_warning(message: Warning | str, category: type[Warning], *place: Any,
 
 def _note(text: str) -> None:
     err_console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
-
-
-def constants(pairs: list[str]) -> dict[str, float]:
-    """Parse --set options such as 'beta=0.1' into keyword arguments."""
-    found = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            raise ValueError(f"--set takes NAME=NUMBER, got {pair!r}") from None
-    return found
 
 
 Unit = Annotated[str, typer.Option(help="of what is printed: step, nats after the step; rate, per unit learning rate")]
@@ -150,7 +124,7 @@ def profile(
 
         # all that can be refused without torch, then without the model
         arguments.objective_name(objective, arguments.objective_names())
-        chosen = constants(set_ or [])
+        chosen = arguments.constants(set_ or [])
         arguments.check_eta(eta)
         arguments.check_method(method)
         arguments.size_in_bytes(memory)
@@ -217,12 +191,34 @@ def report(
 
         check_view(unit, per)
         if kind_of(run) == "training":
-            out_console.print(f"Page in {td.watch(run, steps=step, follow=follow)}", soft_wrap=True)
+            out_console.print(f"Page in {td.watch(run, steps=step)}", soft_wrap=True)
+            if follow:
+                _follow(run, step)
             return
         found = td.load(run)
         found.to_html(run / "report.html")
         out_console.print(summary(found.about, found.tokens, found.matrix, unit=unit, per=per))
         out_console.print(f"Page in {run / 'report.html'}")
+
+
+def _follow(run: Path, steps: list[int] | None) -> None:
+    """Write a training's page anew until the training has ended or Ctrl-C, and say so first."""
+    import tokdyn as td
+
+    from .training.step_folder import read, unwritten_for
+
+    about = read(run)[0]
+    if about.get("status") != "running":
+        out_console.print(f"The training has ended ({about.get('status')}): there is nothing to follow.")
+        return
+    since = unwritten_for(about)
+    ago = "" if since is None else f", records were last written {since / 60:.0f} min ago (one that was killed writes no more)"
+    out_console.print(f"The training runs{ago}. The page is written anew until it ends; Ctrl-C stops that.", soft_wrap=True)
+    try:
+        td.watch(run, steps=steps, follow=True)
+        out_console.print("The training has ended.")
+    except KeyboardInterrupt:
+        out_console.print("No longer followed; the page is as it was written last.")
 
 
 @probe_app.command("build")

@@ -62,6 +62,7 @@ class Monitor:
             tangent pass each, all in the token table as "on …". The first group when absent.
         tokenizer: for token texts in the tables.
         out: a new folder to write to (see training/step_folder.py).
+        overwrite: replace the records of an earlier training that lie there.
         on_error: "warn", or "raise" at the end of the step.
 
     Attributes:
@@ -91,6 +92,7 @@ class Monitor:
         blame: str | Sequence[str] | None = None,
         tokenizer: Any = None,
         out: str | Path | None = None,
+        overwrite: bool = False,
         on_error: str = "warn",
     ) -> None:
         if every < 1 or (probe_every or every) % every:
@@ -106,7 +108,7 @@ class Monitor:
         self.problems: list[tuple[int, str]] = []
         self._warned: set[str] = set()
         self.number, self.clip, self._c_scale = 0, 1.0, 1.0
-        self._ranks, self._out = ranks, out
+        self._ranks, self._out, self._overwrite = ranks, out, overwrite
         self._capture: Capture | None = None
         self._folder: Folder | None = None
         self._handles: list[Any] = []
@@ -142,7 +144,7 @@ class Monitor:
                 require_no_prefix(self._capture.outer)
             self.ranks = self._ranks if self._ranks is not None else distributed.averaging(self.model)
             if self._out is not None:
-                self._folder = Folder(Path(self._out), distributed.rank(), self._facts())
+                self._folder = Folder(Path(self._out), distributed.rank(), self._facts(), self._overwrite)
             self._capture.install()
             if hasattr(self.optimizer, "register_step_pre_hook"):
                 self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))

@@ -373,17 +373,39 @@ def test_the_trainer_is_itself_again_afterwards(build):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_training_goes_on_where_tokdyn_cannot_start(build, probe, tmp_path):
-    """A run that is started again finds its folder taken: the same training, one warning, the folder as it was."""
+    """The folder is taken once it is too late to refuse: the same training, one warning, the folder as it was."""
     without, trainer = build("trainer"), build("trainer")
     without.train()
+    monitor = td.attach(trainer, probe=probe, out=tmp_path / "run")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "taken").touch()
-    monitor = td.attach(trainer, probe=probe, out=tmp_path / "run")
     with pytest.warns(UserWarning, match="tokdyn is not attached: .* exists already"):
         trainer.train()
     assert logged(trainer) == logged(without)
     assert len(monitor.problems) == 1 and monitor.steps == []
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["taken"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_taken_folder_is_refused_before_training_and_overwritten_if_asked(build, probe, tmp_path):
+    """A run that is started again: refused, the trainer as it was; with overwrite=True the new records alone are there."""
+    first = build("trainer")
+    td.attach(first, out=tmp_path / "run", on_error="raise")
+    first.train()
+    (tmp_path / "run" / "report.html").touch()
+    again = build("trainer")
+    callbacks = list(again.callback_handler.callbacks)
+    with pytest.raises(FileExistsError, match="exists already: .*overwrite=True"):
+        td.attach(again, out=tmp_path / "run")
+    assert again.callback_handler.callbacks == callbacks and "train" not in vars(again)
+    monitor = td.attach(again, out=tmp_path / "run", every=2, overwrite=True, on_error="raise")
+    again.train()
+    _, tables = td.steps.read(tmp_path / "run")
+    assert sorted(tables["steps"]["step"].to_pylist()) == [step.step for step in monitor.steps]
+    assert not (tmp_path / "run" / "report.html").exists()
+    (tmp_path / "run" / "thesis.txt").touch()
+    with pytest.raises(FileExistsError, match="is not overwritten, it holds thesis.txt"):
+        td.attach(again, out=tmp_path / "run", overwrite=True)
 
 
 def test_anything_but_a_trainer_is_refused():

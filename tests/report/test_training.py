@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 
 import numpy as np
@@ -276,8 +277,23 @@ def test_a_monitored_training_has_a_page(tmp_path):
     near = alone["near"][0]
     assert payload["maps"][0]["values"][0] == pytest.approx(near.tolist(), rel=1e-4, abs=1e-5 * float(near.abs().max()))
     assert [kind["name"] for kind in payload["probe"]["types"]] == ["near", "far"]
-    result = CliRunner().invoke(app, ["report", str(tmp_path / "near-far")])
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "near-far"), "--follow"])
+    shown = " ".join(result.output.split())
+    assert shown.index("report.html") < shown.index("The training has ended (complete): there is nothing to follow")
     assert result.exit_code == 0 and "report.html" in result.output.replace("\n", ""), result.output + result.stderr
+
+
+def test_following_says_so_first_and_ends_with_the_training(tmp_path, monkeypatch):
+    """One page at once, one more after the training has ended; nobody waits twenty seconds here."""
+    about = {"format": 1, "kind": "training", "status": "running", "written": "2000-01-01T00:00:00+00:00"}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    monkeypatch.setattr("time.sleep", lambda _: (tmp_path / "run.json").write_text(json.dumps(about | {"status": "complete"})))
+    result = CliRunner().invoke(app, ["report", str(tmp_path), "--follow"])
+    shown = " ".join(result.output.split())
+    parts = ("report.html", "The training runs, records were last written", "until it ends", "The training has ended")
+    places = [shown.index(part) for part in parts]
+    assert result.exit_code == 0 and places == sorted(places), result.output + result.stderr
+    assert "complete training" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_folders_that_hold_no_training(tmp_path):

@@ -254,6 +254,7 @@ def _prose(
     return {
         "model": model.get("name") or "a model",
         "status": status,
+        "written": str(about.get("written") or "").replace("T", " ").replace("+00:00", " UTC"),
         "refresh": REFRESH if status == "running" else None,
         "last": f"{last:,}",
         "recorded": len(recorded),
