@@ -94,7 +94,9 @@ def shrunk(config: Any, kind: str, given: dict[str, Any] | None = None) -> dict[
             found[name] = None
         elif name in SIZES and value is not None and name not in aliases:
             found[name] = SIZES[name]
-        elif name in ("layer_types", "layers_block_type", "block_types", "mlp_layer_types") and isinstance(value, (list, tuple)):
+        elif name in ("layer_types", "layers_block_type", "block_types", "mlp_layer_types") and isinstance(
+            value, (list, tuple)
+        ):
             each = list(dict.fromkeys(value))  # every type once, the last one twice
             found[name] = (each + each)[: max(LAYERS, len(each))]
     types = [name for name in found if name in ("layer_types", "layers_block_type")]
@@ -287,7 +289,7 @@ def table(rows: dict[str, dict[str, Any]], what: str) -> list[str]:
     """The rows as Markdown: those that ran, then those that did not."""
     ran = {name: row for name, row in rows.items() if "seconds naive" in row}
     lines = [
-        f"| {what} | matrix | reduce=\"update\" | reduce=\"observe\" | tensors by rule | s, naive | s, all three |",
+        f'| {what} | matrix | reduce="update" | reduce="observe" | tensors by rule | s, naive | s, all three |',
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in ran.items():
@@ -326,7 +328,11 @@ def versions() -> dict[str, str]:
     import peft
     import transformers
 
-    return {"transformers": transformers.__version__, "peft": peft.__version__, "torch": str(torch.__version__).partition("+")[0]}
+    return {
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "torch": str(torch.__version__).partition("+")[0],
+    }
 
 
 def main() -> None:

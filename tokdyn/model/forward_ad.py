@@ -28,9 +28,25 @@ from .attention import ATTENTION, register
 def traceable(model: nn.Module) -> Iterator[None]:
     """Let a model run under torch.func, jvp included, inside the block."""
     implementations = _implementations(model, attention=_traceable_attention(model), experts="eager")
-    attention = sdpa_kernel(SDPBackend.MATH)  # of modules that call scaled_dot_product_attention themselves
-    with implementations, attention, _forward_derivatives(model), _parameter_adapters(model), _IgnoreRequiresGrad():
+    with (
+        implementations,
+        _DerivativesOfAttention(),
+        _forward_derivatives(model),
+        _parameter_adapters(model),
+        _IgnoreRequiresGrad(),
+    ):
         yield
+
+
+class _DerivativesOfAttention(TorchFunctionMode):
+    """Modules that call scaled_dot_product_attention themselves get the form that has a jvp, in the fused one's memory layout."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        with sdpa_kernel(SDPBackend.MATH):
+            found = func(*args, **(kwargs or {}))
+        return found.transpose(-3, -2).contiguous().transpose(-3, -2) if found.dim() == 4 else found
 
 
 class _IgnoreRequiresGrad(TorchFunctionMode):
