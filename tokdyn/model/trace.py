@@ -102,6 +102,7 @@ class Tracer:
         """Logits that score each token of the batch, differentiable in `params` (a part of the parameters, by any name)."""
 
         def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            _require_every_position(batch, args[0])
             return (args[0].flatten(0, -2)[batch.rows.to(args[0].device)][None],)
 
         return self._run(batch, params, select).flatten(0, -2)
@@ -111,6 +112,7 @@ class Tracer:
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            _require_every_position(batch, args[0])
             kept.append(args[0].flatten(0, -2)[batch.rows.to(args[0].device)])
             return (args[0][..., :1, :] * 0,)  # the readout still runs, on one row instead of all
 
@@ -236,6 +238,20 @@ class Tracer:
     def readout_bound(self) -> float:
         """See `readout_residual`."""
         return torch.finfo(self.dtype).eps ** 0.5
+
+
+def _require_every_position(batch: Batch, h: Tensor) -> None:
+    """Raise unless the readout is given one hidden state for each position of the batch, [B, T, d] or [B·T, d].
+
+    Raises:
+        ValueError: it is given others: which of them scores which token is then unknown.
+    """
+    B, T = batch.ids.shape
+    if h.shape[:-1].numel() != B * T:
+        raise ValueError(
+            f"the readout is given hidden states {list(h.shape)} for sequences of [B, T]={[B, T]}: a model that returns the last "
+            "place's logits alone, or whose prompt tuning puts virtual tokens in front, cannot be traced"
+        )
 
 
 def finite_stats(batch: Batch, logits: Float[Tensor, "N V"]) -> TokenStats:
