@@ -48,8 +48,12 @@ def reduce(unscored: UnscoredProblem, method: str, over: Reduction) -> tuple[Ten
     "tangent" is a vjp and a jvp ("fd" with real steps for the jvp), which score both sides on their way, or the closed form of
     a readout that moves alone; "naive" and "ch2" add up the matrix.
     """
+    label = "autograd"
     if method == "tangent" and not unscored.moves_readout_alone:
-        return *unscored.reduced(over), {}
+        try:
+            return *unscored.reduced(over), {}
+        except NotImplementedError as error:  # an operator without a forward derivative, as quantised layers have
+            method, label = "fd", f"finite differences ({_first_line(error)})"
     problem = unscored.scored()
     if method in ("tangent", "fd"):
         if method == "tangent" and problem.readout_is_closed:
@@ -57,7 +61,7 @@ def reduce(unscored: UnscoredProblem, method: str, over: Reduction) -> tuple[Ten
         source, sink = (problem.updated, problem.observed) if over == "update" else (problem.observed, problem.updated)
         direction = problem.preconditioned(problem.vjp(source))
         move = problem.jvp if method == "tangent" else partial(finite_difference.jvp, problem)
-        return move(sink, direction), problem, {}
+        return move(sink, direction), problem, dict.fromkeys(problem.uses, label)
     F = problem.empty()
     coverage = choose(problem, method)(problem, F)
     return F.sum(1 if over == "update" else 0), problem, coverage
@@ -68,16 +72,25 @@ def structured(
 ) -> Coverage:
     """F [M, L] into out: the readout in closed form, the backbone by the cheaper of sweep and tangents; see Fill.
 
-    Where a module is beyond the rules it is one vjp and one jvp per token, and the coverage says why.
+    Where a module is beyond the rules it is one vjp and one jvp per token, where an operator has no forward derivative one gradient
+    per token of both sides; the coverage says why.
     """
     try:
         p, F = planned(problem), out
         if len(p.observed) < len(p.updated):  # as both engines take it; weighed as they take it
             p, F = p.transposed(), out.T
         return _cheaper(p, memory)(p, F, memory=memory, progress=progress)
-    except Unsupported as reason:
+    except (Unsupported, NotImplementedError) as error:
+        reason = _first_line(error)
+    try:
         coverage = per_direction.fill(problem, out, memory=memory, progress=progress)
-        return {use: f"{label} ({reason})" for use, label in coverage.items()}
+    except NotImplementedError as error:
+        coverage, reason = naive.fill(problem, out, memory=memory, progress=progress), _first_line(error)
+    return {use: f"{label} ({reason})" for use, label in coverage.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).partition("\n")[0]
 
 
 def _cheaper(p: PlannedProblem, memory: int) -> Fill:

@@ -105,8 +105,14 @@ def _say_eager(model: str, why: str) -> None:
 
 @contextlib.contextmanager
 def _forward_derivatives(model: nn.Module) -> Iterator[None]:
-    """Give old-style autograd functions, which have only a backward, a jvp: those in the files of the model's modules."""
+    """Give old-style autograd functions, which have only a backward, a jvp.
+
+    They are those in the files of the model's modules, and, of packages other than torch and transformers, in all files
+    (bitsandbytes keeps its functions apart from its modules).
+    """
     files = {type(module).__module__ for module in model.modules()}
+    packages = {name.partition(".")[0] for name in files} - {"torch", "transformers", "tokdyn", "builtins", "__main__"}
+    files |= {name for name in list(sys.modules) if name.partition(".")[0] in packages and sys.modules[name] is not None}
     classes = {value for name in files for value in vars(sys.modules[name]).values() if isinstance(value, type)}
     old_style = [f for f in classes if issubclass(f, torch.autograd.Function) and _is_old_style(f)]
     try:

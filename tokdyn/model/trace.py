@@ -28,6 +28,7 @@ from .forward_ad import traceable
 from .hooks import hooked
 from .readout import output_embeddings, traced_readout
 from .unroll import GraphRecorder, Place, ReplaceInput, ReplaceOutput, Unrolled
+from .unwrap import is_plain
 from .usage import Chain, parameter_uses
 
 Parameters = Mapping[str, Tensor]
@@ -40,6 +41,7 @@ class Tracer:
         model: the causal LM.
         params: every parameter under every name it has, detached; tied tensors appear under each of their names.
         owner: for each of those names the first name of the same tensor.
+        opaque: parameters that are no plain floating-point tensors (quantised weights), which stay in the model as they are.
         trainable: the first names of the tensors that require a gradient.
         readout: the readout.
         device, dtype: of the readout's weight, where logits and hidden states are.
@@ -49,7 +51,11 @@ class Tracer:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        named = list(model.named_parameters(remove_duplicate=False))
+        every = list(model.named_parameters(remove_duplicate=False))
+        self.opaque = frozenset(name for name, p in every if not is_plain(p))
+        if moving := [name for name, p in every if name in self.opaque and p.requires_grad]:
+            raise ValueError(f"parameter {moving[0]} is quantised and requires a gradient: only frozen weights may be quantised")
+        named = [(name, p) for name, p in every if name not in self.opaque]
         first: dict[int, str] = {}
         self.owner = {name: first.setdefault(id(p), name) for name, p in named}
         self.params = {name: p.detach() for name, p in named}
