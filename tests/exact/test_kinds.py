@@ -56,7 +56,7 @@ def test_kinds(kind):
 
 @pytest.mark.parametrize("how", ["dora", "loha"])
 def test_adapters(how):
-    """DoRA runs an identity through its adapters for a norm that counts as constant; LoHa's backward gives None for its scale."""
+    """DoRA runs an identity through its adapters for a norm that is constant; LoHa's backward gives None for its scale."""
     targets = dict(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", r=4)
     config = peft.LoraConfig(use_dora=True, **targets) if how == "dora" else peft.LoHaConfig(**targets)
     torch.manual_seed(0)

@@ -132,11 +132,12 @@ def test_scale_and_softcap_are_measured_in_every_family(family):
 
 def built(kind, **shape):
     """A tiny model of a kind beyond FAMILIES."""
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, intermediate_size=48,
-        max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None, tie_word_embeddings=False,
-        **({"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8} if kind == "MiniCPM3" else {}), **shape,
-    )  # fmt: skip
+    ranks = (
+        dict(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8) if kind == "MiniCPM3" else {}
+    )
+    sizes = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
+    sizes |= dict(intermediate_size=48, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = getattr(transformers, f"{kind}Config")(tie_word_embeddings=False, **sizes, **ranks, **shape)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config)
 

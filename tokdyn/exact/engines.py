@@ -72,8 +72,8 @@ def structured(
 ) -> Coverage:
     """F [M, L] into out: the readout in closed form, the backbone by the cheaper of sweep and tangents; see Fill.
 
-    Where a module is beyond the rules it is one vjp and one jvp per token, where an operator has no forward derivative one gradient
-    per token of both sides; the coverage says why.
+    Where a module is beyond the rules it is one vjp and one jvp per token, where an operator has no forward derivative one
+    gradient per token of both sides; the coverage says why.
     """
     try:
         p, F = planned(problem), out

@@ -54,7 +54,9 @@ class Tracer:
         every = list(model.named_parameters(remove_duplicate=False))
         self.opaque = frozenset(name for name, p in every if not is_plain(p))
         if moving := [name for name, p in every if name in self.opaque and p.requires_grad]:
-            raise ValueError(f"parameter {moving[0]} is quantised and requires a gradient: only frozen weights may be quantised")
+            raise ValueError(
+                f"parameter {moving[0]} is quantised and requires a gradient: only frozen weights may be quantised"
+            )
         named = [(name, p) for name, p in every if name not in self.opaque]
         first: dict[int, str] = {}
         self.owner = {name: first.setdefault(id(p), name) for name, p in named}
@@ -255,8 +257,8 @@ def _require_every_position(batch: Batch, h: Tensor) -> None:
     B, T = batch.ids.shape
     if h.shape[:-1].numel() != B * T:
         raise ValueError(
-            f"the readout is given hidden states {list(h.shape)} for sequences of [B, T]={[B, T]}: a model that returns the last "
-            "place's logits alone, or whose prompt tuning puts virtual tokens in front, cannot be traced"
+            f"the readout is given hidden states {list(h.shape)} for sequences of [B, T]={[B, T]}: a model that returns "
+            "the last place's logits alone, or whose prompt tuning puts virtual tokens in front, cannot be traced"
         )
 
 

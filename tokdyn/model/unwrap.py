@@ -69,7 +69,7 @@ def is_sharded(p: Tensor) -> bool:
 
 
 def is_plain(p: Tensor) -> bool:
-    """Whether a parameter is an ordinary floating-point tensor, or one of those spread over ranks; quantised weights are not."""
+    """Whether a parameter is an ordinary floating-point tensor, or one spread over ranks; quantised weights are not."""
     return p.is_floating_point() and (type(p) in (Tensor, nn.Parameter) or is_sharded(p))
 
 

@@ -122,7 +122,7 @@ class Plan:
         return h.detach(), [call.detached() for call in calls]
 
     def used(self, calls: Sequence[Call]) -> list[Call]:
-        """The calls of a whole pass that the readout's input depends on; the sweep, which goes by the graph, meets no others."""
+        """The calls of a whole pass that the readout's input depends on: the sweep, going by the graph, meets no others."""
         if not self.unused:
             return list(calls)
         times: Counter[str] = Counter()
