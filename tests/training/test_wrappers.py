@@ -1,19 +1,20 @@
 """Models as trainings wrap them: checkpointing, adapters, torch.compile; what cannot be captured is refused by name."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from captures import ROUNDING, captured, data, one
 from loops import EPS
 from torch.nn.functional import cross_entropy
 
-from tokdyn.model.readout import scale_and_cap
-from tokdyn.model.trace import Tracer
+from tokdyn.model import readout
+from tokdyn.model.readout import readout_of
+from tokdyn.model.readout_scale import Scaling, measured_scaling
 from tokdyn.model.unwrap import unwrap
-from tokdyn.testing import tiny, tiny_lora
+from tokdyn.testing import FAMILIES, tiny, tiny_lora
 from tokdyn.training.capture import Capture
+from tokdyn.training.diagnosis import failed_self_check
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -85,22 +86,67 @@ def test_compiled_models():
 
 
 @pytest.mark.parametrize(
-    "names, scale, cap",
-    [
-        (dict(logit_scale=0.5), 0.5, None),
-        (dict(logits_scaling=4.0, model_type="granite"), 0.25, None),
-        (dict(logits_scaling=4.0, model_type="hyperclovax"), 4.0, None),
-        (dict(output_multiplier=3.0), 3.0, None),
-        (dict(lm_head_multiplier=3.0, final_logit_softcapping=30.0), 3.0, 30.0),
-        (dict(logit_scale=None, logits_soft_cap=20.0), 1.0, 20.0),
-    ],
+    "kind, shape, scale", [("MiniCPM3", dict(dim_model_base=4), 0.125), ("HyperCLOVAX", dict(logits_scaling=4.0), 4.0)]
 )
-def test_every_name_of_a_scale_and_a_softcap(names, scale, cap):
-    """As a capture reads them and as a trace does."""
-    model = tiny("llama")
-    model.config = SimpleNamespace(**names)
-    readout = Tracer(model).readout
-    assert scale_and_cap(model) == (readout.scale, readout.softcap) == (scale, cap)
+def test_c_where_hidden_states_or_logits_are_scaled(kind, shape, scale):
+    """c of a mean over 15 tokens is 1/15; MiniCPM3 scales before its head, by a configuration that reads like Granite's."""
+    ids, labels = data()
+    model = built(kind, **shape)
+    before = scale if kind == "MiniCPM3" else 1.0
+    measured = measured_scaling(model)
+    assert (
+        measured.softcap is None
+        and measured.before == pytest.approx(before)
+        and measured.scale == pytest.approx(scale / before)
+    )
+    forward = one(model, lambda m: m(ids, labels=labels).loss)
+    torch.testing.assert_close(forward.c, torch.full((15,), 1 / 15), rtol=100 * EPS, atol=0)
+    assert forward.residual < ROUNDING and forward.readout_error < ROUNDING and failed_self_check([forward]) is None
+    whole = readout_of(model, False)  # of the backbone's output, as a fused loss takes it
+    with torch.no_grad():
+        h = model.model(ids).last_hidden_state
+        torch.testing.assert_close(whole.logits(h.flatten(0, 1)), model(ids).logits.flatten(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_that_is_not_the_models_fails_the_self_check(monkeypatch):
+    """With nearly uniform logits c off by 8 explains the gradient: Wᵀ(e_y - pi) hardly depends on the logits' scale."""
+    ids, labels = data()
+    model = built("MiniCPM3", dim_model_base=4)
+    for p in model.parameters():
+        p.data.mul_(1e-3 if p.dim() == 2 else 1.0)
+    monkeypatch.setattr(readout, "measured_scaling", lambda lm: Scaling(1.0, 0.125, None))
+    forward = one(model, lambda m: m(ids, labels=labels).loss)
+    assert forward.residual < forward.eps**0.5  # passes, and c is wrong
+    assert float((forward.c - 1 / 15).abs().min()) > 0.05
+    assert "logits differ" in failed_self_check([forward])[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scale_and_softcap_are_measured_in_every_family(family):
+    """The logits of every family, from its configuration: what is measured gives them from the head's input."""
+    found = measured_scaling(tiny(family, tied=None))
+    config = tiny(family, tied=None).config
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+    assert found == Scaling(1.0, pytest.approx(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def built(kind, **shape):
+    """A tiny model of a kind beyond FAMILIES."""
+    ranks = (
+        dict(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8) if kind == "MiniCPM3" else {}
+    )
+    sizes = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
+    sizes |= dict(intermediate_size=48, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = getattr(transformers, f"{kind}Config")(tie_word_embeddings=False, **sizes, **ranks, **shape)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def test_nothing_is_set_on_a_model_that_is_measured():
+    model = tiny("gemma2")
+    before = {name: (dict(vars(module)), dict(module._modules)) for name, module in model.named_modules()}
+    measured_scaling(model)
+    assert all(before[name] == (vars(module), module._modules) for name, module in model.named_modules())
 
 
 def test_a_model_without_readout_is_refused():

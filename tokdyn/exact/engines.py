@@ -75,8 +75,9 @@ def structured(
 ) -> Coverage:
     """F [M, L] into out: the readout in closed form, the backbone by the cheaper of sweep and tangents; see Fill.
 
-    Where a module is beyond the rules it is one vjp and one jvp per token, and the coverage says why. Where tangents cannot be
-    trusted it is the sweep, whose sum is then compared with two backward passes.
+    Where a module is beyond the rules it is one vjp and one jvp per token, where an operator has no forward derivative one
+    gradient per token of both sides; the coverage says why. Where tangents cannot be trusted it is the sweep, whose sum is then
+    compared with two backward passes.
     """
     doubtful = bool(problem.tracer.why_not_tangents(problem.uses))
     try:
@@ -88,9 +89,17 @@ def structured(
         coverage = sweep.fill(p, F, memory=memory, progress=progress)
         _require_sum(problem, out)
         return coverage
-    except Unsupported as reason:
+    except (Unsupported, NotImplementedError) as error:
+        reason = _first_line(error)
+    try:
         coverage = per_direction.fill(problem, out, memory=memory, progress=progress)
-        return {use: f"{label} ({reason})" for use, label in coverage.items()}
+    except NotImplementedError as error:
+        coverage, reason = naive.fill(problem, out, memory=memory, progress=progress), _first_line(error)
+    return {use: f"{label} ({reason})" for use, label in coverage.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).partition("\n")[0]
 
 
 def _require_sum(problem: Problem, F: Float[Tensor, "M L"]) -> None:

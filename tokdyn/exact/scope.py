@@ -83,7 +83,8 @@ class Scope:
                 return rules.get(use, "autograd")
             return f"outside scope {name!r}" if tensor in self.tracer.trainable else "frozen"
 
-        return {use: rule(use, tensor) for use, tensor in self.tracer.owner.items()}
+        found = {use: rule(use, tensor) for use, tensor in self.tracer.owner.items()}
+        return found | dict.fromkeys(self.tracer.opaque, "frozen")
 
     def vjp(self, side: Side) -> Direction:
         """Σ_n J_nᵀ Γ_n, without P."""

@@ -1,8 +1,8 @@
 """What lets a model run under torch.func and forward-mode AD for as long as it is traced.
 
-Fused attention and grouped matrix products have no jvp, some custom autograd functions have only a backward, PEFT's adapters of
-parameters write in their forward pass, and gradient checkpointing sets requires_grad in it. Each context manager here changes one
-of these and puts it back on exit, also after an error.
+Fused attention and grouped matrix products have no jvp, some custom autograd functions have only a backward, PEFT's adapters
+of parameters write in their forward pass, and gradient checkpointing sets requires_grad in it. Each context manager here changes
+one of these and puts it back on exit, also after an error.
 """
 
 from __future__ import annotations
@@ -33,9 +33,25 @@ def traceable(model: nn.Module, attention: str | None = None) -> Iterator[None]:
     attention: transformers' name for it; None takes `traceable_attention`.
     """
     implementations = _implementations(model, attention=attention or traceable_attention(model), experts="eager")
-    kernel = sdpa_kernel(SDPBackend.MATH)  # the one with a jvp, for modules that call scaled_dot_product_attention themselves
-    with implementations, kernel, _forward_derivatives(model), _parameter_adapters(model), _IgnoreRequiresGrad():
+    with (
+        implementations,
+        _DerivativesOfAttention(),
+        _forward_derivatives(model),
+        _parameter_adapters(model),
+        _IgnoreRequiresGrad(),
+    ):
         yield
+
+
+class _DerivativesOfAttention(TorchFunctionMode):
+    """Modules that call scaled_dot_product_attention themselves get the form with a jvp, in the fused one's memory layout."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        with sdpa_kernel(SDPBackend.MATH):
+            found = func(*args, **(kwargs or {}))
+        return found.transpose(-3, -2).contiguous().transpose(-3, -2) if found.dim() == 4 else found
 
 
 class _IgnoreRequiresGrad(TorchFunctionMode):
@@ -111,8 +127,14 @@ def _say_eager(model: str, why: str) -> None:
 
 @contextlib.contextmanager
 def _forward_derivatives(model: nn.Module) -> Iterator[None]:
-    """Give old-style autograd functions, which have only a backward, a jvp: those in the files of the model's modules."""
+    """Give old-style autograd functions, which have only a backward, a jvp.
+
+    They are those in the files of the model's modules, and, of packages other than torch and transformers, in all files
+    (bitsandbytes keeps its functions apart from its modules).
+    """
     files = {type(module).__module__ for module in model.modules()}
+    packages = {name.partition(".")[0] for name in files} - {"torch", "transformers", "tokdyn", "builtins", "__main__"}
+    files |= {name for name in list(sys.modules) if name.partition(".")[0] in packages and sys.modules[name] is not None}
     classes = {value for name in files for value in vars(sys.modules[name]).values() if isinstance(value, type)}
     old_style = [f for f in classes if issubclass(f, torch.autograd.Function) and _is_old_style(f)]
     try:

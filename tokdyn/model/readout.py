@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..kernels.readout_forces.reference import readout_logits
+from .readout_scale import measured_scaling
 from .unwrap import base_layer, whole
 
 
@@ -105,7 +106,8 @@ def readout_of(lm: nn.Module, adapted: bool) -> Readout:
 
     Args:
         lm: the causal LM; every rank must ask where its readout is sharded.
-        adapted: add the deltas of the adapters that are active on the output embeddings.
+        adapted: the pass calls the head's module: add the deltas of the adapters that are active on it. Otherwise hidden states
+            are the backbone's.
 
     Raises:
         ValueError: its weight is empty (ZeRO-3 keeps it elsewhere between the calls of its module).
@@ -118,11 +120,23 @@ def readout_of(lm: nn.Module, adapted: bool) -> Readout:
             weight = weight + whole(head.get_delta_weight(name)) if name in head.lora_A else weight
     if weight.numel() == 0:
         raise ValueError("the output embedding is empty here (DeepSpeed ZeRO-3 keeps it elsewhere): use ZeRO-2 or FSDP2")
-    return Readout(weight, None if bias is None else whole(bias), *scale_and_cap(lm), "", None, ())
+    return Readout(weight, None if bias is None else whole(bias), *scale_and_cap(lm, not adapted), "", None, ())
 
 
-def scale_and_cap(lm: nn.Module) -> tuple[float, float | None]:
-    """Scale and softcap of the logits, as the configuration names them."""
+def scale_and_cap(lm: nn.Module, from_backbone: bool = False) -> tuple[float, float | None]:
+    """Scale and softcap of the logits, measured (readout_scale.py), or as the configuration names them where that fails.
+
+    from_backbone: of W times the backbone's output, for losses that do not call the head's module: what a family does to hidden
+        states before the head (MiniCPM3) is then part of the scale.
+    """
+    found = measured_scaling(lm)
+    if found is None:
+        return _named_scale_and_cap(lm)
+    return found.scale * (found.before if from_backbone else 1.0), found.softcap
+
+
+def _named_scale_and_cap(lm: nn.Module) -> tuple[float, float | None]:
+    """Scale and softcap of the logits by the names that families give them."""
     config: Any = getattr(lm, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = 1.0

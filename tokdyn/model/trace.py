@@ -30,6 +30,7 @@ from .forward_ad import traceable
 from .hooks import hooked
 from .readout import output_embeddings, traced_readout
 from .unroll import GraphRecorder, Place, ReplaceInput, ReplaceOutput, Unrolled
+from .unwrap import is_plain
 from .usage import Chain, parameter_uses
 
 Parameters = Mapping[str, Tensor]
@@ -42,6 +43,7 @@ class Tracer:
         model: the causal LM.
         params: every parameter under every name it has, detached; tied tensors appear under each of their names.
         owner: for each of those names the first name of the same tensor.
+        opaque: parameters that are no plain floating-point tensors (quantised weights), which stay in the model as they are.
         trainable: the first names of the tensors that require a gradient.
         readout: the readout.
         device, dtype: of the readout's weight, where logits and hidden states are.
@@ -52,7 +54,13 @@ class Tracer:
 
     def __init__(self, model: nn.Module, found: checks.Found | None = None) -> None:
         self.model, self.found = model, found or checks.Found()
-        named = list(model.named_parameters(remove_duplicate=False))
+        every = list(model.named_parameters(remove_duplicate=False))
+        self.opaque = frozenset(name for name, p in every if not is_plain(p))
+        if moving := [name for name, p in every if name in self.opaque and p.requires_grad]:
+            raise ValueError(
+                f"parameter {moving[0]} is quantised and requires a gradient: only frozen weights may be quantised"
+            )
+        named = [(name, p) for name, p in every if name not in self.opaque]
         first: dict[int, str] = {}
         self.owner = {name: first.setdefault(id(p), name) for name, p in named}
         self.params = {name: p.detach() for name, p in named}
@@ -144,6 +152,7 @@ class Tracer:
         """Logits that score each token of the batch, differentiable in `params` (a part of the parameters, by any name)."""
 
         def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            _require_every_position(batch, args[0])
             return (args[0].flatten(0, -2)[batch.rows.to(args[0].device)][None],)
 
         return self._run(batch, params, select).flatten(0, -2)
@@ -153,6 +162,7 @@ class Tracer:
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            _require_every_position(batch, args[0])
             kept.append(args[0].flatten(0, -2)[batch.rows.to(args[0].device)])
             return (args[0][..., :1, :] * 0,)  # the readout still runs, on one row instead of all
 
@@ -281,6 +291,20 @@ class Tracer:
     def readout_bound(self) -> float:
         """See `readout_residual`."""
         return torch.finfo(self.dtype).eps ** 0.5
+
+
+def _require_every_position(batch: Batch, h: Tensor) -> None:
+    """Raise unless the readout is given one hidden state for each position of the batch, [B, T, d] or [B·T, d].
+
+    Raises:
+        ValueError: it is given others: which of them scores which token is then unknown.
+    """
+    B, T = batch.ids.shape
+    if h.shape[:-1].numel() != B * T:
+        raise ValueError(
+            f"the readout is given hidden states {list(h.shape)} for sequences of [B, T]={[B, T]}: a model that returns "
+            "the last place's logits alone, or whose prompt tuning puts virtual tokens in front, cannot be traced"
+        )
 
 
 def finite_stats(batch: Batch, logits: Float[Tensor, "N V"]) -> TokenStats:

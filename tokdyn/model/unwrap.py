@@ -83,6 +83,11 @@ def is_sharded(p: Tensor) -> bool:
     return module is not None and isinstance(p, module.DTensor)
 
 
+def is_plain(p: Tensor) -> bool:
+    """Whether a parameter is an ordinary floating-point tensor, or one spread over ranks; quantised weights are not."""
+    return p.is_floating_point() and (type(p) in (Tensor, nn.Parameter) or is_sharded(p))
+
+
 def backbone(lm: nn.Module) -> nn.Module | None:
     """The module whose output the readout takes (base_model in transformers), or None where the model names none."""
     inner = getattr(lm, "base_model", None)

@@ -37,7 +37,7 @@ class _Uses(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, owner: Mapping[str, str]) -> None:
         super().__init__()
-        self.first_name = {id(p): owner[name] for name, p in model.named_parameters(remove_duplicate=False)}
+        self.first_name = {id(p): owner[name] for name, p in model.named_parameters(remove_duplicate=False) if name in owner}
         self.inside = {name: {id(p) for p in module.parameters()} for name, module in model.named_modules()}
         self.running: list[str] = []
         self.found: dict[str, set[Chain]] = {}

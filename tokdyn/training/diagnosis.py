@@ -77,6 +77,10 @@ def failed_self_check(forwards: Sequence[Forward]) -> tuple[str, str] | None:
     """
     if any(not math.isfinite(f.check.total) for f in forwards if f.check.sampled or f.check.unscored):
         return ("the gradient at the hidden states is not finite: the loss overflowed or holds NaN", "not finite")
+    for f in forwards:
+        if f.readout_error > max(f.eps**0.5, 1e-6):
+            cause = f"the model's logits differ by {f.readout_error:.2g} from softcap(scale (W h + b)) of its hidden states"
+            return f"c rests on a readout that is not the model's: {cause}", cause
     bad = [f for f in forwards if f.residual > max(f.eps**0.5, 1e-6)]
     if not bad:
         return None

@@ -74,7 +74,7 @@ class Forward:
         vocabulary: V. moments: Σ pi² (log pi + H) and Σ pi² (log pi + H)², [N, 2], where there is an entropy term.
         check: the self-check against ∂L/∂h.
         eps: unit roundoff of the pass, bfloat16's under autocast. log_prob_error: largest difference between the log-probs of
-            the output and ours.
+            the output and ours. readout_error: of its logits from softcap(scale (W h + b)), relative.
         metadata: what the training loop said about the pass. micro_batch: its number in the step.
         superseded: its loss went through `tap`, which made a record of its own. touched: which tokens got a gradient, where
             nobody said which are scored.
@@ -98,6 +98,7 @@ class Forward:
     check: Check = Check()
     eps: float = 0.0
     log_prob_error: float = 0.0
+    readout_error: float = 0.0
     metadata: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = 0
     superseded: bool = False

@@ -224,11 +224,23 @@ class Recorder:
         if raw is not None and raw.shape == logits.shape and softcap is None:
             target, self.logit_scale = raw, scale
         flat, rows = logits.detach().reshape(-1, logits.shape[-1]), self.scored.rows
-        self._begin("logits", 1, stats_of_logits(flat, rows, self.scored.targets, self.scored.temperature))
+        forward = self._begin("logits", 1, stats_of_logits(flat, rows, self.scored.targets, self.scored.temperature))
+        forward.readout_error = self._readout_error(flat)
         if not checked:
             self.sample = _sample(len(rows), rows.device, min(SAMPLE, max(1, SAMPLED_LOGITS // flat.shape[1])))
             self.sampled_logits = flat[rows[self.sample]].float()
         target.register_hook(self.on_logits_grad)
+
+    def _readout_error(self, flat: Float[Tensor, "R V"]) -> float:
+        """How far logits are from softcap(scale (W h + b)) on a few tokens, relative: c, and its check, rest on that form."""
+        states = self._states()
+        if states is None or not len(states):
+            return 0.0
+        few = _sample(len(states), states.device, max(1, min(SAMPLE, SAMPLED_LOGITS // flat.shape[1])))
+        z = flat[self.scored.rows[few]].float()
+        readout = self.seen.readout()
+        own = readout.logits(states[few].to(readout.weight.dtype)).float()
+        return float((own - z).norm() / z.norm()) if own.shape == z.shape else float("inf")
 
     def _begin(self, route: str, columns: int, stats: TokenStats | None = None) -> Forward:
         """The record with the statistics of its tokens, and the basis of its check with so many columns (c; v; u)."""

@@ -71,7 +71,7 @@ def _side_tracers(p: PlannedProblem) -> tuple[SideTracer, SideTracer]:
     """Of both sides, one sequence at a time."""
     o, u = p.singles
     ids = o.ids(p.tracer.device), u.ids(p.tracer.device)
-    return SideTracer(p.tracer, p.fused_plan, o, ids[1]), SideTracer(p.tracer, p.fused_plan, u, ids[0])
+    return SideTracer(p.tracer, p.fused_plan, o, ids[1], used=True), SideTracer(p.tracer, p.fused_plan, u, ids[0], used=True)
 
 
 def _traced(side: SideTracer, block: Tokens, with_calls: bool) -> list[tuple[TracedBatch, slice]]:

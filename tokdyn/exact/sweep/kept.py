@@ -84,6 +84,8 @@ def layout(strips: list[Strip], depth: int) -> Kept:
         calls_of.setdefault(name, []).append(i)
     kept: Kept = {}
     for name, inside in calls_of.items():
+        if len(rules[name].shapes) != len(inside):
+            raise Unsupported(DIFFERENT_MODULES)
         if rules[name].prefers_direction(strips[0].half):
             kept[name] = [Block(first, (last - first, rules[name].size))]
             continue

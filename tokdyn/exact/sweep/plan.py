@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -13,6 +14,7 @@ from ...model.trace import Tracer
 from ...model.unroll import Place, Unrolled
 from ...sequences import Batch
 from ..errors import NotReplayable, Unsupported
+from ..graph import depth_of, depths
 from ..modules.base import Rule
 from ..modules.choose import rule_for
 from ..modules.fused import Fused, Fusion
@@ -43,6 +45,8 @@ class Plan:
         norms: moving modules whose cotangent has a closed form.
         fusions: moving linear layers that go as one.
         copied: moving modules whose outputs the model writes to in place.
+        unused: calls on which the readout's input does not depend, each a module and which of its calls (DoRA runs an identity
+            matrix through its adapters for a norm that counts as a constant).
     """
 
     moves: dict[str, set[str]]
@@ -52,6 +56,7 @@ class Plan:
     norms: dict[str, Norm]
     fusions: tuple[Fusion, ...] = ()
     copied: frozenset[str] = frozenset()
+    unused: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def names(self) -> list[str]:
@@ -115,6 +120,18 @@ class Plan:
             return tracer.record(batch, self.names, self.copied)
         h, calls, _ = self.unroll(tracer, batch)
         return h.detach(), [call.detached() for call in calls]
+
+    def used(self, calls: Sequence[Call]) -> list[Call]:
+        """The calls of a whole pass that the readout's input depends on: the sweep, going by the graph, meets no others."""
+        if not self.unused:
+            return list(calls)
+        times: Counter[str] = Counter()
+        found = []
+        for call in calls:
+            if (call.name, times[call.name]) not in self.unused:
+                found.append(call)
+            times[call.name] += 1
+        return found
 
     def unroll(
         self,
@@ -186,7 +203,7 @@ class PlannedProblem(Problem):
     @cached_property
     def rules(self) -> Rules:
         """The rules of the fused plan, on the longest sequence."""
-        return self.fused_plan.rules(self.fused_plan.record(self.tracer, self.longest)[1])
+        return self.fused_plan.rules(self.fused_plan.used(self.fused_plan.record(self.tracer, self.longest)[1]))
 
     @cached_property
     def cuts(self) -> Cuts:
@@ -226,7 +243,25 @@ def planned(problem: Problem) -> PlannedProblem:
             not_replayable.add(stuck.name)
     require_covered(problem, plan)
     plan = replace(plan, norms={name: norm for name, norm in norms.items() if norm is not None})
+    plan = replace(plan, unused=_unused(tracer, plan, calls, batches[0]))
     return PlannedProblem(tracer, problem.uses, problem.P, problem.observed, problem.updated, plan)
+
+
+def _unused(tracer: Tracer, plan: Plan, calls: Sequence[Call], batch: Batch) -> frozenset[tuple[str, int]]:
+    """See Plan.unused; a module that is called once needs no looking at."""
+    if max(Counter(call.name for call in calls).values(), default=1) == 1:
+        return frozenset()
+    h, calls, _ = plan.unroll(tracer, batch, [])
+    if not h.requires_grad:
+        return frozenset()
+    depth, _ = depths(h, [x for call in calls for x in call.outputs if x.is_leaf])
+    times: Counter[str] = Counter()
+    found = set()
+    for call in calls:
+        if all(depth_of(depth, x) is None for x in call.outputs):
+            found.add((call.name, times[call.name]))
+        times[call.name] += 1
+    return frozenset(found)
 
 
 def require_covered(problem: Problem, plan: Plan) -> None:

@@ -57,12 +57,14 @@ class SideTracer:
         tracer, plan: the model and what moves of it.
         side: the side.
         ids: all ids of the other side, in order.
+        used: leave out calls on which the readout's input does not depend, as a graph does.
     """
 
     tracer: Tracer
     plan: Plan
     side: Side
     ids: Int[Tensor, " I"]
+    used: bool = False
 
     @cached_property
     def starts(self) -> list[int]:
@@ -74,6 +76,7 @@ class SideTracer:
         """Batch b; the logits exist for some rows at a time."""
         batch, term, start = self.side.batches[b], self.side.terms[b], self.starts[b]
         h, calls = self.plan.record(self.tracer, batch) if with_calls else (self.tracer.hidden(batch), [])
+        calls = self.plan.used(calls) if self.used else calls
         weight = self.tracer.readout.weight.to(self.tracer.precision)
         ids, parts = self.ids if self.plan.lookup is not None else self.ids[:0], []
         for part in forces_at_readout(self.tracer, h, term):

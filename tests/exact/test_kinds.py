@@ -1,0 +1,192 @@
+"""Models beyond the families of tests: what they do that others do not, and the matrix and reductions that come out of it."""
+
+import peft
+import pytest
+import torch
+import transformers
+from engines import assert_rules
+from torch import nn
+
+import tokdyn as td
+from tokdyn.exact.modules.lookup import is_lookup
+from tokdyn.model.calls import Call
+from tokdyn.model.trace import trace
+from tokdyn.testing import random_chis, relative_error, tiny, tiny_lora
+
+U, O = random_chis([(5, 3), (2, 4)], seed=1), random_chis([(4, 4), (1, 2)], seed=2)  # noqa: E741
+FP32 = 1e-5  # tests/exact/test_architectures.py
+
+WIDE = dict(vocab_size=61, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+KINDS = {
+    "GPTJ": dict(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64, n_inner=48),  # rotary of (x, sin, cos)
+    "CodeGen": dict(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64, n_ctx=64, n_inner=48),
+    "Gemma3nText": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                        intermediate_size=[48, 48], vocab_size_per_layer_input=61, hidden_size_per_layer_input=8, laurel_rank=4,
+                        num_kv_shared_layers=0, altup_num_inputs=2, layer_types=["sliding_attention", "full_attention"],
+                        activation_sparsity_pattern=[0.0, 0.0]),  # (x, cos, sin, unsqueeze_dim=2)
+    "CTRL": dict(n_embd=32, n_layer=2, n_head=4, dff=48, n_positions=64),  # writes to its lookup's output
+}  # fmt: skip
+
+
+def moved(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+def assert_right(model, objective=td.objectives.SFT()):  # noqa: B008
+    """The matrix and both reductions are those of one gradient per token; the coverage of the matrix."""
+    naive = td.forces(model, U, O, objective, method="naive").matrix
+    found = td.forces(model, U, O, objective)
+    assert relative_error(found.matrix, naive) < FP32
+    for reduce, axis in (("update", 1), ("observe", 0)):
+        vector = td.forces(model, U, O, objective, reduce=reduce).vector
+        assert float((vector - naive.sum(axis)).norm()) < FP32 * float(naive.abs().sum(axis).norm())
+    return found.coverage
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**WIDE, **KINDS[kind])
+    assert_rules(assert_right(moved(transformers.AutoModelForCausalLM.from_config(config))))
+
+
+@pytest.mark.parametrize("how", ["dora", "loha"])
+def test_adapters(how):
+    """DoRA runs an identity through its adapters for a norm that is constant; LoHa's backward gives None for its scale."""
+    targets = dict(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", r=4)
+    config = peft.LoraConfig(use_dora=True, **targets) if how == "dora" else peft.LoHaConfig(**targets)
+    torch.manual_seed(0)
+    assert_rules(assert_right(moved(peft.get_peft_model(tiny("llama"), config))))
+
+
+def test_prompt_tuning_is_refused_by_name():
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="prompt tuning puts virtual tokens in front"):
+        td.forces(peft.get_peft_model(tiny("llama"), config).eval(), U, O)
+
+
+def test_gradient_checkpointing_of_adapters():
+    """TRL's default hooks requires_grad_() onto the embedding's output, which torch.func refuses."""
+    model = tiny_lora("llama")
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    assert_rules(assert_right(model))
+
+
+def test_outputs_that_the_model_writes_to():
+    """The recorded output is the module's own, and its cotangent that of the value written over it, pulled back."""
+    model = tiny("llama", tied=False)
+    own = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: own(x).mul_(2).sin_()
+    up = model.model.layers[0].mlp.up_proj
+    model.model.layers[0].mlp.up_proj = nn.Sequential(up, nn.SiLU(inplace=True))
+    with trace(model) as tracer:
+        (batch, *_), names = tracer.batches(U), ["model.layers.0.mlp.up_proj.0", "model.layers.0.mlp.down_proj", "model.norm"]
+        assert tracer.overwritten(batch, names) == frozenset(names[:2])
+    assert_right(model)
+
+
+class Int8(nn.Module):
+    """A frozen layer of whole numbers with one scale, and a product written as libraries of such layers do it."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, scale):
+            ctx.save_for_backward(weight)
+            ctx.scale = scale
+            return x @ (weight.to(x) * scale).T
+
+        @staticmethod
+        def backward(ctx, g):
+            (weight,) = ctx.saved_tensors
+            return g @ (weight.to(g) * ctx.scale), None, None
+
+    def __init__(self, layer):
+        super().__init__()
+        self.scale = float(layer.weight.abs().max()) / 127
+        self.weight = nn.Parameter((layer.weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return Int8.Product.apply(x, self.weight, self.scale)
+
+
+Product = Int8.Product  # by this name it is found in this file
+
+
+def test_a_frozen_quantised_base_under_adapters():
+    model = tiny_lora("llama", tied=False)
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.down_proj.base_layer = Int8(layer.mlp.down_proj.base_layer)
+        layer.self_attn.q_proj.base_layer = Int8(layer.self_attn.q_proj.base_layer)
+    coverage = assert_right(model)
+    assert_rules(coverage)
+    quantised = [name for name, p in model.named_parameters() if p.dtype == torch.int8]
+    assert len(quantised) == 4 and {coverage[name] for name in quantised} == {"frozen"}
+
+
+def test_bitsandbytes():
+    bnb = pytest.importorskip("bitsandbytes")
+    model = tiny_lora("llama", tied=False)
+    for layer in model.get_base_model().model.layers:
+        plain = layer.mlp.down_proj.base_layer
+        packed = bnb.nn.Linear4bit(plain.in_features, plain.out_features, bias=False, compute_dtype=torch.float32)
+        packed.load_state_dict(plain.state_dict())
+        layer.mlp.down_proj.base_layer = packed.to("cpu").requires_grad_(False)
+    assert_rules(assert_right(model))
+
+
+class NoForwardMode(torch.autograd.Function):
+    """x, by a function that no rule makes a jvp of: it is written the new way, without one."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+    @staticmethod
+    def jvp(ctx, dx):
+        raise NotImplementedError("NoForwardMode has no forward derivative")
+
+
+def test_without_a_forward_derivative_reductions_are_finite_differences_and_say_so():
+    model = tiny("llama", tied=False).double()
+    own = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: NoForwardMode.apply(own(x))
+    naive = td.forces(model, U, O, method="naive").matrix
+    found = td.forces(model, U, O, reduce="update")
+    assert all("finite differences (NoForwardMode has no forward derivative)" in rule for rule in found.coverage.values())
+    # central differences extrapolated, O(h⁴), of a model whose norms are float32 whatever it is in: six digits of a 5e-2 step
+    assert float((found.vector - naive.sum(1)).norm()) < 1e-3 * float(naive.abs().sum(1).norm())
+
+
+def test_a_float32_head_on_a_half_precision_body():
+    model = tiny("llama", tied=False).bfloat16()
+    exact = td.forces(tiny("llama", tied=False), U, O, method="naive").matrix
+    model.lm_head.float()
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+    naive, found = td.forces(model, U, O, method="naive").matrix, td.forces(model, U, O)
+    assert relative_error(found.matrix, exact) < 2 * relative_error(naive, exact) < 0.5
+    assert_rules(found.coverage)
+
+
+@pytest.mark.parametrize("table", ["normed", "narrow"])
+def test_an_embedding_of_another_form_is_no_lookup(table):
+    class Odd(nn.Embedding):
+        def forward(self, ids):
+            x = super().forward(ids)
+            return x / x.norm(dim=-1, keepdim=True) if table == "normed" else x.view(*ids.shape, 2, 4)
+
+    module, ids = Odd(7, 8), torch.tensor([[1, 0, 3]])
+    with torch.no_grad():
+        assert not is_lookup(Call("odd", module, (ids,), {}, module(ids)))
