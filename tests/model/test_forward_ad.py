@@ -101,7 +101,7 @@ def test_modules_that_call_attention_themselves_have_a_jvp(model):
     with traceable(model):
         run = lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
         value, moved = jvp(run, (q, k, v), (dq, dk, dv))
-        assert value.transpose(1, 2).is_contiguous() == run(q, k, v).transpose(1, 2).is_contiguous()
+        assert value.transpose(1, 2).is_contiguous()  # models view it so
     # sums of at most five products of numbers of size 1
     torch.testing.assert_close(moved, jvp(written_out, (q, k, v), (dq, dk, dv))[1], rtol=0, atol=1e-13)
 

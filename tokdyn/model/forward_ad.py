@@ -39,7 +39,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
 
 
 class _DerivativesOfAttention(TorchFunctionMode):
-    """Modules that call scaled_dot_product_attention themselves get the form with a jvp inside transforms, in the fused one's layout."""
+    """Modules that call scaled_dot_product_attention themselves get, inside transforms, the form with a jvp."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
