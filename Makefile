@@ -4,6 +4,7 @@
 # make test-portable  the numeric tests once more on code without AVX, as on a processor that has none
 # make lint   ruff and mypy alone        make wheel   build a wheel and look inside        make clean
 # make studies   every phenomenon of the papers in full, some hours: runs/studies, docs/gallery.md (DATA=folder of texts)
+# make sweep  every kind of causal LM against autograd, in chunks of minutes: run it until it is done, docs/families.md
 # make test-matrix   the training tests against TRL 1.12, PEFT 0.20, verl and OpenRLHF, in an environment of their own
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(shell $(p) -c \
@@ -15,7 +16,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo studies test test-kernels test-matrix test-portable test-studies lint wheel clean
+.PHONY: help install demo studies test test-kernels test-matrix test-portable test-studies lint sweep wheel clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -43,6 +44,12 @@ demo: install
 
 studies: install
 	$(BIN)/tokdyn study --all --docs docs $(if $(DATA),--data $(DATA))
+
+MINUTES := 5
+
+sweep: install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py --peft --minutes $(MINUTES)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py --minutes $(MINUTES) --markdown docs/families.md
 
 lint: install
 	$(BIN)/ruff check .

@@ -78,7 +78,7 @@ SIZES: dict[str, Any] = {
 LOSES = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id")
 
 # What a kind needs besides.
-MLA = dict(num_key_value_heads=HEADS)  # every head has keys of its own
+MLA = dict(num_key_value_heads=HEADS, head_dim=4)  # every head has keys of its own
 MAMBA2 = dict(mamba_n_heads=8)  # heads times their width: twice the model's width
 PADDED = dict(pad_token_id=1)  # its positions start behind the padding id
 OTHERS: dict[str, dict[str, Any]] = {

@@ -51,3 +51,43 @@ def test_another_form_keeps_its_own_derivative():
     assert rotary._turned(x, y, cos, sin) is not y
     for other in (2 * y, y + 0.01, y[..., :-1]):
         assert rotary._turned(x, other, cos, sin) is other
+
+
+@pytest.mark.parametrize("order", ["q, k, cos, sin", "x, sin, cos", "x, cos, sin, unsqueeze_dim", "keywords", "interleaved"])
+def test_a_call_is_closed_where_it_fits_and_the_familys_own_elsewhere(order):
+    """Whatever the order of the arguments, one tensor or two, by keyword or not; what is turned otherwise keeps its own."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, 5, 8, generator=g, requires_grad=True) for _ in range(2))
+    cos, sin = torch.randn(2, 1, 5, 8, generator=g)
+
+    def rotated(x, cos, sin):
+        return x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin
+
+    def pair(q, k, cos, sin, unsqueeze_dim=1):
+        return rotated(q, cos[:, None], sin[:, None]), rotated(k, cos[:, None], sin[:, None])
+
+    def turned_about(x, sin, cos):
+        return rotated(x, cos[:, None], sin[:, None])
+
+    def heads_last(x, cos, sin, unsqueeze_dim=1):
+        return rotated(x, cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim))
+
+    def interleaved(q, k, cos, sin):
+        return q * cos[:, None] + torch.stack([-q[..., 1::2], q[..., ::2]], -1).flatten(-2) * sin[:, None], k
+
+    plain, call, fits = {
+        "q, k, cos, sin": (pair, lambda f: f(q, k, cos, sin), 2),
+        "x, sin, cos": (turned_about, lambda f: f(q, sin, cos), 1),
+        "x, cos, sin, unsqueeze_dim": (heads_last, lambda f: f(q.transpose(1, 2), cos, sin, unsqueeze_dim=2), 1),
+        "keywords": (pair, lambda f: f(k=k, q=q, sin=sin, cos=cos), 2),
+        "interleaved": (interleaved, lambda f: f(q, k, cos, sin), 0),
+    }[order]
+    expected, found = call(plain), call(rotary._closed(plain))
+    expected, found = (y if isinstance(y, tuple) else (y,) for y in (expected, found))
+    assert [type(y.grad_fn).__name__ for y in found].count("_TurnedBackward") == fits
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)
+        v = torch.randn(a.shape, generator=g)
+        grads = [torch.autograd.grad(y, (q, k), v, retain_graph=True, allow_unused=True) for y in (a, b)]
+        for x, y in zip(*grads, strict=True):
+            assert (x is None and y is None) or relative_error(y, x) < 1e-6  # sums of two products, a few roundings

@@ -40,13 +40,27 @@ class Square(torch.autograd.Function):
         return 2 * g * ctx.saved_tensors[0]
 
 
+class Scaled(torch.autograd.Function):
+    """A number times x where a mask is set: inputs that are no tensors, and a backward that gives None for what is not x."""
+
+    @staticmethod
+    def forward(ctx, x, number, mask):
+        ctx.save_for_backward(mask)
+        ctx.number = number
+        return number * x * mask
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.number * g * ctx.saved_tensors[0], None, None
+
+
 @pytest.fixture
 def model(monkeypatch):
     """Two modules from two files, both of which hold the functions."""
     parts = []
     for name in ("first_file", "second_file"):
         file = ModuleType(name)
-        file.Product, file.Square = Product, Square
+        file.Product, file.Square, file.Scaled = Product, Square, Scaled
         monkeypatch.setitem(sys.modules, name, file)
         parts.append(type("Part", (nn.Module,), {"__module__": name})())
     return nn.ModuleList(parts)
@@ -66,6 +80,39 @@ def test_functions_with_only_a_backward_get_the_jvp_that_it_transposes(model):
             torch.testing.assert_close(jvp(f.apply, args, tangents)[1], jvp(plain, args, tangents)[1], **close)
             torch.testing.assert_close(vjp(f.apply, *args)[1](dx), vjp(plain, *args)[1](dx), **close)
             torch.testing.assert_close(vmap(vjp(f.apply, *args)[1])(many), vmap(vjp(plain, *args)[1])(many), **close)
+
+
+def test_inputs_without_a_derivative(model):
+    x, dx = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([1.0, 0, 1, 1, 0], dtype=torch.float64)
+    with traceable(model):
+        assert torch.equal(jvp(lambda x: Scaled.apply(x, 3.0, mask), (x,), (dx,))[1], 3 * dx * mask)
+        assert torch.equal(vjp(lambda x: Scaled.apply(x, 3.0, mask), x)[1](dx)[0], 3 * dx * mask)
+
+
+def test_modules_that_call_attention_themselves_have_a_jvp(model):
+    g = torch.Generator().manual_seed(0)
+    q, k, v, dq, dk, dv = torch.randn(6, 1, 2, 5, 4, dtype=torch.float64, generator=g).unbind()
+
+    def written_out(q, k, v):
+        scores = (q @ k.mT / 2).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
+        return scores.softmax(-1) @ v
+
+    with traceable(model):
+        run = lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
+        value, moved = jvp(run, (q, k, v), (dq, dk, dv))
+        assert value.transpose(1, 2).is_contiguous()  # models view it so
+    # sums of at most five products of numbers of size 1
+    torch.testing.assert_close(moved, jvp(written_out, (q, k, v), (dq, dk, dv))[1], rtol=0, atol=1e-13)
+
+
+def test_requires_grad_is_set_by_transforms_and_by_nobody_inside_them(model):
+    """A hook's requires_grad_() inside a jvp changes nothing; a vjp, which marks its own inputs by it, is not disturbed."""
+    x, dx = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    with traceable(model):
+        assert torch.equal(jvp(lambda x: (2 * x).requires_grad_(), (x,), (dx,))[1], 2 * dx)
+        assert torch.equal(vjp(lambda x: (2 * x).requires_grad_(), x)[1](dx)[0], 2 * dx)
+        assert (2 * x).requires_grad_().requires_grad
 
 
 def test_functions_are_put_back_also_when_two_files_share_them_and_after_an_error(model):

@@ -1,8 +1,8 @@
 """What lets a model run under torch.func and forward-mode AD for as long as it is traced.
 
 Fused attention and grouped matrix products have no jvp, some custom autograd functions have only a backward, PEFT's adapters
-of parameters write in their forward pass, and gradient checkpointing sets requires_grad in it. Each context manager here changes
-one of these and puts it back on exit, also after an error.
+of parameters write in their forward pass, and gradient checkpointing sets requires_grad in it. Each context manager here
+changes one of these and puts it back on exit, also after an error.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ def traceable(model: nn.Module, attention: str | None = None) -> Iterator[None]:
 
 
 class _DerivativesOfAttention(TorchFunctionMode):
-    """Modules that call scaled_dot_product_attention themselves get the form with a jvp, in the fused one's memory layout."""
+    """Modules that call scaled_dot_product_attention themselves get, inside transforms, the form with a jvp."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not nn.functional.scaled_dot_product_attention:
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        if func is not nn.functional.scaled_dot_product_attention or not transformed:
             return func(*args, **(kwargs or {}))
         with sdpa_kernel(SDPBackend.MATH):
             found = func(*args, **(kwargs or {}))

@@ -72,7 +72,8 @@ class Linear(Rule):
 
     def tangent_into(self, calls: Sequence[Call], delta: Outputs, outs: Outputs) -> None:
         """See Rule: E = δᵀ S in one product into `outs`, where the weight moves without a preconditioner."""
-        other = any(out.dtype != x.dtype for x, (out,) in zip(self.observed_inputs, outs, strict=True))  # a head wider than its body
+        # a head may be wider than its body
+        other = any(out.dtype != x.dtype for x, (out,) in zip(self.observed_inputs, outs, strict=True))
         if self.P is not None or "weight" not in self.moves or other:
             return super().tangent_into(calls, delta, outs)
         a, d = flat_inputs(calls), flat_cotangents(delta)

@@ -55,7 +55,7 @@ def _closed(plain: Callable[..., Any]) -> Callable[..., Any]:
     """A family's function for it, with the derivative in closed form where a call has been seen to fit.
 
     Families differ in order and number of the arguments: (q, k, cos, sin), (x, sin, cos), (x, cos, sin), some by keyword. Which
-    are cos and sin is read from the function's own signature; every tensor it returns is compared with the one given in its place.
+    are cos and sin is read from the function's own signature; what it returns is compared with what is given in its place.
     """
     try:
         signature = inspect.signature(plain)
