@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ._arguments import sentence
+from ._console import err_console, out_console, progress
 from ._version import __version__
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 probe_app = typer.Typer(no_args_is_help=True, help="Probe sets: responses watched while a model is trained.")
 app.add_typer(probe_app, name="probe")
-out_console, err_console = Console(highlight=False), Console(stderr=True, highlight=False)
 
 _options = {"debug": False}  # of `tokdyn` itself, as `about` last read them
 DATA = "'demo', or a file with prompt/completion, prompt/chosen/rejected, messages …: .jsonl, .json, .csv (.gz) or .parquet"
@@ -386,20 +385,3 @@ def self_check() -> float:
     matrix, vector = forces(model, u, o).matrix, forces(model, u, o, reduce="update").vector
     assert truth is not None and matrix is not None and vector is not None
     return max(relative_error(matrix, truth), relative_error(vector, truth.sum(1)))
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Any]:
-    """A progress line on stderr; yields `stage(what, done, total)`, with a bar where total is not 0."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    what = TextColumn("{task.description}", markup=False)
-    bar = Progress(SpinnerColumn(), what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err_console,
-                   transient=True)  # fmt: skip
-    with bar:
-        task = bar.add_task("starting", total=None)
-
-        def stage(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total or None)
-
-        yield stage

@@ -21,9 +21,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ._encoding import as_answer, as_sentence, message_text
 from .objective import Objective
 from .objectives import KTO, DrGRPO
-from .sequences import Chi, as_answer, as_sentence, encode, message_text, preference, rollouts
+from .sequences import Chi, encode, preference, rollouts
 
 FORMS = (("prompt", "chosen", "rejected"), ("prompt", "completions", "rewards"), ("prompt", "completion"))
 ANSWERS = ("chosen", "rejected", "completion")

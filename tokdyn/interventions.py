@@ -26,10 +26,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ._encoding import Text
 from .forces import forces
 from .objective import Objective, Scores
 from .objectives import SFT
-from .sequences import Chi, Text, by_group, collate, required_advantage
+from .sequences import Chi, by_group, collate, required_advantage
 from .training.weighting import TokenWeights
 
 # ---------------------------------------------------------------- which tokens

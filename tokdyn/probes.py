@@ -30,8 +30,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ._encoding import Text, as_sentence, message_text
 from .data import Row, canonical, check_text, objects
-from .sequences import Chi, Text, as_sentence, encode, message_text
+from .sequences import Chi, encode
 
 TYPES = ("chosen", "chosen_initial", "chosen_gptsemantic", "chosen_gptformat", "rejected", "reject_gptsemantic",
          "reject_gptformat", "irr_train", "irr_test", "irr_hum", "random_permute", "random_nonhum")  # fmt: skip
