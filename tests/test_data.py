@@ -157,7 +157,7 @@ def test_the_same_rows_in_every_kind_of_file(tmp_path, name):
     [
         ("rows.jsonl", ROW.encode("utf-16"), "is UTF-16"),
         ("rows.csv", b"\xff\xfep\0", "is UTF-16"),
-        ("rows.jsonl.gz", gzip.compress(ROW.encode())[:-9], "is not a whole gzip file"),
+        ("rows.jsonl.gz", gzip.compress(ROW.encode(), mtime=0)[:-9], "is not a whole gzip file"),
         ("rows.jsonl.gz", ROW.encode(), "is not a whole gzip file"),
         ("rows.json", b'[{"prompt": "a"},', "begins an array and is not JSON"),
         ("rows.json", b'[{"prompt": "a", "completion": "b"}, 3]', "item 2 must be an object, got int"),
