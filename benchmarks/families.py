@@ -354,8 +354,8 @@ raised. The bound is {BOUND:.0e}, as in tests/exact/test_architectures.py. "One 
 What is known of the wrong ones: GIT and CPM-Ant are not causal (what they say at a place depends on what follows), so that the
 matrix, which cuts sequences behind their tokens, is of another function. Where the text holds the padding id (RoBERTa, its
 relatives) a reduction's tangent pass moves the padding row, which has no gradient. HRM runs some cycles
-without gradients, which a tangent pass does not know. RandLoRA, SHiRA and trainable tokens miss the bound by rounding: RandLoRA and trainable tokens are
-right to 1e-13 in float64.
+without gradients, which a tangent pass does not know. RandLoRA and trainable tokens
+miss the bound by rounding (1e-13 in float64), SHiRA by finite differences.
 
 {len(families)} kinds of {len(kinds())} were tried: {ran} ran, {right} of them with all three figures right;
 {len(families) - ran} did not run.
