@@ -349,9 +349,13 @@ Written by `make sweep` (benchmarks/families.py) from benchmarks/results/familie
 
 Each row is a random model of two layers and width 32: the error of `td.forces` against `method="naive"`, one autograd gradient
 per token, relative to the norm of the matrix, of a reduction relative to the sums of magnitudes. **Bold is wrong**, or what was
-raised. The bound is {BOUND:.0e}, as in tests/exact/test_architectures.py. "One direction per token" is exact, and slower. Where
-a model is not causal (GIT, CPM-Ant here: what it says at a place depends on what follows) the naive matrix is of another
-function than training sees, too.
+raised. The bound is {BOUND:.0e}, as in tests/exact/test_architectures.py. "One direction per token" is exact, and slower.
+
+What is known of the wrong ones: GIT and CPM-Ant are not causal (what they say at a place depends on what follows), so that the
+matrix, which cuts sequences behind their tokens, is of another function. Where the text holds the padding id (RoBERTa, its
+relatives) a reduction's tangent pass moves the padding row, which has no gradient. HRM runs some cycles
+without gradients, which a tangent pass does not know. RandLoRA and trainable tokens
+miss the bound by rounding (1e-13 in float64), SHiRA by finite differences.
 
 {len(families)} kinds of {len(kinds())} were tried: {ran} ran, {right} of them with all three figures right;
 {len(families) - ran} did not run.
