@@ -161,7 +161,7 @@ def test_modules_that_only_some_sequences_call(scope, seed, graphs, monkeypatch)
         covered = graphs > 1 or all(mine == theirs for n, mine in run for m, theirs in run if n == m)
     else:
         covered = all(2 in experts for _, experts in run)
-    slow = None if covered else segments.OTHERWISE
+    slow = None if covered else segments.DIFFERENT_MODULES
     naive, fast, _ = matrices(model, scope, update=update, observe=observe, engine="sweep", slow=slow)
     assert float((fast - naive).norm()) <= FP32 * float(naive.norm())
 

@@ -65,7 +65,7 @@ def test_adapters(how):
 
 def test_prompt_tuning_is_refused_by_name():
     config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="prompt tuning puts virtual tokens in front"):
+    with pytest.raises(ValueError, match="virtual tokens"):
         td.forces(peft.get_peft_model(tiny("llama"), config).eval(), U, O)
 
 
@@ -159,13 +159,14 @@ class NoForwardMode(torch.autograd.Function):
         raise NotImplementedError("NoForwardMode has no forward derivative")
 
 
-def test_without_a_forward_derivative_reductions_are_finite_differences_and_say_so():
+def test_without_a_forward_derivative_reductions_are_real_steps_and_say_so():
     model = tiny("llama", tied=False).double()
     own = model.model.layers[0].mlp.forward
     model.model.layers[0].mlp.forward = lambda x: NoForwardMode.apply(own(x))
     naive = td.forces(model, U, O, method="naive").matrix
     found = td.forces(model, U, O, reduce="update")
-    assert all("finite differences (NoForwardMode has no forward derivative)" in rule for rule in found.coverage.values())
+    said = [rule for rule in found.coverage.values() if rule.startswith("autograd")]
+    assert said and all("real steps" in rule and "NoForwardMode has no forward derivative" in rule for rule in said)
     # central differences extrapolated, O(h⁴), of a model whose norms are float32 whatever it is in: six digits of a 5e-2 step
     assert float((found.vector - naive.sum(1)).norm()) < 1e-3 * float(naive.abs().sum(1).norm())
 

@@ -141,7 +141,8 @@ class Tracer:
 
     @property
     def _eps(self) -> float:
-        return checks.roundoff(self.dtype, self.device)
+        coarsest = max({p.dtype for p in self.params.values() if p.is_floating_point()}, key=lambda of: torch.finfo(of).eps)
+        return checks.roundoff(coarsest, self.device)  # a float32 head may stand on a bfloat16 body
 
     def stepped(self, direction: Parameters, uses: Mapping[str, str], step: float) -> Parameters:
         """Parameters after a step along a direction, for `logits`; a half-precision model in float32, which holds the step."""

@@ -224,26 +224,26 @@ class Recorder:
         if raw is not None and raw.shape == logits.shape and softcap is None:
             target, self.logit_scale = raw, scale
         flat, rows = logits.detach().reshape(-1, logits.shape[-1]), self.scored.rows
-        forward = self._begin("logits", 1, stats_of_logits(flat, rows, self.scored.targets, self.scored.temperature))
-        forward.readout_error = self._readout_error(flat)
+        self._begin("logits", 1, stats_of_logits(flat, rows, self.scored.targets, self.scored.temperature), flat)
         if not checked:
             self.sample = _sample(len(rows), rows.device, min(SAMPLE, max(1, SAMPLED_LOGITS // flat.shape[1])))
             self.sampled_logits = flat[rows[self.sample]].float()
         target.register_hook(self.on_logits_grad)
 
-    def _readout_error(self, flat: Float[Tensor, "R V"]) -> float:
+    def _readout_error(self, readout: Readout, states: Float[Tensor, "N d"], flat: Float[Tensor, "R V"]) -> float:
         """How far logits are from softcap(scale (W h + b)) on a few tokens, relative: c, and its check, rest on that form."""
-        states = self._states()
-        if states is None or not len(states):
-            return 0.0
         few = _sample(len(states), states.device, max(1, min(SAMPLE, SAMPLED_LOGITS // flat.shape[1])))
         z = flat[self.scored.rows[few]].float()
-        readout = self.seen.readout()
         own = readout.logits(states[few].to(readout.weight.dtype)).float()
         return float((own - z).norm() / z.norm()) if own.shape == z.shape else float("inf")
 
-    def _begin(self, route: str, columns: int, stats: TokenStats | None = None) -> Forward:
-        """The record with the statistics of its tokens, and the basis of its check with so many columns (c; v; u)."""
+    def _begin(
+        self, route: str, columns: int, stats: TokenStats | None = None, logits: Float[Tensor, "R V"] | None = None
+    ) -> Forward:
+        """The record with the statistics of its tokens, and the basis of its check with so many columns (c; v; u).
+
+        The readout is asked for once, whatever the route: where it is sharded every rank gathers it in step with the others.
+        """
         scored, seen, T = self.scored, self.seen, self.scored.temperature
         readout, states = seen.readout(), self._states()
         if stats is None:
@@ -259,6 +259,8 @@ class Recorder:
         if states is not None:
             forward.square = states.float().square().sum(1)
             forward.hidden = states if self.step.keep_hidden else None
+            if logits is not None and len(states):
+                forward.readout_error = self._readout_error(readout, states, logits)
         if seen.hidden is not None and states is not None and seen.has_gradient:
             # an entropy term's moments wait for its gradient, unless the weights are gathered, which all ranks do or none
             if columns == 3 or columns == 2 and seen.is_sharded():
