@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parent
-ROOT = TESTS.parent
+ROOT = TESTS.parents[1]
 TRITON = sorted(ROOT.glob("kernels/*/triton.py"))
 CUDA = sorted(ROOT.glob("csrc/cuda/*.cu"))
+assert TRITON and CUDA, f"no kernels under {ROOT}"
 GATE = TESTS / "ahead_of_time.py"
 
 if importlib.util.find_spec("triton") is None:
