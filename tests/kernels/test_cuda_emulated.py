@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peaked import peaked_rows
 from torch import Tensor
 
 from tokdyn.kernels.token_stats import reference
@@ -205,21 +206,9 @@ def test_peaked_rows_keep_relative_accuracy(emulated: Emulated, gap: float):
 
     The exponent u of e = 2^u is rounded, which changes e by gap EPS, and the instruction by 4; collision has e squared.
     """
-    V = 50257
-    logits = torch.full((2, V), -gap)
-    logits[:, 40000] = 0
-    each = math.exp(-gap)
-    rest = (V - 1) * each
-    S, log_S = 1 + rest, math.log1p(rest)
-    entropy, collision = log_S + rest * gap / S, (1 + (V - 1) * each**2) / S**2
-    g_top = math.sqrt((V - 1) * each**2 + rest**2) / S
-    g_low = math.sqrt(1 + (V - 2) * each**2 + (S - each) ** 2) / S
-    expected = [
-        (log_S, -log_S, entropy, collision, g_top, 0, 40000, -log_S),
-        (log_S, -gap - log_S, entropy, collision, g_low, 8, 40000, -log_S),
-    ]
-    ours = torch.stack([c.double() for c in emulated.token_stats(logits, torch.tensor([40000, 7])).values()], 1)
-    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), rtol=(2 * gap + 8) * EPS, atol=0)
+    logits, targets, expected = peaked_rows(50257, 40000, gap)
+    ours = torch.stack([c.double() for c in emulated.token_stats(logits, targets).values()], 1)
+    torch.testing.assert_close(ours, expected, rtol=(2 * gap + 8) * EPS, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

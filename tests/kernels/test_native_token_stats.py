@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from peaked import peaked_rows
 from torch import Tensor
 
 from tokdyn import _native
@@ -189,21 +190,9 @@ def test_peaked_rows_keep_relative_accuracy(gap: float, simd: str):
     The band of `check`, and e^-gap carries the error of ln2 gap times (the next test). Of the 16 EPS an entropy takes up 4 for
     e and √(128/3) for 128 equal terms that one lane of float32 adds up.
     """
-    V = 50257
-    logits = torch.full((2, V), -gap)
-    logits[:, 40000] = 0
-    each = math.exp(-gap)
-    rest = (V - 1) * each
-    S, log_S = 1 + rest, math.log1p(rest)
-    entropy, collision = log_S + rest * gap / S, (1 + (V - 1) * each**2) / S**2
-    g_top = math.sqrt((V - 1) * each**2 + rest**2) / S
-    g_low = math.sqrt(1 + (V - 2) * each**2 + (S - each) ** 2) / S
-    expected = [
-        (log_S, -log_S, entropy, collision, g_top, 0, 40000, -log_S),
-        (log_S, -gap - log_S, entropy, collision, g_low, 8, 40000, -log_S),
-    ]
-    ours = torch.stack([column.double() for column in cpp.token_stats(logits, torch.tensor([40000, 7]), simd=simd)], 1)
-    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), rtol=16 * EPS + LN2 * gap, atol=0)
+    logits, targets, expected = peaked_rows(50257, 40000, gap)
+    ours = torch.stack([column.double() for column in cpp.token_stats(logits, targets, simd=simd)], 1)
+    torch.testing.assert_close(ours, expected, rtol=16 * EPS + LN2 * gap, atol=0)
 
 
 def test_the_exponential_is_within_two_ulp(simd: str):

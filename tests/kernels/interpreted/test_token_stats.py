@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from peaked import peaked_rows
 from torch import Tensor
 
 from tokdyn import ops
@@ -131,21 +132,9 @@ def test_offset_logits(offset: float, check):
 @pytest.mark.parametrize("gap", [5.0, 40.0, 75.0])
 def test_peaked_rows_keep_relative_accuracy(gap: float):
     """One logit at 0, V - 1 at -gap: closed forms in log1p, where the naive expressions are 0 or rounding noise."""
-    V = 2003
-    logits = torch.full((2, V), -gap)
-    logits[:, 1500] = 0
-    each = math.exp(-gap)
-    rest = (V - 1) * each
-    S, log_S = 1 + rest, math.log1p(rest)
-    entropy, collision = log_S + rest * gap / S, (1 + (V - 1) * each**2) / S**2
-    g_top = math.sqrt((V - 1) * each**2 + rest**2) / S
-    g_low = math.sqrt(1 + (V - 2) * each**2 + (S - each) ** 2) / S
-    expected = [
-        (log_S, -log_S, entropy, collision, g_top, 0, 1500, -log_S),
-        (log_S, -gap - log_S, entropy, collision, g_low, 8, 1500, -log_S),
-    ]
-    ours = torch.stack([column.double() for column in triton.token_stats(logits, torch.tensor([1500, 7]))], 1)
-    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), rtol=(2 * gap + 8) * EPS, atol=0)
+    logits, targets, expected = peaked_rows(2003, 1500, gap)
+    ours = torch.stack([column.double() for column in triton.token_stats(logits, targets)], 1)
+    torch.testing.assert_close(ours, expected, rtol=(2 * gap + 8) * EPS, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
