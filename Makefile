@@ -1,14 +1,15 @@
-# make demo   install, then profile the embedded model: runs/demo/report.html
-# make test   install, then lint, type-check and test; .ci/run adds what is in the next two lines
+# make demo   install what a user needs, then profile the embedded model: runs/demo/report.html
+# make test   install all that developing needs, then lint, type-check and test; .ci/run adds what is in the next two lines
 # make test-kernels   Triton and CUDA compiled ahead of time, Triton interpreted    make test-studies   their quick forms
 # make test-portable  the numeric tests once more on code without AVX, as on a processor that has none
-# make lint   ruff and mypy alone        make wheel   build a wheel and look inside        make clean
+# make lint   ruff and mypy alone        make docs   the documentation site, without a warning: site/        make clean
+# make wheel  build wheels, and run the demo from one in a fresh environment that has no compiler
 # make studies   every phenomenon of the papers in full, some hours: runs/studies, docs/gallery.md (DATA=folder of texts)
 # make sweep  every kind of causal LM against autograd, in chunks of minutes: run it until it is done, docs/families.md
 # make test-matrix   the training tests against TRL 1.12, PEFT 0.20, verl and OpenRLHF, in an environment of their own
 
-PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(shell $(p) -c \
-	'import sys; (3, 11) <= sys.version_info < (3, 13) and print("$(p)")' 2>/dev/null)))
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c \
+	'import sys; (3, 11) <= sys.version_info < (3, 14) and print("$(p)")' 2>/dev/null)))
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
@@ -16,30 +17,39 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo studies test test-kernels test-matrix test-portable test-studies lint sweep wheel clean
+.PHONY: help install demo studies test test-kernels test-matrix test-portable test-studies lint docs sweep wheel wheel-demo clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "tokdyn needs Python 3.11 or 3.12; none found (set PYTHON=...)" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "tokdyn needs Python 3.11, 3.12 or 3.13; none found (set PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+PIP = $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
 # the constraints first: torch alone, so that a later failure does not cost the largest download again
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@echo "installing torch into $(VENV) (the largest download)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt torch
+	@$(PIP) torch
 	@touch $@
 
 # editable: edits to Python files are live, and only a change named here installs (and compiles) again
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py tokdyn/_version.py $(NATIVE)
-	@echo "installing tokdyn and what it needs into $(VENV), compiling csrc/ (some minutes the first time)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+$(VENV)/.user: $(VENV)/.torch pyproject.toml setup.py tokdyn/_version.py $(NATIVE)
+	@echo "installing tokdyn and what it needs into $(VENV), compiling csrc/ (under a minute)"
+	@$(PIP) -e .
+	@touch $@
+
+# the requirements of the extra alone: to name it together with `-e .` would compile csrc/ once more
+$(VENV)/.installed: $(VENV)/.user
+	@echo "installing what developing tokdyn needs into $(VENV)"
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/dev.txt
+	@$(PIP) -r $(VENV)/dev.txt
 	@touch $@
 
 install: $(VENV)/.installed
 
-demo: install
+demo: $(VENV)/.user
 	$(BIN)/tokdyn profile --out $(RUN) --overwrite
 
 studies: install
@@ -83,7 +93,7 @@ STACKS := verl==0.9.1 openrlhf==0.11.2 # alone: they ask for a GPU's packages; w
 STACKS_NEED := ray==2.60.0 tensordict==0.15.3 codetiming omegaconf orjson
 
 $(MATRIX)/.installed: constraints.txt pyproject.toml setup.py tokdyn/_version.py
-	@test -n "$(PYTHON)" || { echo "tokdyn needs Python 3.11 or 3.12; none found (set PYTHON=...)" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "tokdyn needs Python 3.11, 3.12 or 3.13; none found (set PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv $(MATRIX)
 	@grep -vE '^(trl|peft)==' constraints.txt > $(MATRIX)/constraints.txt
 	@echo "installing tokdyn with $(OLD) $(STACKS) into $(MATRIX)"
@@ -95,6 +105,7 @@ $(MATRIX)/.installed: constraints.txt pyproject.toml setup.py tokdyn/_version.py
 test-matrix: $(MATRIX)/.installed
 	OMP_NUM_THREADS=1 $(MATRIX)/bin/pytest -q --durations=10 -n 2 $(TRAINING)
 
+WHEEL_PYTHONS ?= $(PYTHON) # e.g. make wheel WHEEL_PYTHONS="python3.11 python3.12 python3.13"
 WHEEL_HOLDS := tokdyn/demo/model/model.safetensors tokdyn/demo/model/tokenizer.json tokdyn/demo/pairs.jsonl \
 	tokdyn/report/page.html.jinja tokdyn/report/static/page.css tokdyn/report/static/main.js \
 	tokdyn/report/training.html.jinja tokdyn/report/static/training/training.css \
@@ -102,17 +113,33 @@ WHEEL_HOLDS := tokdyn/demo/model/model.safetensors tokdyn/demo/model/tokenizer.j
 	tokdyn/studies/gallery.css tokdyn/studies/squeeze.json \
 	tokdyn/_C.
 
-wheel: install
+WHEEL_VENV := .venv-wheel
+
+# isolated builds of the sdist, as an installer makes them; auditwheel names the oldest Linux that a wheel runs on
+wheel: $(VENV)/.installed
 	rm -rf build dist
-	$(BIN)/python -m pip wheel --disable-pip-version-check -q --no-deps -w dist .
-	@$(BIN)/python -m zipfile -l dist/tokdyn-*.whl > dist/contents.txt
-	@for held in $(WHEEL_HOLDS); do \
-		grep -qF "$$held" dist/contents.txt || { echo "the wheel lacks $$held" >&2; exit 1; }; done
-	@! grep -E '^(kernels|tests)/' dist/contents.txt || { echo "the wheel installs a top-level folder" >&2; exit 1; }
-	@test -z "$$(find dist -name '*.whl' -size +20000k)" || { echo "the wheel is over 20 MB" >&2; exit 1; }
-	@rm -rf build
+	$(BIN)/python -m build --sdist --outdir dist .
+	@for python in $(WHEEL_PYTHONS); do \
+		$$python -m pip wheel --disable-pip-version-check -q --no-deps -w dist/linux dist/tokdyn-*.tar.gz || exit 1; done
+	@for wheel in dist/linux/*.whl; do PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -w dist $$wheel || exit 1; done
+	@for wheel in dist/*.whl; do $(BIN)/python -m zipfile -l $$wheel > dist/contents.txt; \
+		for held in $(WHEEL_HOLDS); do grep -qF "$$held" dist/contents.txt || { echo "$$wheel lacks $$held" >&2; exit 1; }; done; \
+		! grep -E '^(kernels|tests)/' dist/contents.txt || { echo "$$wheel installs a top-level folder" >&2; exit 1; }; done
+	@test -z "$$(find dist -name '*.whl' -size +20000k)" || { echo "a wheel is over 20 MB" >&2; exit 1; }
 	@ls -l dist/*.whl
+	@$(MAKE) wheel-demo
+
+# from the wheel alone: no compiler, no folder of this repository
+wheel-demo:
+	rm -rf $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	@$(WHEEL_VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt --find-links dist --only-binary :all: tokdyn==$$($(BIN)/python -c 'import tokdyn; print(tokdyn.__version__)')
+	cd dist && env -i PATH="$(CURDIR)/$(WHEEL_VENV)/bin" HOME="$$HOME" CC=false CXX=false tokdyn profile --out ../runs/wheel --overwrite
+	@cd dist && env -i PATH="$(CURDIR)/$(WHEEL_VENV)/bin" HOME="$$HOME" tokdyn doctor
+
+docs: install
+	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf build dist *.egg-info runs/demo .pytest_cache .ruff_cache .mypy_cache tokdyn/_C.*.so $(VENV)/.installed
+	rm -rf build dist site $(WHEEL_VENV) *.egg-info runs/demo .pytest_cache .ruff_cache .mypy_cache tokdyn/_C.*.so $(VENV)/.user
 	find tokdyn kernels tests -name __pycache__ -prune -exec rm -rf {} +

@@ -7,12 +7,14 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
+Unit = tuple[str, str, list[tuple[str, str | None]], list[str]]  # source, folder of its object, macros, flags
 ROOT = Path(__file__).resolve().parent
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"]
 X86_LEVELS = {
@@ -62,43 +64,48 @@ class BuildNative(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
-        """The objects that need flags of their own, then the rest and the link as setuptools does them."""
+        """Every object in a thread of its own, for a compiler is a process of its own; setuptools then links them."""
         import pybind11
 
         ext.include_dirs = [pybind11.get_include(), "csrc"]
-        cuda_objects, cuda_note = self.compile_cuda(ext)
-        simd_sources = [source for source in ext.sources if source.endswith("_simd.cpp")]
-        built = ["portable"]
-        ext.extra_objects = list(cuda_objects)
-        ext.extra_objects += self.compile_simd(simd_sources, "portable", [], ext)
-        for level, flags in X86_LEVELS.items() if platform.machine().lower() in ("x86_64", "amd64") else ():
-            ext.extra_objects += self.compile_simd(simd_sources, level, flags, ext)
-            ext.define_macros.append((f"TOKDYN_HAS_{level.upper()}", "1"))
-            built.append(level)
-        ext.define_macros += [
-            ("TOKDYN_SIMD_BUILT", f'"{", ".join(built)}"'),
-            ("TOKDYN_CUDA_NOTE", f'"{cuda_note}"'),
-        ]
-        every_source = ext.sources
-        ext.sources = [source for source in every_source if source not in simd_sources]
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        levels = {"portable": list[str](), **(X86_LEVELS if x86 else {})}
+        plain, bindings = list[Unit](), list[str]()
+        for source in ext.sources:
+            if source.endswith("_simd.cpp"):
+                plain += [(source, level, [("TOKDYN_SIMD", level)], flags) for level, flags in levels.items()]
+            elif source.endswith("bindings.cpp"):
+                bindings.append(source)
+            else:
+                plain.append((source, "plain", [], []))
+        with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
+            begun = pool.map(lambda unit: self.compile_unit(ext, *unit), plain)
+            cuda_objects, cuda_note = self.compile_cuda(ext, pool)
+            macros = [*ext.define_macros, *((f"TOKDYN_HAS_{level.upper()}", "1") for level in levels if level != "portable"),
+                      ("TOKDYN_SIMD_BUILT", f'"{", ".join(levels)}"'), ("TOKDYN_CUDA_NOTE", f'"{cuda_note}"')]  # fmt: skip
+            last = pool.map(lambda source: self.compile_unit(ext, source, "plain", macros, []), bindings)
+            ext.extra_objects = [*cuda_objects, *(name for names in (*begun, *last) for name in names)]
+        every_source, ext.sources = ext.sources, []
         try:
             super().build_extension(ext)
         finally:
             ext.sources = every_source
-        print(f"tokdyn: built the CPU kernels for {', '.join(built)}; CUDA: {cuda_note}", file=sys.stderr)
+        print(f"tokdyn: built the CPU kernels for {', '.join(levels)}; CUDA: {cuda_note}", file=sys.stderr)
 
-    def compile_simd(self, sources: list[str], level: str, flags: list[str], ext: Extension) -> list[str]:
-        """The objects of the vector loops for one instruction set, chosen among at run time."""
+    def compile_unit(
+        self, ext: Extension, source: str, folder: str, macros: list[tuple[str, str | None]], flags: list[str]
+    ) -> list[str]:
+        """The object of one source file; *_simd.cpp have one for each instruction set, chosen among at run time."""
         return self.compiler.compile(
-            sources,
-            output_dir=str(Path(self.build_temp) / level),
-            macros=[("TOKDYN_SIMD", level)],
+            [source],
+            output_dir=str(Path(self.build_temp) / folder),
+            macros=macros,
             include_dirs=ext.include_dirs,
             extra_postargs=[*ext.extra_compile_args, *flags],
             depends=ext.depends,
         )
 
-    def compile_cuda(self, ext: Extension) -> tuple[list[str], str]:
+    def compile_cuda(self, ext: Extension, pool: ThreadPoolExecutor) -> tuple[list[str], str]:
         """The objects of csrc/cuda/*.cu and one line that says what was built, or why nothing was."""
         mode = os.environ.get("TOKDYN_CUDA", "auto")
         if mode not in ("auto", "0", "1"):
@@ -116,7 +123,7 @@ class BuildNative(build_ext):
         assert nvcc is not None
         try:
             ext.library_dirs = [str(find_cudart(nvcc))]
-            objects = [self.compile_one_cuda(nvcc, source) for source in sources]
+            objects = list(pool.map(lambda source: self.compile_one_cuda(nvcc, source), sources))
         except (CompileError, OSError, subprocess.CalledProcessError) as error:
             if mode == "1":
                 raise RuntimeError(f"TOKDYN_CUDA=1, but the CUDA build failed: {error}") from error
@@ -131,7 +138,7 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         gencode = [f"-gencode={architecture}" for architecture in CUDA_ARCHITECTURES]
         host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        command = [str(nvcc), "-O3", "-std=c++17", "--threads=0", *host, *gencode, "-c", source, "-o", str(target)]
+        command = [str(nvcc), "-O3", "-std=c++17", "--threads=2", *host, *gencode, "-c", source, "-o", str(target)]
         print(" ".join(command), file=sys.stderr)
         subprocess.run(command, check=True)
         return str(target)
