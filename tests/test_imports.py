@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Rooms, lowest first. A module imports from its own room and from lower levels; rooms of one level do not know each other.
 LEVELS = (
     ("_version", "_native", "_arguments", "_console", "_encoding"),
+    ("_app",),
     ("kernels",),
     ("ops",),
     ("sequences",),
@@ -25,6 +26,7 @@ LEVELS = (
     ("tokdyn",),  # the names of the package itself, `import tokdyn as td`
     ("bench", "demo"),
     ("studies",),
+    ("commands",),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -1,0 +1,67 @@
+"""What the commands of the command line share: the application, its own options, and errors as sentences."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from ._arguments import sentence
+from ._console import err_console, out_console
+from ._version import __version__
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+options = {"debug": False}  # of `tokdyn` itself, as `about` last read them
+DATA = "'demo', or a file with prompt/completion, prompt/chosen/rejected, messages …: .jsonl, .json, .csv (.gz) or .parquet"
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        out_console.print(f"tokdyn {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,  # fmt: skip
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """tokdyn: which token of an update moved which token of an answer, which way, how much, and why."""
+    options["debug"] = debug
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Print what goes wrong as one sentence and exit with 2, with 130 after Ctrl-C; warnings are one line each."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            yield
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception as error:
+        if options["debug"]:
+            err_console.print_exception()
+        err_console.print("error:", style="bold red", end=" ")
+        err_console.print(sentence(error), markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        err_console.print("interrupted before there was anything to keep; nothing was written", style="yellow")
+        raise typer.Exit(130) from None
+
+
+def _print_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """A warning as a note of one line; what libraries say to their own developers is left out."""
+    if not issubclass(category, (DeprecationWarning, FutureWarning)):
+        note(" ".join(str(message).split()))
+
+
+def note(text: str) -> None:
+    err_console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
