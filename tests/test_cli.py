@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from tokdyn.runs import folder
 from tokdyn.runs.summary import summary
 from tokdyn.runs.table import Listing
 
+PROJECT = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())
 RUN = ["profile", "--rows", "1", "--held-out", "0", "--method", "none"]
 
 
@@ -199,7 +201,7 @@ def test_a_pair_of_one_text_moves_nothing_and_is_told_so(tmp_path):
 
 WITHOUT_TORCH = """
 import sys
-from tokdyn.cli import main
+from tokdyn.__main__ import main
 try:
     main()
 except SystemExit as end:
@@ -232,6 +234,25 @@ def test_help_and_bad_arguments_do_not_wait_for_torch(tmp_path, arguments, code,
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and f"exit {code}" in done.stdout, done.stderr
     assert said in " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.mark.parametrize("imported", ["typer", "rich", "tokdyn.cli"])
+def test_control_c_during_the_imports_is_no_traceback(tmp_path, imported):
+    """As the installed script begins: interrupted when a module is looked for."""
+    module, _, name = PROJECT["project"]["scripts"]["tokdyn"].partition(":")
+    program = f"""
+import os, signal, sys
+class Interrupt:
+    def find_spec(name, path, target=None):
+        if name == {imported!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt)
+from {module} import {name}
+{name}()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 130 and done.stderr.startswith("interrupted") and "Traceback" not in done.stderr, done.stderr
 
 
 def test_names_of_objectives_are_those_of_the_module():

@@ -26,6 +26,46 @@ def as_sentence(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {kind}{text}") from error
 
 
+# who speaks in ShareGPT's form of a message, {"from": ..., "value": ...}, by the role that templates know
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool",
+            **{role: role for role in ("user", "assistant", "system", "tool")}}  # fmt: skip
+
+
+def as_messages(value: Any) -> Any:
+    """Messages of ShareGPT's form (from, value) as (role, content), a single message as a list of it; all else as it is.
+
+    Fields that are null, as parquet fills in, are left out: templates ask whether a field is there.
+
+    Raises:
+        ValueError: somebody else speaks than SPEAKERS names.
+    """
+    if isinstance(value, Mapping) and ({"from", "value"} <= set(value) or {"role", "content"} <= set(value)):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    return [_as_message(message) if isinstance(message, Mapping) else message for message in value]
+
+
+def _as_message(message: Message) -> dict[str, Any]:
+    """One of them."""
+    made = without_nulls(message)
+    if "role" not in made and {"from", "value"} <= set(made):
+        speaker = made.pop("from")
+        if speaker not in SPEAKERS:
+            raise ValueError(f"no template knows who {speaker!r} is: a message is from one of {', '.join(SPEAKERS)}")
+        made = {"role": SPEAKERS[speaker], "content": made.pop("value")} | made
+    if made.get("tool_calls"):
+        made.setdefault("content", "")
+    return made
+
+
+def without_nulls(value: Any) -> Any:
+    """A copy without the fields that are None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def message_text(message: Message) -> str:
     """The content of a chat message as one text; parts of type "text" are joined.
 
@@ -63,14 +103,17 @@ def as_answer(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return plain(messages)
 
 
-def render(tokenizer: Any, prompt: Sequence[Message], answer: Sequence[Message]) -> tuple[str, str]:
-    """Render a conversation with the chat template: the text of the prompt, a prefix of the whole text, and the whole text."""
+def render(tokenizer: Any, prompt: Sequence[Message], answer: Sequence[Message], told: Mapping[str, Any]) -> tuple[str, str]:
+    """Render a conversation with the chat template: the text of the prompt, a prefix of the whole text, and the whole text.
+
+    `told` is what the template is told besides the messages: tools, enable_thinking and the like.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the data is conversational but the tokenizer has no chat template: give plain text instead")
 
     def made(messages: Sequence[Message], **options: Any) -> str:
         with as_sentence("the chat template failed"):
-            return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+            return tokenizer.apply_chat_template(list(messages), tokenize=False, **told, **options)
 
     whole, before = made([*prompt, *answer]), made(prompt, add_generation_prompt=True)
     if before == made(prompt) or not whole.startswith(before):

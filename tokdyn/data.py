@@ -3,7 +3,10 @@
     prompt, completion                  an answer; with label (true, false) one that is wanted or not (KTO)
     prompt, chosen, rejected            a pair; without prompt, what the two begin with is the prompt
     prompt, completions, rewards        sampled answers
-    messages                            a conversation: its last message, the assistant's, answers what is before it
+    messages (or conversations)         a conversation: its last message, the assistant's, answers what is before it
+
+A message has role and content, or from and value as in ShareGPT's files. Beside messages, the template is told the row's
+`tools` (a list, or its JSON) and `chat_template_kwargs`.
 
 Only what the assistant wrote as the answer is scored. An answer that repeats the prompt's conversation is taken from where
 that ends; one with a message of anybody else behind it is refused.
@@ -21,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._encoding import as_answer, as_sentence, message_text
+from ._encoding import as_answer, as_messages, as_sentence, message_text, without_nulls
 from .objective import Objective
 from .objectives import KTO, DrGRPO
 from .sequences import Chi, encode, preference, rollouts
@@ -136,7 +139,7 @@ def _csv(path: Path, raw: bytes) -> list[tuple[int, Any]]:
         if None in row:
             raise ValueError(f"{path} row {n} has more cells than the first line has names: quote texts that hold a comma")
         for key, cell in row.items():
-            if key in ("completions", "rewards", "messages") or (cell or "").startswith('[{"'):
+            if key in ("completions", "rewards", "messages", "conversations") or (cell or "").startswith('[{"'):
                 try:
                     row[key] = json.loads(cell) if cell else None
                 except json.JSONDecodeError as error:
@@ -157,6 +160,7 @@ def canonical(row: Mapping[str, Any], where: str, answers: Sequence[str] = ANSWE
     Raises:
         ValueError: no prompt can be found (`where` opens the message).
     """
+    row = _conversational(row, where, answers)
     made = Row(row)
     made.where = where
     have = {key for key, value in row.items() if value is not None}
@@ -166,6 +170,8 @@ def canonical(row: Mapping[str, Any], where: str, answers: Sequence[str] = ANSWE
             raise ValueError(f"{where}: messages must be a list that ends in a question and the assistant's answer")
         made |= {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
         del made["messages"]
+    elif {"messages", "chosen", "rejected"} <= have and "prompt" not in have:
+        made["prompt"] = made.pop("messages")
     elif "prompt" not in have and {"chosen", "rejected"} <= have:
         made["prompt"] = _shared(row["chosen"], row["rejected"], where)
         made |= {key: row[key][len(made["prompt"]) :] for key in ("chosen", "rejected")}
@@ -183,6 +189,44 @@ def canonical(row: Mapping[str, Any], where: str, answers: Sequence[str] = ANSWE
     if made.get("label") is not None and "completion" in made and "chosen" not in have:
         made["label"] = _label(made["label"], where)
     return made
+
+
+def _conversational(row: Mapping[str, Any], where: str, answers: Sequence[str]) -> dict[str, Any]:
+    """A copy of a row whose messages have role and content, whose conversation is `messages` and whose tools are a list."""
+    made = dict(row)
+    with as_sentence(where):
+        if made.get("conversations") is not None and made.get("messages") is None:
+            made["messages"] = as_messages(made.pop("conversations"))
+            system, first = made.get("system"), made["messages"][:1]
+            if isinstance(system, str) and system and isinstance(first, list) and [m.get("role") for m in first] != ["system"]:
+                made["messages"] = [{"role": "system", "content": system}, *made["messages"]]
+        for key in ("prompt", "messages", *answers):
+            if key in made:
+                made[key] = as_messages(made[key])
+        if isinstance(made.get("completions"), list):
+            made["completions"] = [as_messages(answer) for answer in made["completions"]]
+    if made.get("tools") is not None:
+        made["tools"] = _tools(made["tools"], where)
+    return made
+
+
+def _tools(tools: Any, where: str) -> list[Any]:
+    """The tools of a row, each what a template is told of a function."""
+    try:
+        found = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: tools is not JSON ({error.msg})") from None
+    if not isinstance(found, list) or not all(isinstance(tool, Mapping) for tool in found):
+        raise ValueError(f"{where}: tools must be a list of objects, or its JSON, got {type(found).__name__}")
+    return without_nulls(found)
+
+
+def template_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chat template is told of a row besides its messages, as the option of `encode`; nothing for a plain prompt."""
+    if isinstance(row["prompt"], str):
+        return {}
+    told = ({"tools": row["tools"]} if row.get("tools") else {}) | without_nulls(dict(row.get("chat_template_kwargs") or {}))
+    return {"template": told} if told else {}
 
 
 def _conversation(answer: Any) -> bool:
@@ -266,7 +310,8 @@ def check_text(value: Any, key: str, where: str) -> None:
             raise ValueError(
                 f"{where}: {key} holds half a character at place {error.start} (a surrogate without its other half)"
             ) from None
-    if not "".join(texts).strip() and (answer or value == []):
+    calls = isinstance(value, list) and any(message.get("tool_calls") for message in value)
+    if not ("".join(texts).strip() or calls) and (answer or value == []):
         raise ValueError(f"{where}: {key} is empty, so there is nothing to {'score' if answer else 'answer'}")
 
 
@@ -284,7 +329,7 @@ def sequences(tokenizer: Any, rows: Sequence[Mapping[str, Any]], objective: Obje
     chis: list[Chi] = []
     for i, (where, row) in enumerate(_named(rows)):
         with as_sentence(where):
-            chis += _trained(tokenizer, row, objective, where, options | {"group": i})
+            chis += _trained(tokenizer, row, objective, where, template_of(row) | options | {"group": i})
     return chis
 
 
@@ -316,12 +361,13 @@ def watched(tokenizer: Any, rows: Sequence[Mapping[str, Any]], first_group: int 
     """Every answer of the rows as a sequence to observe, whatever the objective trains on; arguments as in `sequences`."""
     chis: list[Chi] = []
     for i, (where, row) in enumerate(_named(rows), first_group):
+        given = template_of(row) | options | {"group": i}
         with as_sentence(where):
             if "chosen" in _form(row):
-                chis += preference(tokenizer, row["prompt"], row["chosen"], row["rejected"], group=i, **options)
+                chis += preference(tokenizer, row["prompt"], row["chosen"], row["rejected"], **given)
             else:
                 for text in row["completions"] if "completions" in _form(row) else [row["completion"]]:
-                    chis.append(encode(tokenizer, row["prompt"], text, role=_role(row), group=i, **options))
+                    chis.append(encode(tokenizer, row["prompt"], text, role=_role(row), **given))
     return chis
 
 

@@ -31,11 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from ._encoding import Text, as_sentence, message_text
-from .data import Row, canonical, check_text, objects
+from .data import Row, canonical, check_text, objects, template_of
 from .sequences import Chi, encode
 
 TYPES = ("chosen", "chosen_initial", "chosen_gptsemantic", "chosen_gptformat", "rejected", "reject_gptsemantic",
          "reject_gptformat", "irr_train", "irr_test", "irr_hum", "random_permute", "random_nonhum")  # fmt: skip
+
+TOLD = ("tools", "chat_template_kwargs")  # what a row tells the chat template
 
 Source = str | Path | Sequence[Mapping[str, Any]]
 
@@ -92,7 +94,10 @@ def build(
         for kind in wanted:
             own = random.Random(f"{seed} {n} {kind}")  # of this row and kind alone, whatever else is made
             responses[kind] = row[kind] if row.get(kind) is not None else _make(kind, row, train, test, own)
-        made.append({"prompt": row["prompt"]} | {kind: responses[kind] for kind in TYPES if responses.get(kind) is not None})
+        told = {key: row[key] for key in TOLD if row.get(key)}
+        made.append(
+            {"prompt": row["prompt"]} | told | {kind: responses[kind] for kind in TYPES if responses.get(kind) is not None}
+        )
     hint = "" if held_out else "; irr_test can be made with held_out="
     _require_present(types, made, f"no row of {_source_name(data)} has it{hint}")
     return made
@@ -208,7 +213,7 @@ def load(
         for n, row in enumerate(table):
             if row.get(kind) is not None:
                 with as_sentence(f"{row.where}: {kind}"):
-                    chis.append(encode(tokenizer, row["prompt"], row[kind], role=kind, group=n, **options))
+                    chis.append(encode(tokenizer, row["prompt"], row[kind], role=kind, group=n, **(template_of(row) | options)))
         if chis:
             found[kind] = chis
     return found
@@ -234,7 +239,7 @@ def _rows(source: Source) -> list[Row]:
         if missing:
             have = ", ".join(key for key, value in row.items() if value is not None) or "nothing"
             raise ValueError(f"{where} must have prompt and chosen (or completion); it has {have}")
-        kept = Row(prompt=row["prompt"])
+        kept = Row({key: row[key] for key in ("prompt", *TOLD) if row.get(key)})
         kept.where = where
         for key in ("prompt", *TYPES):
             value = row.get(key)

@@ -8,7 +8,7 @@ character of the response is scored, also when a BPE merge starts it inside the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -174,6 +174,7 @@ def encode(
     eos: bool = True,
     max_length: int | None = None,
     truncate: str = "end",
+    template: Mapping[str, Any] | None = None,
     **metadata: Any,
 ) -> Chi:
     """Tokenise a prompt with its response once, as one text, and mark the tokens of the response as scored.
@@ -188,6 +189,7 @@ def encode(
             closes its own turns.
         max_length: longest sequence in tokens; what is cut is said in a warning and recorded in `Chi.truncated`.
         truncate: "end" cuts the end of the response, "start" the start of the prompt.
+        template: what the chat template is told besides the messages: `tools`, `enable_thinking` …
         metadata: role, group, advantage and the other fields of Chi.
 
     The first token of a sequence has no logits before it: where the prompt is empty and the tokenizer puts no BOS, the
@@ -208,7 +210,7 @@ def encode(
             raise ValueError(f"a response to a plain prompt must be text or one assistant message, got {len(answer)} messages")
         before, whole = prompt, prompt + answer[0]["content"]
     else:
-        before, whole = render(tokenizer, plain(prompt), answer)
+        before, whole = render(tokenizer, plain(prompt), answer, template or {})
     ids, scored = tokenise(tokenizer, before, whole, specials=not chat)
     end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
     if not chat and start is not None and ids[:2] == [start, start]:
