@@ -28,6 +28,7 @@ LEVELS = (
     ("studies",),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
