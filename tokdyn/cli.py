@@ -145,17 +145,23 @@ def _follow(run: Path, steps: list[int] | None) -> None:
     """Write a training's page anew until the training has ended or Ctrl-C, and say so first."""
     import tokdyn as td
 
+    from .training.heartbeat import silent_since
     from .training.step_folder import read, unwritten_for
 
+    dead = "No sign of life since {:%Y-%m-%d %H:%M:%S UTC}: the training was killed, or its machine is gone."
     about = read(run)[0]
     if about.get("status") != "running":
         out_console.print(f"The training has ended ({about.get('status')}): there is nothing to follow.")
+        return
+    if silent := silent_since(run):
+        out_console.print(f"{dead.format(silent)} There is nothing to follow.", soft_wrap=True)
         return
     since = unwritten_for(about)
     ago = "" if since is None else f", records were last written {since / 60:.0f} min ago (one that was killed writes no more)"
     out_console.print(f"The training runs{ago}. The page is written anew until it ends; Ctrl-C stops that.", soft_wrap=True)
     try:
         td.watch(run, steps=steps, follow=True)
-        out_console.print("The training has ended.")
+        silent = silent_since(run)
+        out_console.print(dead.format(silent) if silent else "The training has ended.", soft_wrap=True)
     except KeyboardInterrupt:
         out_console.print("No longer followed; the page is as it was written last.")

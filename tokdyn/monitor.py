@@ -33,6 +33,7 @@ from .sequences import Chi, token_texts
 from .training import columns, diagnosis, distributed
 from .training.capture import Capture
 from .training.forward import Forward
+from .training.heartbeat import Heartbeat
 from .training.probe import Probe
 from .training.step_folder import Folder
 from .training.steps import Step
@@ -111,6 +112,7 @@ class Monitor:
         self._ranks, self._out, self._overwrite = ranks, out, overwrite
         self._capture: Capture | None = None
         self._folder: Folder | None = None
+        self._heartbeat: Heartbeat | None = None
         self._handles: list[Any] = []
         self._texts: dict[int, str] = {}
         self.due = self._stepped = False
@@ -145,6 +147,7 @@ class Monitor:
             self.ranks = self._ranks if self._ranks is not None else distributed.averaging(self.model)
             if self._out is not None:
                 self._folder = Folder(Path(self._out), distributed.rank(), self._facts(), self._overwrite)
+                self._heartbeat = Heartbeat(self._folder.path) if distributed.rank() == 0 else None
             self._capture.install()
             if hasattr(self.optimizer, "register_step_pre_hook"):
                 self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
@@ -180,6 +183,9 @@ class Monitor:
             with self.guarded("the records could not be written"):
                 self._folder.close(status, steps=self.number, problems=[f"step {n}: {text}" for n, text in self.problems])
             self._folder = None
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._heartbeat = None
 
     # ---------------------------------------------------------------- a step
 

@@ -17,6 +17,7 @@ from typing import Any
 from ..runs.by_sequence import sequence_names
 from ..runs.folder import PAGE
 from ..steps import metrics, read
+from ..training.heartbeat import silent_since
 from .page import assemble
 from .text import count, facts, show, signed
 
@@ -49,7 +50,7 @@ def watch(folder: str | Path, *, steps: Sequence[int] | None = None, follow: boo
     Args:
         folder: the folder given as `out`.
         steps: the steps whose forces are shown token by token; up to nine evenly spaced ones when absent.
-        follow: write it again every so many seconds until the training has ended.
+        follow: write it again every so many seconds until the training has ended, or gives no sign of life any more.
         every: seconds.
 
     Raises:
@@ -58,10 +59,12 @@ def watch(folder: str | Path, *, steps: Sequence[int] | None = None, follow: boo
     path = Path(folder)
     while True:
         about, tables = read(path)
+        silent = silent_since(path) if about.get("status") == "running" else None
+        about |= {"silent_since": silent and silent.isoformat(timespec="seconds")}
         part = path / f".{PAGE}"
         part.write_text(render(about, tables, steps), encoding="utf-8")
         os.replace(part, path / PAGE)
-        if not follow or about.get("status") != "running":
+        if not follow or about.get("status") != "running" or silent:
             return path / PAGE
         time.sleep(every)
 
@@ -70,7 +73,7 @@ def render(about: Mapping[str, Any], tables: Mapping[str, Any], steps: Sequence[
     """The page of a training as HTML.
 
     Args:
-        about: run.json.
+        about: run.json; `silent_since` is when a run that says "running" gave its last sign of life.
         tables: "tokens", "probe" and "steps" as `tokdyn.steps.read` gives them; any may be None.
         steps: as in `watch`.
 
@@ -254,8 +257,9 @@ def _prose(
     return {
         "model": model.get("name") or "a model",
         "status": status,
-        "written": str(about.get("written") or "").replace("T", " ").replace("+00:00", " UTC"),
-        "refresh": REFRESH if status == "running" else None,
+        "written": _moment(about.get("written")),
+        "silent": _moment(about.get("silent_since")),
+        "refresh": REFRESH if status == "running" and not about.get("silent_since") else None,
         "last": f"{last:,}",
         "recorded": len(recorded),
         "details": [str(item) for item in details if item],
@@ -276,6 +280,11 @@ def _prose(
             if rows
         ],
     }
+
+
+def _moment(iso: Any) -> str:
+    """An ISO time of UTC as a reader writes it, "" where there is none."""
+    return str(iso or "").replace("T", " ").replace("+00:00", " UTC")
 
 
 def _findings(curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.folder import ABOUT, FORMAT, PAGE, finite, kind_of
+from .heartbeat import ALIVE
 from .steps import Step
 
 
@@ -110,7 +111,7 @@ def check_free(path: Path, overwrite: bool = False) -> None:
 def _records(path: Path) -> list[Path]:
     """The files in a folder that a training and its page left there."""
     found = [file for name in ("tokens", "probe", "steps") for file in path.glob(f"{name}-*-*.parquet")]
-    return found + [path / name for name in (ABOUT, PAGE) if (path / name).exists()]
+    return found + [path / name for name in (ABOUT, ALIVE, f".{ALIVE}", PAGE) if (path / name).exists()]
 
 
 def unwritten_for(about: Mapping[str, Any]) -> float | None:
