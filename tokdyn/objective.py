@@ -135,6 +135,11 @@ class Scores:
         log_probs, ids = candidates(objective.n_candidates)
         return cls(H, mean, ids, log_probs)
 
+    def rows(self, index: Tensor) -> Scores:
+        """The scores of some tokens."""
+        columns = (getattr(self, f.name) for f in fields(self))
+        return Scores(*(None if column is None else column[index.to(column.device)] for column in columns))
+
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
         """The tokens of several, one after the other; all hold the same fields."""

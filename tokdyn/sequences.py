@@ -139,6 +139,10 @@ class Batch:
         positions = None if self.position_ids is None else self.position_ids[:, :T]
         return Batch(self.ids[:, :T], at, self.targets[rows], self.sequence[rows], self.position[rows], positions)
 
+    def numbered_from(self, first: int) -> Batch:
+        """The same batch of a longer list: its sequences are numbered from `first` on."""
+        return replace(self, sequence=self.sequence + first)
+
 
 def collate(chis: Sequence[Chi], first: int = 0, count_padding: bool = False) -> Batch:
     """Stack sequences into one batch.
