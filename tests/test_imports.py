@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Rooms, lowest first. A module imports from its own room and from lower levels; rooms of one level do not know each other.
 LEVELS = (
-    ("_version", "_native", "_arguments", "_console", "_encoding"),
+    ("_version", "_native", "_arguments", "_console", "_encoding", "_rows"),
     ("_app",),
     ("kernels",),
     ("ops",),
@@ -22,6 +22,7 @@ LEVELS = (
     ("forces", "ntk", "squeeze", "verify", "steps"),
     ("report",),  # pages are drawn from tables, and a Run draws its own
     ("profile", "monitor", "interventions"),
+    ("scan",),
     ("integrations",),
     ("tokdyn",),  # the names of the package itself, `import tokdyn as td`
     ("bench", "demo"),

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from .ntk import Kernel, KernelDrift, kernel, kernel_drift, kernel_lower_bound, rank_correlation, sign_delta
     from .profile import Run, load, profile
     from .report.training import watch
+    from .runs.scans import Scan
+    from .scan import scan
     from .sequences import Batch, Chi, encode, from_batch, preference, rollouts
     from .training.capture import tap
     from .verify import Verification, verify
 
-__all__ = ["Batch", "Chi", "Forces", "Kernel", "KernelDrift", "Monitor", "Run", "Verification", "__version__", "attach",
+__all__ = ["Batch", "Chi", "Forces", "Kernel", "KernelDrift", "Monitor", "Run", "Scan", "Verification", "__version__", "attach",
            "dynamics", "encode", "forces", "from_batch", "interventions", "kernel", "kernel_drift", "kernel_lower_bound",
-           "load", "objectives", "ops", "preference", "probes", "profile", "rank_correlation", "rollouts", "sign_delta",
+           "load", "objectives", "ops", "preference", "probes", "profile", "rank_correlation", "rollouts", "scan", "sign_delta",
            "squeeze", "tap", "verify", "watch"]  # fmt: skip
 
 _MODULES = {
@@ -37,6 +39,8 @@ _MODULES = {
     ".ntk": "Kernel KernelDrift kernel kernel_drift kernel_lower_bound rank_correlation sign_delta",
     ".profile": "Run load profile",
     ".report.training": "watch",
+    ".runs.scans": "Scan",
+    ".scan": "scan",
     ".sequences": "Batch Chi encode from_batch preference rollouts",
     ".training.capture": "tap",
     ".verify": "Verification verify",

@@ -14,16 +14,13 @@ that ends; one with a message of anybody else behind it is refused.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import _rows
 from ._encoding import as_answer, as_messages, as_sentence, message_text, without_nulls
 from .objective import Objective
 from .objectives import KTO, DrGRPO
@@ -59,93 +56,7 @@ def objects(path: str | Path) -> list[tuple[str, Any]]:
     Raises:
         FileNotFoundError: no such file. ValueError: it is empty or cannot be read (file and line are named).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no data file {path}: give a .jsonl, .json, .csv or .parquet file")
-    name = path.name.lower()
-    suffix = Path(name.removesuffix(".gz")).suffix
-    if suffix == ".parquet" and not name.endswith(".gz"):
-        unit, numbered = "row", _parquet(path)
-    elif suffix in (".jsonl", ".ndjson", ".json"):
-        unit, numbered = _json(path, _bytes(path))
-    elif suffix == ".csv":
-        unit, numbered = "row", _csv(path, _bytes(path))
-    else:
-        raise ValueError(f"{path} must end in .jsonl, .ndjson, .json or .csv (each also with .gz), or in .parquet")
-    if not numbered:
-        raise ValueError(f"{path} holds no rows")
-    return [(f"{path} {unit} {n}", row) for n, row in numbered]
-
-
-def _bytes(path: Path) -> bytes:
-    """What a text file holds, unpacked."""
-    raw = path.read_bytes()
-    if path.name.lower().endswith(".gz"):
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole gzip file ({error})") from None
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:4]:
-        raise ValueError(f"{path} is UTF-16 (or 32), not UTF-8: save it as UTF-8")
-    return raw
-
-
-def _parquet(path: Path) -> list[tuple[int, Any]]:
-    """The rows of a parquet file, numbered."""
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{path} has more than one column {', '.join(twice)}: keep one of each")
-        return list(enumerate(file.read().to_pylist(), 1))
-    except (ValueError, OSError) as error:  # pyarrow does not name the file
-        raise error if str(error).startswith(str(path)) else ValueError(f"{path} is not a parquet file ({error})") from None
-
-
-def _json(path: Path, raw: bytes) -> tuple[str, list[tuple[int, Any]]]:
-    """The objects of JSON lines, or of one array, numbered; with what is numbered."""
-    if raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        try:
-            return "item", list(enumerate(json.loads(raw), 1))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} begins an array and is not JSON ({error.msg} at line {error.lineno})") from None
-    numbered = []
-    for n, line in enumerate(raw.splitlines(), 1):  # bytes, since str.splitlines would also split at U+2028
-        if not line.strip():
-            continue
-        try:
-            numbered.append((n, json.loads(line)))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} line {n} is not UTF-8 ({error.reason} at byte {error.start})") from None
-        except json.JSONDecodeError as error:
-            shown = line[:60].decode(errors="replace")
-            raise ValueError(f"{path} line {n} is not JSON ({error.msg} at column {error.colno}): {shown!r}") from None
-    return "line", numbered
-
-
-def _csv(path: Path, raw: bytes) -> list[tuple[int, Any]]:
-    """The rows of a CSV file under the names of its first line, numbered; an empty cell is absent, lists are JSON."""
-    try:
-        rows = list(csv.DictReader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
-    except csv.Error as error:
-        raise ValueError(f"{path} is not CSV ({error})") from None
-    for n, row in enumerate(rows, 1):
-        if None in row:
-            raise ValueError(f"{path} row {n} has more cells than the first line has names: quote texts that hold a comma")
-        for key, cell in row.items():
-            if key in ("completions", "rewards", "messages", "conversations") or (cell or "").startswith('[{"'):
-                try:
-                    row[key] = json.loads(cell) if cell else None
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path} row {n}: {key} is not a JSON list ({error.msg})") from None
-        row |= {key: None for key, cell in row.items() if cell == ""}
-    return list(enumerate(rows, 1))
+    return list(_rows.objects(path))
 
 
 # ---------------------------------------------------------------- one form for every row
@@ -331,6 +242,17 @@ def sequences(tokenizer: Any, rows: Sequence[Mapping[str, Any]], objective: Obje
         with as_sentence(where):
             chis += _trained(tokenizer, row, objective, where, template_of(row) | options | {"group": i})
     return chis
+
+
+def row_sequences(tokenizer: Any, row: Any, objective: Objective, where: str, **options: Any) -> list[Chi]:
+    """The sequences an objective trains on of one row as it stands in a file; `where` opens every message.
+
+    Raises:
+        ValueError: see `read` and `sequences`.
+    """
+    checked = _checked(row, where)
+    with as_sentence(where):
+        return _trained(tokenizer, checked, objective, where, template_of(checked) | options | {"group": 0})
 
 
 def _trained(tokenizer: Any, row: Row, objective: Objective, where: str, options: dict[str, Any]) -> list[Chi]:

@@ -147,11 +147,12 @@ def profile(
         if matrix is not None and status == "complete":
             checks[ROW_SUMS] = float((matrix.sum(1) - vector).norm() / matrix.abs().sum(1).norm())
         coverage = problem.coverage(scope, rules)
-        facts = _model_facts(tracer)
+        facts = model_facts(tracer)
         stages("writing")
     tokens = _tokens(problem, tokenizer, vector, verification, squeezed, vocabulary)
     matrix = None if matrix is None else matrix.cpu()
-    record: dict[str, Any] = _head(status) | {
+    record: dict[str, Any] = run_head("profile") | {
+        "status": status,
         "objective": objective.describe(),
         "settings": {"scope": scope, "method": method, "eta": None if verification is None else verification.eta},
         "sequences": _sequences("updated", update) + _sequences("observed", observe),
@@ -202,10 +203,10 @@ def _force_matrix(
     return matrix, rules, "complete"
 
 
-def _head(status: str) -> dict[str, Any]:
-    """The first entries of run.json: what wrote it, with which versions, when, and whether it is complete."""
+def run_head(kind: str) -> dict[str, Any]:
+    """The first entries of run.json: what wrote it, with which versions, and when."""
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    found = {"format": store.FORMAT, "kind": "profile", "tokdyn": __version__, "status": status, "created": created}
+    found = {"format": store.FORMAT, "kind": kind, "tokdyn": __version__, "created": created}
     return found | {"versions": _versions()}
 
 
@@ -316,7 +317,8 @@ def _sequences(side: str, chis: Sequence[Chi]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _model_facts(tracer: Tracer) -> dict[str, Any]:
+def model_facts(tracer: Tracer) -> dict[str, Any]:
+    """What run.json says of a model: its name, size, shape, precision and device."""
     config = getattr(tracer.model, "config", None)
     unique = {owner: tracer.params[owner] for owner in tracer.owner.values()}
     return {

@@ -27,8 +27,8 @@ from ..objective import GTerm, Objective, Scores
 from ..ops import TokenStats
 from ..ops.rows import blocks
 from ..sequences import Batch, Chi
-from .products import Direction, Uses, real_velocities, vjp, vjp_scored
 from .problem import MEMORY
+from .products import Direction, Uses, real_velocities, vjp, vjp_scored
 from .scope import Scope, select
 from .sides import BATCH, Observed, ScoredBatch, ScoredSide, Unscored, Update
 
@@ -174,7 +174,7 @@ class Pulled(Scope):
         """Force of every token of an update on every group, and the update scored.
 
         Args:
-            update: in batches. Its passes score it; only where c depends on several batches, or under an optimizer, a pass before.
+            update: in batches. It is scored on the way; where c depends on several batches, or under an optimizer, before.
             optimizer: P is then that of its coming step on the mean of the update's rows (`preconditioner`).
             memory: bytes for the logits' tangents of the groups that are moved along together.
         """
@@ -227,13 +227,13 @@ def jvp_logits_each(
         some = {use: directions[tensor][start : start + at_once] for use, tensor in uses.items()}
 
         def along(tangent: Direction) -> tuple[Tensor, Tensor]:
-            return forward_derivative(lambda p: tracer.logits(batch, p), (primal,), (tangent,))
+            return forward_derivative(lambda p: tracer.logits(batch, p), (primal,), (tangent,))[:2]
 
         if len(next(iter(some.values()))) == 1:
             z, velocity = along({use: x[0] for use, x in some.items()})
             yield z, velocity[None]
         else:
-            yield vmap(along, out_dims=(None, 0))(some)
+            yield vmap(along, out_dims=(None, 0))(some)  # type: ignore[arg-type]
 
 
 def tangent_bytes(tracer: Tracer, batch: Batch) -> int:

@@ -257,11 +257,18 @@ def _scores(objective: Objective, z: Float[Tensor, "N V"], stats: TokenStats) ->
 
 def with_reference(chis: Sequence[Chi], reference: nn.Module) -> list[Chi]:
     """The sequences with log pi_ref of a reference model filled in, where they do not bring their own."""
+    if all(chi.reference_log_probs is not None for chi in chis):
+        return list(chis)
+    with trace(reference) as tracer:
+        return referred(chis, tracer)
+
+
+def referred(chis: Sequence[Chi], reference: Tracer) -> list[Chi]:
+    """The same of a reference that is traced already."""
     wanting = [i for i, chi in enumerate(chis) if chi.reference_log_probs is None]
     filled = list(chis)
     if wanting:
-        with trace(reference) as tracer:
-            log_probs = torch.cat([stats.log_prob for _, _, stats in tracer.score([chis[i] for i in wanting])])
+        log_probs = torch.cat([stats.log_prob for _, _, stats in reference.score([chis[i] for i in wanting])])
         for i, part in zip(wanting, log_probs.split([len(chis[i]) for i in wanting]), strict=True):
             filled[i] = chis[i].with_(reference_log_probs=part)
     return filled

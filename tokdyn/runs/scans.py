@@ -1,0 +1,105 @@
+"""A scan on disk: one row a token and one row an example, in blocks that count as they are committed.
+
+    folder/
+      run.json                    what was asked: model, objective, groups, data
+      manifest-….json             which files count (manifest.py)
+      tokens-….parquet            one row an update token: where it stands, its statistics, its force on every group
+      rows-….parquet              one row an example: its sums
+
+Read while it is written: `Scan(folder)` sees the blocks that are whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from . import manifest
+from .folder import ABOUT, FORMAT
+
+TOKENS, ROWS = "tokens.parquet", "rows.parquet"
+
+
+class Scan:
+    """A folder that `td.scan` writes or has written.
+
+    Attributes:
+        path: the folder.
+        about: its run.json.
+        blocks: what is done, in the order of the data: (block, commit).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open a folder.
+
+        Raises:
+            FileNotFoundError: it holds no scan. ValueError: a later format, or a file of it is missing or cut short.
+        """
+        self.path = Path(path)
+        if not (self.path / ABOUT).exists():
+            raise FileNotFoundError(f"{self.path} holds no run: {ABOUT} is missing")
+        try:
+            self.about: dict[str, Any] = json.loads((self.path / ABOUT).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self.path / ABOUT} cannot be read: {error}") from None
+        if self.about.get("kind") != "scan":
+            raise ValueError(f"{self.path} holds a {self.about.get('kind')}, not a scan: read it with td.load")
+        if self.about.get("format", FORMAT + 1) > FORMAT:
+            raise ValueError(f"{self.path} was written in format {self.about.get('format')}: update tokdyn")
+        found = {int(commit.key): commit for commit in manifest.committed(self.path) if commit.key.isdigit()}
+        self.blocks = sorted(found.items())
+
+    @property
+    def groups(self) -> list[str]:
+        """The names of the groups of observed tokens."""
+        return [group["name"] for group in self.about["groups"]]
+
+    @property
+    def tokens_of(self) -> dict[str, int]:
+        """How many observed tokens each group has: a force is on the sum of their log-probabilities."""
+        return {group["name"]: int(group["tokens"]) for group in self.about["groups"]}
+
+    @property
+    def size(self) -> int | None:
+        """How many rows the data has; None where that was not known before the end."""
+        return self.about["settings"]["rows"]
+
+    @cached_property
+    def missing(self) -> list[int]:
+        """The blocks that are not there yet; of data of unknown size those before the last one that is."""
+        have = {block for block, _ in self.blocks}
+        size, last = self.size, max(have, default=-1) + 1
+        whole = last if size is None else math.ceil(size / self.about["settings"]["block"])
+        return [block for block in range(whole) if block not in have]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row is there."""
+        return bool(self.blocks) and not self.missing
+
+    def each(self, table: str = TOKENS, columns: Sequence[str] | None = None) -> Iterator[Any]:
+        """The token tables (or, with ROWS, the row tables) block by block (pyarrow): one block is held at a time."""
+        import pyarrow.parquet as pq
+
+        for _, commit in self.blocks:
+            yield pq.ParquetFile(commit.files[table]).read(columns=None if columns is None else list(columns))
+
+    def tokens(self, columns: Sequence[str] | None = None) -> Any:
+        """All update tokens as one table (pyarrow)."""
+        return self._joined(TOKENS, columns)
+
+    def rows(self, columns: Sequence[str] | None = None) -> Any:
+        """All examples as one table (pyarrow)."""
+        return self._joined(ROWS, columns)
+
+    def _joined(self, table: str, columns: Sequence[str] | None) -> Any:
+        import pyarrow as pa
+
+        parts = list(self.each(table, columns))
+        if not parts:
+            raise ValueError(f"{self.path} holds no block yet")
+        return pa.concat_tables(parts)
