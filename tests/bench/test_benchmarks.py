@@ -183,7 +183,9 @@ def test_runs_on_one_machine_join():
         bench.join([])
 
 
-def test_compiled_sides_run_where_there_is_a_compiler(tmp_path):
+def test_compiled_sides_run_where_there_is_a_compiler(tmp_path, monkeypatch):
+    """Without torch's switch for narrower vectors: under ATEN_CPU_CAPABILITY=avx2 inductor's own sums are wrong on AVX-512."""
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     found, _ = kernels(tmp_path, "token_stats:float32", "--no-memory", "--side", "compile", "--side", "eager")
     compiled = next(row for row in found["rows"] if row["side"] == "compile")
     assert compiled["differs"] < 1e-5 if compiled["ran"] else "compiler" in compiled["why"].lower(), compiled
