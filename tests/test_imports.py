@@ -16,13 +16,13 @@ LEVELS = (
     ("sequences",),
     ("objective",),  # what the engine asks of a loss: GTerm and Objective
     ("objectives", "dynamics", "model"),
-    ("data", "loading", "testing", "runs"),
+    ("data", "loading", "testing", "runs", "turns"),
     ("probes", "exact"),
     ("training",),
     ("forces", "ntk", "squeeze", "verify", "steps"),
     ("report",),  # pages are drawn from tables, and a Run draws its own
     ("profile", "monitor", "interventions"),
-    ("scan",),
+    ("scan", "checks"),
     ("integrations",),
     ("tokdyn",),  # the names of the package itself, `import tokdyn as td`
     ("bench", "demo"),

@@ -47,7 +47,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         FileNotFoundError: no such file.
         ValueError: it is empty or cannot be read, or a row is not what it should be (file and line are named).
     """
-    return [_checked(row, where) for where, row in objects(path)]
+    return [checked_row(row, where) for where, row in objects(path)]
 
 
 def objects(path: str | Path) -> list[tuple[str, Any]]:
@@ -175,7 +175,7 @@ def _form(row: dict[str, Any]) -> tuple[str, ...]:
     return next((form for form in FORMS if all(row.get(key) is not None for key in form)), ())
 
 
-def _checked(row: Any, where: str) -> Row:
+def checked_row(row: Any, where: str) -> Row:
     """A row as `canonical` makes it, if it has one of FORMS with values of the right types; `where` opens the message."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} must be an object, got {type(row).__name__}")
@@ -250,7 +250,7 @@ def row_sequences(tokenizer: Any, row: Any, objective: Objective, where: str, **
     Raises:
         ValueError: see `read` and `sequences`.
     """
-    checked = _checked(row, where)
+    checked = checked_row(row, where)
     with as_sentence(where):
         return _trained(tokenizer, checked, objective, where, template_of(checked) | options | {"group": 0})
 
@@ -296,7 +296,8 @@ def watched(tokenizer: Any, rows: Sequence[Mapping[str, Any]], first_group: int 
 def _named(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Row]]:
     """Rows with their places; those that `read` did not make are checked here."""
     return [
-        (row.where, row) if isinstance(row, Row) else (f"row {n}", _checked(row, f"row {n}")) for n, row in enumerate(rows, 1)
+        (row.where, row) if isinstance(row, Row) else (f"row {n}", checked_row(row, f"row {n}"))
+        for n, row in enumerate(rows, 1)
     ]
 
 

@@ -67,6 +67,24 @@ def load_weights(name: str, device: str = "cpu", dtype: Any = None, adapter: str
     return model.to(device).eval()
 
 
+def facts_of(name: str) -> dict[str, Any]:
+    """What a model's configuration says without its weights: rows of its vocabulary, and the ids that end generation.
+
+    Empty where there is no configuration to read.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    base, _ = find_model(name)
+    found: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # a tokenizer alone has none
+        config = AutoConfig.from_pretrained(base)
+        found["vocabulary"] = int(config.get_text_config().vocab_size)
+    with contextlib.suppress(Exception):
+        ends = GenerationConfig.from_pretrained(base).eos_token_id
+        found["eos"] = frozenset(ends if isinstance(ends, list) else [ends] if ends is not None else [])
+    return found
+
+
 def check_device(device: str) -> None:
     """Refuse a device that is not there.
 

@@ -1,5 +1,5 @@
 """Commands of the command line other than `profile` and `report`; to import them is to add them to the application."""
 
-from . import measure, probe
+from . import check, measure, probe
 
-__all__ = ["measure", "probe"]
+__all__ = ["check", "measure", "probe"]

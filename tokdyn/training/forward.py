@@ -73,8 +73,9 @@ class Forward:
         c, v, u: -∂L/∂log pi(y), ∂L/∂H and -∂L/∂(mean log pi), [N], per unit of the scalar that was backpropagated.
         vocabulary: V. moments: Σ pi² (log pi + H) and Σ pi² (log pi + H)², [N, 2], where there is an entropy term.
         check: the self-check against ∂L/∂h.
-        eps: unit roundoff of the pass, bfloat16's under autocast. log_prob_error: largest difference between the log-probs of
-            the output and ours. readout_error: of its logits from softcap(scale (W h + b)), relative.
+        eps: unit roundoff of the pass, bfloat16's under autocast. given: log-probs as the output or `tap` has them, [N].
+            log_prob_error: largest difference between them and ours. readout_error: of the output's logits from
+            softcap(scale (W h + b)), relative.
         metadata: what the training loop said about the pass. micro_batch: its number in the step.
         superseded: its loss went through `tap`, which made a record of its own. touched: which tokens got a gradient, where
             nobody said which are scored.
@@ -99,6 +100,7 @@ class Forward:
     eps: float = 0.0
     log_prob_error: float = 0.0
     readout_error: float = 0.0
+    given: Float[Tensor, " N"] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = 0
     superseded: bool = False

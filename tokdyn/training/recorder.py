@@ -201,6 +201,7 @@ class Recorder:
         uncertain = entropy is not None and entropy.requires_grad
         forward = self._begin(route, 2 if uncertain else 1)
         given, own = log_probs.detach().reshape(-1)[self.scored.picked].float(), forward.stats.log_prob.float()
+        forward.given = given
         forward.log_prob_error = float((own - given).abs().max()) if len(given) else 0.0
         if not checked:  # compiled, or a frozen backbone: the log-probs themselves are the check
             size = _square(given)
