@@ -137,7 +137,6 @@ def test_a_kernel_imports_no_other_kernels_implementation():
 LONG_FILES = {  # path -> why it reads better whole
     "kernels/readout_forces/triton.py": "the forms of one kernel share their tiles",
     "kernels/tangent_attention/triton.py": "attention, its tangents and the tiles that cotangents share",
-    "tokdyn/objectives.py": "every loss as its paper writes it, side by side",
 }
 LONG_FUNCTIONS = {  # (path, function) -> why it reads better whole; signature and docstring do not count
     ("kernels/tangent_attention/triton.py", "_tangent_kernel"): "device code, one loop",

@@ -1,24 +1,15 @@
 """Objectives against the closed forms of docs/theory.md, Objectives, and against autograd through dense logits, in float64."""
 
-from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
+from losses import U, V, close, each, problem, read
 from torch import sigmoid
 
 from tokdyn import Chi, dynamics
 from tokdyn import objectives as td
 from tokdyn.objectives import Scores
-
-V, U = 13, torch.finfo(torch.float64).eps
-ORACLE = 1e-8
-
-# (role, group, scored tokens, advantage): unequal lengths, interleaved groups, a response of one token
-PAIRS = [("rejected", 7, 4, None), ("chosen", 2, 3, None), ("chosen", 7, 6, None), ("rejected", 2, 5, None),
-         ("chosen", 4, 1, None), ("rejected", 4, 2, None)]  # fmt: skip
-ROLLOUTS = [("response", 0, 6, 1.2), ("response", 5, 4, -0.9), ("response", 0, 3, -0.7), ("response", 5, 7, 0.9),
-            ("response", 0, 5, -0.5)]  # fmt: skip
 
 ALL = [
     td.SFT(), td.SFT(label_smoothing=0.1), td.DPO(beta=0.3), td.CDPO(beta=0.3, epsilon=0.2), td.IPO(beta=0.4),
@@ -28,48 +19,13 @@ ALL = [
     td.PPO(entropy=0.05), td.PPO(dual_clip=1.3), td.GRPO(), td.GRPO(dual_clip=1.3),
     td.GRPO(beta=0.3), td.DrGRPO(max_tokens=9, beta=0.3), td.DAPO(beta=0.3),
     td.GSPO(clip=0.05, clip_high=0.08, beta=0.1), td.SimKO(quantile=0.5, alpha=0.3, beta=0.1), td.LLDS(),
+    td.EXO(beta=0.3, epsilon=0.01), td.NCA(beta=0.3), td.RobustDPO(beta=0.3, epsilon=0.2), td.BCO(beta=0.3, delta=0.2),
+    td.AOT(beta=0.3, epsilon=0.1), td.APOZero(beta=0.3), td.APODown(beta=0.3), td.DiscoPOP(beta=0.3, tau=0.5),
+    td.DPONorm(beta=1.3), td.BNPO(beta=0.3), td.CISPO(clip_high=1.1, beta=0.3), td.SAPO(tau_neg=1.5, beta=0.3),
+    td.LUSPO(clip=0.05, clip_high=0.08), td.VESPO(beta=0.3), td.GMPO(clip=0.1, beta=0.3), td.ClipCov(low=0.1, fraction=0.2),
+    td.KLCov(fraction=0.2, kl=0.5),
 ]  # fmt: skip
 everyone = pytest.mark.parametrize("objective", ALL, ids=repr)
-
-
-def problem(reads, seed=0):
-    """Chis with random reference and old log-probs, and the random logits [L, V] that score their tokens."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    chis, logits = [], []
-    for i, (role, group, n, advantage) in enumerate(ROLLOUTS if reads == "rollouts" else PAIRS):
-        z = 2 * normal(n, V)
-        y = torch.randint(0, V, (n,), generator=generator)
-        if i == 1:
-            y = z.argmax(1)  # a response whose tokens are all of rank 1
-        lp = z.log_softmax(1).gather(1, y[:, None])[:, 0]
-        prompt = torch.randint(0, V, (2,), generator=generator)
-        chis.append(
-            Chi(torch.cat([prompt, y]), torch.arange(n + 2) >= 2, role=role, group=group, advantage=advantage,
-                reference_log_probs=lp + 0.5 * normal(n), old_log_probs=lp + 0.3 * normal(n))
-        )  # fmt: skip
-        logits.append(z)
-    return chis, torch.cat(logits)
-
-
-def read(logits, chis):
-    """What a loss may read of the logits, all of it differentiable."""
-    log_pi = logits.log_softmax(1)
-    y = torch.cat([chi.ids[chi.scored] for chi in chis])
-    top = log_pi.detach().topk(3).indices
-    entropy = -(log_pi.exp() * log_pi).sum(1)
-    return log_pi.gather(1, y[:, None])[:, 0], Scores(entropy, log_pi.mean(1), top, log_pi.gather(1, top))
-
-
-def each(x, chis):
-    return x.split([len(chi) for chi in chis])
-
-
-def close(value, truth):
-    return torch.allclose(value, torch.as_tensor(truth, dtype=value.dtype), rtol=0, atol=ORACLE)
 
 
 # ---------------------------------------------------------------- theorems of every objective
@@ -93,7 +49,10 @@ def test_G_rebuilt_from_the_gterm_is_the_gradient_of_the_loss_at_the_logits(obje
     assert G.sum(1).abs().max() <= rounding  # 1ᵀG = 0: a softmax loss does not see a common shift of the logits
 
 
-@everyone
+HELD = (td.CISPO, td.VESPO)  # their weight of log pi is held constant, and moves the value: closed forms and TRL below
+
+
+@pytest.mark.parametrize("objective", [o for o in ALL if not isinstance(o, HELD)], ids=repr)
 def test_c_is_the_finite_difference_of_the_loss(objective):
     chis, z = problem(objective.reads)
     log_probs, scores = read(z, chis)
@@ -188,7 +147,51 @@ def ipo(o, p):
     return pull / p.n_plus, -pull / p.n_minus
 
 
+def exo(o, p):
+    """x σ'(x) + the derivative of the entropy part: d/dx [σ(x)(log σ(x) - a) + σ(-x)(log σ(-x) - b)] = σ'(x)(x - a + b)."""
+    x, odds = o.beta * p.h, torch.tensor(o.epsilon / (1 - o.epsilon), dtype=torch.float64).log()
+    return both(-o.beta * slope(x) * (x + odds))
+
+
+def slope(x):
+    return sigmoid(x) * (1 - sigmoid(x))
+
+
+def robust(o, p):
+    a = sigmoid(o.beta * p.h)
+    return both(o.beta * ((1 - o.epsilon) * (1 - a) + o.epsilon * a) / (1 - 2 * o.epsilon))
+
+
+def discopop(o, p):
+    x = o.beta * p.h
+    s, ds = sigmoid(x / o.tau), slope(x / o.tau) / o.tau
+    return both(o.beta * ((1 - s) * (1 - sigmoid(x)) - ds * sigmoid(x).log() - ds * (-x).exp() + s * (-x).exp()))
+
+
+def dpo_norm(o, p):
+    pull = o.beta * (1 - sigmoid(o.beta * (p.r_plus / p.n_plus - p.r_minus / p.n_minus)))
+    return pull / p.n_plus, -pull / p.n_minus
+
+
+def nca(o, p):
+    plus, minus = o.beta * p.r_plus, o.beta * p.r_minus
+    return o.beta * (1 - sigmoid(plus) - 0.5 * sigmoid(plus)), -o.beta * 0.5 * sigmoid(minus)
+
+
+def apo_down(o, p):
+    pull = o.beta * slope(o.beta * p.h)
+    return pull - o.beta * slope(o.beta * p.r_plus), -pull
+
+
 PAIR_FORMS = {
+    "EXO": exo,
+    "NCA": nca,
+    "RobustDPO": robust,
+    "BCO": lambda o, p: (o.beta * (1 - sigmoid(o.beta * p.r_plus - o.delta)), -o.beta * sigmoid(o.beta * p.r_minus - o.delta)),
+    "APOZero": lambda o, p: (o.beta * slope(o.beta * p.r_plus), -o.beta * slope(o.beta * p.r_minus)),
+    "APODown": apo_down,
+    "DiscoPOP": discopop,
+    "DPONorm": dpo_norm,
     "DPO": lambda o, p: both(o.beta * (1 - sigmoid(o.beta * p.h))),
     "SPIN": lambda o, p: both(o.beta * (1 - sigmoid(o.beta * p.h))),
     "CDPO": cdpo,
@@ -215,7 +218,7 @@ def pairs(chis, log_probs):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("objective", [o for o in ALL if o.reads == "preference"], ids=repr)
+@pytest.mark.parametrize("objective", [o for o in ALL if o.reads == "preference" and type(o) is not td.AOT], ids=repr)
 @pytest.mark.parametrize("seed", range(3))
 def test_preference_c_has_its_closed_form(objective, seed):
     chis, z = problem("preference", seed)
@@ -225,6 +228,22 @@ def test_preference_c_has_its_closed_form(objective, seed):
         c_plus, c_minus = PAIR_FORMS[type(objective).__name__](objective, facts)
         assert close(c[plus], c_plus.expand(facts.n_plus))
         assert close(c[minus], c_minus.expand(facts.n_minus))
+
+
+def test_aot_compares_the_batch_and_not_the_pair():
+    """The i-th smallest margin with the i-th smallest of the reference: a pair's c is that of its margin's rank."""
+    chis, z = problem("preference", 2)
+    chis = [chi.with_(reference_log_probs=-chi.reference_log_probs) for chi in chis]  # which turns the order around
+    log_probs, _ = read(z, chis)
+    found = list(pairs(chis, log_probs))
+    margins = torch.stack([facts.gap for *_, facts in found])
+    theirs = torch.stack([facts.gap - facts.h for *_, facts in found])
+    x = 0.3 * (margins.sort().values - theirs.sort().values)
+    pull = 0.3 * (0.9 * (1 - sigmoid(x)) - 0.1 * sigmoid(x))[margins.argsort().argsort()]
+    assert not torch.equal(margins.argsort(), theirs.argsort())  # or it would be a DPO
+    c = each(td.AOT(beta=0.3, epsilon=0.1).g_terms(log_probs, chis).c, chis)
+    for (plus, minus, _), own in zip(found, pull, strict=True):
+        assert close(c[plus], own.expand(len(c[plus]))) and close(c[minus], -own.expand(len(c[minus])))
 
 
 def test_slic_acts_on_one_side_of_its_hinge_only_and_always_on_the_reference_response():
@@ -277,7 +296,31 @@ def kl(o, t):
     return o.beta * (1 - t.rho.exp())
 
 
+def sapo(o, t):
+    tau = torch.where(t.A > 0, o.tau_pos, o.tau_neg)
+    return 4 * slope(tau * (t.ratio - 1)) * t.ratio * t.A
+
+
+def vespo(o, t):
+    """w^k e^{λ(1 - w)} A."""
+    k, lam = (o.k_pos, o.lam_pos) if t.A >= 0 else (o.k_neg, o.lam_neg)
+    w = t.ratio.prod()
+    return w**k * (lam * (1 - w)).exp() * t.A.expand(t.n)
+
+
+def gmpo(o, t):
+    """The mean's own value on the tokens that are not clipped."""
+    held = torch.where(t.A > 0, t.ratio.log().clamp(max=o.clip), t.ratio.log().clamp(min=-o.clip))
+    return held.mean().exp() * t.A * (held == t.ratio.log())
+
+
 POLICY_FORMS = {
+    "BNPO": lambda o, t: (surrogate(o, t, t.ratio) - kl(o, t)) / t.tokens,
+    "CISPO": lambda o, t: (t.ratio.clamp(max=o.clip_high) * t.A - kl(o, t)) / t.tokens,
+    "SAPO": lambda o, t: (sapo(o, t) - kl(o, t)) / (t.G * t.n),
+    "LUSPO": lambda o, t: (surrogate(o, t, t.ratio.log().mean().exp(), o.clip_high) / t.G).expand(t.n),
+    "VESPO": lambda o, t: (vespo(o, t) - kl(o, t)) / t.tokens,
+    "GMPO": lambda o, t: (gmpo(o, t) - kl(o, t)) / (t.G * t.n),
     "REINFORCE": lambda o, t: t.A.expand(t.n),
     "PPO": lambda o, t: surrogate(o, t, t.ratio),
     "GRPO": lambda o, t: (surrogate(o, t, t.ratio) - kl(o, t)) / (t.G * t.n),
@@ -298,6 +341,26 @@ def test_policy_gradient_c_has_its_closed_form(objective):
         assert close(c, torch.cat([POLICY_FORMS[type(objective).__name__](objective, t) for t in facts]))
         flat += sum(int(clipped(t.A, t.ratio, 0.2, 0.2).sum()) for t in facts)
     assert 0 < flat < 3 * len(z)  # both sides of the clip were met
+
+
+def test_tokens_of_the_largest_covariance_lose_their_gradient_or_are_held():
+    """Clip-Cov: 0 at the first tokens between its bounds; KL-Cov: γA - k sign(log γ) at the largest, γA elsewhere; over L."""
+    met = 0
+    for seed in range(3):
+        chis, z = problem("rollouts", seed)
+        log_probs, _ = read(z, chis)
+        A = torch.cat([torch.full((len(chi),), chi.advantage, dtype=z.dtype) for chi in chis])
+        ratio = torch.cat([t.ratio for t in rollouts(chis, log_probs)])
+        covariance, L = (A - A.mean()) * (log_probs - log_probs.mean()), len(A)
+        clip, kl_cov = td.ClipCov(low=0.1, fraction=0.2), td.KLCov(fraction=0.2, kl=0.5)
+        flat = clipped(A, ratio, 0.2, 0.2)
+        between = (covariance > 0.1) & (covariance < 5) & ~flat
+        drawn = between & (between.cumsum(0) <= int(0.2 * L))
+        assert close(clip.g_terms(log_probs, chis).c, ratio * A * ~(flat | drawn) / L)
+        largest = covariance >= covariance.sort(descending=True).values[int(0.2 * L) - 1]
+        assert close(kl_cov.g_terms(log_probs, chis).c, (ratio * A - 0.5 * largest * ratio.log().sign()) / L)
+        met += int(drawn.sum())
+    assert met > 3
 
 
 def one_token(ratio, advantage):
@@ -411,64 +474,6 @@ def test_llds_pulls_lost_tokens_of_right_responses_that_lost_in_sum():
             assert close(pull, 0.4 / len(z) * (drop > 0) * (drop.sum() > 0) * (chi.advantage >= 0))
             met.add((chi.advantage >= 0, bool(drop.sum() > 0), bool((drop > 0).any())))
     assert {(True, True, True), (True, False, True), (False, True, True)} <= met
-
-
-# ---------------------------------------------------------------- TRL's own loss code
-
-
-def padded(parts):
-    """Per-token values of ragged responses as trainers hold them: [B, T], and the mask."""
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(list(parts), batch_first=True), pad([torch.ones(len(x)) for x in parts], batch_first=True)
-
-
-def trl_slope(kind, chis, log_probs, beta=0.0, **options):
-    """-∂L/∂log pi of every token by GRPOTrainer._compute_loss itself, on these log-probs instead of a model's."""
-    trainers = pytest.importorskip("trl.trainer.grpo_trainer")
-    lp, mask = padded(each(log_probs, chis))
-    lp = lp.detach().requires_grad_()
-    old, reference = (padded([getattr(chi, name) for chi in chis])[0] for name in ("old_log_probs", "reference_log_probs"))
-    N = int(mask.sum())
-    config = trainers.GRPOConfig(
-        loss_type=kind, bf16=False, use_cpu=True, report_to="none", use_bias_correction_kl=False, **options
-    )
-    config.steps_per_generation = 1
-    alone = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
-    trainer = SimpleNamespace(
-        args=config, loss_type=kind, beta=beta, epsilon_low=config.epsilon, epsilon_high=config.epsilon_high or config.epsilon,
-        importance_sampling_level="token", top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
-        vllm_importance_sampling_correction=False, max_completion_length=9, current_gradient_accumulation_steps=1,
-        accelerator=alone, model=torch.nn.Identity(), _metrics={"train": defaultdict(list)},
-        aux_loss_enabled=False, _entropy_bonus_enabled=False,
-        _get_per_token_logps_and_entropies=lambda *_, **__: (lp, torch.zeros_like(lp), None),
-    )  # fmt: skip
-    ids, prompt = torch.zeros_like(mask).long(), torch.zeros(len(chis), 1).long()
-    inputs = dict(
-        prompt_ids=prompt, prompt_mask=prompt, completion_ids=ids, completion_mask=mask, old_per_token_logps=old,
-        ref_per_token_logps=reference, num_items_in_batch=torch.tensor(N),
-        advantages=torch.tensor([chi.advantage for chi in chis], dtype=torch.float64),
-    )  # fmt: skip
-    loss = trainers.GRPOTrainer._compute_loss(trainer, torch.nn.Identity(), inputs)
-    return -torch.autograd.grad(loss, lp)[0][mask.bool()]
-
-
-@pytest.mark.parametrize(
-    ("kind", "objective", "options", "factor"),
-    [
-        ("grpo", td.GRPO(beta=0.3), {}, lambda chis: 1 / len({chi.group for chi in chis})),  # ours sums groups, of one size
-        ("grpo", td.GRPO(dual_clip=1.3), {"delta": 1.3}, lambda chis: 1 / len({chi.group for chi in chis})),
-        ("dapo", td.DAPO(beta=0.3), {"epsilon_high": 0.28}, lambda chis: 1.0),
-        ("dr_grpo", td.DrGRPO(max_tokens=9), {}, lambda chis: 1 / len({chi.group for chi in chis})),
-    ],
-    ids=["GRPO", "GRPO, delta", "DAPO", "Dr. GRPO"],
-)
-def test_c_is_the_slope_of_trls_own_loss_up_to_the_factor_that_theory_names(kind, objective, options, factor):
-    """docs/theory.md, Stacks: for groups of one size; DAPO's mean over all tokens needs no factor."""
-    chis, z = problem("rollouts", 1)
-    chis = [chi.with_(group=i // 2) for i, chi in enumerate(chis[:4])]
-    log_probs = read(z, problem("rollouts", 1)[0])[0][: sum(map(len, chis))]
-    theirs = trl_slope(kind, chis, log_probs, beta=objective.beta, **options)
-    assert close(objective.g_terms(log_probs, chis).c * factor(chis), theirs) and bool(theirs.any())
 
 
 # ---------------------------------------------------------------- mistakes

@@ -53,7 +53,7 @@ def objective_name(name: str, names: Sequence[str]) -> str:
 
 def objective_names() -> list[str]:
     """The names of objectives, read from their source: to import them is to wait for torch."""
-    source = (Path(__file__).parent / "objectives.py").read_text(encoding="utf-8")
+    source = (Path(__file__).parent / "objectives/__init__.py").read_text(encoding="utf-8")
     (names,) = (
         node.value
         for node in ast.parse(source).body

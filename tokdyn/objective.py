@@ -1,6 +1,6 @@
 """The interface between a loss and the engine: `Objective`, and `GTerm`, the gradient of a loss at the logits.
 
-The losses themselves are in objectives.py.
+The losses themselves are in objectives/.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ class Scores:
 
 NO_SCORES = Scores()
 
-RANGES = {"label_smoothing": (0, 1), "epsilon": (0, 1), "alpha": (0, 1), "quantile": (0, 1), "beta": (0, math.inf),
-          "clip": (0, math.inf), "clip_high": (0, math.inf), "max_tokens": (1, math.inf),
+RANGES = {"label_smoothing": (0, 1), "epsilon": (0, 1), "alpha": (0, 1), "quantile": (0, 1), "fraction": (0, 1),
+          "beta": (0, math.inf), "clip": (0, math.inf), "clip_high": (0, math.inf), "max_tokens": (1, math.inf),
           "dual_clip": (1, math.inf)}  # fmt: skip
 
 
