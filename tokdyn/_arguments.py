@@ -113,6 +113,20 @@ def constants(pairs: list[str]) -> dict[str, float]:
     return found
 
 
+def shard_of(text: str | None) -> tuple[int, int] | None:
+    """(i, n) of "i/n".
+
+    Raises:
+        ValueError: it is not that, or i is not one of 0, …, n - 1.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
+    if found is None or not int(found[1]) < int(found[2]):
+        raise ValueError(f"--shard takes i/n with i from 0 to n - 1, as in 0/4, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
 def sentence(error: Exception) -> str:
     """An error as a user reads it: a mistake (ValueError, OSError) says what it is, others with their kind."""
     if isinstance(error, ModuleNotFoundError) and error.name:

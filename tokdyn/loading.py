@@ -85,6 +85,51 @@ def facts_of(name: str) -> dict[str, Any]:
     return found
 
 
+def load_optimizer(model: Any, checkpoint: str) -> Any:
+    """The optimizer of a checkpoint that transformers.Trainer (or one of TRL's) saved, on a model's own parameters.
+
+    Args:
+        model: loaded from the same checkpoint, so that the same parameters are trainable.
+        checkpoint: its folder, which holds optimizer.pt, or the file itself.
+
+    Raises:
+        ValueError: there is none, it cannot be read without running code, is no Adam's or AdamW's, or is of other parameters.
+    """
+    path = Path(checkpoint) / "optimizer.pt" if Path(checkpoint).is_dir() else Path(checkpoint)
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} holds no optimizer.pt: give a checkpoint folder that transformers.Trainer saved")
+    with _sentence(f"the optimizer {path}"):
+        import torch
+
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        groups = state["param_groups"]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if len(groups) == 2:  # Trainer puts what decays first
+        decays = set(_decaying(model))
+        trained = [each for each in trained if each[0] in decays] + [each for each in trained if each[0] not in decays]
+    numbers = [n for group in groups for n in group["params"]]
+    if len(numbers) != len(trained):
+        raise ValueError(f"{path} is of {len(numbers)} parameters, the model has {len(trained)} that are trainable")
+    for n, (name, p) in zip(numbers, trained, strict=True):
+        kept = state["state"].get(n, {})
+        if "exp_avg_sq" in kept and kept["exp_avg_sq"].shape != p.shape:
+            shapes = f"{list(kept['exp_avg_sq'].shape)}, {name} is {list(p.shape)}"
+            raise ValueError(f"{path} is of other parameters: its parameter {n} is {shapes}")
+    if "betas" not in groups[0]:
+        raise ValueError(f"{path} is no Adam's or AdamW's: its groups have no betas")
+    of = iter(p for _, p in trained)
+    made = torch.optim.AdamW([{"params": [next(of) for _ in group["params"]]} for group in groups])
+    made.load_state_dict(state)
+    return made
+
+
+def _decaying(model: Any) -> list[str]:
+    """The names of the parameters that transformers.Trainer has decay."""
+    from transformers import Trainer
+
+    return Trainer.get_decay_parameter_names(None, model)
+
+
 def check_device(device: str) -> None:
     """Refuse a device that is not there.
 

@@ -1,5 +1,5 @@
 """Commands of the command line other than `profile` and `report`; to import them is to add them to the application."""
 
-from . import check, measure, probe
+from . import check, measure, probe, scan
 
-__all__ = ["check", "measure", "probe"]
+__all__ = ["check", "measure", "probe", "scan"]

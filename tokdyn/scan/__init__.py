@@ -8,8 +8,10 @@ rows alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from ..runs.folder import ABOUT, finite
 from ..runs.scans import ROWS, TOKENS, Scan
 from ..sequences import Chi
 from .scanner import Scanner, opened
+from .workers import Own, Queue, job
 
 Stage = Callable[[str, int, int], None]
 BLOCK = 64  # rows of a block
@@ -76,6 +79,9 @@ def scan(
         stage: called with (what, done, total).
         encoding: of `encode`: max_length, truncate, eos.
 
+    In a job of several processes (torchrun, accelerate launch, a process group) each has the whole model, and they share out
+    the blocks by a queue on the group's store (scan/workers.py); all return when all is done.
+
     Rows that cannot be read, or hold nothing to learn, are kept in the row table with the reason and have no tokens.
 
     Raises:
@@ -88,16 +94,27 @@ def scan(
     groups = dict(observe) if isinstance(observe, Mapping) else {"observed": observe}
     settings = _settings(block, step_rows if optimizer is not None else None, limit, encoding)
     table, place = source(rows, limit), Path(out)
-    _check_free(place, resume or shard is not None)
-    with opened(
-        model, groups, objective, tokenizer=tokenizer, scope=scope, optimizer=optimizer, step_rows=step_rows,
-        reference=reference, memory=memory, **encoding,
-    ) as of_rows:  # fmt: skip
+    end = None if table.size is None else -(-table.size // block)
+    team = job() if shard is None else None
+    own = Own(end, None if shard is None else _checked_shard(shard))
+    joining = resume or shard is not None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    with contextlib.ExitStack() as stack:
+        if team is None:
+            _check_free(place, joining)
+        else:
+            stack.enter_context(team.living())
+            team.end, team.done = end, lambda k: any(c.key == _key(k) for c in manifest.committed(place))
+            team.first_says(lambda: _check_free(place, joining))
+        of_rows = stack.enter_context(
+            opened(
+                model, groups, objective, tokenizer=tokenizer, scope=scope, optimizer=optimizer, step_rows=step_rows,
+                reference=reference, memory=memory, **encoding,
+            )
+        )  # fmt: skip
         identity = of_rows.identity | {"data": table.about, "settings": settings | {"rows": table.size, "scope": scope}}
-        name = None if shard is None else "{}-of-{}".format(*_checked_shard(shard))
-        with manifest.Writer(place, name, identity) as writer:
-            _write_about(place, of_rows.record | identity | dict(about or {}))
-            blocks = _blocks(table, block, shard)
+        blocks = own if team is None else team
+        with manifest.Writer(place, blocks.name, identity) as writer:
+            _write_about(place, of_rows.record | identity, about or {})
             _run(of_rows, table, writer, blocks, block, stage)
     return Scan(place)
 
@@ -133,35 +150,30 @@ def _check_free(place: Path, joining: bool) -> None:
             raise FileExistsError(f"{place} exists already: go on with --resume (resume=True), or choose another place")
 
 
-def _write_about(place: Path, about: dict[str, Any]) -> None:
+def _write_about(place: Path, record: Mapping[str, Any], more: Mapping[str, Any]) -> None:
     """Write run.json, unless another process or an earlier run has."""
     if not (place / ABOUT).exists():
+        mixed = {k: x | record[k] if isinstance(x, dict) and isinstance(record.get(k), dict) else x for k, x in more.items()}
+        about = {**record, **mixed}
         text = json.dumps(finite(about), indent=1, ensure_ascii=False, allow_nan=False)
         manifest.replace(place / ABOUT, text.encode())
 
 
-def _blocks(table: Source, block: int, shard: tuple[int, int] | None) -> Iterator[int]:
-    """The numbers of the blocks that are this process's; without end where the number of rows is not known."""
-    i, n = shard or (0, 1)
-    k = i
-    while table.size is None or k * block < table.size:
-        yield k
-        k += n
+def _key(k: int) -> str:
+    return f"{k:07d}"
 
 
-def _run(of_rows: Scanner, table: Source, writer: manifest.Writer, blocks: Iterator[int], block: int, stage: Any) -> None:
+def _run(of_rows: Scanner, table: Source, writer: manifest.Writer, blocks: Own | Queue, block: int, stage: Any) -> None:
     """Do the blocks that are not done, and commit each."""
     import pyarrow.parquet as pq
 
     for k in blocks:
-        key = f"{k:07d}"
         if stage:
             stage("rows", min(k * block, table.size or k * block), table.size or 0)
-        if writer.done(key):
-            continue
-        places = table.read(k * block, (k + 1) * block)
+        places = [] if writer.done(_key(k)) else table.read(k * block, (k + 1) * block)
         if not places:
-            return
+            blocks.finished(k, empty=not writer.done(_key(k)))
+            continue
         try:
             tables = dict(zip((TOKENS, ROWS), of_rows.tables(places, first=k * block), strict=True))
         except (MemoryError, RuntimeError) as error:
@@ -173,7 +185,8 @@ def _run(of_rows: Scanner, table: Source, writer: manifest.Writer, blocks: Itera
             ) from error
         try:
             write = {name: partial(pq.write_table, table, compression="zstd") for name, table in tables.items()}
-            writer.commit(write, key)
+            writer.commit(write, _key(k))
+            blocks.finished(k)
         except OSError as error:
             raise OSError(
                 f"{writer.folder} cannot be written to ({error.strerror or error}): what is there can be read, and gone on with"
