@@ -115,7 +115,7 @@ def profile(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="folder of a run, or of a training that td.attach or td.Monitor records")],
+    run: Annotated[Path, typer.Argument(help="folder of a run, a scan, or a training that td.attach or td.Monitor records")],
     step: Annotated[list[int] | None, typer.Option(help="of a training: a step whose forces are shown token by token")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="of a training: write the page anew until it has ended")] = False,
     unit: Unit = "step",
@@ -130,6 +130,9 @@ def report(
         from .runs.summary import summary
 
         check_view(unit, per)
+        if kind_of(run) == "scan":
+            _report_scan(run)
+            return
         if kind_of(run) == "training":
             out_console.print(f"Page in {td.watch(run, steps=step)}", soft_wrap=True)
             if follow:
@@ -139,6 +142,20 @@ def report(
         found.to_html(run / "report.html")
         out_console.print(summary(found.about, found.tokens, found.matrix, unit=unit, per=per))
         out_console.print(f"Page in {run / 'report.html'}")
+
+
+def _report_scan(run: Path) -> None:
+    """Show what a scan has found so far and write its page."""
+    from .report.scan import listings, write
+    from .runs.scan_totals import totals
+    from .runs.scans import Scan
+
+    scan = Scan(run)
+    found = totals(scan)
+    for part in listings(scan, found):
+        out_console.print(part, **({"markup": False, "soft_wrap": True} if isinstance(part, str) else {}))
+        out_console.print()
+    out_console.print(f"Page in {write(scan, found)}", soft_wrap=True)
 
 
 def _follow(run: Path, steps: list[int] | None) -> None:

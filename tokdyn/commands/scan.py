@@ -32,6 +32,7 @@ def scan(
     ] = None,
     step_rows: Annotated[int, typer.Option(min=1, help="rows of one step, under --optimizer")] = 32,
     max_length: Annotated[int | None, typer.Option(min=2, help="longest sequence in tokens")] = None,
+    truncate: Annotated[str, typer.Option(help="what --max-length cuts: end, of the answer; start, of the prompt")] = "end",
     memory: Annotated[str, typer.Option(help="what tangents may take, e.g. 2GiB")] = "4GiB",
     block: Annotated[int, typer.Option(min=1, help="rows that are written together: what a kill loses at most")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
@@ -50,6 +51,8 @@ def scan(
         arguments.objective_name(objective, arguments.objective_names())
         chosen, part = arguments.constants(set_ or []), arguments.shard_of(shard)
         arguments.size_in_bytes(memory)
+        if truncate not in ("end", "start"):
+            raise ValueError(f'--truncate must be "end" or "start", got {truncate!r}')
         arguments.scope_pattern(scope)
         for name, with_adapter in [(model, adapter), *([(reference, None)] if reference else [])]:
             find_model(name, with_adapter)
@@ -66,12 +69,12 @@ def scan(
         about: dict[str, Any] = {
             "model": {"name": model} | ({"adapter": adapter} if adapter else {}),
             "probe": {"path": str(watched), "rows": probe_rows, "kinds": kind},
-            "given": {"reference": reference, "optimizer": optimizer, "max_length": max_length, "device": device},
+            "given": {"reference": reference, "optimizer": optimizer, "device": device},
         }
         with progress() as stage:
             stage(f"loading {model}", 0, 0)
             tokenizer = load_tokenizer(model, adapter)
-            length = {} if max_length is None else {"max_length": max_length}
+            length: dict[str, Any] = {} if max_length is None else {"max_length": max_length, "truncate": truncate}
             groups = td.probes.load(tokenizer, watched, types=kind, rows=probe_rows, **length)
             lm = load_weights(model, device, adapter=adapter)
             try:

@@ -27,6 +27,7 @@ from ..runs.folder import ABOUT, finite
 from ..runs.scans import ROWS, TOKENS, Scan
 from ..sequences import Chi
 from .scanner import Scanner, opened
+from .weights import weights
 from .workers import Own, Queue, job
 
 Stage = Callable[[str, int, int], None]
@@ -196,3 +197,6 @@ def _run(of_rows: Scanner, table: Source, writer: manifest.Writer, blocks: Own |
 def _out_of_memory(error: BaseException) -> bool:
     said = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said
+
+
+scan.weights = weights  # type: ignore[attr-defined]  # td.scan is the function: its weights hang on it
