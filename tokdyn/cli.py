@@ -41,6 +41,10 @@ def profile(
     rows: Annotated[int, typer.Option(min=1, help="rows of the data in the update")] = 2,
     held_out: Annotated[int, typer.Option(min=0, help="further rows that are only observed")] = 1,
     skip: Annotated[int, typer.Option(min=0, help="rows to pass over first")] = 0,
+    scan: Annotated[
+        Path | None, typer.Option(help="folder of a scan: --row is then of its data, by its model and loss")
+    ] = None,
+    row: Annotated[int | None, typer.Option(min=1, help="the row of the data that is the update, from 1")] = None,
     eta: Annotated[float | None, typer.Option(help="size of the checking step; by default 0.2 nats at the largest")] = None,
     scope: Annotated[str, typer.Option(help="full, readout, backbone, or a regular expression over parameter names")] = "full",
     method: Annotated[str, typer.Option(help="how the matrix is computed: tangent, naive, or none")] = "tangent",
@@ -58,6 +62,13 @@ def profile(
     Ctrl-C or SIGTERM during the matrix keeps what is done as a readable partial run.
     """
     with plain_errors():
+        if scan is not None:
+            from .commands.scan import profile_row
+
+            profile_row(scan, row, method=method, memory=memory, eta=eta, overwrite=overwrite, unit=unit, per=per)
+            return
+        if row is not None:
+            skip, rows = row - 1, 1
         from . import _arguments as arguments
         from .loading import DEMO_PAIRS, check_device, find_model, load_tokenizer, load_weights
         from .runs.folder import check_free
@@ -153,7 +164,7 @@ def _report_scan(run: Path) -> None:
     scan = Scan(run)
     found = totals(scan)
     for part in listings(scan, found):
-        out_console.print(part, **({"markup": False, "soft_wrap": True} if isinstance(part, str) else {}))
+        out_console.print(part, markup=False, soft_wrap=isinstance(part, str))
         out_console.print()
     out_console.print(f"Page in {write(scan, found)}", soft_wrap=True)
 

@@ -101,3 +101,58 @@ def print_scan(found: Any) -> None:
     tokens = sum(rows["tokens"].to_pylist())
     out_console.print(f"{rows.num_rows:,} rows{bad}, {tokens:,} tokens, {len(found.groups)} groups{left}", soft_wrap=True)
     out_console.print(f"Scan in {found.path}; its page: tokdyn report {found.path}", soft_wrap=True)
+
+
+def profile_row(
+    folder: Path, row: int | None, *, method: str, memory: str, eta: float | None, overwrite: bool, unit: str, per: str
+) -> None:
+    """A full profile of one row of a scan, by its model, loss and probe, in the folder's profiles/; the row's own answers are
+    watched too.
+    """
+    from .. import _arguments as arguments
+    from .._rows import source
+    from ..runs.scans import Scan
+
+    arguments.check_method(method)
+    arguments.check_view(unit, per)
+    if row is None:
+        raise ValueError("--scan needs --row, the number of a row from 1, as its page and `tokdyn report` name them")
+    found = Scan(folder)
+    given, settings = found.about.get("given"), found.about["settings"]
+    paths = [each.get("path") for each in found.about["data"]]
+    if given is None or not all(paths):
+        raise ValueError(f"{folder} was not made by `tokdyn scan` of files: call td.profile with its model and rows")
+    places = source(paths, settings["limit"]).read(row - 1, row)
+    if not places:
+        raise ValueError(f"the data of {folder} has {found.size} rows, there is no row {row}")
+    where, raw = places[0]
+    if isinstance(raw, ValueError):
+        raise raw
+
+    import tokdyn as td
+
+    from ..data import row_sequences
+    from ..loading import load_tokenizer, load_weights
+    from ..runs.summary import summary
+
+    model, loss = found.about["model"], td.objectives.by_name(**_named(found.about["objective"]))
+    with progress() as stage:
+        stage(f"loading {model['name']}", 0, 0)
+        tokenizer = load_tokenizer(model["name"], model.get("adapter"))
+        probe = found.about["probe"]
+        groups = td.probes.load(tokenizer, probe["path"], types=probe["kinds"], rows=probe["rows"], **settings["encoding"])
+        update = row_sequences(tokenizer, raw, loss, where, **settings["encoding"])
+        watched = [*update, *(chi.with_(group=chi.group + 1) for chis in groups.values() for chi in chis)]
+        lm = load_weights(model["name"], given["device"], adapter=model.get("adapter"))
+        other = load_weights(given["reference"], given["device"]) if given["reference"] else None
+        run = td.profile(
+            lm, update, watched, loss, tokenizer=tokenizer, eta=eta, scope=settings["scope"], method=method, memory=memory,
+            reference=other, out=found.path / "profiles" / f"row-{row:07d}", overwrite=overwrite, stage=stage,
+            about={"model": model, "data": {"path": where, "rows": 1, "used": 1}},
+        )  # fmt: skip
+    out_console.print(summary(run.about, run.tokens, run.matrix, unit=unit, per=per))
+    out_console.print(f"Run in {run.path}; the next `tokdyn report {folder}` links to its page", soft_wrap=True)
+
+
+def _named(objective: dict[str, Any]) -> dict[str, Any]:
+    return {"name": objective["name"]} | objective["arguments"]

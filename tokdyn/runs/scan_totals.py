@@ -143,9 +143,9 @@ class _Block:
         self.place = np.arange(N) - self.start
         key = row * (int(context.max()) + 1 if N else 1) + context
         _, of, count = np.unique(key, return_inverse=True, return_counts=True)
-        shared = count[of] > 1 if N else np.zeros(0, bool)
-        same = np.unique(np.stack([key, self.tokens["token_id"].astype(np.int64)], 1), axis=0)[:, 0] if N else key
-        diverges = np.isin(key, *[values[n > 1] for values, n in [np.unique(same, return_counts=True)]]) if N else shared
+        different = np.unique(np.stack([key, self.tokens["token_id"].astype(np.int64)]), axis=1)[0]  # one a token of a context
+        contexts, tokens_of = np.unique(different, return_counts=True)
+        shared, diverges = count[of] > 1, np.isin(key, contexts[tokens_of > 1])
         self.prefix = np.where(diverges, 1, np.where(shared, 0, 2))
 
     def shares(self, of: Totals, f: np.ndarray) -> None:

@@ -154,7 +154,7 @@ def _check_free(place: Path, joining: bool) -> None:
 def _write_about(place: Path, record: Mapping[str, Any], more: Mapping[str, Any]) -> None:
     """Write run.json, unless another process or an earlier run has."""
     if not (place / ABOUT).exists():
-        mixed = {k: x | record[k] if isinstance(x, dict) and isinstance(record.get(k), dict) else x for k, x in more.items()}
+        mixed = {k: record[k] | x if isinstance(x, dict) and isinstance(record.get(k), dict) else x for k, x in more.items()}
         about = {**record, **mixed}
         text = json.dumps(finite(about), indent=1, ensure_ascii=False, allow_nan=False)
         manifest.replace(place / ABOUT, text.encode())

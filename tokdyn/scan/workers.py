@@ -188,8 +188,9 @@ def job() -> Queue | None:
 
     A process group that was set up is taken as it is, otherwise what torchrun, accelerate or Slurm put into the environment.
     """
-    import torch.distributed as dist
+    import torch
 
+    dist: Any = torch.distributed
     if dist.is_available() and dist.is_initialized():
         store, rank, ranks = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
     elif dist.is_available() and all(name in os.environ for name in JOB) and int(os.environ["WORLD_SIZE"]) > 1:
