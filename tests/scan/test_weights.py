@@ -189,3 +189,22 @@ def test_the_page_of_a_part_of_a_scan(scan, tmp_path):
     assert "Not whole." in page and "2 rows by DPO" in page
     with pytest.raises(ValueError, match="is not whole, 2 blocks are missing"):
         td.scan.weights(part, on="chosen")
+
+
+# ---------------------------------------------------------------- what it will take
+
+
+def test_an_estimate_counts_what_a_scan_holds(model, tokenizer, file):
+    """Directions are a copy of the moving parameters for each group; a step under an optimizer has its own, and P."""
+    probe = td.probes.load(tokenizer, TEXTS[:2], types=["chosen", "rejected"])
+    parameters = sum(p.numel() * 4 for p in model.parameters())
+    found = td.scan.estimate(model, file, probe, tokenizer=tokenizer, sample=3)
+    assert found.memory["parameters"] == parameters and found.memory["directions"] == 2 * parameters
+    assert (found.rows, found.sample) == (5, 3) and found.seconds == found.setup + 5 * found.each
+    assert found.positions == sum(chi.ids.numel() for row in TEXTS[:3] for chi in td.preference(tokenizer, **row))
+    assert f"directions {2 * parameters / 2**20:,.0f} MiB" in found.lines()[-1]
+    optimizer = torch.optim.AdamW(model.parameters())
+    stepped = td.scan.estimate(model, file, probe, tokenizer=tokenizer, sample=2, optimizer=optimizer, step_rows=2)
+    assert stepped.memory["the step's directions and its P"] == 3 * parameters
+    with pytest.raises(ValueError, match="none of the first 1 rows can be used: row 1 must have"):
+        td.scan.estimate(model, [{"prompt": "?"}], probe, tokenizer=tokenizer)

@@ -37,6 +37,7 @@ def scan(
     block: Annotated[int, typer.Option(min=1, help="rows that are written together: what a kill loses at most")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="go on with a scan that was begun there")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it will take, by a few rows; write nothing")] = False,
     shard: Annotated[str | None, typer.Option(help="i/n: of n jobs the i-th, from 0; all into one folder")] = None,
 ) -> None:
     """What every row and token of a data set does to each kind of answer of a probe set: exact forces, row by row.
@@ -77,13 +78,21 @@ def scan(
             length: dict[str, Any] = {} if max_length is None else {"max_length": max_length, "truncate": truncate}
             groups = td.probes.load(tokenizer, watched, types=kind, rows=probe_rows, **length)
             lm = load_weights(model, device, adapter=adapter)
+            stepping = load_optimizer(lm, optimizer) if optimizer else None
+            other = load_weights(reference, device) if reference else None
+            asked: dict[str, Any] = dict(
+                tokenizer=tokenizer, scope=scope, optimizer=stepping, step_rows=step_rows, reference=other, memory=memory,
+                limit=rows, **length,
+            )  # fmt: skip
+            if dry_run:
+                stage("timing the first rows", 0, 0)
+                said = td.scan.estimate(lm, paths, groups, loss, **asked).lines()  # type: ignore[attr-defined]
+                out_console.print("\n".join(said), soft_wrap=True)
+                return
             try:
                 found = td.scan(
-                    lm, paths, groups, loss, out=out, tokenizer=tokenizer, scope=scope,
-                    optimizer=load_optimizer(lm, optimizer) if optimizer else None, step_rows=step_rows,
-                    reference=load_weights(reference, device) if reference else None, memory=memory, block=block, limit=rows,
-                    shard=part, resume=resume, about=about, stage=stage, **length,
-                )  # fmt: skip
+                    lm, paths, groups, loss, out=out, block=block, shard=part, resume=resume, about=about, stage=stage, **asked
+                )
             except KeyboardInterrupt:
                 if (out / "run.json").exists():
                     err_console.print(f"interrupted; what is in {out} can be read, and --resume goes on", style="yellow")
@@ -106,9 +115,7 @@ def print_scan(found: Any) -> None:
 def profile_row(
     folder: Path, row: int | None, *, method: str, memory: str, eta: float | None, overwrite: bool, unit: str, per: str
 ) -> None:
-    """A full profile of one row of a scan, by its model, loss and probe, in the folder's profiles/; the row's own answers are
-    watched too.
-    """
+    """A full profile of one row of a scan, by its model, loss and probe, in its profiles/; its own answers are watched too."""
     from .. import _arguments as arguments
     from .._rows import source
     from ..runs.scans import Scan

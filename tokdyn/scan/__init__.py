@@ -26,6 +26,7 @@ from ..runs import manifest
 from ..runs.folder import ABOUT, finite
 from ..runs.scans import ROWS, TOKENS, Scan
 from ..sequences import Chi
+from .estimate import estimate
 from .scanner import Scanner, opened
 from .weights import weights
 from .workers import Own, Queue, job
@@ -199,4 +200,5 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said
 
 
-scan.weights = weights  # type: ignore[attr-defined]  # td.scan is the function: its weights hang on it
+scan.weights = weights  # type: ignore[attr-defined]  # td.scan is the function: what belongs to it hangs on it
+scan.estimate = estimate  # type: ignore[attr-defined]

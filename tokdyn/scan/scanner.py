@@ -56,7 +56,7 @@ class Scanner:
         kept: list[Row | None] = []
         heads = []
         for n, (where, raw) in enumerate(places, first):
-            row, head = self._encoded(where, raw)
+            row, head = self.encoded(where, raw)
             heads.append({"row": n, "where": where} | head)
             kept.append(row)
         numbers = [n for n, row in enumerate(kept, first) if row is not None]
@@ -69,7 +69,7 @@ class Scanner:
             sums |= of_row
         return self._token_table(tokens), self._row_table(heads, sums)
 
-    def _encoded(self, where: str, raw: Any) -> tuple[Row | None, dict[str, Any]]:
+    def encoded(self, where: str, raw: Any) -> tuple[Row | None, dict[str, Any]]:
         """A row's sequences, or the reason why there are none, with the first entries of its line in the row table."""
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
