@@ -105,8 +105,10 @@ class UnscoredProblem(Scope):
         """The sides of what is asked, checked and in batches.
 
         Raises:
-            ValueError: see `gather`; NaN logits of the reference.
+            ValueError: see `gather`, `Scope.require_no_padding_row`; NaN logits of the reference.
         """
+        for side, chis in (("update", asked.update), ("observe", asked.observe)):
+            scope.require_no_padding_row(side, chis)
         update = asked.update if asked.reference is None else with_reference(asked.update, asked.reference)
         observed, updated = gather(scope.tracer, update, asked.observe, asked.objective, asked.weights)
         return cls(scope.tracer, scope.uses, scope.P, observed, updated, asked.optimizer)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._arguments import scope_pattern
 from ..model.trace import Tracer
-from ..sequences import Batch
+from ..sequences import Batch, Chi
 from . import products
 from .products import Direction
 from .sides import Side
@@ -74,6 +74,23 @@ class Scope:
         """Whether the readout's weight moves as readout, with its bias or not, and nothing else does."""
         head = {self.tracer.readout.weight_name, self.tracer.readout.bias_name}
         return self.P is None and self.tracer.readout.weight_name in self.uses and self.uses.keys() <= head
+
+    def require_no_padding_row(self, side: str, chis: Sequence[Chi]) -> None:
+        """Raise if a text holds an id whose row gets no gradient as a lookup (`padding_idx`) but moves with the tied readout.
+
+        Raises:
+            ValueError: one does: what its gradients say of that row is not what a step does to it.
+        """
+        head, model = self.uses.get(self.tracer.readout.weight_name), self.tracer.model
+        lookups = [(f"{name}.weight", of) for name, of in model.named_modules() if isinstance(of, nn.Embedding)]
+        padding = {of.padding_idx for use, of in lookups if head is not None and self.uses.get(use) == head} - {None}
+        for i, chi in enumerate(chis):
+            if found := padding.intersection(chi.ids.tolist()):
+                raise ValueError(
+                    f"sequence {i} of {side} holds the token {found.pop()} inside its text, the embedding's padding_idx: "
+                    "autograd gives its row no gradient as an input, and yet the readout, which is the same tensor, moves it, "
+                    "so that no gradient predicts what a step does there. Take the token out of the text"
+                )
 
     def coverage(self, name: str, rules: Mapping[str, str]) -> dict[str, str]:
         """Every parameter name of the model with the rule it took part by, or why it takes no part in a scope of this name."""

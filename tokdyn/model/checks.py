@@ -5,6 +5,8 @@
     causal         a later token changes no earlier logit: sequences are padded on the right without mask  `faithful_attention`
     adjoint        <w, J d> = <Jᵀ w, d> for random w and d: forward and backward mode derive one function  `why_tangents_fail`
     positions      what the model makes of padding on the left                                             `counts_padding`
+    selection      whether it takes the largest of scores of positions: which of equal ones depends on how many there
+                   are, padding included, so that its sequences are computed alone                         `Selecting`
 
 Cost: PASSES_AT_ENTRY forward passes for each trace, on at most three rows of PIECE tokens, and for each scope that is derived
 a backward pass and a tangent pass on one row. What an earlier trace of a model found is not looked at again (`Found`).
@@ -17,12 +19,13 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import jvp
+from torch.overrides import TorchFunctionMode
 
 from .attention import ATTENTION, NotComputed
 from .differences import slope
@@ -46,9 +49,11 @@ class Found:
         attention: the attention under which the traced model gives its own logits.
         why_not: for each scope, by the names that move, why its tangents are not those of the backward pass; "" where they are.
         counts_padding: whether padding on the left moves the positions of the tokens behind it.
+        selects: whether it takes the largest of scores of positions (`Selecting`); known when `attention` is.
     """
 
     attention: str | None = None
+    selects: bool = False
     why_not: dict[frozenset[str], str] = field(default_factory=dict)
     counts_padding: bool | None = None
 
@@ -119,13 +124,32 @@ def _difference(a: Float[Tensor, "N V"], b: Float[Tensor, "N V"], eps: float) ->
 # ---------------------------------------------------------------- same logits, and causal
 
 
+class Selecting(TorchFunctionMode):
+    """Notes among how many candidates the largest are taken inside: of positions where it is another number for more tokens."""
+
+    FUNCTIONS = (torch.topk, torch.Tensor.topk, torch.kthvalue, torch.Tensor.kthvalue)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.candidates = set[int]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func in self.FUNCTIONS:
+            scores = args[0] if args else given["input"]
+            dim = given.get("dim", args[2] if len(args) > 2 else -1)
+            self.candidates.add(scores.shape[dim] if scores.dim() else 1)
+        return func(*args, **given)
+
+
 def faithful_attention(
     model: nn.Module, piece: Piece, run: Callable[[Tensor, Tensor], Tensor], eps: float, device: torch.device
-) -> str:
+) -> tuple[str, bool]:
     """The attention under which the traced model gives the untouched model's logits, the tracing attention if it does.
 
     Else eager attention, or torch's own where the model has that: its plain kernel has both derivatives, and some families are
-    another model under eager attention (transformers 5.23 adds Falcon's ALiBi twice).
+    another model under eager attention (transformers 5.23 adds Falcon's ALiBi twice). And whether the model selects among
+    positions, see `Selecting`.
 
     Args:
         model: in eval mode, untouched.
@@ -139,9 +163,13 @@ def faithful_attention(
     """
     T, most = piece.ids.shape[1], bound(model, eps)
     with torch.no_grad(), random_state_kept(device):
-        own, beginning = (untouched(model, piece.ids[:1, :n].to(device)) for n in (T, piece.short))
+        with Selecting() as of_all:
+            own = untouched(model, piece.ids[:1].to(device))
+        with Selecting() as of_some:
+            beginning = untouched(model, piece.ids[:1, : piece.short].to(device))
+        selects = of_all.candidates != of_some.candidates
         if not bool(own.isfinite().all()):  # scoring names where
-            return traceable_attention(model)
+            return traceable_attention(model), selects
         apart = dict[str, float]()
         for attention in dict.fromkeys((traceable_attention(model), "eager", *(["sdpa"] if uses_sdpa(model) else []))):
             try:
@@ -157,22 +185,27 @@ def faithful_attention(
             later = max(_difference(changed[:-1], whole[:-1], eps), _difference(padded, whole[: piece.short], eps))
             cut = _difference(beginning, own[: piece.short], eps)
             if not later <= min(most, 4 * torch.finfo(torch.bfloat16).eps) or not cut <= most:  # rows of one pass: equal sums
-                raise ValueError(
-                    f"{type(model).__name__} is not causal: other tokens behind, or none, change earlier logits by "
-                    f"{max(later, cut):.1e} of their norm. A force on log pi(y_m) needs logits that depend on the tokens "
-                    "before y_m alone: build the model as a decoder (is_decoder=True where its configuration has it), or "
-                    "take a causal model"
-                )
+                raise ValueError(_not_causal(type(model).__name__, max(later, cut), selects))
             if len(apart) > 1:
                 first = next(iter(apart))
                 _say_other(type(model).__name__, f"{NAMES[first]} attention (by {apart[first]:.1e} of their norm)", attention)
-            return attention
+            return attention, selects
     found = ", ".join(f"by {x:.1e} with {NAMES[name]} attention" for name, x in apart.items())
     raise ValueError(
         f"{type(model).__name__} gives other logits when it is traced than by itself: {found} (relative; rounding makes "
         f"{most:.0e} at most). Its forces would be another model's. Load it with attn_implementation='eager' and train it "
         "so; if that does not help, its logits depend on the other sequences of a batch or on chance, or it computes its "
         "attention in a way that cannot be traced"
+    )
+
+
+def _not_causal(name: str, apart: float, selects: bool) -> str:
+    """What is said of a model whose earlier logits change with what stands behind."""
+    equal = ", or it takes the largest of scores of positions, where others among equal ones are the largest then" * selects
+    return (
+        f"{name} is not causal: other tokens behind, or none, change earlier logits by {apart:.1e} of their norm. It looks "
+        f"ahead{equal}. A force on log pi(y_m) needs logits that depend on the tokens before y_m alone: build the model as a "
+        "decoder (is_decoder=True where its configuration has it), or take a causal model"
     )
 
 

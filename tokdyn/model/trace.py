@@ -83,6 +83,8 @@ class Tracer:
     def batches(self, chis: Sequence[Chi], tokens: int = 4096) -> list[Batch]:
         """The sequences in order, in batches of at most `tokens` padded positions (one sequence at least).
 
+        Each is alone where padding behind it could change what the model makes of it (`checks.Selecting`).
+
         Raises:
             ValueError: a token id outside the vocabulary; padding was on the left, and what the model makes of it is not known.
         """
@@ -98,7 +100,7 @@ class Tracer:
             stop, longest = start, 0
             while stop < len(chis):
                 longest = max(longest, chis[stop].ids.numel())
-                if stop > start and longest * (stop + 1 - start) > tokens:
+                if stop > start and (longest * (stop + 1 - start) > tokens or self.found.selects):
                     break
                 stop += 1
             batches.append(collate(chis[start:stop], first=start, count_padding=count))
@@ -130,7 +132,7 @@ class Tracer:
     def faithful_attention(self) -> str:
         """The attention to trace the untouched model with; see `checks.faithful_attention`."""
         if self.found.attention is None:
-            self.found.attention = checks.faithful_attention(
+            self.found.attention, self.found.selects = checks.faithful_attention(
                 self.model, self._piece, lambda ids, rows: self.logits(_every_row(ids, rows)), self._eps, self.device
             )
         return self.found.attention
@@ -287,6 +289,11 @@ class Tracer:
         """
         z = self.logits(batch)
         return float((self.readout.logits(self.hidden(batch)) - z).norm() / z.norm())
+
+    @property
+    def same(self) -> float:
+        """How far two ways of computing the same hidden states may lie apart; see `checks.bound`."""
+        return checks.bound(self.model, self._eps)
 
     @property
     def readout_bound(self) -> float:

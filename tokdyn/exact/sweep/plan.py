@@ -228,6 +228,8 @@ def planned(problem: Problem) -> PlannedProblem:
     error = tracer.readout_residual(batches[0])
     if error > tracer.readout_bound:
         raise Unsupported(f"the logits differ by {error:.0e} from softcap(scale (W h + b)), the readout's formula")
+    if tracer.found.selects:
+        _require_beginnings(tracer, batches)
     seen, not_replayable = tracer.usage(batches), set[str]()
     while True:
         plan = _assign_modules(problem, seen, not_replayable)
@@ -245,6 +247,23 @@ def planned(problem: Problem) -> PlannedProblem:
     plan = replace(plan, norms={name: norm for name, norm in norms.items() if norm is not None})
     plan = replace(plan, unused=_unused(tracer, plan, calls, batches[0]))
     return PlannedProblem(tracer, problem.uses, problem.P, problem.observed, problem.updated, plan)
+
+
+def _require_beginnings(tracer: Tracer, batches: Sequence[Batch]) -> None:
+    """Raise unless a sequence cut behind any scored token gives the readout what the whole one gives it up to there.
+
+    The structured engines cut sequences, and a model that selects among positions may take others of equal scores then. Cost: a
+    forward pass for each token, where they take a backward pass.
+
+    Raises:
+        Unsupported: some do not.
+    """
+    for batch in batches:  # each a sequence
+        whole = tracer.hidden(batch)
+        for n in range(1, len(whole) + 1):
+            cut = tracer.hidden(batch.upto(slice(0, n)))
+            if not bool(((cut - whole[:n]).norm(dim=1) <= tracer.same * whole[:n].norm(dim=1)).all()):
+                raise Unsupported("what it selects among positions depends on how many there are")
 
 
 def _unused(tracer: Tracer, plan: Plan, calls: Sequence[Call], batch: Batch) -> frozenset[tuple[str, int]]:
