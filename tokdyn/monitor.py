@@ -303,7 +303,7 @@ class Monitor:
         self._c_scale = 1 / self.ranks / self._loss_scale()  # a GradScaler changes its scale when the step is over
         if self.due and self._probing and not self._stepped and self.probe is not None and self.model is not None:
             with self.guarded("the probe could not be read before the step"):
-                self.probe.before(self.model, self._capture)
+                self.probe.before(self.model, self._capture, optimizer)
         self._capture.recording = recording
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:

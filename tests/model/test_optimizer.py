@@ -7,7 +7,7 @@ import torch
 from real_steps import own_part, step
 from torch import nn
 
-from tokdyn.model.optimizer import learning_rate, preconditioner, steps_of
+from tokdyn.model.optimizer import learning_rate, preconditioner, steps_of, without_buffer
 from tokdyn.testing import relative_error
 
 OPTIMIZERS = {
@@ -105,16 +105,18 @@ def test_groups_step_at_their_own_learning_rates_and_counts():
     assert all(bool((x > 0).all() and x.isfinite().all()) for x in preconditioner(optimizer, trained, g).values())
 
 
-def test_what_a_step_leaves_says_what_was_read_before_it():
-    """`preconditioner` before a step and `steps_of` after it are one thing, up to the learning rate."""
+@pytest.mark.parametrize("before", [0, 1])
+def test_what_a_step_leaves_says_what_was_read_before_it(before):
+    """`preconditioner` before a step and `steps_of` after it are one thing, up to the learning rate; the first step too."""
     trained = trained_parameters()
     for make in OPTIMIZERS.values():
         optimizer = make(trained.values())
-        step(optimizer, trained, gradients_like(trained))
+        for _ in range(before):
+            step(optimizer, trained, gradients_like(trained))
         g = gradients_like(trained)
-        P, lr = preconditioner(optimizer, trained, g), learning_rate(optimizer, trained)
+        P, lr, first = preconditioner(optimizer, trained, g), learning_rate(optimizer, trained), without_buffer(optimizer)
         step(optimizer, trained, g)
-        for n, steps in steps_of(optimizer, trained).items():
+        for n, steps in steps_of(optimizer, trained, first).items():
             assert relative_error(lr * P[n], steps) < 100 * torch.finfo(torch.float64).eps
 
 

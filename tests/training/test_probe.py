@@ -52,6 +52,7 @@ def test_predicted_and_actual_differ_by_second_order():
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.02),
     "sgd with nesterov momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "sgd with dampening": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, dampening=0.6),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
     "adam with amsgrad": lambda p: torch.optim.Adam(p, lr=1e-3, weight_decay=0.01, amsgrad=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5, centered=True),

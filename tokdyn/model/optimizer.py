@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -57,10 +57,22 @@ def learning_rate(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor
     return max((float(group["lr"]) for group in _groups(optimizer, trained).values()), default=0.0)
 
 
-def steps_of(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_buffer(optimizer: torch.optim.Optimizer) -> frozenset[int]:
+    """The ids of the parameters that have no momentum buffer: before a step, those whose gradient it takes undampened."""
+    every = (p for group in optimizer.param_groups for p in group["params"])
+    return frozenset(id(p) for p in every if optimizer.state.get(p, {}).get("momentum_buffer") is None)
+
+
+def steps_of(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor], first: Collection[int] = ()) -> dict[str, Tensor]:
     """eta a P of the step just taken, by name: what it made of its own gradient g, Δθ = -eta a P g + (momentum, decay).
 
     The state after a step holds v' and t of that step. a and P are as in `preconditioner`, eta is each group's own.
+
+    Args:
+        optimizer: an Adam, AdamW, RMSprop or SGD after the step.
+        trained: the parameters by name.
+        first: the ids of those that took their first step (`without_buffer` before it), which SGD does not dampen: the state
+            after a step does not tell.
 
     Raises:
         ValueError: another optimizer, it does not hold one of the parameters, or has not stepped on one of them.
@@ -72,7 +84,7 @@ def steps_of(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor]) ->
         kept = SECOND_MOMENT.get(_kind(optimizer))
         if kept is not None and kept not in state:
             raise ValueError(f"the optimizer has no second moment for {name} yet: this reads what a step has left")
-        gain = _gain(group, state, int(state.get("step", 0)))
+        gain = _gain(group, {} if id(p) in first else state, int(state.get("step", 0)))
         found[name] = float(group["lr"]) * gain * _diagonal(optimizer, group, state, p)
     return found
 

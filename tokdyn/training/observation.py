@@ -22,11 +22,13 @@ class Update:
         forwards: the captured passes of its loss.
         optimizer: what made the step of their gradient.
         scale: brings their c to the units of the step.
+        first: see `steps_of`.
     """
 
     forwards: Sequence[Forward]
     optimizer: torch.optim.Optimizer
     scale: float
+    first: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def observe(model: nn.Module, capture: Capture, watched: Watched, update: Update
     moved = whole(new[name]) - old.weight
     found = replace(found, readout=through_readout(old, reading.hidden, z, force, moved, None).cpu())
     try:
-        P = whole(steps_of(update.optimizer, {name: named[name]})[name])
+        P = whole(steps_of(update.optimizer, {name: named[name]}, update.first)[name])
         pulled, forces = old.pull_back(z, force), dict[str, Tensor]()
         for group, own in watched.blamed.items():
             own = own.to(z.device)
