@@ -7,7 +7,7 @@ import torch
 
 import tokdyn as td
 from tokdyn.runs.by_sequence import BySequence, block_sums, sequence_names
-from tokdyn.runs.contexts import Contexts, context_keys
+from tokdyn.runs.contexts import Contexts, alike, context_keys
 from tokdyn.runs.findings import signed
 from tokdyn.testing import float64, random_chis, relative_error, tiny
 
@@ -169,20 +169,20 @@ def siblings(place=-1):
     return [chi.with_(tokens=tuple(f" {y}" for y in chi.ids.tolist()), prompt="p", response=str(ids)) for chi in both]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_headline_of_two_answers_that_share_all_but_one_token_is_that_token(family):
-    """What either answer does to the shared text the other takes back: F's largest entries, and no net push at all."""
+@pytest.mark.parametrize("family, place", [("llama", 10), ("gpt2", 8)])
+def test_the_headline_of_two_answers_that_share_all_but_one_token_is_that_token(family, place):
+    """What either answer does to the text around it the other takes back: F's largest entries, and hardly a net push."""
     from rich.console import Console
 
     from tokdyn.runs.summary import summary
 
-    both, held_out = siblings(), random_chis([(3, 4)], seed=2)
+    both, held_out = siblings(place), random_chis([(3, 4)], seed=2)
     run = td.profile(tiny(family), both, [*both, *held_out])
-    a, b = (int(chi.ids[-1]) for chi in both)
+    a, b = (int(chi.ids[place]) for chi in both)
     finding = strongest(run)
-    assert finding["text"].startswith(f"“␣{a}/␣{b}” chosen 1, rejected 1 @10 ")
+    assert finding["text"].startswith(f"“␣{a}/␣{b}” chosen 1, rejected 1 @{place} ")
     m, l = divmod(int(run.matrix.abs().argmax()), run.matrix.shape[1])  # noqa: E741
-    single = float(run.matrix[:, [i for i in range(16) if i % 8 != 7]].abs().max())
+    single = float(run.matrix[:, [i for i in range(16) if i % 8 != place - 3]].abs().max())
     assert single > 0.1 * float(run.matrix[m, l].abs())  # and yet single tokens of the shared text push as hard
     console = Console(width=250, record=True)
     console.print(summary(run.about, run.tokens, run.matrix))
@@ -190,9 +190,52 @@ def test_the_headline_of_two_answers_that_share_all_but_one_token_is_that_token(
     movers = [line for line in text.splitlines() if "@" in line and "(" in line and not line.startswith("•")]
     assert len(movers) == 5
     held = [line for line in movers if f"“␣{a}”" not in line[:8] and f"“␣{b}”" not in line[:8]]
-    assert held and all(f"“␣{a}/␣{b}” chosen 1, rejected 1 @10 (" in line for line in held)
+    assert held and all(f"“␣{a}/␣{b}” chosen 1, rejected 1 @{place} (" in line for line in held)
     console.print(summary(run.about, run.tokens, run.matrix, per="tokens", unit="rate"))
     assert f"“␣{a}/␣{b}”" in text and "nats per unit learning rate" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    "a, b, pairs",
+    [
+        ("abXcd", "abYcd", [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]),  # one token differs
+        ("aXbcYd", "aZbcUd", [(i, i) for i in range(6)]),  # two do, with a text between them
+        ("aXXbYc", "aZZbUVc", [(0, 0), (5, 6)]),  # a single token in the middle says nothing, nor does what stands around it
+        ("Xab", "YZab", [(1, 2), (2, 3)]),  # as long as each other or not at all
+        ("abc", "xyz", []),
+        ("aXYZb", "aUVWb", [(0, 0), (4, 4)]),  # of one length by chance
+        ("abc", "wxyz", []),
+        ("", "ab", []),
+    ],
+)
+def test_answers_are_alike_in_runs_and_in_what_differs_between_them(a, b, pairs):
+    assert alike(a, b) == pairs
+
+
+def test_what_a_pair_says_alike_is_joined():
+    """Behind the token that differs too; both groups hold the same texts, one of them with another last token."""
+    both = [chi.with_(group=group) for group in (0, 1) for chi in siblings(8)]
+    other = [both[3].with_(ids=torch.cat([both[3].ids[:-1], both[3].ids[-1:] - 1]))]
+    run = td.profile(tiny("llama"), [*both[:3], *other], both[:2])
+    contexts = Contexts.of(BySequence.of(run.tokens, run.matrix), run.about["sequences"])
+    joined = contexts.alike_joined
+    assert contexts.column.tolist()[:16] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 8, 9]
+    assert joined.column.tolist() == 2 * [0, 1, 2, 3, 4, 5, 6, 7] + [0, 1, 2, 3, 4, 5, 6, 7] + [0, 1, 2, 3, 4, 5, 6, 7]
+    assert joined.own.tolist() == 2 * [0, 1, 2, 3, 4, 5, 6, 7]
+    torch.testing.assert_close(joined.matrix.sum(1), run.matrix.sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_what_rounding_leaves_of_a_model_that_is_certain_is_no_headline():
+    """Forces of each place on itself, and elsewhere the last digits of sums that cancel."""
+    from tokdyn.runs.findings import _strongest
+
+    rows = [dict(side=side, sequence=0, role="chosen", group=0, row=i, position=i, token="a", token_id=1, context=i, c=0.5)
+            for side in ("updated", "observed") for i in range(3)]  # fmt: skip
+    for elsewhere, told in ((1e-9, False), (1e-3, True)):
+        matrix = torch.eye(3) + elsewhere * (1 - torch.eye(3))
+        names = {("updated", 0): "chosen 1", ("observed", 0): "chosen 1"}
+        contexts = Contexts.of(BySequence(rows[:3], rows[3:], matrix, names), [])
+        assert (_strongest({"settings": {"eta": 1.0}}, contexts) is not None) is told
 
 
 def test_terminal_units_are_one_step_size_apart(run):

@@ -118,6 +118,14 @@ def context_numbers(chis: Sequence[Chi]) -> Int[Tensor, " N"]:
     return torch.tensor(found, dtype=torch.long)
 
 
+def prefix_keys(ids: Sequence[int]) -> list[int]:
+    """A 61-bit key of the ids before each token: equal where the ids before are the same, in any batch, step or process."""
+    keys = [1]
+    for token in ids:
+        keys.append((keys[-1] * 1_000_003 + token + 1) % ((1 << 61) - 1))
+    return keys[:-1]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Right-padded sequences and where their N scored tokens lie.

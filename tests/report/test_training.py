@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import tokdyn as td
 from tokdyn import steps as records
 from tokdyn.cli import app
-from tokdyn.report import training
+from tokdyn.report import training, training_maps
 from tokdyn.sequences import Chi
 from tokdyn.testing import random_chis, tiny
 from tokdyn.training.columns import SUMS
@@ -154,7 +154,7 @@ def test_steps_whose_forces_do_not_add_up_are_left_out_and_named(run):
 def test_heat_maps_hold_the_forces_of_their_steps_token_by_token(run, html):
     maps, table = payload_of(html)["maps"], run[1]["tokens"].to_pylist()
     steps = [m["step"] for m in maps]
-    assert len(steps) == training.MAPS and steps[0] == 1 and steps[-1] == 24 and steps == sorted(set(steps))
+    assert len(steps) == training_maps.MAPS and steps[0] == 1 and steps[-1] == 24 and steps == sorted(set(steps))
     for m in maps:
         rows = [row for row in table if row["step"] == m["step"]]
         assert m["tokens"] == [row["token"] for row in rows] and m["groups"] == ["chosen", "rejected"]
@@ -172,7 +172,7 @@ def test_steps_of_the_maps_can_be_chosen(run):
 
 
 def test_large_batches_are_cut_and_said(run, monkeypatch):
-    monkeypatch.setattr(training, "MAP_TOKENS", 12)
+    monkeypatch.setattr(training_maps, "MAP_TOKENS", 12)
     (first, *_) = payload_of(training.render(*run))["maps"]
     assert len(first["tokens"]) == 12 and first["left_out"] == 5 and first["sequences"][-1]["stop"] == 12
 

@@ -92,6 +92,10 @@ def test_columns_figures_and_sequences_are_those_of_dense_tensors(bonus):
     step, expected, z = recorded(bonus)
     assert step.routes == (("tap",) if bonus else ("logits",))
     rows = {name: step.tokens[name].to_pylist() for name in step.tokens.column_names}
+    contexts, ids = rows.pop("context"), ids_of()
+    behind = [tuple(ids[s, :t].tolist()) for s, t in zip(rows["sequence"], rows["position"], strict=True)]
+    keyed = list(zip(contexts, behind, strict=True))
+    assert all((x == y) == (p == q) for x, p in keyed for y, q in keyed) and len(set(behind)) == 17 - 4 - 1
     assert set(rows) == {*expected, "role"} and rows["role"] == ["chosen"] * 8 + ["rejected"] * 9
     # where the readout is computed anew, a logit is off by √d/2 roundings of its size, d = 32, the worst of hundreds by three
     # times that, and so is every log pi

@@ -14,17 +14,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..runs.by_sequence import sequence_names
 from ..runs.folder import PAGE
 from ..steps import metrics, read
 from ..training.heartbeat import silent_since
 from .page import assemble
 from .text import count, facts, show, signed
+from .training_maps import ON, own_contexts, probe_groups, token_maps
 
 SCRIPTS = ("format.js", "colour.js", "tip.js", "svg.js", "training/data.js", "training/charts.js", "training/forces.js",
            "training/main.js")  # fmt: skip
 STYLES = ("page.css", "training/training.css")
-MAPS, MAP_TOKENS = 9, 1500  # steps whose forces are shown token by token, and how many tokens of each
 FIGURES = (
     "force",
     "force_up_share",
@@ -37,7 +36,6 @@ FIGURES = (
     "p_argmax",
     "residual",
 )
-ON = "on "  # prefix of the token table's columns of forces, one for each probe group
 REFRESH = 20  # seconds between the reloads of a page whose training still runs
 
 
@@ -84,7 +82,8 @@ def render(about: Mapping[str, Any], tables: Mapping[str, Any], steps: Sequence[
     """
     curves, series = _curves(about, tables.get("probe")), _step_series(tables.get("steps"))
     tokens, unexplained = _drop_unexplained(tables.get("tokens"), series)
-    pushes, maps = _forces_by_role(tokens), _token_maps(tables.get("tokens") if steps else tokens, steps)
+    pushes = _forces_by_role(tokens)
+    maps = token_maps(tables.get("tokens") if steps else tokens, steps, own_contexts(tables.get("probe")))
     payload = {"status": about.get("status"), "probe": curves, "steps": series, "pushes": pushes, "maps": maps}
     return assemble("training.html.jinja", STYLES, SCRIPTS, payload, _prose(about, curves, series, pushes, unexplained))
 
@@ -167,14 +166,9 @@ def _drop_unexplained(tokens: Any, series: Mapping[str, Any]) -> tuple[Any, list
     return tokens.filter(pc.invert(pc.is_in(tokens["step"], value_set=pa.array(unexplained, tokens["step"].type)))), unexplained
 
 
-def _probe_groups(tokens: Any) -> list[str]:
-    """The probe groups that the token table has forces on."""
-    return [] if tokens is None else [name[len(ON) :] for name in tokens.column_names if name.startswith(ON)]
-
-
 def _forces_by_role(tokens: Any) -> dict[str, Any]:
     """Force of each role's tokens on each probe group, summed in each step, nats: {"steps", "roles", "groups"}."""
-    names = _probe_groups(tokens)
+    names = probe_groups(tokens)
     if not names:
         return {"steps": [], "roles": [], "groups": []}
     sums = tokens.group_by(["step", "role"], use_threads=False).aggregate([(ON + name, "sum") for name in names])
@@ -186,54 +180,6 @@ def _forces_by_role(tokens: Any) -> dict[str, Any]:
         for name in names
     ]
     return {"steps": steps, "roles": roles, "groups": groups}
-
-
-def _token_maps(tokens: Any, wanted: Sequence[int] | None) -> list[dict[str, Any]]:
-    """Forces of single tokens on each group at a few steps: tokens in the order of their sequences, values [group][token]."""
-    import pyarrow.compute as pc
-
-    names = _probe_groups(tokens)
-    if not names:
-        if wanted:
-            raise ValueError(f"no step of this run has forces, so {list(wanted)} cannot be shown: train with a probe")
-        return []
-    known = pc.is_valid(tokens[ON + names[0]])
-    for name in names[1:]:
-        known = pc.or_(known, pc.is_valid(tokens[ON + name]))
-    tokens = tokens.filter(known)
-    steps = sorted(set(tokens["step"].to_pylist()))
-    if missing := [step for step in wanted or () if step not in steps]:
-        raise ValueError(f"step {missing[0]} has no forces; those that have are {', '.join(map(str, steps))}")
-    if wanted is None:
-        n = min(MAPS, len(steps))
-        wanted = sorted({steps[round(k * (len(steps) - 1) / max(n - 1, 1))] for k in range(n)})
-    maps = []
-    for step in wanted:
-        table = tokens.filter(pc.equal(tokens["step"], step))
-        order = [(key, "ascending") for key in ("rank", "group", "role", "sequence", "position") if key in table.column_names]
-        whole, table = table.num_rows, table.sort_by(order).slice(0, MAP_TOKENS)
-        rows = table.to_pylist()
-        sequences: list[dict[str, Any]] = []
-        for index, row in enumerate(rows):
-            key = [row.get("rank"), row["sequence"]]
-            if not sequences or sequences[-1]["key"] != key:
-                sequences.append({"key": key, "role": row["role"], "group": row["group"], "start": index})
-            sequences[-1]["stop"] = index + 1
-        for name, sequence in zip(sequence_names((s["role"], s["group"]) for s in sequences), sequences, strict=True):
-            sequence["name"] = name
-        maps.append(
-            {
-                "step": step,
-                "left_out": whole - len(rows),
-                "groups": names,
-                "sequences": sequences,
-                "tokens": [row.get("token") or f"<{row['token_id']}>" for row in rows],
-                "c": [row["c"] for row in rows],
-                "log_prob": [row["log_prob"] for row in rows],
-                "values": [[row[ON + name] for row in rows] for name in names],
-            }
-        )
-    return maps
 
 
 # ---------------------------------------------------------------- words

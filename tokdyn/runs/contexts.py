@@ -6,8 +6,9 @@ written without it has it derived from the texts of the prompts and the token id
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any
 
@@ -103,6 +104,38 @@ class Contexts:
         apart[rows, self.own[rows]] = 0
         return apart
 
+    @cached_property
+    def alike_joined(self) -> Contexts:
+        """The contexts with those joined in which the two answers of a pair say alike, place by place (`alike`).
+
+        Behind the token in which they first differ their contexts do too, but c is opposite and the Jacobians are near: what
+        one does, the other mostly takes back. The sum is what both do.
+        """
+        joined = list(range(len(self.members)))
+        for plus, minus in self._pairs():
+            texts = ([self.run.updated[n] for n in of] for of in (plus, minus))
+            for a, b in alike(*([row.get("token_id", row["token"]) for row in rows] for rows in texts)):
+                low, high = sorted((joined[self.column[plus[a]]], joined[self.column[minus[b]]]))
+                joined = joined if low == high else [low if of == high else of for of in joined]
+        number = dict[int, int]()
+        new = torch.tensor([number.setdefault(of, len(number)) for of in joined], dtype=torch.long)
+        members: list[list[int]] = [[] for _ in number]
+        for x, of in enumerate(self.members):
+            members[int(new[x])] += of
+        own = torch.where(self.own >= 0, new[self.own.clamp(min=0)], self.own) if len(new) else self.own
+        return Contexts(self.run, members, new[self.column], own)
+
+    def _pairs(self) -> list[tuple[list[int], list[int]]]:
+        """The update tokens of both answers of each pair, in order."""
+        rows: dict[tuple[Any, Any], dict[Any, list[int]]] = {}
+        for l, row in enumerate(self.run.updated):  # noqa: E741
+            rows.setdefault((row.get("group"), row.get("role")), {}).setdefault(row["sequence"], []).append(l)
+        return [
+            (next(iter(of.values())), next(iter(rows[group, "rejected"].values())))
+            for (group, role), of in rows.items()
+            if role == "chosen" and (group, "rejected") in rows
+        ]
+
     def itself(self, m: int) -> float:
         """Net force of an observed token's own context on it, 0 where no update token stands there."""
         return float(self.matrix[m, self.own[m]]) if self.own[m] >= 0 else 0.0
@@ -144,6 +177,26 @@ class Contexts:
         names, of_row = self.run.numbered(self.run.observed)
         sums = block_sums(self.matrix, of_row, band).tolist()
         return {name: dict(zip(self.bands, row, strict=True)) for name, row in zip(names, sums, strict=True)}
+
+
+def alike(a: Sequence[Hashable], b: Sequence[Hashable]) -> list[tuple[int, int]]:
+    """Places of two answers that say alike: runs of the same tokens, and what differs between them token for token.
+
+    A run has two tokens at least, unless both answers begin or end with it: single tokens recur in any text. What differs is no
+    longer than the runs around it.
+    """
+    steps = SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
+
+    def run(k: int) -> int:
+        kind, i, end, j, stop = steps[k] if 0 <= k < len(steps) else ("", 0, 0, 0, 0)
+        outer = i == j == 0 or (end == len(a) and stop == len(b))
+        return end - i if kind == "equal" and (end - i > 1 or outer) else 0
+
+    found: list[tuple[int, int]] = []
+    for k, (kind, i, end, j, stop) in enumerate(steps):
+        if run(k) or (kind == "replace" and end - i == stop - j <= run(k - 1) + run(k + 1)):
+            found += zip(range(i, end), range(j, stop), strict=True)
+    return found
 
 
 def net(matrix: Float[Tensor, "M L"], column: Int[Tensor, " L"], C: int) -> Float[Tensor, "M C"]:

@@ -12,6 +12,7 @@ from .by_sequence import BySequence
 from .contexts import Contexts
 
 Finding = dict[str, str]
+ROUNDING = 1e-6  # of the largest entry: what sums of float32 forces that cancel leave
 ROW_SUMS = "row sums of the matrix against the tangent pass"
 
 
@@ -108,10 +109,15 @@ def _balance(about: dict[str, Any], contexts: Contexts) -> Finding | None:
 
 
 def _strongest(about: dict[str, Any], contexts: Contexts) -> Finding | None:
-    """The largest net force of a context on a token that stands elsewhere, and how much of all force cancels before that."""
+    """The largest net force of a context on a token that stands elsewhere, and how much of all force cancels before that.
+
+    None where there is none: all that is left of a model that is certain of every token is rounding.
+    """
+    ended = len(contexts.members)
+    contexts = contexts.alike_joined
     run, others = contexts.run, contexts.others
     assert run.matrix is not None
-    if not bool(others.any()):
+    if not bool(others.abs().max() > ROUNDING * run.matrix.abs().max() if others.numel() else False):
         return None
     m, x = divmod(int(others.abs().argmax()), others.shape[1])
     a, force, eta = run.observed[m], float(others[m, x]), about["settings"]["eta"]
@@ -122,6 +128,8 @@ def _strongest(about: dict[str, Any], contexts: Contexts) -> Finding | None:
     )
     if contexts.own[m] >= 0:
         text += f" What is trained in its own place does {signed(eta * contexts.itself(m))}."
+    if len(contexts.members) < ended:
+        text += " What both answers of a pair say alike, place by place, counts as one, under both."
     if net < 0.99 * gross:
         text += f" {100 * (1 - net / gross):.0f}% of all force between single tokens cancels inside texts that answers share."
     return dict(title=f"The strongest net {'pull' if force > 0 else 'push'} of one token on another", text=text)

@@ -117,9 +117,10 @@ class _View:
             mover = self.run.updated[int(self.run.matrix[m].abs().argmax())]
             force = float(self.run.matrix[m, mover["row"]])
             return [f"{shown(mover['token'])} {self.run.place(mover)} ({self.of_force(force)})"]
-        x = int(self.contexts.others[m].abs().argmax())
-        own = self.of_force(self.contexts.itself(m)) if self.contexts.own[m] >= 0 else "–"
-        return [own, f"{self.contexts.name(x)} ({self.of_force(float(self.contexts.others[m, x]))})"]
+        contexts = self.contexts.alike_joined
+        x = int(contexts.others[m].abs().argmax())
+        own = self.of_force(contexts.itself(m)) if contexts.own[m] >= 0 else "–"
+        return [own, f"{contexts.name(x)} ({self.of_force(float(contexts.others[m, x]))})"]
 
 
 def _number(x: float) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..sequences import prefix_keys
 from .forward import Forward
 
 SUMS = ("steps", "tokens", "c_up", "c_down", "force", "force_up", "entropy", "collision", "log_prob", "p_target", "p_argmax",
@@ -36,7 +37,8 @@ def token_columns(forwards: Sequence[Forward], scale: float) -> dict[str, Any]:
         name: sum(part, []) if isinstance(part[0], list) else torch.cat([x.detach() for x in part]).cpu()
         for name, part in parts.items()
     }
-    return of | dict(cancelled=cancelled(of, forwards))
+    ids = _ids(forwards)
+    return of | dict(cancelled=cancelled(of, forwards), context=_contexts(of, ids))
 
 
 def _of_the_loss(f: Forward, scale: float) -> dict[str, Tensor]:
@@ -123,6 +125,14 @@ def cancelled(of: Mapping[str, Any], forwards: Sequence[Forward]) -> Float[Tenso
         for side in (up, down):
             found[side] = half * of["g_norm"][side] / T[side]
     return found
+
+
+def _contexts(of: Mapping[str, Any], ids: Mapping[int, list[int]]) -> Int[Tensor, " N"]:
+    """The key of the ids before each token (`prefix_keys`); a negative number of its own where they are not known."""
+    keys = {s: prefix_keys(own) for s, own in ids.items()}
+    places = zip(of["sequence"].tolist(), of["position"].tolist(), strict=True)
+    found = [keys[s][t] if s in keys and t < len(keys[s]) else -1 - n for n, (s, t) in enumerate(places)]
+    return torch.tensor(found, dtype=torch.long)
 
 
 def _ids(forwards: Sequence[Forward]) -> dict[int, list[int]]:

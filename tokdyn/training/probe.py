@@ -28,13 +28,13 @@ from .. import exact
 from ..exact import products
 from ..exact.sides import row_table
 from ..model.checks import Found
-from ..model.optimizer import steps_of
+from ..model.optimizer import steps_of, without_buffer
 from ..model.trace import Tracer, trace
 from ..model.unwrap import local
 from ..objective import GTerm
 from ..ops import TokenStats, token_stats
 from ..ops.rows import blocks, log_probs
-from ..sequences import Batch, Chi, token_texts
+from ..sequences import Batch, Chi, prefix_keys, token_texts
 from . import distributed
 from . import probe_sharded as sharded
 from .capture import Capture
@@ -85,16 +85,18 @@ class Probe:
         self._saved: dict[str, Tensor] = {}
         self._start: sharded.Reading | None = None
         self._found: Observation | None = None
+        self._first = frozenset[int]()
 
     # ---------------------------------------------------------------- around the step
 
-    def before(self, model: nn.Module, capture: Capture) -> None:
-        """θ is about to move: keep a copy of it."""
+    def before(self, model: nn.Module, capture: Capture, optimizer: torch.optim.Optimizer) -> None:
+        """θ is about to move: keep a copy of it, and note for which parameters this is the first step."""
         self.forget()
         named = dict(capture.lm.named_parameters())
         if any(hasattr(p, "ds_id") for p in named.values()):
             raise ValueError("a probe cannot run while DeepSpeed ZeRO-3 keeps the weights elsewhere: use ZeRO-2 or FSDP2")
         self._saved = {name: p.detach().clone() for name, p in named.items() if p.requires_grad}
+        self._first = without_buffer(optimizer)
         if sharded.any_sharded(capture.lm):
             self._start = sharded.read(model, capture, self.chis)
 
@@ -108,7 +110,7 @@ class Probe:
         try:
             self._require_a_step(capture.lm, optimizer)
             if self._saved:
-                update = Update(capture.take(), optimizer, scale)
+                update = Update(capture.take(), optimizer, scale, self._first)
                 if self._start is not None:
                     found = sharded.observe(model, capture, self.watched(), update, sharded.Start(self._saved, self._start))
                 else:
@@ -186,6 +188,8 @@ class Probe:
             ("predicted", found.predicted), ("predicted_readout", found.readout),
         ):  # fmt: skip
             table = table.append_column(name, pa.array([None] * M if values is None else values.tolist(), pa.float64()))
+        keys = [prefix_keys(chi.ids.tolist())[t] for chi in self.chis for t in chi.scored.nonzero().flatten().tolist()]
+        table = table.append_column("context", pa.array(keys, pa.int64()))
         table = table.add_column(0, "probe", pa.array(self.group))
         return table.add_column(0, "step", pa.array([number] * M))
 
@@ -236,7 +240,7 @@ class Probe:
 
     def _blame(self, tracer: Tracer, update: Update) -> Blame:
         """A vjp of each blamed group's sum and a jvp over the update, at the step's own diagonal."""
-        P = steps_of(update.optimizer, tracer.trained)
+        P = steps_of(update.optimizer, tracer.trained, update.first)
         scope = exact.Scope(tracer, exact.select(tracer, "full"), P)
         sides = [updated_side(tracer, f, update.scale) for f in update.forwards]
         named = dict(tracer.model.named_parameters())

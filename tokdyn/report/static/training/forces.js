@@ -53,6 +53,7 @@ function TokenMaps() {
     return void holder.append(h("p.empty", WITHOUT_FORCES));
   }
   let at = 0;
+  let net = RUN.maps.some((map) => map.net);
   section.querySelector(".controls").append(
     h("span", "Step"),
     choice("Step", RUN.maps.map((map, k) => [k, grouped(map.step)]), at, (k) => {
@@ -60,10 +61,18 @@ function TokenMaps() {
       draw();
     }),
   );
+  if (net)
+    section.querySelector(".controls").append(
+      h("span", "Columns"),
+      choice("Columns", [["net", "net of what cancels"], ["raw", "token by token"]], "net", (which) => {
+        net = which === "net";
+        draw();
+      }),
+    );
   const roles = RUN.pushes.roles;
 
   function draw() {
-    const map = RUN.maps[at];
+    const map = net && RUN.maps[at].net ? { ...RUN.maps[at], ...RUN.maps[at].net } : RUN.maps[at];
     const scale = Scale(map.values.flat().filter(finite));
     legend(section.querySelector(".legend"), scale, "What the token did in this step", "nats on all answers of the row");
     holder.replaceChildren(
@@ -74,7 +83,8 @@ function TokenMaps() {
 
   function block(map, sequence, scale) {
     const columns = Array.from({ length: sequence.stop - sequence.start }, (_, k) => sequence.start + k);
-    const sum = (row) => columns.map((i) => row[i]).filter(finite).reduce((a, b) => a + b, 0);
+    const itself = (g, i) => Boolean(map.own && map.own[g][i]);
+    const sum = (g, own) => columns.filter((i) => itself(g, i) === own && finite(map.values[g][i])).reduce((a, i) => a + map.values[g][i], 0);
     const colour = roleColour(sequence.role, roles.indexOf(sequence.role));
     const table = h(
       "table.token-map",
@@ -84,7 +94,13 @@ function TokenMaps() {
         map.groups.map((group, g) =>
           h(
             "tr",
-            h("th", { scope: "row" }, `on ${say(group)}`, h("span.value", signed(sum(map.values[g])))),
+            h(
+              "th",
+              { scope: "row" },
+              `on ${say(group)}`,
+              h("span.value", signed(sum(g, false))),
+              columns.some((i) => itself(g, i)) ? h("span.value", `itself ${signed(sum(g, true))}`) : "",
+            ),
             columns.map((i) => cell(map, g, i, scale)),
           ),
         ),
@@ -97,6 +113,12 @@ function TokenMaps() {
     );
   }
 
+  /** Which way c pulls; not where the model is certain of the token, whose pull is nothing then whatever c is. */
+  function pulled(map, i) {
+    if (finite(map.pull[i]) && map.pull[i] < 1e-3 * Math.abs(map.c[i])) return "and yet left alone: the model is certain of it";
+    return map.c[i] > 0 ? "pulled up" : map.c[i] < 0 ? "pushed down" : "left alone";
+  }
+
   function cell(map, g, i, scale) {
     const value = map.values[g][i];
     const style = finite(value) ? { "--cell": scale.paint(value).background } : {};
@@ -104,11 +126,14 @@ function TokenMaps() {
       showTip(event.clientX, event.clientY, [
         h("div.tip-token", tokenText(map.tokens[i])),
         h("div.tip-place", `step ${map.step}, on the ${say(map.groups[g])} answers`),
-        facts([
-          ["force", `${signed(value)} nats in the step`],
-          ["weight c", `${signed(map.c[i])}, ${map.c[i] > 0 ? "pulled up" : map.c[i] < 0 ? "pushed down" : "left alone"}`],
-          ["its log-prob", `${number(map.log_prob[i])} nats (${probability(Math.exp(map.log_prob[i]))})`],
-        ]),
+        facts(
+          [
+            ["force", `${signed(value)} nats in the step${map.own && map.own[g][i] ? ", on itself: a watched answer stands here" : ""}`],
+            ["weight c", `${signed(map.c[i])}, ${pulled(map, i)}`],
+            finite(map.pull[i]) && ["size of its pull", `${number(map.pull[i])} = ‖G‖`],
+            finite(map.log_prob[i]) && ["its log-prob", `${number(map.log_prob[i])} nats (${probability(Math.exp(map.log_prob[i]))})`],
+          ],
+        ),
       ]);
     return h("td", style, { onpointermove: about, onpointerleave: hideTip, "aria-label": signed(value) });
   }
