@@ -76,7 +76,7 @@ test: lint
 test-kernels: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(KERNELS)
 
-NUMERIC := $(filter-out %architectures.py %kinds.py %memory.py,$(wildcard tests/exact/test_*.py)) tests/test_forces.py tests/test_profile.py tests/ops $(wildcard tests/kernels/test_native_*.py)
+NUMERIC := $(filter-out %architectures.py %kinds.py %memory.py,$(wildcard tests/exact/test_*.py)) tests/test_forces.py tests/test_forces_under_optimizers.py tests/test_profile.py tests/ops $(wildcard tests/kernels/test_native_*.py)
 WITHOUT_AVX := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 # torch's loops, its BLAS, its oneDNN
 
 test-portable: install

@@ -130,7 +130,7 @@ def test_a_frozen_quantised_base_under_adapters():
 
 def test_bitsandbytes():
     bnb = pytest.importorskip("bitsandbytes")
-    model = tiny_lora("llama", tied=False)
+    model = tiny_lora("llama", tied=False, intermediate_size=64)  # blocks of 64 numbers lie in a row
     for layer in model.get_base_model().model.layers:
         plain = layer.mlp.down_proj.base_layer
         packed = bnb.nn.Linear4bit(plain.in_features, plain.out_features, bias=False, compute_dtype=torch.float32)
