@@ -83,8 +83,24 @@ OTHERS: dict[str, dict[str, Any]] = {
                            indexer_head_dim=8, ngram_vocab_size_base=100),
     "zamba": WIDER | dict(layers_block_type=["mamba", "hybrid", "hybrid"], num_hidden_layers=3),
     "zamba2": WIDER | dict(layers_block_type=["mamba", "hybrid", "hybrid"], num_hidden_layers=3),
+    "dots3_note_text": MLA | dict(
+        layer_types=["indexed_attention", "sliding_attention"], swa_num_attention_heads=HEADS, swa_num_key_value_heads=HEADS,
+        swa_q_lora_rank=16, swa_kv_lora_rank=16, swa_head_dim=12, swa_qk_nope_head_dim=8, swa_v_head_dim=8),
     "roc_bert": dict(shape_vocab_size=V, pronunciation_vocab_size=V, shape_embed_dim=8, pronunciation_embed_dim=8),
 }  # fmt: skip
+
+
+# What is no model of text by itself, or does not run as one.
+NOT_TINY = {
+    "blt": "bytes in patches that a model of its own cuts; its parts take each other's full sizes",
+    "dots3_note": "a model of pictures, sound and text with a size of its own in each part; its text is dots3_note_text",
+    "gemma3n": "needs the package timm for its pictures; its text is gemma3n_text",
+    "gemma4_assistant": "drafts for a larger model, whose hidden states it is given",
+    "gemma4_unified_assistant": "drafts for a larger model, whose hidden states it is given",
+    "musicgen": "a decoder of sound behind encoders of text and sound, ids [B · codebooks, T]",
+    "musicgen_melody": "a decoder of sound behind encoders of text and sound, ids [B · codebooks, T]",
+    "reformer": "asserts train mode wherever a gradient may be asked for, and its hashing draws at random there",
+}
 
 
 class CannotBuild(Exception):
@@ -136,6 +152,8 @@ def build(kind: str) -> nn.Module:
     """
     import transformers as tf
 
+    if kind in NOT_TINY:
+        raise CannotBuild(NOT_TINY[kind])
     try:
         config = tf.AutoConfig.for_model(kind)
         try:

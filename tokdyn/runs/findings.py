@@ -131,7 +131,7 @@ def _strongest(about: dict[str, Any], contexts: Contexts) -> Finding | None:
     if len(contexts.members) < ended:
         text += " What both answers of a pair say alike, place by place, counts as one, under both."
     if net < 0.99 * gross:
-        text += f" {100 * (1 - net / gross):.0f}% of all force between single tokens cancels inside texts that answers share."
+        text += f" {100 * (1 - net / gross):.0f}% of all force between single tokens cancels where answers say the same."
     return dict(title=f"The strongest net {'pull' if force > 0 else 'push'} of one token on another", text=text)
 
 
