@@ -62,7 +62,7 @@ PADDED = dict(pad_token_id=2)  # its positions start behind the padding id, whic
 ROPE = dict(rope_type="default", rope_theta=10_000.0)
 WIDER = dict(attention_hidden_size=2 * WIDTH, attention_head_dim=16)  # attention on the lookup beside the hidden states
 OTHERS: dict[str, dict[str, Any]] = {
-    "axk1": MLA, "deepseek_v3": MLA, "longcat_flash": MLA, "deepseek_v2": MLA | dict(num_experts_per_tok=2),
+    **dict.fromkeys(("axk1", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "longcat_flash"), MLA), "deepseek_v2": MLA | dict(num_experts_per_tok=2),
     "bamba": MAMBA2, "granitemoehybrid": MAMBA2, "falcon_h1": MAMBA2 | dict(mamba_d_ssm=64), "mamba2": dict(num_heads=8),
     **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"), PADDED),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]), "nemotron": dict(num_key_value_heads=2, head_dim=8),
@@ -77,7 +77,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "dots1": dict(moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, n_group=1,
                   topk_group=1),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
-    "prophetnet": PADDED, "xlm": PADDED | dict(causal=True), "zaya": dict(num_experts_per_tok=1),
+    "xlm": PADDED | dict(causal=True), "zaya": dict(num_experts_per_tok=1),
     "xmod": PADDED | dict(default_language="en_XX", languages=["en_XX"]),
     "qwen4_exp_text": dict(indexer_budget=4, indexer_compress_ratio=2, indexer_n_heads=2, indexer_kv_heads=1,
                            indexer_head_dim=8, ngram_vocab_size_base=100),
@@ -97,6 +97,7 @@ NOT_TINY = {
     "gemma3n": "needs the package timm for its pictures; its text is gemma3n_text",
     "gemma4_assistant": "drafts for a larger model, whose hidden states it is given",
     "gemma4_unified_assistant": "drafts for a larger model, whose hidden states it is given",
+    "prophetnet": "predicts several tokens at each place: its readout is given [B, n, T, d]",
     "musicgen": "a decoder of sound behind encoders of text and sound, ids [B · codebooks, T]",
     "musicgen_melody": "a decoder of sound behind encoders of text and sound, ids [B · codebooks, T]",
     "reformer": "asserts train mode wherever a gradient may be asked for, and its hashing draws at random there",
