@@ -244,7 +244,10 @@ def test_text_of_a_model_is_never_run(visit, run, tmp_path):
 
 
 def test_the_page_of_a_training_draws_its_curves_and_forces(visit, tmp_path):
-    model, chis = tiny("llama"), random_chis([(3, 6), (2, 5)], seed=1)
+    model, chis = tiny("llama"), random_chis([(3, 6)], seed=1)
+    other = chis[0].ids.clone()
+    other[5] = (other[5] + 1) % 60
+    chis.append(chis[0].with_(ids=other))  # alike up to the third token scored, in which they differ
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     probe = {"chosen": random_chis([(3, 5), (2, 4)], seed=5), "rejected": random_chis([(3, 3)], seed=6)}
     with td.Monitor(model, optimizer, probe=probe, out=tmp_path / "run", on_error="raise") as monitor:
@@ -259,8 +262,14 @@ def test_the_page_of_a_training_draws_its_curves_and_forces(visit, tmp_path):
     lines = page.locator("#curves .actual path.line:not(.faint)")
     assert lines.count() == 2 and page.locator("#prediction .step-dot").count() == 6
     cells = page.locator("#tokens .token-map tbody td")
-    assert cells.count() == len(forces) == 11
-    shown = [numbers(cells.nth(i).get_attribute("aria-label"))[0] for i in range(11)]
+    net = [*(forces[:3] + forces[6:9]).tolist(), *forces[3:6].tolist(), *forces[9:].tolist()]
+    assert cells.count() == len(net) == 9
+    shown = [numbers(cells.nth(i).get_attribute("aria-label"))[0] for i in range(9)]
+    assert shown == pytest.approx(net, rel=DIGITS)
+    assert page.locator("#tokens h3").all_inner_texts() == ["response 1, response 2", "response 1", "response 2"]
+    page.get_by_role("radio", name="token by token").click()
+    assert cells.count() == len(forces) == 12
+    shown = [numbers(cells.nth(i).get_attribute("aria-label"))[0] for i in range(12)]
     assert shown == pytest.approx(forces.tolist(), rel=DIGITS)
     cells.nth(4).hover()
     assert numbers(page.locator("#tip dd").first.inner_text())[0] == pytest.approx(float(forces[4]), rel=DIGITS)
