@@ -133,12 +133,13 @@ wheel: $(VENV)/.installed
 wheel-demo:
 	rm -rf $(WHEEL_VENV)
 	$(PYTHON) -m venv $(WHEEL_VENV)
-	@$(WHEEL_VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt --find-links dist --only-binary :all: tokdyn==$$($(BIN)/python -c 'import tokdyn; print(tokdyn.__version__)')
-	cd dist && env -i PATH="$(CURDIR)/$(WHEEL_VENV)/bin" HOME="$$HOME" CC=false CXX=false tokdyn profile --out ../runs/wheel --overwrite
+	@$(WHEEL_VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt \
+		dist/tokdyn-*-$$($(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-*.whl
+	cd dist && env -i PATH="$(CURDIR)/$(WHEEL_VENV)/bin" HOME="$$HOME" tokdyn profile --out ../runs/wheel --overwrite
 	@cd dist && env -i PATH="$(CURDIR)/$(WHEEL_VENV)/bin" HOME="$$HOME" tokdyn doctor
 
 docs: install
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf build dist site $(WHEEL_VENV) *.egg-info runs/demo .pytest_cache .ruff_cache .mypy_cache tokdyn/_C.*.so $(VENV)/.user

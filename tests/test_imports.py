@@ -20,7 +20,7 @@ LEVELS = (
     ("probes", "exact"),
     ("training",),
     ("forces", "ntk", "squeeze", "verify", "steps"),
-    ("report",),  # pages are drawn from tables, and a Run draws its own
+    ("report", "plot"),  # pages are drawn from tables, and a Run draws its own
     ("profile", "monitor", "interventions"),
     ("scan", "checks"),
     ("integrations",),

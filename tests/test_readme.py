@@ -1,4 +1,4 @@
-"""The README's Python runs as printed and says what is true."""
+"""The Python of the README and of its first how-to page runs as printed and says what is true."""
 
 import json
 import re
@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+WATCHED = (Path(__file__).parents[1] / "docs/how-to/watch-dpo.md").read_text(encoding="utf-8")
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def block_with(word):
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if word in block]
+def block_with(word, page=README):
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if word in block]
     return block
 
 
@@ -25,11 +26,14 @@ def test_python_of_the_readme_runs():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-def test_the_training_of_the_readme_leaves_its_page(tmp_path, monkeypatch):
+def test_the_training_of_the_how_to_page_leaves_its_page(tmp_path, monkeypatch):
     """Curves of chosen, rejected and first choice for every kind, the forces behind them, and predictions that hold."""
     pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
-    exec(block_with("DPOTrainer"), {})
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", WATCHED, re.S):
+        exec(block, names)
+    assert len(names["last"]) and set(names["last"]["role"]) == {"chosen", "rejected"}
     page = (tmp_path / "runs/dpo/report.html").read_text(encoding="utf-8")
     (payload,) = re.findall(r'<script type="application/json" id="payload">(.*?)</script>', page, re.S)
     shown = json.loads(payload)

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ._arguments import sentence
 from ._console import err_console, out_console
 from ._version import __version__
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+ORDER = ("profile", "scan", "check", "report", "diff", "serve", "probe", "study", "bench", "doctor")
+
+
+class InOrder(TyperGroup):
+    """The commands as a newcomer needs them, wherever they are defined."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Those of ORDER first, in its order."""
+        return sorted(super().list_commands(ctx), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+
+app = typer.Typer(cls=InOrder, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 options = {"debug": False}  # of `tokdyn` itself, as `about` last read them
 DATA = "'demo', or a file with prompt/completion, prompt/chosen/rejected, messages …: .jsonl, .json, .csv (.gz) or .parquet"
@@ -65,3 +79,28 @@ def _print_warning(message: Warning | str, category: type[Warning], *place: Any,
 
 def note(text: str) -> None:
     err_console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
+
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document, and nothing else on standard output")]
+
+
+def print_json(document: Any) -> None:
+    """Print a value as JSON: NaN and infinities are null, what JSON does not know is text."""
+    print(json.dumps(_plain(document), ensure_ascii=False, indent=1, allow_nan=False, default=str))
+
+
+def tell(facts: dict[str, Any], as_json: bool) -> None:
+    """Print facts as NAME  VALUE lines, or as JSON."""
+    if as_json:
+        print_json(facts)
+        return
+    for name, value in facts.items():
+        out_console.print(f"{name:22} {value}", markup=False, soft_wrap=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -11,7 +11,7 @@ from pathlib import Path
 
 # what is not installed with tokdyn itself, and the extra that brings it
 EXTRAS = {"accelerate": "trl", "datasets": "trl", "matplotlib": "studies", "pandas": "dataframe", "peft": "trl",
-          "scipy": "studies", "sklearn": "studies", "trl": "trl"}  # fmt: skip
+          "scipy": "studies", "starlette": "serve", "uvicorn": "serve", "sklearn": "studies", "trl": "trl"}  # fmt: skip
 METHODS = ("tangent", "naive", "none")  # of a profile
 UNITS = {"step": "nats after the step", "rate": "nats per unit learning rate"}
 PER = ("contexts", "tokens")

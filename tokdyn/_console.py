@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 
 out_console, err_console = Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+# What a terminal without Unicode shows; anything else becomes its code, as in \u4f60
+SPELLED = {"“": '"', "”": '"', "’": "'", "␣": "_", "↵": "\\n", "…": "...", "•": "*", "·": "-", "–": "-", "−": "-", "×": "x",
+           "≈": "~", "→": "->", "←": "<-", "‖": "||", "Σ": "Sum", "Δ": "d", "η": "eta", "θ": "theta", "π": "pi", "β": "beta",
+           "√": "sqrt", "²": "^2", "⁻": "^-", "∇": "grad", "°": "deg"}  # fmt: skip
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    found = error.object[error.start : error.end]
+    return "".join(SPELLED.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found), error.end
+
+
+codecs.register_error("tokdyn", _spelled)
+
+
+def spell_out() -> None:
+    """Let standard output and error spell out what their encoding does not have, where Python would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="tokdyn")
 
 
 @contextlib.contextmanager

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import commands as commands
-from ._app import DATA, app, note, plain_errors
-from ._console import out_console, progress
+from ._app import DATA, Json, app, note, plain_errors, print_json, tell
+from ._console import out_console, progress, spell_out
+from .commands import recipe
+from .commands.recipe import Config, FromFile
 
 
 def main() -> None:
     """Run the command line. --debug may stand anywhere, and SIGTERM (a scheduler's, a timeout's) is what Ctrl-C is."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    spell_out()
     given = sys.argv[1:]
     app(["--debug"] * ("--debug" in given) + [word for word in given if word != "--debug"])
 
@@ -31,7 +35,7 @@ Per = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=FromFile)
 def profile(
     model: Annotated[str, typer.Option(help="'demo', a local folder (also of a PEFT adapter), or a hub name")] = "demo",
     adapter: Annotated[str | None, typer.Option(help="PEFT adapter for the model: forces are those on its weights")] = None,
@@ -56,57 +60,42 @@ def profile(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that lies there")] = False,
     unit: Unit = "step",
     per: Per = "contexts",
+    config: Config = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything short of the model, and say what would be done")
+    ] = False,
+    json_: Json = False,
 ) -> None:
     """Profile the token-level forces of one update and write run.json, tokens.parquet, forces.safetensors and report.html.
 
-    Ctrl-C or SIGTERM during the matrix keeps what is done as a readable partial run.
+    Ctrl-C or SIGTERM during the matrix keeps what is done as a readable partial run. The options go to run.yaml in the run's
+    folder, and `--config` takes them from there.
     """
+    if row is not None:
+        skip, rows = row - 1, 1
+    options = dict(locals())
     with plain_errors():
         if scan is not None:
             from .commands.scan import profile_row
 
             profile_row(scan, row, method=method, memory=memory, eta=eta, overwrite=overwrite, unit=unit, per=per)
             return
-        if row is not None:
-            skip, rows = row - 1, 1
-        from . import _arguments as arguments
-        from .loading import DEMO_PAIRS, check_device, find_model, load_tokenizer, load_weights
-        from .runs.folder import check_free
-
-        # all that can be refused without torch, then without the model
-        arguments.objective_name(objective, arguments.objective_names())
-        chosen = arguments.constants(set_ or [])
-        arguments.check_eta(eta)
-        arguments.check_method(method)
-        arguments.size_in_bytes(memory)
-        arguments.scope_pattern(scope)
-        arguments.check_view(unit, per)
-        for name, with_adapter in [(model, adapter), *([(reference, None)] if reference else [])]:
-            find_model(name, with_adapter)
-        source = DEMO_PAIRS if data == "demo" else Path(data)
-        if not source.is_file():
-            raise FileNotFoundError(f"no data file {source}: give a .jsonl, .json, .csv or .parquet file")
-        check_free(out, overwrite)
+        loss, table, total = _checked(**options)
 
         import tokdyn as td
 
-        from .data import read, sequences, watched
+        from .data import sequences, watched
+        from .loading import load_tokenizer, load_weights
         from .runs.summary import summary
 
-        loss = td.objectives.by_name(objective, **chosen)
-        check_device(device)
-        table = read(source)
-        total, table = len(table), table[skip : skip + rows + held_out]
-        if len(table) < rows:
-            raise ValueError(f"{data} has {total} rows, after skipping {skip} there are not {rows} for the update")
-        if len(table) < rows + held_out:
-            left, asked = len(table) - rows, f"{held_out} further row{'s' * (held_out > 1)}"
-            note(f"--held-out asks for {asked} and {data} has {left or 'none'}: so many are held out")
         with progress() as stage:
             stage(f"loading {model}", 0, 0)
             tokenizer = load_tokenizer(model, adapter)
             update = sequences(tokenizer, table[:rows], loss, max_length=max_length)
             observe = watched(tokenizer, table, max_length=max_length)
+            if dry_run:
+                tell(_plan(update, observe, loss, options), json_)
+                return
             lm = load_weights(model, device, adapter=adapter)
             other = load_weights(reference, device) if reference else None
             run = td.profile(
@@ -115,13 +104,84 @@ def profile(
                 about={"model": {"name": model} | ({"adapter": adapter} if adapter else {}),
                        "data": {"path": data, "rows": total, "used": len(table)}},
             )  # fmt: skip
-        out_console.print(summary(run.about, run.tokens, run.matrix, unit=unit, per=per))
         if run.path is not None:
-            out_console.print(f"Run in {run.path}, page in {run.path / 'report.html'}", soft_wrap=True)
+            recipe.write(run.path, options)
+        if json_:
+            print_json(_record(run, run.path))
+        else:
+            out_console.print(summary(run.about, run.tokens, run.matrix, unit=unit, per=per))
+            if run.path is not None:
+                out_console.print(f"Run in {run.path}, page in {run.path / 'report.html'}", soft_wrap=True)
         if run.path != out:
             raise typer.Exit(1)
         if run.about["status"] != "complete":
             raise typer.Exit(130)
+
+
+def _checked(
+    *, objective: str, set_: list[str] | None, eta: float | None, method: str, memory: str, scope: str, unit: str, per: str,
+    model: str, adapter: str | None, reference: str | None, data: str, out: Path, overwrite: bool, device: str, rows: int,
+    held_out: int, skip: int, **_: Any,
+) -> tuple[Any, list[Any], int]:  # fmt: skip
+    """The loss and the rows of a profile, and how many the file has; what can be refused without torch is refused first."""
+    from . import _arguments as arguments
+    from .loading import DEMO_PAIRS, check_device, find_model
+    from .runs.folder import check_free
+
+    arguments.objective_name(objective, arguments.objective_names())
+    chosen = arguments.constants(set_ or [])
+    arguments.check_eta(eta)
+    arguments.check_method(method)
+    arguments.size_in_bytes(memory)
+    arguments.scope_pattern(scope)
+    arguments.check_view(unit, per)
+    for name, with_adapter in [(model, adapter), *([(reference, None)] if reference else [])]:
+        find_model(name, with_adapter)
+    source = DEMO_PAIRS if data == "demo" else Path(data)
+    if not source.is_file():
+        raise FileNotFoundError(f"no data file {source}: give a .jsonl, .json, .csv or .parquet file")
+    check_free(out, overwrite)
+
+    import tokdyn as td
+
+    from .data import read
+
+    loss = td.objectives.by_name(objective, **chosen)
+    check_device(device)
+    table = read(source)
+    total, table = len(table), table[skip : skip + rows + held_out]
+    if len(table) < rows:
+        raise ValueError(f"{data} has {total} rows, after skipping {skip} there are not {rows} for the update")
+    if len(table) < rows + held_out:
+        left, asked = len(table) - rows, f"{held_out} further row{'s' * (held_out > 1)}"
+        note(f"--held-out asks for {asked} and {data} has {left or 'none'}: so many are held out")
+    return loss, table, total
+
+
+def _plan(update: Any, observe: Any, loss: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What a profile would do, as `--dry-run` tells it."""
+    M, L = (sum(map(len, side)) for side in (observe, update))
+    described = loss.describe()
+    return {
+        "objective": f"{described['name']}({', '.join(f'{k}={v}' for k, v in described['arguments'].items())})",
+        "model": options["model"],
+        "update": f"{L} tokens in {len(update)} sequences",
+        "observed": f"{M} tokens in {len(observe)} sequences",
+        "matrix": "none" if options["method"] == "none" else f"{M} x {L}, {4 * M * L / 1e6:.3g} MB on disk",
+        "longest sequence": f"{max(len(chi.ids) for chi in [*update, *observe])} tokens",
+        "cut to fit": f"{sum(chi.truncated for chi in update)} tokens of the update",
+        "out": str(options["out"]),
+    }
+
+
+def _record(run: Any, path: Path | None) -> dict[str, Any]:
+    """A run as `--json` prints it: run.json, what each answer did, and where it is."""
+    from .runs.by_sequence import BySequence
+
+    table = BySequence.of(run.tokens, run.matrix)
+    answers = {} if run.about["settings"]["eta"] is None else table.changes()
+    forces = {} if table.matrix is None else table.forces()
+    return {"path": path, "page": path and path / "report.html", "answers": answers, "forces": forces, "run": run.about}
 
 
 @app.command()
@@ -131,6 +191,7 @@ def report(
     follow: Annotated[bool, typer.Option("--follow", help="of a training: write the page anew until it has ended")] = False,
     unit: Unit = "step",
     per: Per = "contexts",
+    json_: Json = False,
 ) -> None:
     """Show a run in the terminal and write its page anew; of a training, write its page."""
     with plain_errors():
@@ -142,20 +203,27 @@ def report(
 
         check_view(unit, per)
         if kind_of(run) == "scan":
-            _report_scan(run)
+            _report_scan(run, json_)
             return
         if kind_of(run) == "training":
-            out_console.print(f"Page in {td.watch(run, steps=step)}", soft_wrap=True)
+            page = td.watch(run, steps=step)
+            if json_:
+                print_json({"page": page, "training": _training_record(run)})
+            else:
+                out_console.print(f"Page in {page}", soft_wrap=True)
             if follow:
                 _follow(run, step)
             return
         found = td.load(run)
         found.to_html(run / "report.html")
+        if json_:
+            print_json(_record(found, run))
+            return
         out_console.print(summary(found.about, found.tokens, found.matrix, unit=unit, per=per))
         out_console.print(f"Page in {run / 'report.html'}")
 
 
-def _report_scan(run: Path) -> None:
+def _report_scan(run: Path, json_: bool) -> None:
     """Show what a scan has found so far and write its page."""
     from .report.scan import listings, write
     from .runs.scan_totals import totals
@@ -163,10 +231,21 @@ def _report_scan(run: Path) -> None:
 
     scan = Scan(run)
     found = totals(scan)
+    if json_:
+        print_json({"page": write(scan, found), "groups": {name: asdict(group) for name, group in found.items()}})
+        return
     for part in listings(scan, found):
         out_console.print(part, markup=False, soft_wrap=isinstance(part, str))
         out_console.print()
     out_console.print(f"Page in {write(scan, found)}", soft_wrap=True)
+
+
+def _training_record(run: Path) -> dict[str, Any]:
+    """A training as `--json` prints it: its run.json and the figures of each recorded step."""
+    from .training.step_folder import read
+
+    about, tables = read(run)
+    return {"run": about, "steps": tables["steps"].to_pylist() if "steps" in tables else []}
 
 
 def _follow(run: Path, steps: list[int] | None) -> None:

@@ -24,7 +24,9 @@ from .model.optimizer import learning_rate
 from .model.trace import Tracer, trace
 from .objective import Objective
 from .objectives import SFT
+from .runs import frames
 from .runs.folder import FORMAT, read_folder, write_folder
+from .runs.notebook import forces_html
 from .runs.shards import Shards
 from .sequences import Chi
 
@@ -130,24 +132,17 @@ class Forces:
         Raises:
             ImportError: pandas is not installed (`pip install "tokdyn[dataframe]"`).
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError('to_dataframe needs pandas: pip install "tokdyn[dataframe]"') from error
         matrix = self.matrix if self.shards is None else self.shards.tensor()
-        if matrix is None:
-            assert self.vector is not None
-            table = self.observed if self.reduce == "update" else self.updated
-            return table.to_pandas().assign(force=self.vector.cpu().numpy())
-        M, L = matrix.shape
-        o, u = self.observed.to_pydict(), self.updated.to_pydict()
-        return pd.DataFrame({
-            "m": [m for m in range(M) for _ in range(L)],
-            "l": list(range(L)) * M,
-            "observed": [t for t in o["token"] for _ in range(L)],
-            "updated": u["token"] * M,
-            "force": matrix.cpu().flatten().tolist(),
-        })  # fmt: skip
+        if matrix is not None:
+            return frames.pairs(self.observed, self.updated, force=matrix)
+        assert self.vector is not None
+        frames.pandas()
+        table = self.observed if self.reduce == "update" else self.updated
+        return table.to_pandas().assign(force=self.vector.cpu().numpy())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the matrix small, and the strongest pairs; of a reduction its tokens, coloured."""
+        return forces_html(self)
 
     def save(self, path: str | Path) -> None:
         """Write run.json, tokens.parquet and forces.safetensors into a new folder.
@@ -263,11 +258,12 @@ def forces(
             each update token on the summed (or weighted) observed log-probability.
         method: "tangent" (exact: docs/exact.md), "naive" (exact: one gradient per token per side; the
             oracle), "fd" (real parameter steps, extrapolated; reductions only).
-        optimizer: an Adam, AdamW, RMSprop or SGD, before or after its first step, which is left as it is; the kernel becomes
-            J_o P J_uᵀ, P the diagonal of its coming step on this update (`model.optimizer.preconditioner`). P depends on the
-            whole update through the second moment v', and so on the loss's scale: give the loss as it is trained on. It is
-            held fixed when tokens are told apart, so that F is each token's share in the step, not what the step would lack
-            without the token. `Forces.predict()` is then the change by that step.
+        optimizer: an Adam, AdamW, RMSprop or SGD, before or after its first step, which is left as it is. The kernel is then
+            J_o P J_uᵀ instead of J_o J_uᵀ, P the diagonal of its coming step on this update
+            (`model.optimizer.preconditioner`). P depends on the whole update through the second moment v', and so on the
+            loss's scale: give the loss as it is trained on. It is held fixed when tokens are told apart, so that F is each
+            token's share in the step, not what the step would lack without the token. `Forces.predict()` is then the change
+            by that step.
         reference: model of log pi_ref for the sequences that do not bring it; the policy itself when absent.
         weights: weight of each observed token in reduce="observe", [M].
         groups: one column for each group of update tokens instead of each token: "sequence", "response", "sentence", "context"

@@ -23,6 +23,8 @@ from .exact.products import vjp_probes
 from .model.trace import Tracer, trace
 from .objective import Objective
 from .objectives import SFT
+from .runs import frames
+from .runs.notebook import kernel_html
 from .sequences import Chi
 
 Probes = Callable[[], Iterable[Tensor]]
@@ -48,6 +50,17 @@ class Kernel:
     updated: Any
     scope: str
     samples: int | None
+
+    def to_dataframe(self) -> Any:
+        """One row for each pair of tokens: trace and norm with their standard errors (pandas)."""
+        return frames.pairs(
+            self.observed, self.updated, trace=self.trace, norm=self.norm, trace_error=self.trace_error,
+            norm_error=self.norm_error,
+        )  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the norms as a small matrix, and the largest."""
+        return kernel_html(self)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,9 @@ from .model.trace import Tracer, trace
 from .objective import Objective
 from .objectives import DPO
 from .runs import folder as store
+from .runs import frames
 from .runs.findings import ROW_SUMS, findings
+from .runs.notebook import run_html
 from .sequences import Chi, context_numbers, token_texts
 from .verify import Verification, against_steps, nothing_moves
 
@@ -43,7 +45,7 @@ class Run:
         about: what was run, versions, sequences, verification, checks, findings (run.json).
         tokens: one row per updated and per observed token (tokens.parquet, pyarrow).
         vector: Σ_l F, the whole step on each observed token, [M] nats per unit learning rate.
-        matrix: F [M, L]; NaN where an interrupted run had not come to, None when it was not asked for.
+        matrix: F [M, L]; NaN in the cells that an interrupted run did not reach, None when it was not asked for.
         path: the folder that `profile` wrote, None where it wrote none.
     """
 
@@ -61,6 +63,27 @@ class Run:
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page
+
+    def to_dataframe(self, rows: str = "observed") -> Any:
+        """A pandas table: the "observed" or the "updated" tokens, or one row for each of the "pairs" with its force.
+
+        Raises:
+            ValueError: another word, or pairs of a run without a matrix. ImportError: pandas is not installed.
+        """
+        if rows not in ("observed", "updated", "pairs"):
+            raise ValueError(f'rows must be "observed", "updated" or "pairs", got {rows!r}')
+        sides = {side: self.tokens.filter([of == side for of in self.tokens["side"].to_pylist()])
+                 for side in ("observed", "updated")}  # fmt: skip
+        if rows != "pairs":
+            frames.pandas()
+            return sides[rows].to_pandas().dropna(axis=1, how="all")
+        if self.matrix is None:
+            raise ValueError('the run has no matrix, and so no pairs: profile it with method="tangent"')
+        return frames.pairs(sides["observed"], sides["updated"], force=self.matrix)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the observed answers coloured by their change, and the findings."""
+        return run_html(self)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write run.json, tokens.parquet, forces.safetensors and report.html, all or nothing.

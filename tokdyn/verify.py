@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,8 @@ from .model.trace import trace
 from .objective import Objective
 from .objectives import SFT
 from .ops.rows import log_probs
+from .runs.frames import pandas
+from .runs.notebook import verification_html
 from .sequences import Chi, context_numbers
 
 HALVINGS = 3
@@ -42,6 +45,14 @@ class Verification:
     etas: list[float]
     residuals: list[float]
     linearity: float
+
+    def to_dataframe(self) -> Any:
+        """One row for each observed token: predicted and actual change in nats (pandas)."""
+        return pandas().DataFrame({"predicted": self.predicted.tolist(), "actual": self.actual.tolist()})
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a sentence that says whether the prediction held."""
+        return verification_html(self)
 
 
 def verify(

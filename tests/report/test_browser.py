@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
+import threading
 from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pyarrow as pa
 import pytest
@@ -12,10 +16,12 @@ import torch
 
 import tokdyn as td
 from tokdyn.loading import DEMO_PAIRS, load_model
+from tokdyn.report import training
 from tokdyn.runs.by_sequence import BySequence
 from tokdyn.runs.contexts import Contexts
 from tokdyn.testing import random_chis, tiny
 
+AXE = Path(__file__).resolve().parents[2] / "node_modules/axe-core/axe.min.js"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 if BROWSER is None:
@@ -46,15 +52,15 @@ def visit(browser):
     """Opens files; the test fails when one logs a warning or an error, throws, asks for anything else, or opens a dialog."""
     contexts, trouble = [], []
 
-    def visit(path, **options):
-        contexts.append(browser.new_context(viewport={"width": 1400, "height": 1000}, **options))
+    def visit(path, hash="", **options):
+        contexts.append(browser.new_context(**{"viewport": {"width": 1400, "height": 1000}, **options}))
         page = contexts[-1].new_page()
         page.set_default_timeout(10_000)
         page.on("console", lambda message: message.type in ("warning", "error") and trouble.append(message.text))
         page.on("pageerror", lambda error: trouble.append(str(error)))
         page.on("dialog", lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or trouble.append(request.url))
-        page.goto(path.as_uri())
+        page.on("request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or trouble.append(request.url))
+        page.goto(path.as_uri() + hash)
         return page
 
     yield visit
@@ -89,6 +95,12 @@ def details(page):
     return panel.locator("h3").inner_text(), panel.locator(".place").inner_text(), dict(zip(names, values, strict=True))
 
 
+def path_of(line):
+    """The points of a drawn line."""
+    numbers = [float(x) for x in re.findall(r"-?[\d.]+", line.get_attribute("d"))]
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
 def by_context(run):
     """The run by context, and its step size."""
     return Contexts.of(BySequence.of(run.tokens, run.matrix), run.about["sequences"]), run.about["settings"]["eta"]
@@ -119,6 +131,15 @@ def test_the_page_of_a_run_loads_with_every_token_and_a_drawn_matrix(visit, run,
     assert painted[0] > 50 and painted[1] < 0.9  # cells of many colours; a blank canvas is one colour all over
     assert page.locator("#verify circle.dot, #verify path.dot").count() >= M  # one for each token, and the residuals
     assert page.locator("#vocabulary tbody tr").count() == 16  # eight risers, eight fallers
+
+
+def test_a_training_of_which_nothing_was_recorded_says_so(visit, tmp_path):
+    about = {"kind": "training", "status": "complete", "steps": 3}
+    (tmp_path / "empty.html").write_text(
+        training.render(about, {"tokens": None, "probe": None, "steps": None}), encoding="utf-8"
+    )
+    page = visit(tmp_path / "empty.html")
+    assert "Nothing was recorded" in page.locator(".banner").first.inner_text()
 
 
 def test_a_sequence_has_one_name_in_terminal_findings_and_page(visit, run, file):
@@ -233,6 +254,85 @@ def test_a_matrix_too_large_for_a_page_still_answers_a_click(visit, run, tmp_pat
     )
 
 
+def test_both_ends_stay_selected_and_a_link_shows_the_same(visit, run, file):
+    """Clicking an update token keeps the observed one; the address brings back selection, unit, view and map."""
+    page, eta = visit(file), run.about["settings"]["eta"]
+    page.get_by_role("radio", name="token by token").click()
+    page.locator('#observed .token[data-i="8"]').click()
+    page.locator('#updated .token[data-i="20"]').click()
+    between = numbers(page.locator("#inspector .facts-list dd").first.inner_text())[0]
+    assert between == pytest.approx(eta * float(run.matrix[8, 20]), rel=DIGITS)
+    pressed = page.locator('.token[aria-pressed="true"]')
+    assert [pressed.nth(i).get_attribute("data-i") for i in range(pressed.count())] == ["8", "20"]
+    page.get_by_role("radio", name="per unit lr").click()
+    page.locator("#forces select").first.select_option("1")
+    page.get_by_role("button", name="Zoom in").click()
+    seen = [page.locator(name).inner_text() for name in ("#selection", "#observed .legend", "#forces .legend")]
+    other = visit(file, hash=page.evaluate("location.hash"))
+    assert [other.locator(name).inner_text() for name in ("#selection", "#observed .legend", "#forces .legend")] == seen
+    assert other.locator("#forces select").first.input_value() == "1" and other.evaluate("location.hash").count("zoom=1") == 1
+    page.locator('#updated .token[data-i="20"]').click()  # again: it is let go, the observed one stays
+    assert pressed.count() == 1 and details(page)[0].startswith("Observed")
+
+
+def test_walking_through_tokens_says_their_values(visit, run, file):
+    page, table = visit(file), BySequence.of(run.tokens, run.matrix)
+    page.locator("#observed .token").first.focus()
+    for m in (1, 2):
+        page.keyboard.press("ArrowRight")
+        said = page.locator("#live").inner_text()
+        assert table.place(table.observed[m]) in said
+        assert numbers(said.rpartition(": ")[2])[0] == pytest.approx(table.observed[m]["actual"], rel=DIGITS)
+
+
+def test_what_is_taken_along_is_what_the_run_holds(visit, run, file, tmp_path):
+    page = visit(file)
+    page.get_by_role("radio", name="token by token").click()
+    page.get_by_role("radio", name="per unit lr").click()
+    saved = {}
+    for section, kind in (("forces", "CSV"), ("answers", "CSV"), ("verify", "SVG"), ("verify", "PNG"), ("forces", "PNG")):
+        with page.expect_download() as download:
+            page.locator(f"#{section} .tools").get_by_role("button", name=kind).click()
+        saved[section, kind] = tmp_path / download.value.suggested_filename
+        download.value.save_as(saved[section, kind])
+    rows = list(csv.reader(saved["forces", "CSV"].read_text(encoding="utf-8").splitlines()))
+    assert [[float(x) for x in row[1:]] for row in rows[1:]] == pytest.approx(run.matrix.numpy(), rel=1e-6)
+    with saved["answers", "CSV"].open(encoding="utf-8", newline="") as text:
+        tokens = [row for row in csv.DictReader(text) if row["side"] == "observed"]
+    assert [float(row["actual"]) for row in tokens] == pytest.approx(
+        [row["actual"] for row in run.tokens.to_pylist() if row["side"] == "observed"], rel=1e-5
+    )
+    svg = ElementTree.parse(saved["verify", "SVG"]).getroot()
+    assert sum("dot" in (node.get("class") or "").split() for node in svg.iter()) == len(tokens)
+    assert all(saved[of, "PNG"].read_bytes().startswith(b"\x89PNG") for of in ("verify", "forces"))
+
+
+@pytest.mark.parametrize("option", [{"viewport": {"width": 400, "height": 800}}, {"forced_colors": "active"}, {"print": True}])
+def test_narrow_forced_colours_and_print_keep_all_of_it(visit, run, file, option):
+    """Nothing sticks out of a narrow page, and the colours of tokens survive the reader's own palette and paper."""
+    paper = option.pop("print", False)
+    page = visit(file, **option)
+    if paper:
+        page.emulate_media(media="print")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert not page.locator(".topbar").is_visible() and not page.locator(".tools").first.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    colours = page.locator("#observed .token").evaluate_all("nodes => nodes.map(n => getComputedStyle(n).backgroundColor)")
+    assert len(set(colours)) > len(colours) // 4
+
+
+def test_axe_finds_no_serious_violation(visit, run, file):
+    if not AXE.exists():
+        pytest.skip("axe-core is not installed: npm install --no-save axe-core")
+    page = visit(file, bypass_csp=True)
+    page.locator("#observed .token").nth(8).click()
+    page.add_script_tag(path=AXE)
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    serious = [f"{one['id']}: {one['help']} {one['nodes'][0]['html'][:120]}" for one in found
+               if one["impact"] in ("serious", "critical")]  # fmt: skip
+    assert not serious, "\n".join(serious)
+
+
 def test_text_of_a_model_is_never_run(visit, run, tmp_path):
     nasty = '<img src=x onerror="alert(1)"></script><script>alert(2)</script>'
     tokens = run.tokens.set_column(run.tokens.column_names.index("token"), "token", pa.array([nasty] * len(run.tokens)))
@@ -261,6 +361,15 @@ def test_the_page_of_a_training_draws_its_curves_and_forces(visit, tmp_path):
     page = visit(td.watch(tmp_path / "run"))
     lines = page.locator("#curves .actual path.line:not(.faint)")
     assert lines.count() == 2 and page.locator("#prediction .step-dot").count() == 6
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1400
+    texts = page.locator("#tokens .told .token")
+    said = [float(texts.nth(i).get_attribute("data-force")) for i in range(texts.count())]
+    assert said == pytest.approx(forces.tolist(), rel=1e-5)  # six digits in the page's data
+    start = path_of(lines.first)[0]
+    page.get_by_label("change from the start").check()
+    level = page.locator("#curves .actual line.identity")
+    assert path_of(lines.first)[0][1] == pytest.approx(float(level.get_attribute("y1")), abs=0.01) != pytest.approx(start[1])
+    page.get_by_role("radio", name="Strips").click()
     cells = page.locator("#tokens .token-map tbody td")
     net = [*(forces[:3] + forces[6:9]).tolist(), *forces[3:6].tolist(), *forces[9:].tolist()]
     assert cells.count() == len(net) == 9
@@ -276,3 +385,29 @@ def test_the_page_of_a_training_draws_its_curves_and_forces(visit, tmp_path):
     assert page.locator("#tokens h3").all_inner_texts() == ["response 1", "response 2"]
     page.get_by_label("rejected", exact=True).uncheck()
     assert lines.count() == 1 and page.locator("#prediction .step-dot").count() == 3
+
+
+def test_a_served_folder_lists_its_runs_and_a_click_opens_the_page(browser, run, tmp_path):
+    """In the browser, over the loopback address; a page of another name for it sees nothing."""
+    uvicorn = pytest.importorskip("uvicorn")
+    from tokdyn.commands.serve import pages
+    from tokdyn.report.server import application
+
+    run.save(tmp_path / "one")
+    server = uvicorn.Server(uvicorn.Config(application(tmp_path, pages()), host="127.0.0.1", port=0, log_level="error"))
+    socket = server.config.bind_socket()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
+    thread.start()
+    try:
+        page = browser.new_page()
+        port = socket.getsockname()[1]
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.get_by_role("link", name="one").click()
+        page.locator('#observed .token[data-i="8"]').click()
+        assert details(page)[0].startswith("Observed") and page.url.endswith("/run/one#m=8")
+        refused = page.request.get(f"http://127.0.0.1:{port}/", headers={"Host": "evil.example"})
+        assert refused.status == 421
+        page.close()
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .._app import app, plain_errors
+from .._app import Json, app, plain_errors, print_json, tell
 from .._console import out_console, progress
 from .._version import __version__
 
@@ -67,6 +67,7 @@ def study(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder: runs/studies/NAME, or with --all runs/studies")] = None,
     docs: Annotated[Path | None, typer.Option(help="write gallery.md and its figures here, from the studies in --out")] = None,
+    json_: Json = False,
 ) -> None:
     """Reproduce a phenomenon of the papers: verdict lines, figure, JSON, curves and a page.
 
@@ -79,29 +80,37 @@ def study(
         if name and (all_ or docs):
             raise ValueError(f"--all and --docs take all studies: leave the name {name!r} out")
         if not (name or all_ or docs):
-            for each in names():
-                out_console.print(f"{each:22} {(load(each).__doc__ or '').strip().splitlines()[0]}", markup=False)
+            tell({each: (load(each).__doc__ or "").strip().splitlines()[0] for each in names()}, json_)
             return
         folders = {name: out or root / name} if name else {each: (out or root) / each for each in names()} if all_ else {}
+        results = {}
         for each, folder in folders.items():
             with progress() as stage:
                 stage(f"study {each}", 0, 0)
-                told = gallery.run_study(each, folder, quick=quick, seed=seed, data=data)
+                told = results[each] = gallery.run_study(each, folder, quick=quick, seed=seed, data=data)
+            if json_:
+                continue
             out_console.print(f"{each}, {told['seconds']:.0f} s: {told['title']}", style="bold", markup=False, soft_wrap=True)
             for line in gallery.verdicts(told):
                 out_console.print(f"  {line}", markup=False, soft_wrap=True)
+        places = []
         if all_:
             page = (out or root) / "gallery.html"
             page.write_text(gallery.page(list(folders.values())), "utf-8")
-            out_console.print(f"Page in {page}")
+            places.append(f"Page in {page}")
         elif name:
-            out_console.print(f"Study in {folders[name]}, page in {folders[name] / 'page.html'}")
+            places.append(f"Study in {folders[name]}, page in {folders[name] / 'page.html'}")
         if docs:
-            out_console.print(f"Gallery in {gallery.write_docs(out or root, docs)}")
+            places.append(f"Gallery in {gallery.write_docs(out or root, docs)}")
+        if json_:
+            print_json(results)
+            return
+        for place in places:
+            out_console.print(place)
 
 
 @app.command()
-def doctor() -> None:
+def doctor(json_: Json = False) -> None:
     """Versions, devices, which native parts were built, and a check of the mathematics on a tiny model."""
     with plain_errors():
         import platform
@@ -134,7 +143,10 @@ def doctor() -> None:
         good = error < 1e-5
         verdict = "agree" if good else "DISAGREE"
         table.add_row("exact forces", f"{verdict} with one gradient per token: relative error {error:.1e}")
-        out_console.print(table)
+        if json_:
+            print_json({name: value for name, value in table.rows} | {"relative error": error, "agree": good})
+        else:
+            out_console.print(table)
         if not good:
             raise typer.Exit(1)
 

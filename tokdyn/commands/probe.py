@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .._app import app, plain_errors
+from .._app import Json, app, plain_errors, print_json
 from .._console import out_console
 
 probe_app = typer.Typer(no_args_is_help=True, help="Probe sets: responses watched while a model is trained.")
@@ -23,6 +23,7 @@ def probe_build(
     held_out: Annotated[str | None, typer.Option(help="file of prompts that are not trained on, for irr_test")] = None,
     kind: Annotated[list[str] | None, typer.Option(help="only these kinds, e.g. --kind chosen --kind random_permute")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file that lies there")] = False,
+    json_: Json = False,
 ) -> None:
     """Make the response types that are watched through training: chosen, rejected, other prompts' answers, permuted, random."""
     with plain_errors():
@@ -32,6 +33,11 @@ def probe_build(
 
         made = probes.build(DEMO_PAIRS if data == "demo" else data, held_out=held_out, rows=rows, seed=seed, types=kind)
         probes.write(out, made, overwrite)
+        if json_:
+            print_json(
+                {"path": out, "prompts": len(made), "kinds": {kind: sum(kind in row for row in made) for kind in probes.TYPES}}
+            )
+            return
         table = Listing("", ("kind", "rows", "words each", "begins"), (1, 2))
         for name in probes.TYPES:
             texts = [probes.text_of(row[name]) for row in made if name in row]

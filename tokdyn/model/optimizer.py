@@ -14,7 +14,7 @@ SECOND_MOMENT = {"Adam": "exp_avg_sq", "AdamW": "exp_avg_sq", "RMSprop": "square
 def preconditioner(
     optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor], gradient: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The diagonal P of the coming step on a gradient g, by name: Δθ = -lr P ⊙ g + (momentum, decay); K becomes J_o P J_uᵀ.
+    """The diagonal P of the coming step on a gradient g, by name: Δθ = -lr P ⊙ g + (momentum, decay); the kernel is J_o P J_uᵀ.
 
         Adam, AdamW   P = a ρ / (sqrt(v' / (1 - β₂^t)) + ε),  v' = β₂ v + (1 - β₂) g²,  a = (1 - β₁)/(1 - β₁^t)
         RMSprop       P = ρ / (sqrt(v') + ε),  v' = α v + (1 - α) g², minus the squared mean gradient when centered

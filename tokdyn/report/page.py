@@ -57,6 +57,8 @@ SCRIPTS = (  # read in this order inside one function scope
     "store.js",
     "tip.js",
     "svg.js",
+    "export.js",
+    "export_run.js",
     "text.js",
     "inspector.js",
     "painter.js",

@@ -21,8 +21,8 @@ from .page import assemble
 from .text import count, facts, show, signed
 from .training_maps import ON, own_contexts, probe_groups, token_maps
 
-SCRIPTS = ("format.js", "colour.js", "tip.js", "svg.js", "training/data.js", "training/charts.js", "training/forces.js",
-           "training/main.js")  # fmt: skip
+SCRIPTS = ("format.js", "colour.js", "tip.js", "svg.js", "export.js", "training/data.js", "training/charts.js",
+           "training/forces.js", "training/main.js")  # fmt: skip
 STYLES = ("page.css", "training/training.css")
 FIGURES = (
     "force",

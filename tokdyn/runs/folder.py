@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 FILES = ABOUT, TOKENS, FORCES, PAGE = "run.json", "tokens.parquet", "forces.safetensors", "report.html"
+RECIPE = "run.yaml"  # the options that make the run again
+BESIDE = (RECIPE, "diff.html")  # what commands lay beside these four
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -34,7 +36,7 @@ def check_free(path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{path} exists already: choose another place or pass --overwrite (overwrite=True)")
-    foreign = [entry.name for entry in path.iterdir() if entry.name not in FILES] if path.is_dir() else [path.name]
+    foreign = [entry.name for entry in path.iterdir() if entry.name not in (*FILES, *BESIDE)] if path.is_dir() else [path.name]
     if foreign or not (path / ABOUT).exists() and any(path.iterdir()):
         what = f"it holds {', '.join(sorted(foreign)[:3])}" if foreign else "it is not a tokdyn run"
         raise FileExistsError(f"{path} is not overwritten, {what}: choose another place")

@@ -9,6 +9,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from ..runs.frames import pandas
+from ..runs.notebook import step_html
 from .columns import table
 
 
@@ -65,6 +67,19 @@ class Step:
 
             return pq.read_table(self._tokens, filters=[("step", "=", self.step)])
         return table(self._tokens)
+
+    def to_dataframe(self) -> Any:
+        """The table of the update's scored tokens as pandas has it.
+
+        Raises:
+            ValueError: it was let go.
+        """
+        pandas()
+        return self.tokens.to_pandas()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the step's figures and notes."""
+        return step_html(self)
 
     def add_columns(self, of: dict[str, Tensor]) -> None:
         """Further columns of the token table, while it is in memory."""

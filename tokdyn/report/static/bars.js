@@ -139,7 +139,9 @@ function bar(value, low, high, sign) {
 /** The ends of an axis, and its zero when that lies inside. */
 function axisTicks(low, high) {
   const at = (x) => (100 * (x - low)) / (high - low);
-  const marks = [...new Set([low, 0, high])].filter((x) => x === 0 || (at(x) === 0 ? at(0) > 18 : 100 - at(0) > 18));
+  const room = (x) => 7 * tick(x).length; // of a narrow axis, in percent
+  const clear = (x) => Math.abs(at(x) - at(0)) > room(x) + 6;
+  const marks = [...new Set([low, 0, high])].filter((x) => x === 0 || clear(x));
   return h(
     "div.axis",
     marks.map((x) => h(`span${at(x) < 1 ? ".first" : at(x) > 99 ? ".last" : ""}`, { "--at": `${at(x)}%` }, tick(x))),

@@ -97,11 +97,13 @@ function forcesOf(l) {
 function netPartners(m, n = 8) {
   const convert = (list) => list.slice(0, n).map(([x, rate]) => [x, inUnit(rate)]);
   if (!MATRIX) return { list: convert(RUN.partners.observed[m]), size: Math.abs(inUnit(RUN.partners.size[m])) };
-  const values = Array.from({ length: CONTEXTS.size }, (_, x) => (x === OWN_CONTEXT[m] ? 0 : netForce(m, x)));
-  return {
-    list: largest(values, n).map((x) => [x, values[x]]),
-    size: values.filter(finite).reduce((sum, value) => sum + Math.abs(value), 0),
-  };
+  const values = new Float64Array(CONTEXTS.size);
+  let size = 0;
+  for (let x = 0; x < values.length; x += 1) {
+    values[x] = x === OWN_CONTEXT[m] ? 0 : netForce(m, x);
+    if (finite(values[x])) size += Math.abs(values[x]);
+  }
+  return { list: largest(values, n).map((x) => [x, values[x]]), size };
 }
 
 /** Net force of the context in which observed token m itself stands; null where no update token does. */
@@ -149,10 +151,13 @@ const MOST_MOVED = strongest(Array.from({ length: OBSERVED.size }, (_, m) => MOV
 
 /** Indices of the n largest |value|, largest first. */
 function largest(values, n) {
-  return values
-    .map((value, i) => [Math.abs(value), i])
-    .filter(([size]) => Number.isFinite(size) && size > 0)
-    .sort((a, b) => b[0] - a[0])
-    .slice(0, n)
-    .map(([, i]) => i);
+  const best = [];
+  for (let i = 0; i < values.length; i += 1) {
+    const size = Math.abs(values[i]);
+    if (!(size > 0 && size < Infinity) || (best.length === n && size <= Math.abs(values[best[n - 1]]))) continue;
+    let k = best.length === n ? n - 1 : best.length;
+    for (; k > 0 && size > Math.abs(values[best[k - 1]]); k -= 1) best[k] = best[k - 1];
+    best[k] = i;
+  }
+  return best;
 }

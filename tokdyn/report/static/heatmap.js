@@ -8,6 +8,9 @@ function HeatMap() {
     return;
   }
   const view = { mode: MATRIX ? "tokens" : "sequences", rows: "all", cols: "all", log: false, clip: 0.98, zoom: 0 };
+  const part = (name) => () => (view[name] === "all" || view[name] === 0 ? null : view[name]);
+  const kept = ["rows", "cols", "zoom"].map((name) => addressed(name, part(name)));
+  const askedMode = addressed("cells", () => (view.mode === "sequences" && MATRIX ? "sums" : null));
   const cursor = { i: -1, j: -1, keyboard: false };
   const canvas = h("canvas", { role: "presentation" });
   const space = h("div.map-space", canvas);
@@ -103,6 +106,13 @@ function HeatMap() {
     rebuild();
   }
 
+  /** The part of the map that the address names. */
+  function restore([rows, cols, zoom], mode) {
+    const within = (value, of) => (/^\d+$/.test(value ?? "") && +value < of.sequences.length ? value : "all");
+    open(within(rows, OBSERVED), within(cols, mapColumns()), mode === "sums" ? "sequences" : "tokens");
+    if (/^\d+$/.test(zoom ?? "")) zoomBy(Math.min(12, +zoom));
+  }
+
   /** The switches of the page have moved: other numbers, and maybe other columns. */
   function switched() {
     const columns = names(mapColumns(), "all update");
@@ -120,6 +130,7 @@ function HeatMap() {
     layout();
     recolour();
     frame.scrollTo(0, 0);
+    writeAddress();
   }
 
   function recolour() {
@@ -164,6 +175,7 @@ function HeatMap() {
     view.zoom = next;
     layout();
     frame.scrollTo(before.fx * shape.cw + shape.left - x, before.fy * shape.ch + shape.top - y);
+    writeAddress();
     queue();
   }
 
@@ -256,9 +268,9 @@ function HeatMap() {
   function choose({ i, j }) {
     if (view.mode === "sequences") return;
     if (i >= 0) {
-      const partner = j >= 0 ? tokenOf(j) : -1;
-      if (state.side !== "observed" || state.index !== grid.rows.from + i || state.partner !== partner)
-        select("observed", grid.rows.from + i, partner);
+      if (j < 0) select("observed", grid.rows.from + i);
+      else if (state.side !== "observed" || state.index !== grid.rows.from + i || state.partner !== tokenOf(j))
+        select("observed", grid.rows.from + i, tokenOf(j));
     } else if (j >= 0) select("updated", tokenOf(j));
   }
 
@@ -315,7 +327,7 @@ function HeatMap() {
     layout();
     draw();
   }).observe(root);
-  rebuild();
+  restore(kept, askedMode);
   follow(queue, () => {
     if (drawn !== `${VIEW.unit} ${VIEW.net}`) return switched();
     layout();

@@ -135,8 +135,9 @@ function Inspector(showInPanel) {
                   m,
                   [
                     tokenText(VIEW.net ? CONTEXTS.token(CONTEXT_OF[l]) : UPDATED.token(l), { limit: 10 }),
-                    h("span.where", "on"),
+                    h("span.where", `${VIEW.net ? CONTEXTS.sequence(CONTEXT_OF[l]).name : UPDATED.sequence(l).name} on`),
                     tokenText(OBSERVED.token(m), { limit: 10 }),
+                    h("span.where", OBSERVED.sequence(m).name),
                   ],
                   value,
                   top(strong.map((cell) => cell[2])),
@@ -150,7 +151,7 @@ function Inspector(showInPanel) {
   }
 
   /** One line of a ranking: who, a bar, a number; it selects. */
-  function row(side, i, who, value, top, partner = -1) {
+  function row(side, i, who, value, top, partner = null) {
     return h(
       "li",
       h(
@@ -165,7 +166,7 @@ function Inspector(showInPanel) {
           onpointermove: (event) => showTip(event.clientX, event.clientY, tokenTip(side, i)),
           onpointerleave: hideTip,
         },
-        h("span.who", who),
+        h(`span.who${who.length > 2 ? ".pair" : ""}`, who),
         h(`span.bar.${value > 0 ? "up" : "down"}`, { "--size": `${(100 * Math.abs(value)) / top}%` }),
         h("span.value", signed(value)),
       ),
@@ -200,18 +201,18 @@ function Inspector(showInPanel) {
     const of = sideOf(side);
     const clear = () =>
       h("button.clear", { type: "button", "aria-label": "Clear the selection", onclick: () => select(null) }, "clear");
-    bar.append(
-      h("span.kind", side === "observed" ? "observed" : "update"),
-      tokenText(of.token(index), { limit: 24 }),
-      h("span.where", of.place(index)),
-      clear(),
-    );
+    const token = (of, i) => tokenText(of.token(i), { limit: 24 });
+    const between = forceBetween();
+    bar.append(h("span.kind", side === "observed" ? "observed" : "update"), token(of, index));
+    if (partner < 0) bar.append(h("span.where", of.place(index)));
+    else bar.append(h("span.kind", side === "observed" ? "from" : "on"), token(sideOf(otherSide(side)), partner));
+    if (between) bar.append(h("b", between.split(" ")[0]));
+    bar.append(clear());
     const rows = tokenFacts(side, index);
-    if (partner >= 0 && MATRIX)
-      rows.unshift([
-        `${VIEW.net ? "net force" : "force"} from the marked cell`,
-        `${signed(force(index, partner))} ${unitName()}`,
-      ]);
+    if (between) {
+      const name = `${label(sideOf(otherSide(side)).token(partner), 16)}, ${sideOf(otherSide(side)).place(partner)}`;
+      rows.unshift([`${VIEW.net ? "net force" : "force"} ${side === "observed" ? "from" : "on"} ${name}`, between]);
+    }
     root.replaceChildren(
       ...[
         h(

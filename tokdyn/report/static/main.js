@@ -2,6 +2,8 @@
 
 loadTheme();
 selectFromAddress();
+if (addressed("unit", () => (ETA !== null && VIEW.unit === "rate" ? "rate" : null)) === "rate") VIEW.unit = "rate";
+if (addressed("net", () => (VIEW.net ? null : "0")) === "0" && MATRIX) VIEW.net = false;
 byId("switches").append(
   ...[
     HAS_FORCES &&
@@ -15,6 +17,7 @@ byId("switches").append(
         VIEW.net,
         (net) => {
           VIEW.net = net;
+          writeAddress();
           redraw();
         },
       ),
@@ -27,9 +30,11 @@ byId("switches").append(
       VIEW.unit,
       (unit) => {
         VIEW.unit = unit;
+        writeAddress();
         redraw();
       },
     ),
+    copyLink(),
   ].filter(Boolean),
 );
 const showInPanel = { observed: AnswerPanel("observed"), updated: AnswerPanel("updated") };
@@ -39,6 +44,14 @@ Bars();
 Scatter();
 Vocabulary();
 Squeeze();
+exportsOf("answers", { rows: answerRows, some: OBSERVED.size + UPDATED.size > 0 });
+exportsOf("forces", { rows: forceRows, some: MATRIX, canvas: () => document.querySelector("#forces canvas") });
+const tables = (id) => [...document.querySelectorAll(`#${id} table`)];
+const tableOf = (id) => exportsOf(id, { rows: () => tables(id).flatMap(tableRows), some: tables(id).length });
+tableOf("numbers");
+exportsOf("verify", { rows: changeRows, some: anyMove("actual"), svg: () => document.querySelector("#verify .scatter svg") });
+tableOf("vocabulary");
+tableOf("squeezing");
 
 const redraw = () => redrawers.forEach((again) => again());
 watchers.forEach((watch) => watch());

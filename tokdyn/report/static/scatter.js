@@ -21,7 +21,7 @@ function Scatter() {
     return;
   }
   const roles = [...new Set(OBSERVED.sequences.map((sequence) => sequence.role))];
-  const [W, H, L, B] = [560, 440, 66, 46];
+  const [W, H, B] = [560, 440, 46];
   let [low, high] = [
     Math.min(0, ...points.flatMap(({ x, y }) => [x, y])),
     Math.max(0, ...points.flatMap(({ x, y }) => [x, y])),
@@ -29,9 +29,10 @@ function Scatter() {
   if (low === high) [low, high] = [-1, 1];
   const pad = 0.05 * (high - low);
   [low, high] = [low - pad, high + pad];
+  const ticks = roundTicks(low, high, 7);
+  const L = labelWidth(ticks.map((v) => tick(v)));
   const px = (v) => L + ((v - low) / (high - low)) * (W - L - 12);
   const py = (v) => 12 + ((high - v) / (high - low)) * (H - B - 12);
-  const ticks = roundTicks(low, high, 7);
   const dots = SVG(
     "g",
     {},
@@ -183,12 +184,13 @@ function residuals({ etas, residuals: errors }) {
     .map((eta, k) => [eta, (errors || [])[k]])
     .filter(([x, y]) => finite(x) && finite(y) && x > 0 && y > 0);
   if (points.length < 2) return null;
-  const [W, H, L, B] = [380, 190, 84, 40];
+  const [W, H, B] = [380, 190, 40];
   const logs = points.map(([x, y]) => [Math.log10(x), Math.log10(y)]);
   const [x0, x1] = [Math.min(...logs.map((p) => p[0])), Math.max(...logs.map((p) => p[0]))];
   const last = logs.reduce((a, b) => (b[0] > a[0] ? b : a));
   const ys = [...logs.map((p) => p[1]), last[1] - 2 * (last[0] - x0)];
   const [y0, y1] = [Math.min(...ys), Math.max(...ys)];
+  const L = labelWidth([y0, y1].map((v) => number(10 ** v, 2)));
   const px = (v) => L + 12 + ((v - x0) / (x1 - x0 || 1)) * (W - L - 36);
   const py = (v) => 14 + ((y1 - v) / (y1 - y0 || 1)) * (H - B - 28);
   return h(

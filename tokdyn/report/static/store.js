@@ -1,4 +1,23 @@
-// What is selected, and the functions that run when it changes. One token is selected at a time; `partner` is the other end of a clicked cell.
+// What is selected, and the functions that run when it changes. A token of each side can be: `index` the one selected last,
+// `partner` the one of the other side, kept or chosen with a cell. What a reader sees is in the address, so that a link shows it.
+
+const ADDRESS = new Map(); // name -> what it is now, null as by default
+const GIVEN = new URLSearchParams(location.hash.slice(1).replace(/^([ml])(\d+)$/, "$1=$2"));
+
+/** A setting that the address keeps; returns what the address said when the page was opened, or null. */
+function addressed(name, now) {
+  ADDRESS.set(name, now);
+  return GIVEN.get(name);
+}
+
+function writeAddress() {
+  const words = [...ADDRESS].map(([name, now]) => [name, now()]).filter(([, value]) => value !== null && value !== undefined);
+  try {
+    history.replaceState(null, "", `#${words.map(([name, value]) => `${name}=${encodeURIComponent(value)}`).join("&")}`);
+  } catch {
+    /* a page inside a sandbox has no history; the selection works without */
+  }
+}
 
 const state = { side: null, index: -1, partner: -1, focus: MOST_MOVED };
 const watchers = [];
@@ -10,33 +29,44 @@ function follow(watch, redraw) {
   redrawers.push(redraw || watch);
 }
 
-function select(side, index, partner = -1) {
-  const same = state.side === side && state.index === index && partner < 0 && state.partner < 0;
-  if (same || side === null) Object.assign(state, { side: null, index: -1, partner: -1 });
-  else Object.assign(state, { side, index, partner });
-  if (state.side === "observed") state.focus = index;
-  const hash = state.side ? `#${state.side === "observed" ? "m" : "l"}${state.index}` : "#";
-  try {
-    history.replaceState(null, "", hash);
-  } catch {
-    /* a page inside a sandbox has no history; the selection works without */
-  }
-  watchers.forEach((watch) => watch());
-  say(state.side ? `Selected ${describe(state.side, state.index)}` : "Selection cleared");
+const otherSide = (side) => (side === "observed" ? "updated" : "observed");
+
+/** The selected token of a side, -1 for none. */
+const pinned = (side) => (state.side === side ? state.index : state.side ? state.partner : -1);
+
+/** The force between the two selected tokens in words, null unless both sides have one. */
+function forceBetween() {
+  const [m, l] = [pinned("observed"), pinned("updated")];
+  if (m < 0 || l < 0 || !MATRIX) return null;
+  const value = force(m, l);
+  return finite(value) ? `${signed(value)} ${unitName()}` : "not computed";
 }
 
-/** Take the selection from the address, so that a link can point at a token. */
+/** Select a token; the one of the other side stays, unless `partner` names another (-1: none). Again: it is selected no more. */
+function select(side, index, partner = null) {
+  const again = state.side === side && state.index === index && partner === null;
+  if (side === null || (again && state.partner < 0)) Object.assign(state, { side: null, index: -1, partner: -1 });
+  else if (again) Object.assign(state, { side: otherSide(side), index: state.partner, partner: -1 });
+  else Object.assign(state, { partner: partner ?? pinned(otherSide(side)), side, index });
+  if (pinned("observed") >= 0) state.focus = pinned("observed");
+  writeAddress();
+  watchers.forEach((watch) => watch());
+  const between = state.side && forceBetween();
+  const both = between ? `, ${describe(otherSide(state.side), state.partner)} too; force between them ${between}` : "";
+  say(state.side ? `Selected ${describe(state.side, state.index)}${both}` : "Selection cleared");
+}
+
+/** Take the selection from the address. */
 function selectFromAddress() {
-  const found = /^#([ml])(\d+)$/.exec(location.hash);
-  if (!found) return;
-  const side = found[1] === "m" ? OBSERVED : UPDATED;
-  if (+found[2] < side.size)
-    Object.assign(state, {
-      side: side.name,
-      index: +found[2],
-      partner: -1,
-      focus: found[1] === "m" ? +found[2] : state.focus,
-    });
+  const at = (name, side) => {
+    const found = addressed(name, () => (pinned(side.name) < 0 ? null : pinned(side.name)));
+    return /^\d+$/.test(found ?? "") && +found < side.size ? +found : -1;
+  };
+  const [m, l] = [at("m", OBSERVED), at("l", UPDATED)];
+  const last = addressed("last", () => (state.side === "updated" && state.partner >= 0 ? "l" : null));
+  if (m >= 0) state.focus = m;
+  if (l >= 0 && (m < 0 || last === "l")) Object.assign(state, { side: "updated", index: l, partner: m });
+  else if (m >= 0) Object.assign(state, { side: "observed", index: m, partner: l });
 }
 
 const describe = (side, i) =>
@@ -78,8 +108,9 @@ function tokenFacts(side, i) {
 function tokenTip(side, i) {
   const of = sideOf(side);
   const rows = tokenFacts(side, i);
-  if (state.side && state.side !== side && MATRIX) {
-    const value = side === "observed" ? force(i, state.index) : force(state.index, i);
+  const other = pinned(otherSide(side));
+  if (other >= 0 && MATRIX) {
+    const value = side === "observed" ? force(i, other) : force(other, i);
     rows.unshift([
       `${VIEW.net ? "net force" : "force"} ${side === "observed" ? "from" : "on"} selected`,
       finite(value) ? `${signed(value)} ${unitName()}` : "not computed",

@@ -13,6 +13,9 @@ const SVG = (() => {
   };
 })();
 
+/** Room on the left for tick labels of these texts and an axis title, in units of a chart's view box. */
+const labelWidth = (texts) => 30 + 7 * Math.max(2, ...texts.map((text) => text.length));
+
 /** About n round tick values over [low, high]. */
 function roundTicks(low, high, n = 5) {
   const raw = (high - low) / n;

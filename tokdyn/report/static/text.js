@@ -29,7 +29,10 @@ function AnswerPanel(side) {
   const measures = MEASURES[side];
   const all = (measure) => Array.from({ length: of.size }, (_, i) => measure.value(i));
   const available = Object.keys(measures).filter((key) => all(measures[key]).some(finite));
-  let chosen = side === "observed" ? BEST_MOVE : available[0] || "c";
+  const usual = side === "observed" ? BEST_MOVE : available[0] || "c";
+  const asked = addressed(side === "observed" ? "shown" : "weights", () => (chosen === usual ? null : chosen));
+  let chosen = available.includes(asked) ? asked : usual;
+  let painted = { values: [], unit: "" };
   const nodes = [];
 
   controls.append(
@@ -39,7 +42,8 @@ function AnswerPanel(side) {
       chosen,
       (key) => {
         chosen = key;
-        if (state.side && state.side !== side) select(null);
+        writeAddress();
+        if (pinned(otherSide(side)) >= 0) select(null);
         else paint();
       },
     ),
@@ -76,9 +80,10 @@ function AnswerPanel(side) {
   if (!of.size) texts.append(h("p.note", "No tokens on this side."));
 
   function shown() {
-    if (state.side && state.side !== side && HAS_FORCES) {
-      const from = side === "observed" ? forcesOf(state.index) : forcesOn(state.index);
-      const name = [...label(sideOf(state.side).token(state.index), 16)].join("");
+    const other = pinned(otherSide(side));
+    if (other >= 0 && HAS_FORCES) {
+      const from = side === "observed" ? forcesOf(other) : forcesOn(other);
+      const name = [...label(sideOf(otherSide(side)).token(other), 16)].join("");
       return {
         values: from,
         what: `${VIEW.net || !MATRIX ? "Net force" : "Force"} ${side === "observed" ? "from" : "on"} “${name}”${MATRIX ? "" : ", the strongest"}`,
@@ -90,7 +95,7 @@ function AnswerPanel(side) {
   }
 
   function paint() {
-    const { values, what, unit, isForce } = shown();
+    const { values, what, unit, isForce } = (painted = shown());
     const known = values.some(finite);
     root.classList.toggle("by-force", Boolean(isForce));
     const scale = Scale(values);
@@ -105,7 +110,7 @@ function AnswerPanel(side) {
       node.classList.toggle("selected", chosenToken);
       const partner = state.side !== side && state.partner >= 0 && samePlace(side, state.partner, i);
       node.classList.toggle("partner", partner);
-      node.setAttribute("aria-pressed", chosenToken);
+      node.setAttribute("aria-pressed", i === pinned(side));
     });
     for (const article of texts.querySelectorAll(".sequence")) {
       const { start, stop } = of.sequences[+article.dataset.s];
@@ -144,7 +149,8 @@ function AnswerPanel(side) {
     if (!node?.matches(":focus-visible")) return;
     const box = node.getBoundingClientRect();
     showTip(box.left, box.bottom - 10, tokenTip(side, +node.dataset.i));
-    say(describe(side, +node.dataset.i));
+    const value = painted.values[+node.dataset.i];
+    say(`${describe(side, +node.dataset.i)}: ${finite(value) ? `${signed(value)} ${painted.unit}` : "no value"}`);
   });
   texts.addEventListener("focusout", hideTip);
   texts.addEventListener("scroll", hideTip);

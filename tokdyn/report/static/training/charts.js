@@ -1,6 +1,6 @@
 // Line charts and a scatter, as plain SVG. A series is {name, colour, dash, points: [[x, y], …], faint, unlabelled}.
 
-const [CHART_W, CHART_H, CHART_L, CHART_T, CHART_B] = [620, 330, 62, 10, 42];
+const [CHART_W, CHART_H, CHART_T, CHART_B] = [620, 330, 10, 42];
 
 /** A frame with axes; returns what draws inside it. */
 function frame({ x: [x0, x1], y: [low, high], right, xTitle, yTitle, label }) {
@@ -8,33 +8,35 @@ function frame({ x: [x0, x1], y: [low, high], right, xTitle, yTitle, label }) {
   if (x0 === x1) [x0, x1] = [x0 - 0.5, x1 + 0.5];
   const pad = 0.04 * (high - low);
   [low, high] = [low - (low === 0 ? 0 : pad), high + pad];
-  const px = (v) => CHART_L + ((v - x0) / (x1 - x0)) * (CHART_W - CHART_L - right);
-  const py = (v) => CHART_T + ((high - v) / (high - low)) * (CHART_H - CHART_B - CHART_T);
   const bottom = CHART_H - CHART_B;
   const ticks = (a, b, n) => {
     const at = roundTicks(a, b, n);
     const digits = at.length > 1 ? Math.ceil(Math.log10(Math.max(...at.map(Math.abs)) / (at[1] - at[0]) + 1e-9)) + 1 : 3;
     return at.map((v) => [v, tick(v, Math.max(3, Math.min(9, digits)))]);
   };
+  const [across, up] = [ticks(x0, x1, 7), ticks(low, high, 5)];
+  const left = labelWidth(up.map(([, text]) => text));
+  const px = (v) => left + ((v - x0) / (x1 - x0)) * (CHART_W - left - right);
+  const py = (v) => CHART_T + ((high - v) / (high - low)) * (bottom - CHART_T);
   const svg = SVG(
     "svg",
     { viewBox: `0 0 ${CHART_W} ${CHART_H}`, role: "img", "aria-label": label },
     SVG("rect", {
       class: "plot-frame",
-      x: CHART_L,
+      x: left,
       y: CHART_T,
-      width: CHART_W - CHART_L - right,
+      width: CHART_W - left - right,
       height: bottom - CHART_T,
     }),
-    ticks(low, high, 5).map(([v, text]) => [
-      SVG("line", { class: v === 0 ? "zero" : "grid", x1: CHART_L, x2: CHART_W - right, y1: py(v), y2: py(v) }),
-      SVG("text", { class: "tick", x: CHART_L - 7, y: py(v) + 4, "text-anchor": "end" }, text),
+    up.map(([v, text]) => [
+      SVG("line", { class: v === 0 ? "zero" : "grid", x1: left, x2: CHART_W - right, y1: py(v), y2: py(v) }),
+      SVG("text", { class: "tick", x: left - 7, y: py(v) + 4, "text-anchor": "end" }, text),
     ]),
-    ticks(x0, x1, 7).map(([v, text]) => [
+    across.map(([v, text]) => [
       SVG("line", { class: "grid", x1: px(v), x2: px(v), y1: CHART_T, y2: bottom }),
       SVG("text", { class: "tick", x: px(v), y: bottom + 16, "text-anchor": "middle" }, text),
     ]),
-    SVG("text", { class: "axis-title", x: (CHART_L + CHART_W - right) / 2, y: CHART_H - 6, "text-anchor": "middle" }, xTitle),
+    SVG("text", { class: "axis-title", x: (left + CHART_W - right) / 2, y: CHART_H - 6, "text-anchor": "middle" }, xTitle),
     SVG(
       "text",
       {

@@ -44,7 +44,7 @@ function Pushes() {
   redrawers.push(draw);
 }
 
-/** Tokens of one step as columns, groups of the probe as rows, a block for each sequence. */
+/** Tokens of one step, a block for each sequence: as text, once for each group of the probe, or as strips, a row for each group. */
 function TokenMaps() {
   const section = byId("tokens");
   const holder = section.querySelector(".token-maps");
@@ -54,7 +54,12 @@ function TokenMaps() {
   }
   let at = 0;
   let net = RUN.maps.some((map) => map.net);
+  let strips = false;
   section.querySelector(".controls").append(
+    choice("Shown as", [[false, "Text"], [true, "Strips"]], strips, (on) => {
+      strips = on;
+      draw();
+    }),
     h("span", "Step"),
     choice("Step", RUN.maps.map((map, k) => [k, grouped(map.step)]), at, (k) => {
       at = k;
@@ -63,8 +68,8 @@ function TokenMaps() {
   );
   if (net)
     section.querySelector(".controls").append(
-      h("span", "Columns"),
-      choice("Columns", [["net", "net of what cancels"], ["raw", "token by token"]], "net", (which) => {
+      h("span", "Tokens"),
+      choice("Tokens", [["net", "net of what cancels"], ["raw", "token by token"]], "net", (which) => {
         net = which === "net";
         draw();
       }),
@@ -86,7 +91,41 @@ function TokenMaps() {
     const itself = (g, i) => Boolean(map.own && map.own[g][i]);
     const sum = (g, own) => columns.filter((i) => itself(g, i) === own && finite(map.values[g][i])).reduce((a, i) => a + map.values[g][i], 0);
     const colour = roleColour(sequence.role, roles.indexOf(sequence.role));
-    const table = h(
+    const shown = strips
+      ? framed(sequence, strip(map, columns, scale, sum, itself))
+      : map.groups.map((_, g) => told(map, g, columns, scale, sum, itself));
+    return h("div.token-block", h("h3", { "--colour": colour }, sequence.name), shown);
+  }
+
+  const framed = (sequence, table) => h("div.token-frame", { tabindex: 0, role: "region", "aria-label": sequence.name }, table);
+
+  /** What one sequence's tokens did to one group together, and apart what stands in the group's own places. */
+  const sums = (g, columns, sum, itself) => [
+    h("span.value", signed(sum(g, false))),
+    columns.some((i) => itself(g, i)) ? h("span.value", `itself ${signed(sum(g, true))}`) : "",
+  ];
+
+  /** One sequence as its text, on the colour of what each token did to one group. */
+  function told(map, g, columns, scale, sum, itself) {
+    return h(
+      "p.told",
+      { role: "group", "aria-label": `on ${say(map.groups[g])}` },
+      h("span.on", `on ${say(map.groups[g])} `, sums(g, columns, sum, itself)),
+      columns.map((i) => {
+        const node = tokenText(map.tokens[i], { flow: true, limit: 200 });
+        const value = map.values[g][i];
+        node.className = `token${finite(value) ? "" : " unknown"}`;
+        if (finite(value)) Object.assign(node.style, scale.paint(value));
+        set(node, "data-force", finite(value) ? value : "");
+        for (const [name, act] of Object.entries(pointing(map, g, i))) set(node, name, act);
+        return node;
+      }),
+    );
+  }
+
+  /** The same as a row of cells for each group. */
+  function strip(map, columns, scale, sum, itself) {
+    return h(
       "table.token-map",
       h("thead", h("tr", h("td"), columns.map((i) => h("th", { scope: "col" }, h("span", tokenText(map.tokens[i], { limit: 16 })))))),
       h(
@@ -94,22 +133,11 @@ function TokenMaps() {
         map.groups.map((group, g) =>
           h(
             "tr",
-            h(
-              "th",
-              { scope: "row" },
-              `on ${say(group)}`,
-              h("span.value", signed(sum(g, false))),
-              columns.some((i) => itself(g, i)) ? h("span.value", `itself ${signed(sum(g, true))}`) : "",
-            ),
+            h("th", { scope: "row" }, `on ${say(group)}`, sums(g, columns, sum, itself)),
             columns.map((i) => cell(map, g, i, scale)),
           ),
         ),
       ),
-    );
-    return h(
-      "div.token-block",
-      h("h3", { "--colour": colour }, sequence.name),
-      h("div.token-frame", { tabindex: 0, role: "region", "aria-label": sequence.name }, table),
     );
   }
 
@@ -122,7 +150,13 @@ function TokenMaps() {
   function cell(map, g, i, scale) {
     const value = map.values[g][i];
     const style = finite(value) ? { "--cell": scale.paint(value).background } : {};
-    const about = (event) =>
+    return h("td", style, pointing(map, g, i), { "aria-label": signed(value) });
+  }
+
+  /** What pointing at a token says. */
+  function pointing(map, g, i) {
+    const value = map.values[g][i];
+    const onpointermove = (event) =>
       showTip(event.clientX, event.clientY, [
         h("div.tip-token", tokenText(map.tokens[i])),
         h("div.tip-place", `step ${map.step}, on the ${say(map.groups[g])} answers`),
@@ -135,7 +169,7 @@ function TokenMaps() {
           ],
         ),
       ]);
-    return h("td", style, { onpointermove: about, onpointerleave: hideTip, "aria-label": signed(value) });
+    return { onpointermove, onpointerleave: hideTip };
   }
   draw();
   redrawers.push(draw);

@@ -1,36 +1,45 @@
 // Put the page together. Everything draws here once, and again when the theme or what is switched off changes.
 
 loadTheme();
-let dashed = true;
+let [predictions, fromStart] = [true, false];
 
 function curves() {
   const shown = TYPES.filter((type) => !hidden.has(type.name));
   const style = (type) => ({ name: say(type.name), colour: type.colour, dash: type.dash });
+  /** A path of one kind, or its change from where the kind began. */
+  const seen = (type, path) => (fromStart && finite(type.before[0]) ? path.map(([x, y]) => [x, y - type.before[0]]) : path);
+  const moved = (path) => (fromStart && path.length ? path.map(([x, y]) => [x, y - path[0][1]]) : path);
   const predicted = shown.map((type) => ({
     ...style(type),
-    dash: "3 3",
+    dash: "",
     faint: true,
     unlabelled: true,
     tip: `${say(type.name)}, predicted`,
-    points: points(RUN.probe.steps, type.path),
+    points: seen(type, points(RUN.probe.steps, type.path)),
   }));
   LineChart(document.querySelector("#curves .actual"), {
     title: "Mean log-probability of a token",
-    series: [...(dashed ? predicted : []), ...shown.map((type) => ({ ...style(type), points: actualPath(type) }))],
-    yTitle: "nats per token",
+    series: [...(predictions ? predicted : []), ...shown.map((type) => ({ ...style(type), points: seen(type, actualPath(type)) }))],
+    yTitle: fromStart ? "change, nats per token" : "nats per token",
     unit: "nats",
+    level: fromStart ? 0 : null,
+    format: fromStart ? signed : number,
   });
   LineChart(document.querySelector("#curves .argmax"), {
     title: "The model's own first choice in the same places",
     series: shown.map((type) => ({
       ...style(type),
-      points: points(
-        RUN.probe.steps.map((step) => step - 1),
-        type.argmax,
+      points: moved(
+        points(
+          RUN.probe.steps.map((step) => step - 1),
+          type.argmax,
+        ),
       ),
     })),
-    yTitle: "mean log-probability, nats",
+    yTitle: fromStart ? "change, nats" : "mean log-probability, nats",
     unit: "nats",
+    level: fromStart ? 0 : null,
+    format: fromStart ? signed : number,
   });
 }
 
@@ -44,8 +53,12 @@ function switches() {
   };
   document.querySelector("#curves .controls").append(
     ...TYPES.map((type) => toggle(say(type.name), true, flip(type.name))),
-    toggle("predictions (dashed)", dashed, (on) => {
-      dashed = on;
+    toggle("predictions (thin)", predictions, (on) => {
+      predictions = on;
+      curves();
+    }),
+    toggle("change from the start", fromStart, (on) => {
+      fromStart = on;
       curves();
     }),
   );
@@ -96,6 +109,33 @@ Pushes();
 TokenMaps();
 balance();
 prediction();
+
+/** One row for each kind and probe step: mean log-probs per token, and what was predicted of the step. */
+function curveRows() {
+  const rows = TYPES.flatMap((type) =>
+    RUN.probe.steps.map((step, k) => [type.name, step, type.before[k], type.after[k], type.predicted[k], type.argmax[k]]),
+  );
+  return rows.length ? [["kind", "step", "before", "after", "predicted", "first_choice_before"], ...rows] : [];
+}
+
+/** One row for each recorded step, a column for each figure. */
+function stepRows() {
+  const names = Object.keys(RUN.steps);
+  return RUN.steps.step.length ? [names, ...RUN.steps.step.map((_, k) => names.map((name) => RUN.steps[name][k]))] : [];
+}
+
+/** One row for each step and group of the probe, a column for each side of the update. */
+function pushRows() {
+  const { steps, roles, groups } = RUN.pushes;
+  const rows = groups.flatMap((group) => steps.map((step, k) => [group.name, step, ...group.sums.map((row) => row[k])]));
+  return rows.length ? [["on", "step", ...roles], ...rows] : [];
+}
+
+const chart = (figure) => () => document.querySelector(`${figure} svg`);
+exportsOf("curves", { rows: curveRows, some: curveRows().length, svg: chart("#curves .actual") });
+exportsOf("behind", { rows: pushRows, some: pushRows().length, svg: chart("#behind .pushes") });
+exportsOf("balance", { rows: stepRows, some: stepRows().length, svg: chart("#balance .sizes") });
+exportsOf("prediction", { rows: curveRows, some: curveRows().length, svg: chart("#prediction .changes") });
 
 const repaint = (name) => {
   loadTheme(name);
