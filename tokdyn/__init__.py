@@ -16,6 +16,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import dynamics, interventions, objectives, ops, probes, squeeze
     from .forces import Forces, forces
+    from .integrations.check import check
     from .integrations.trainer import attach
     from .monitor import Monitor
     from .ntk import Kernel, KernelDrift, kernel, kernel_drift, kernel_lower_bound, rank_correlation, sign_delta
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
     from .verify import Verification, verify
 
 __all__ = ["Batch", "Chi", "Forces", "Kernel", "KernelDrift", "Monitor", "Run", "Scan", "Verification", "__version__", "attach",
-           "dynamics", "encode", "forces", "from_batch", "interventions", "kernel", "kernel_drift", "kernel_lower_bound",
-           "load", "objectives", "ops", "preference", "probes", "profile", "rank_correlation", "rollouts", "scan", "sign_delta",
-           "squeeze", "tap", "verify", "watch"]  # fmt: skip
+           "check", "dynamics", "encode", "forces", "from_batch", "interventions", "kernel", "kernel_drift",
+           "kernel_lower_bound", "load", "objectives", "ops", "preference", "probes", "profile", "rank_correlation",
+           "rollouts", "scan", "sign_delta", "squeeze", "tap", "verify", "watch"]  # fmt: skip
 
 _MODULES = {
     ".forces": "Forces forces",
+    ".integrations.check": "check",
     ".integrations.trainer": "attach",
     ".monitor": "Monitor",
     ".ntk": "Kernel KernelDrift kernel kernel_drift kernel_lower_bound rank_correlation sign_delta",

@@ -17,21 +17,19 @@ a rank, figures merge with one reduction when they are asked for.
 from __future__ import annotations
 
 import contextlib
-import platform
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._version import __version__
-from .model.unwrap import is_sharded, require_no_prefix
+from .model.unwrap import require_no_prefix
 from .sequences import Chi, token_texts
 from .training import columns, diagnosis, distributed
 from .training.capture import Capture
+from .training.facts import facts_of
 from .training.forward import Forward
 from .training.heartbeat import Heartbeat
 from .training.probe import Probe
@@ -69,7 +67,9 @@ class Monitor:
     Attributes:
         steps: the records. Without `out` the last 100 keep their token tables.
         problems: what went wrong, as (step, text).
+        first_look: called once, before the weights move in the first recorded step. report: what it found (`td.check`).
         number, due: the present step, and whether it is recorded. clip: the factor by which its gradients were clipped.
+            c_scale: what brings c of its passes to the units of the step.
 
     Raises:
         ValueError: an option that does not exist, or a model without readout (when it starts).
@@ -108,9 +108,11 @@ class Monitor:
         self.steps: list[Step] = []
         self.problems: list[tuple[int, str]] = []
         self._warned: set[str] = set()
-        self.number, self.clip, self._c_scale = 0, 1.0, 1.0
+        self.number, self.clip, self.c_scale = 0, 1.0, 1.0
         self._ranks, self._out, self._overwrite = ranks, out, overwrite
         self._capture: Capture | None = None
+        self.first_look: Callable[[Capture], None] | None = None
+        self.report: Any = None
         self._folder: Folder | None = None
         self._heartbeat: Heartbeat | None = None
         self._handles: list[Any] = []
@@ -195,8 +197,8 @@ class Monitor:
         self.due = self.number % self.every == 0 or self.number == 1
         self._stepped, self.clip = False, 1.0
         if self._capture is not None:
-            self._c_scale = 1 / self.ranks / self._loss_scale()
-            self._capture.start(keep_hidden=self.due and self._probing)
+            self.c_scale = 1 / self.ranks / self._loss_scale()
+            self._capture.start(keep_hidden=self.due and (self._probing or self.first_look is not None))
             self._capture.recording = self.due
 
     def pause(self) -> None:
@@ -292,6 +294,11 @@ class Monitor:
     # ---------------------------------------------------------------- inside
 
     @property
+    def capture(self) -> Capture | None:
+        """The hooks at work, None before `start`."""
+        return self._capture
+
+    @property
     def _probing(self) -> bool:
         return self.probe is not None and (self.number % self.probe_every == 0 or self.number == 1)
 
@@ -300,7 +307,11 @@ class Monitor:
         if self._capture is None:
             return
         recording, self._capture.recording = self._capture.recording, False
-        self._c_scale = 1 / self.ranks / self._loss_scale()  # a GradScaler changes its scale when the step is over
+        self.c_scale = 1 / self.ranks / self._loss_scale()  # a GradScaler changes its scale when the step is over
+        if self.due and self.first_look is not None and not self._stepped:
+            look, self.first_look = self.first_look, None
+            with self.guarded("the step could not be checked"):
+                look(self._capture)
         if self.due and self._probing and not self._stepped and self.probe is not None and self.model is not None:
             with self.guarded("the probe could not be read before the step"):
                 self.probe.before(self.model, self._capture, optimizer)
@@ -313,7 +324,7 @@ class Monitor:
         self._capture.recording = False
         if self.due and self._probing and self.probe is not None and self.model is not None:
             with self.guarded("the probe could not be read after the step"):
-                self.probe.after(self.model, self._capture, optimizer, self._c_scale)
+                self.probe.after(self.model, self._capture, optimizer, self.c_scale)
 
     def _loss_scale(self) -> float:
         return float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
@@ -323,7 +334,7 @@ class Monitor:
         assert capture is not None
         forwards, seen = capture.take(), capture.summary()
         diagnosis.require_forwards(forwards, seen)
-        of = columns.token_columns(forwards, self._c_scale)
+        of = columns.token_columns(forwards, self.c_scale)
         if self.tokenizer is not None:
             of["token"] = self._texts_of(of["token_id"])
         of |= {name: torch.full_like(of["position"], n) for name, n in (("step", self.number), ("rank", distributed.rank()))}
@@ -377,17 +388,8 @@ class Monitor:
 
     def _facts(self) -> dict[str, Any]:
         assert self._capture is not None
-        lm = self._capture.lm
-        return dict(
-            model=dict(name=type(lm).__name__, parameters=sum(p.numel() for p in lm.parameters())),
-            settings=dict(every=self.every, probe_every=self.probe_every, temperature=self.temperature, ranks=self.ranks,
-                          sharded=any(is_sharded(p) for p in lm.parameters())),
-            probe={} if self.probe is None else {name: len(chis) for name, chis in self.probe.groups.items()},
-            versions={
-                "tokdyn": __version__, "torch": torch.__version__, "transformers": version("transformers"),
-                "python": platform.python_version(),
-            },
-        )  # fmt: skip
+        settings = dict(every=self.every, probe_every=self.probe_every, temperature=self.temperature, ranks=self.ranks)
+        return facts_of(self._capture.lm, settings, {} if self.probe is None else self.probe.groups)
 
 
 def _unwrapped(optimizer: Any) -> Any:

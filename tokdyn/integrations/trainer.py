@@ -12,6 +12,7 @@ from ..monitor import Monitor
 from ..sequences import Chi
 from ..training import distributed
 from ..training.step_folder import check_free
+from .first_look import FirstLook, tokenizer_of
 from .trl import about_batch
 
 
@@ -25,6 +26,7 @@ def attach(
     out: str | Path | None = None,
     overwrite: bool = False,
     on_error: str = "warn",
+    check: bool = True,
 ) -> Monitor:
     """Record the forces of the coming `trainer.train()`; figures go to the trainer's own reporter as tokdyn/….
 
@@ -35,6 +37,9 @@ def attach(
     Args:
         trainer: a transformers.Trainer or one of TRL's.
         probe, every, probe_every, blame, out, overwrite, on_error: as in `Monitor`; out defaults to writing nothing.
+        check: look at the first recorded step as `td.check` does, before its weights move. What is wrong or suspicious is one
+            warning; `monitor.report` holds all findings. Costs one backward and one tangent pass over that step's answers, and
+            a forward pass for each of eight rows.
 
     Returns:
         The monitor; its `steps` fill while `train` runs.
@@ -48,27 +53,33 @@ def attach(
         >>> trainer.train()
         >>> monitor.steps[-1].metrics
     """
-    for name in ("train", "compute_loss", "callback_handler", "accelerator"):
-        if not hasattr(trainer, name):
-            raise ValueError(
-                f"td.attach needs a transformers.Trainer, got {type(trainer).__name__} without {name}: use td.Monitor"
-            )
+    require_trainer(trainer, "td.attach", "use td.Monitor")
     if any(type(callback).__name__ == "TokdynCallback" for callback in trainer.callback_handler.callbacks):
         raise ValueError("this trainer is attached already; the monitor returned then is at work until train() ends")
     if out is not None and distributed.rank() == 0:  # before hours of training that would record nothing
         check_free(Path(out), overwrite)
     temperature = float(getattr(trainer, "temperature", None) or 1.0)
-    tokenizer = getattr(trainer, "processing_class", None)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
     monitor = Monitor(
         None, probe=probe, every=every, probe_every=probe_every, blame=blame, temperature=temperature, out=out,
-        overwrite=overwrite, on_error=on_error, tokenizer=tokenizer if hasattr(tokenizer, "convert_ids_to_tokens") else None,
+        overwrite=overwrite, on_error=on_error, tokenizer=tokenizer_of(trainer),
     )  # fmt: skip
-    _wrap_methods(trainer, monitor, _callback(trainer, monitor))
+    looking = FirstLook(trainer, monitor) if check else None
+    _wrap_methods(trainer, monitor, _callback(trainer, monitor, looking), looking)
     return monitor
 
 
-def _wrap_methods(trainer: Any, monitor: Monitor, callback: Any) -> None:
+def require_trainer(trainer: Any, what: str, instead: str = "see docs/check.md") -> None:
+    """Raise unless this has what a transformers.Trainer has.
+
+    Raises:
+        ValueError: see above.
+    """
+    for name in ("train", "compute_loss", "callback_handler", "accelerator"):
+        if not hasattr(trainer, name):
+            raise ValueError(f"{what} needs a transformers.Trainer, got {type(trainer).__name__} without {name}: {instead}")
+
+
+def _wrap_methods(trainer: Any, monitor: Monitor, callback: Any, looking: FirstLook | None) -> None:
     """Have the monitor told of losses, clipping and the end of a training, which takes the wrapping off again."""
 
     def train(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -79,6 +90,8 @@ def _wrap_methods(trainer: Any, monitor: Monitor, callback: Any) -> None:
             return result
         finally:
             monitor.close(status)
+            if looking is not None:
+                looking.end()
             trainer.callback_handler.callbacks[:] = [c for c in trainer.callback_handler.callbacks if c is not callback]
             for undo in undos:
                 undo()
@@ -88,7 +101,10 @@ def _wrap_methods(trainer: Any, monitor: Monitor, callback: Any) -> None:
         with monitor.guarded("the trainer's batch could not be read"):
             known = about_batch(trainer, inputs)
         with monitor.micro_batch(**known):
-            return original(model, inputs, *args, **kwargs)
+            loss = original(model, inputs, *args, **kwargs)
+            if looking is not None:
+                looking.note(inputs)
+            return loss
 
     def clip(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         norm = original(*args, **kwargs)
@@ -119,7 +135,7 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None
     return undo
 
 
-def _callback(trainer: Any, monitor: Monitor) -> Any:
+def _callback(trainer: Any, monitor: Monitor, looking: FirstLook | None) -> Any:
     from transformers import TrainerCallback
 
     class TokdynCallback(TrainerCallback):
@@ -130,6 +146,8 @@ def _callback(trainer: Any, monitor: Monitor) -> Any:
                 monitor.scaler = getattr(trainer.accelerator, "scaler", None)
                 monitor.averaged_over(trainer.accelerator.num_processes // _ranks_per_replica(trainer))
                 monitor.start(trainer.model_wrapped, trainer.optimizer)
+                if looking is not None:
+                    looking.begin(monitor.capture)
                 with monitor.guarded("fsdp does nothing here"):
                     _require_shards(trainer)
 

@@ -1,0 +1,102 @@
+"""td.check on TRL's DPOTrainer: references that are not the policy, and answers that a step is to raise and lowers."""
+
+import pytest
+import torch
+from trainers import PAIRS, save_model, settings, word_tokenizer
+
+import tokdyn as td
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"), tokenizer)
+
+
+@pytest.fixture
+def build(tokenizer, folder, tmp_path):
+    datasets.disable_progress_bars()
+
+    def load():
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def make(rows=PAIRS, change=None, lora=None, **options):
+        model, more = load(), {}
+        if lora is not None:
+            model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        if change == "other model":
+            more["ref_model"] = load()
+        data = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in rows]
+        args = trl.DPOConfig(**settings(tmp_path / "out", max_steps=1, **options))
+        made = trl.DPOTrainer(
+            model=model, args=args, train_dataset=datasets.Dataset.from_list(data), processing_class=tokenizer, **more
+        )
+        with torch.no_grad():
+            if change == "other model":
+                made.ref_model.model.norm.weight.mul_(1.1)
+            for name, p in made.model.named_parameters():
+                if lora == "trained" and "lora_B.default" in name:
+                    p.add_(0.05)
+        return made
+
+    return make
+
+
+def suspicious(report, check):
+    return [f for f in (*report.wrong, *report.suspicious) if f.check == check]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(change="other model"), "the reference is another model, and the policy differs"),
+        (dict(lora="trained"), 'the reference is the adapter "ref", and the policy differs'),
+        (dict(change=None), ""),
+        (dict(lora="new"), ""),
+        (dict(precompute_ref_log_probs=True), ""),
+    ],
+    ids=["other model", "adapter that is not its copy", "clean", "clean adapter", "clean, computed beforehand"],
+)
+def test_a_policy_that_does_not_begin_as_its_reference_is_found(build, options, words):
+    report = td.check(build(**options))
+    found = suspicious(report, "reference")
+    assert (words in found[0].what and found[0].number > 0.01) if words else not found, str(report)
+    if not words:
+        (fine,) = [f for f in report if f.check == "reference"]
+        assert fine.level == "fine" and fine.number < 1e-4
+
+
+ROWS = {
+    "chosen is lowered": [("what is the colour of the sky", " what of", " what what what what what what what")],
+    "chosen is raised": [("what is the colour of the sky", " the sky is blue today", " i do not know")],
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_displacement_is_what_a_real_step_does(build, tokenizer, case):
+    """The predicted change of log pi(chosen) is that of an SGD step up to its second order; a fall is named with its tokens."""
+    lr = 1e-4  # the second order is 3e-3 of the first there, the last digits of log pi as much
+    trainer = build(
+        ROWS[case], optim="sgd", learning_rate=lr, per_device_train_batch_size=1, max_grad_norm=0, lr_scheduler_type="constant"
+    )
+    report = td.check(trainer)
+    (finding,) = [f for f in report if f.check == "displacement"]
+    question, chosen, _ = ROWS[case][0]
+    probe = [td.encode(tokenizer, question, chosen)]
+    monitor = td.attach(trainer, probe=probe, on_error="raise")
+    trainer.train()
+    actual = monitor.steps[0].actual
+    assert finding.number == pytest.approx(float(actual.mean()), rel=0.02)
+    assert (finding.level == "suspicious") == (case == "chosen is lowered") == (float(actual.mean()) < 0)
+    if finding.level == "suspicious":
+        assert "\u00ab" in finding.where and finding.where.count(";") == 4  # the five strongest pushes
