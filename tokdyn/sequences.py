@@ -140,12 +140,36 @@ class Batch:
     position: Int[Tensor, " N"]
     position_ids: Int[Tensor, "B T"] | None = None  # what the model is told, where it is not to count from 0
 
-    def upto(self, rows: slice) -> Batch:
-        """Some scored tokens of a batch of one sequence, with the sequence cut after the last position that scores them."""
-        at = self.rows[rows]
+    @property
+    def slot(self) -> Int[Tensor, " N"]:
+        """Which one of its sequence's scored tokens each token is, from 0."""
+        row = self.rows // self.ids.shape[1]
+        return torch.arange(len(row)) - torch.searchsorted(row, row)
+
+    @property
+    def slots(self) -> int:
+        """The most scored tokens of a sequence."""
+        return int(self.slot.max()) + 1
+
+    def only(self, tokens: Int[Tensor, " n"]) -> Batch:
+        """Some of the scored tokens."""
+        own = (x[tokens] for x in (self.rows, self.targets, self.sequence, self.position))
+        return Batch(self.ids, *own, self.position_ids)
+
+    def alone(self, k: int) -> Batch:
+        """Sequence k by itself, cut after the last position that scores a token."""
+        T = self.ids.shape[1]
+        mine = self.only((self.rows // T == k).nonzero().squeeze(1))
+        positions = None if self.position_ids is None else self.position_ids[k : k + 1]
+        return replace(mine, ids=self.ids[k : k + 1], rows=mine.rows - k * T, position_ids=positions).upto(slice(None))
+
+    def upto(self, slots: slice) -> Batch:
+        """Some scored tokens of every sequence, by slot, with the sequences cut after the last position that scores one."""
+        batch = self.only(torch.isin(self.slot, torch.arange(self.slots)[slots]).nonzero().squeeze(1))
+        row, at = batch.rows // self.ids.shape[1], batch.rows % self.ids.shape[1]
         T = int(at.max()) + 1
         positions = None if self.position_ids is None else self.position_ids[:, :T]
-        return Batch(self.ids[:, :T], at, self.targets[rows], self.sequence[rows], self.position[rows], positions)
+        return replace(batch, ids=self.ids[:, :T], rows=row * T + at, position_ids=positions)
 
     def numbered_from(self, first: int) -> Batch:
         """The same batch of a longer list: its sequences are numbered from `first` on."""

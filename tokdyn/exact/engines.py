@@ -121,4 +121,4 @@ def _cheaper(p: PlannedProblem, memory: int) -> Fill:
     if not p.plan.moves:
         return sweep.fill
     size, (o, u) = Size.of(p), p.singles
-    return sweep.fill if size.tiling(o, u, memory).cost <= size.tangents(p.observed, u) else tangents.fill
+    return sweep.fill if size.tiling(o, u, memory, p.together).cost <= size.tangents(p.observed, u) else tangents.fill

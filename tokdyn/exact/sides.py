@@ -35,10 +35,9 @@ class Side:
         return sum(len(batch.targets) for batch in self.batches)
 
     @property
-    def starts(self) -> list[int]:
-        """The index of each batch's first token on this side's axis of F."""
-        sizes = [len(batch.targets) for batch in self.batches]
-        return [sum(sizes[:b]) for b in range(len(sizes))]
+    def where(self) -> list[Int[Tensor, " N"]]:
+        """By batch, the places of its tokens on this side's axis of F."""
+        return list(torch.arange(len(self)).split([len(batch.targets) for batch in self.batches]))
 
     def part(self, weights: Float[Tensor, " N"]) -> Side:
         """The tokens with their forces times a weight each; batches of which all weights are 0 are left out."""
@@ -62,15 +61,10 @@ class Side:
         """The same tokens in the same order with every sequence in a batch of its own, cut behind its last scored token."""
         batches, terms = [], []
         for batch, term in zip(self.batches, self.terms, strict=True):
-            T = batch.ids.shape[1]
-            for s in batch.sequence.unique().tolist():
-                mine = (batch.sequence == s).nonzero().flatten()
-                b = int(batch.rows[mine[0]]) // T
-                rows = batch.rows[mine] - b * T
-                own = batch.ids[b : b + 1], batch.targets[mine], batch.sequence[mine], batch.position[mine]
-                positions = None if batch.position_ids is None else batch.position_ids[b : b + 1]
-                batches.append(Batch(own[0], rows, *own[1:], positions).upto(slice(None)))
-                terms.append(term.rows(mine.to(term.c.device)))
+            row = batch.rows // batch.ids.shape[1]
+            for k in row.unique().tolist():
+                batches.append(batch.alone(k))
+                terms.append(term.rows((row == k).nonzero().flatten().to(term.c.device)))
         return Side(batches, terms)
 
     def row_blocks(self, rows: int) -> Iterator[Side]:

@@ -55,9 +55,9 @@ def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, p
     for b in range(len(looped.batches)):
         source = tracer_u(b, with_calls=False)  # its calls are recorded in the graph of each chunk
         for rows, blocks in tangents.columns(source, memory):
-            columns = slice(source.where.start + rows.start, source.where.start + rows.stop)
             for other, block in zip(tangents.others, blocks, strict=True):
-                out[other.where, columns] = closed[other.where, columns] + block.to(out)
+                at = other.where[:, None], source.where[rows]
+                out[at] = closed[at] + block.to(out)
             done += rows.stop - rows.start
             if progress:
                 progress(done, out.shape[1])
@@ -108,8 +108,8 @@ class _TangentPass:
         tangents, F = list[Tensor](), torch.zeros(len(other.h), b, dtype=other.h.dtype, device=other.h.device)
         rule = self.plan.tied_lookup(other.rules)
         if rule is not None and self.plan.lookup is not None:  # the lookup moves the readout, and the readout the lookup
-            ids, d = rule.rows(*deltas[self.plan.lookup])
-            F += tied_force(other.h, other.residual_at(ids), d).T
+            (ids,), d = rule.rows(*deltas[self.plan.lookup])
+            F += tied_force(other.h, other.residual_at(ids), d[:, 0]).T
             moved = iter([rule.looked_up(source.residual_at(ids)[rows], source.h[rows], ids) for ids in rule.o_ids])
         for call in other.calls:
             E = next(waiting[call.name]) if call.name in waiting else [x.new_zeros(b, *x.shape) for x in call.outputs]

@@ -12,13 +12,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: what went in and what came out."""
+    """One call of a module: what went in and what came out, for so many sequences side by side."""
 
     name: str
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
+    sequences: int = 1
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -32,7 +33,29 @@ class Call:
 
     def detached(self) -> Call:
         """The same call outside the graph it was recorded in."""
-        return Call(self.name, self.module, *map_floats(Tensor.detach, (self.args, self.kwargs, self.output)))
+        args, kwargs, output = map_floats(Tensor.detach, (self.args, self.kwargs, self.output))
+        return replace(self, args=args, kwargs=kwargs, output=output)
+
+    def for_each(self) -> Call:
+        """The same call with a row for each sequence, where it was made once for all of them (a lookup of positions)."""
+        if self.sequences == 1 or not self.outputs or any(x.shape[:1] != (1,) for x in self.outputs):
+            return self
+
+        def expanded(x: Any) -> Any:
+            once = isinstance(x, Tensor) and x.dim() > 1 and len(x) == 1
+            return x.expand(self.sequences, *x.shape[1:]) if once else x
+
+        args, kwargs, output = tree_map(expanded, (self.args, self.kwargs, self.output))
+        return replace(self, args=args, kwargs=kwargs, output=output)
+
+    @property
+    def is_by_sequence(self) -> bool:
+        """Whether what went in and what came out has a row for each sequence."""
+        return all(x.dim() > 1 and len(x) == self.sequences for x in [*self.inputs[:1], *self.outputs])
+
+    def by_sequence(self, x: Tensor) -> Tensor:
+        """One of its tensors as [sequences, positions, width], the positions of a sequence one after the other."""
+        return x.reshape(self.sequences, -1, x.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -43,6 +66,11 @@ class FusedCall(Call):
     """
 
     parts: tuple[tuple[Call, Tensor], ...] = ()
+
+    @property
+    def is_by_sequence(self) -> bool:
+        """See Call."""
+        return all(call.is_by_sequence for call, _ in self.parts)
 
     def detached(self) -> FusedCall:
         """The same calls outside the graph they were recorded in."""

@@ -181,7 +181,7 @@ class Tracer:
         calls: list[Call] = []
 
         def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            calls.append(Call(name, module, args, kwargs, output))
+            calls.append(Call(name, module, args, kwargs, output, len(batch.ids)).for_each())
             return map_floats(Tensor.clone, output) if name in copied else None
 
         with hooked(self.model, after={name: partial(keep, name) for name in names}):
@@ -216,7 +216,9 @@ class Tracer:
 
         The keywords are those of `GraphRecorder`, which says what each is told and returns.
         """
-        recorder = GraphRecorder(names, replace_outputs or {}, replace_inputs or {}, places, start_at, stop_at, copied)
+        recorder = GraphRecorder(
+            names, replace_outputs or {}, replace_inputs or {}, places, start_at, stop_at, copied, len(batch.ids)
+        )
         return recorder.record(self.model, partial(self.hidden, batch, self.params))
 
     def steer(self, batch: Batch, names: Collection[str], additions: Sequence[Tensor]) -> Float[Tensor, "N d"]:

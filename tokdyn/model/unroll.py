@@ -64,6 +64,7 @@ class GraphRecorder:
         start_at: one of the places. The graph starts at the tensor there; no call before it is recorded.
         stop_at: one of the places. The forward pass ends at the tensor there and returns it.
         copied: modules whose outputs the model writes to in place: it is given a copy, and what is recorded stays as it was.
+        sequences: how many run side by side.
     """
 
     names: Collection[str]
@@ -73,6 +74,7 @@ class GraphRecorder:
     start_at: Place | None = None
     stop_at: Place | None = None
     copied: Collection[str] = ()
+    sequences: int = 1
     calls: list[Call] = field(default_factory=list, init=False)
     given: dict[Place, Tensor] = field(default_factory=dict, init=False)
     times: Counter[str] = field(default_factory=Counter, init=False)  # how often each module has been called
@@ -114,9 +116,9 @@ class GraphRecorder:
         """Forward hook: record the call and return its output as a tensor of the graph."""
         if self.start_at is not None and self.start_at not in self.given:
             return None
-        call = Call(name, module, args, kwargs, output)
+        call = Call(name, module, args, kwargs, output, self.sequences).for_each()
         other = self.replace_outputs[name](call) if name in self.replace_outputs else None
-        call = replace(call, output=map_floats(_in_graph, output if other is None else other))
+        call = replace(call, output=map_floats(_in_graph, call.output if other is None else other))
         self.calls.append(call)
         return map_floats(Tensor.clone, call.output) if name in self.copied else call.output
 

@@ -6,6 +6,9 @@ module's output at position s of the updated sequence. A rule holds the module's
     tangent          E_l = ∂output/∂θ · P Ẇ_l at the observed calls' outputs, without writing Ẇ_l down where it need not be
     direction        Ẇ_l itself, for a module with few parameters: <Ẇ_m, P Ẇ_l> is then an inner product of directions
     outer_products   Ẇ_l as one outer product a δᵀ, for a token whose cotangent is at its own position alone
+
+Calls may be of several sequences side by side (`Call.sequences`, B of them). Cotangents [b, ...] then carry b tokens of each
+sequence, and answers have a row for every token: b B of them, those of one cotangent next to each other.
 """
 
 from __future__ import annotations
@@ -36,28 +39,30 @@ class Rule(ABC):
         modules: how many modules it stands for.
         can_fuse: whether the module may be one of several that are fused (fused.py).
         has_outer_products: whether `outer_products` gives anything.
+        tells_sequences: whether it tells the sequences of a batch apart; else it is given calls of one sequence alone.
     """
 
     label = ""
     modules = 1
     can_fuse = False
     has_outer_products = False
+    tells_sequences = False
 
     def __init__(self, calls: Sequence[Call], size: int, scratch: int = 0) -> None:
         self.shapes = [[x.shape for x in call.outputs] for call in calls]
         self.size, self.scratch = size, scratch
 
-    def prefers_direction(self, positions: int) -> bool:
-        """Whether a direction is smaller than the cotangents at so many positions that it is made of."""
+    def prefers_direction(self, narrow: float) -> bool:
+        """Whether to work with directions rather than cotangents, for a matrix if it has fewer inputs than `narrow`."""
         return False
 
     @abstractmethod
     def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
-        """Ẇ of each cotangent, [b, *parameter] by parameter, without P."""
+        """Ẇ of each token, [b B, *parameter] by parameter, without P."""
 
     @abstractmethod
     def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:
-        """E at the output of each observed call, from the updated calls and the cotangents at their outputs."""
+        """E [b B, *output] at the output of each observed call, from the updated calls and the cotangents at their outputs."""
 
     def tangent_into(self, calls: Sequence[Call], delta: Outputs, outs: Outputs) -> None:
         """`tangent` written where it is wanted."""
@@ -87,14 +92,14 @@ def as_function(call: Call) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
     return lambda own: tuple(floats(functional_call(call.module, own, call.args, call.kwargs)))
 
 
-def flat_inputs(calls: Sequence[Call]) -> Float[Tensor, "S p"]:
-    """The first input of every call, all positions one after the other."""
-    return cat([call.inputs[0].flatten(0, -2) for call in calls], 0)
+def flat_inputs(calls: Sequence[Call]) -> Float[Tensor, "B S p"]:
+    """The first input of every call, all positions of a sequence one after the other."""
+    return cat([call.by_sequence(call.inputs[0]) for call in calls], 1)
 
 
-def flat_cotangents(delta: Outputs) -> Float[Tensor, "b S q"]:
-    """The cotangents at the one output of every call, all positions one after the other."""
-    return cat([x.flatten(1, -2) for (x,) in delta], 1)
+def flat_cotangents(calls: Sequence[Call], delta: Outputs) -> Float[Tensor, "b B S q"]:
+    """The cotangents at the one output of every call, all positions of a sequence one after the other."""
+    return cat([x.reshape(len(x), call.sequences, -1, x.shape[-1]) for call, (x,) in zip(calls, delta, strict=True)], 2)
 
 
 def cat(parts: list[Tensor], dim: int) -> Tensor:

@@ -28,6 +28,7 @@ class Fused(Rule):
     """The layers of a fusion, each by its own rule: E_l = Σ_i A_i ⊙ E_{l,i}, E_{l,i} from δ_i = A_i ⊙ δ."""
 
     label = Linear.label
+    tells_sequences = True
 
     def __init__(self, call: FusedCall, parts: Sequence[Linear]) -> None:
         super().__init__([call], size=sum(part.size for part in parts))
@@ -43,7 +44,7 @@ class Fused(Rule):
 
     def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:
         """See Rule."""
-        E = [[delta[0][0].new_empty(len(delta[0][0]), *self.shapes[0][0])]]
+        E = [[delta[0][0].new_empty(len(delta[0][0]) * calls[0].sequences, *self.shapes[0][0])]]
         self.tangent_into(calls, delta, E)
         return E
 
@@ -104,6 +105,7 @@ class Fusion:
         ys = [call.output for call in mine]
         slopes = torch.autograd.grad(w, ys, torch.ones_like(w))
         whole = _Elementwise.apply(w.detach(), slopes, *ys)
-        joined = FusedCall(self.name, mine[0].module, (), {}, whole, tuple(zip(mine, slopes, strict=True)))
+        parts = tuple(zip(mine, slopes, strict=True))
+        joined = FusedCall(self.name, mine[0].module, (), {}, whole, mine[0].sequences, parts)
         calls[:] = [joined if call is mine[0] else call for call in calls if call is mine[0] or call.name not in self.modules]
         return whole

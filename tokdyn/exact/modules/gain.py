@@ -19,6 +19,7 @@ class Gain(Rule):
     """A vector that multiplies the normalised input â, and one that is added."""
 
     label = "elementwise gain"
+    tells_sequences = True
 
     def __init__(self, calls: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
         super().__init__(calls, trained_elements(calls[0], moves))
@@ -26,19 +27,20 @@ class Gain(Rule):
         self.weight_shape = own_parameters(calls[0])["weight"].shape
         self.has_outer_products = len(self.weight_shape) == 1  # a vector as wide as the output
 
-    def prefers_direction(self, positions: int) -> bool:
+    def prefers_direction(self, narrow: float) -> bool:
         """See Rule: always, a vector."""
         return True
 
     def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
         """Σ_s δ_s ⊙ â_s and Σ_s δ_s."""
-        d = cat([x.reshape(len(x), -1, *self.weight_shape) for (x,) in delta], 1)
+        wide = self.weight_shape
+        d = cat([x.reshape(len(x), call.sequences, -1, *wide) for call, (x,) in zip(calls, delta, strict=True)], 2)
         found = {}
         if "weight" in self.moves:
-            a = cat([_normalised(call).reshape(-1, *self.weight_shape) for call in calls], 0)
-            found["weight"] = (d * a).sum(1)
+            a = cat([_normalised(call).reshape(call.sequences, -1, *wide) for call in calls], 1)
+            found["weight"] = (d * a).sum(2).flatten(0, 1)
         if "bias" in self.moves:
-            found["bias"] = d.sum(1)
+            found["bias"] = d.sum(2).flatten(0, 1)
         return found
 
     def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:

@@ -30,6 +30,7 @@ class Linear(Rule):
     """A matrix and a bias, one of them or both moving."""
 
     label = "outer product"
+    tells_sequences = True
 
     def __init__(self, calls: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
         size = trained_elements(calls[0], moves)
@@ -39,18 +40,24 @@ class Linear(Rule):
         self.is_transposed = type(calls[0].module) is not nn.Linear and P is not None and _is_transposed(calls[0])
         self.can_fuse = self.has_outer_products = P is None  # a preconditioner couples a and δ
 
-    def prefers_direction(self, positions: int) -> bool:
+    def prefers_direction(self, narrow: float) -> bool:
         """See Rule."""
-        return self.P is not None or "weight" not in self.moves or self.observed_inputs[0].shape[1] < positions
+        return self.P is not None or "weight" not in self.moves or self.observed_inputs[0].shape[1] < narrow
 
     def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
         """Σ_s δ_s a_sᵀ and Σ_s δ_s, in the layout of the parameters."""
-        a, d = flat_inputs(calls), flat_cotangents(delta)
+        a, d = flat_inputs(calls), flat_cotangents(calls, delta)
         found = {}
         if "weight" in self.moves:
-            found["weight"] = torch.matmul(a.T, d) if self.is_transposed else torch.matmul(d.mT, a)
+            b, B, _, q = d.shape
+            W = d.new_empty(b, B, *((a.shape[2], q) if self.is_transposed else (q, a.shape[2])))
+            for k, x in enumerate(a):  # a batched product of one factor expanded over b would copy it
+                x = x.expand(b, *x.shape)
+                left, right = (x.mT, d[:, k]) if self.is_transposed else (d[:, k].mT, x)
+                torch.bmm(left, right, out=W[:, k])
+            found["weight"] = W.flatten(0, 1)
         if "bias" in self.moves:
-            found["bias"] = d.sum(1)
+            found["bias"] = d.sum(2).flatten(0, 1)
         return found
 
     def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:
@@ -63,7 +70,7 @@ class Linear(Rule):
             if "bias" in W:
                 E = [e + W["bias"][:, None] for e in E]
         else:
-            a, d = flat_inputs(calls), flat_cotangents(delta)
+            a, d = flat_inputs(calls), flat_cotangents(calls, delta)
             E = [self._moved(a, d, x) for x in self.observed_inputs]
         return [
             [e.expand(-1, len(x), -1).reshape(-1, *shape)]
@@ -71,14 +78,14 @@ class Linear(Rule):
         ]
 
     def tangent_into(self, calls: Sequence[Call], delta: Outputs, outs: Outputs) -> None:
-        """See Rule: E = δᵀ S in one product into `outs`, where the weight moves without a preconditioner."""
+        """See Rule: E = δᵀ S in one product a sequence into `outs`, where the weight moves without a preconditioner."""
         # a head may be wider than its body
         other = any(out.dtype != x.dtype for x, (out,) in zip(self.observed_inputs, outs, strict=True))
         if self.P is not None or "weight" not in self.moves or other:
             return super().tangent_into(calls, delta, outs)
-        a, d = flat_inputs(calls), flat_cotangents(delta)
+        a, d = flat_inputs(calls), flat_cotangents(calls, delta)
         for x, (out,) in zip(self.observed_inputs, outs, strict=True):
-            torch.matmul(self._gram(x, a), d, out=out.view(len(d), len(x), -1))
+            self._moved_by_gram(a, d, x, out.view(*d.shape[:2], len(x), -1))
 
     def outer_products(
         self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool
@@ -87,14 +94,21 @@ class Linear(Rule):
         a, d = call.inputs[0].flatten(0, -2)[at], delta[at]
         return [(x, d) for name, x in (("weight", a), ("bias", torch.ones_like(a[:, :1]))) if name in self.moves]
 
-    def _moved(self, a: Float[Tensor, "S p"], delta: Float[Tensor, "b S q"], x: Float[Tensor, "N p"]) -> Tensor:
-        (S, p), N = a.shape, x.shape[0]
+    def _moved(self, a: Float[Tensor, "B S p"], d: Float[Tensor, "b B S q"], x: Float[Tensor, "N p"]) -> Tensor:
+        (_, S, p), N = a.shape, len(x)
         if "weight" not in self.moves:
-            return delta.sum(1, keepdim=True)
+            return d.sum(2).flatten(0, 1)[:, None]
         if S * N <= 3 * (S + N) * p:  # S costs (p + b q) S N; a written direction b p q (S + N)
-            return torch.matmul(self._gram(x, a), delta)
-        moved = torch.matmul(x, torch.matmul(a.T, delta))
-        return moved + delta.sum(1, keepdim=True) if "bias" in self.moves else moved
+            return self._moved_by_gram(a, d, x, d.new_empty(*d.shape[:2], N, d.shape[3])).flatten(0, 1)
+        moved = torch.matmul(x, torch.matmul(a.mT, d)).flatten(0, 1)
+        return moved + d.sum(2).flatten(0, 1)[:, None] if "bias" in self.moves else moved
+
+    def _moved_by_gram(
+        self, a: Float[Tensor, "B S p"], d: Float[Tensor, "b B S q"], x: Float[Tensor, "N p"], out: Float[Tensor, "b B N q"]
+    ) -> Tensor:
+        for k, inputs in enumerate(a):
+            torch.bmm(self._gram(x, inputs).expand(len(d), -1, -1), d[:, k], out=out[:, k])
+        return out
 
     def _gram(self, x: Float[Tensor, "N p"], a: Float[Tensor, "S p"]) -> Float[Tensor, "N S"]:
         gram = x @ a.T

@@ -32,7 +32,7 @@ class Local(Rule):
                 if not is_close(now, then, relative=0.0):
                     raise NotReplayable(call.name)
 
-    def prefers_direction(self, positions: int) -> bool:
+    def prefers_direction(self, narrow: float) -> bool:
         """See Rule: where the module's parameters are few beside what it returns."""
         return self.size <= 2 * sum(x.numel() for call in self.calls for x in call.outputs)
 

@@ -19,6 +19,7 @@ class Lookup(Rule):
     """A table of which every position takes a row. Its direction, a whole table, is never the smaller thing."""
 
     label = "lookup"
+    tells_sequences = True
 
     def __init__(self, calls: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
         super().__init__(calls, size=0)
@@ -29,23 +30,32 @@ class Lookup(Rule):
         self.P, self.height = P, len(calls[0].module.get_parameter("weight"))
 
     def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
-        """The step of every row of the table, [b, V, d]: much larger than `rows`, which it is made of."""
+        """The step of every row of the table, [b B, V, d]: much larger than `rows`, which it is made of."""
         ids, d = self._steps(calls, delta)
-        return {"weight": d.new_zeros(len(d), self.height, d.shape[2]).index_add_(1, ids, d)}
+        table = d.new_zeros(*d.shape[:2], self.height, d.shape[3])
+        for k, rows in enumerate(ids):
+            table[:, k].index_add_(1, rows, d[:, k])
+        return {"weight": table.flatten(0, 1)}
 
-    def _steps(self, calls: Sequence[Call], delta: Outputs) -> tuple[Int[Tensor, " S"], Float[Tensor, "b S q"]]:
-        ids, d = torch.cat([_rows_of(call)[0] for call in calls]), flat_cotangents(delta)
-        return ids, d * (ids.ne(self.padding).to(d.dtype) * self.scale)[:, None]
+    def _steps(self, calls: Sequence[Call], delta: Outputs) -> tuple[Int[Tensor, "B S"], Float[Tensor, "b B S q"]]:
+        ids = torch.cat([_rows_of(call)[0].view(call.sequences, -1) for call in calls], 1)
+        return ids, flat_cotangents(calls, delta) * (ids.ne(self.padding).to(delta[0][0].dtype) * self.scale)[..., None]
 
-    def rows(self, calls: Sequence[Call], delta: Outputs) -> tuple[Int[Tensor, " S"], Float[Tensor, "b S q"]]:
+    def rows(self, calls: Sequence[Call], delta: Outputs) -> tuple[Int[Tensor, "B S"], Float[Tensor, "b B S q"]]:
         """The rows that the calls look up and the step there: P ⊙ scale · δ, nothing in the padding row."""
         ids, d = self._steps(calls, delta)
         return ids, d if self.P is None else d * self.P["weight"][ids]
 
     def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:
-        """See Rule."""
+        """See Rule: the steps added up by row, then looked up."""
         ids, d = self.rows(calls, delta)
-        E = [torch.matmul((x[:, None] == ids).to(d.dtype) * self.scale, d) for x in self.o_ids]
+        E = [d.new_empty(*d.shape[:2], len(x), d.shape[3]) for x in self.o_ids]
+        for k, own in enumerate(ids):
+            known, row = own.unique(return_inverse=True)
+            moved = d.new_zeros(len(d), len(known) + 1, d.shape[3]).index_add_(1, row, d[:, k])  # the last one stays at rest
+            for x, e in zip(self.o_ids, E, strict=True):
+                at = torch.searchsorted(known, x).clamp(max=len(known) - 1)
+                e[:, k] = moved[:, torch.where(known[at] == x, at, len(known))] * self.scale
         return [[e.reshape(-1, *shape)] for e, (shape,) in zip(E, self.shapes, strict=True)]
 
     def looked_up(self, residual: Float[Tensor, "b S"], h: Float[Tensor, "b d"], ids: Int[Tensor, " S"]) -> Tensor:

@@ -8,8 +8,9 @@ remain. No forward derivative, no gradient of model size, no vocabulary axis. Wh
 kept by streamed tokens, at the price of pulling a side back once for each tile of the other.
 
 plan.py      which modules move and by which rule      segments.py  where the backbone can be cut
-budget.py    how memory is shared out, what it costs   strips.py    tokens that are pulled back in one graph
-kept.py      what stays of a segment                   tile.py      kept by streamed tokens
+budget.py    how memory is shared out, what it costs   stacks.py    sequences of like length in one batch
+kept.py      what stays of a segment                   strips.py    tokens that are pulled back in one graph
+aligned.py   where cotangents stay in place            tile.py      kept by streamed tokens
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import Unsupported
 from ..problem import MEMORY, Coverage, Problem
 from ..progress import Progress
 from ..readout import readout_matrix
-from .budget import Size, Tokens
+from .budget import Size, Tiling, Tokens
 from .plan import PlannedProblem, Rules, planned
-from .strips import make_strips
+from .strips import make_strips, places
 from .tile import STEPS, Tile
 from .traced import SideTracer, TracedBatch
 
@@ -42,8 +44,22 @@ def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, p
     if not p.plan.moves:
         out.copy_(closed)
         return p.plan.labels(p, {})
-    tiling = Size.of(p).tiling(p.singles[0], p.singles[1], memory)
-    sides = _side_tracers(p)
+    if p.together:
+        try:
+            return _fill(p, out, closed, memory, progress)
+        except Unsupported as why:  # what a batch does, or differs in: no sequence may, alone
+            reason = str(why)
+        p = p.apart()
+        return {
+            use: f"{label}, one sequence at a time ({reason})" for use, label in _fill(p, out, closed, memory, progress).items()
+        }
+    return _fill(p, out, closed, memory, progress)
+
+
+def _fill(p: PlannedProblem, out: Tensor, closed: Tensor, memory: int, progress: Progress | None) -> Coverage:
+    """The readout's own part and the backbone's into out."""
+    tiling = Size.of(p).tiling(*p.singles, memory, p.together)
+    sides = _side_tracers(p, tiling)
     rules: Rules = {}
     tiles, done = len(tiling.kept_blocks) * len(tiling.streamed_blocks), 0
 
@@ -59,27 +75,22 @@ def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, p
             budget = tiling.budget
             mine = make_strips(p.cuts, kept, budget.graphs // 2, budget.strip)
             theirs = make_strips(p.cuts, _traced(sides[1], columns, with_calls=False), budget.graphs // 2)
-            part = Tile(p.fused_plan, mine, theirs, budget, report if progress else None).fill()
-            where = _tokens(sides[0], rows), _tokens(sides[1], columns)
-            out[where] = closed[where] + part.to(out)
+            part = Tile(p.fused_plan, mine, theirs, budget, p.narrow, report if progress else None).fill(p.aligned)
+            (cells_o, m), (cells_u, l) = places(mine), places(theirs)  # noqa: E741
+            at = m[:, None], l
+            out[at] = closed[at] + part[cells_o[:, None], cells_u].to(out)
             report(STEPS, STEPS)
             done += 1
     return p.fused_plan.labels(p, rules)
 
 
-def _side_tracers(p: PlannedProblem) -> tuple[SideTracer, SideTracer]:
-    """Of both sides, one sequence at a time."""
-    o, u = p.singles
+def _side_tracers(p: PlannedProblem, tiling: Tiling) -> tuple[SideTracer, SideTracer]:
+    """Of both sides, a batch at a time."""
+    o, u = tiling.sides
     ids = o.ids(p.tracer.device), u.ids(p.tracer.device)
     return SideTracer(p.tracer, p.fused_plan, o, ids[1], used=True), SideTracer(p.tracer, p.fused_plan, u, ids[0], used=True)
 
 
 def _traced(side: SideTracer, block: Tokens, with_calls: bool) -> list[tuple[TracedBatch, slice]]:
-    """The sequences of a block, each with its tokens in the block."""
-    return [(side(b, with_calls), rows) for b, rows in block]
-
-
-def _tokens(side: SideTracer, block: Tokens) -> slice:
-    """A block's tokens on its side's axis of F."""
-    (first, a), (last, z) = block[0], block[-1]
-    return slice(side.starts[first] + a.start, side.starts[last] + z.stop)
+    """The batches of a block, each with its slots in the block."""
+    return [(side(b, with_calls), slots) for b, slots in block]

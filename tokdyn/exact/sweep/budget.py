@@ -24,9 +24,12 @@ from torch import Tensor, nn
 
 from ..sides import Side
 from .plan import PlannedProblem
+from .stacks import Stacked, side_by_side
 from .strips import SAVED, SHORTEST, Budget, in_strips
 
 CHUNK, GROUP = 32, 96  # cotangents per vjp, streamed tokens per product, where memory allows
+BATCH = 1024  # padded positions of sequences side by side
+LAUNCH = 5e7  # multiplications in the time that it takes to pull, make and meet anything at one module
 PASS = 3  # cost of a graph-building forward pass in weights x positions: hooks and short inputs make it 3 rather than 1
 PIECE = 32 << 20  # on a CPU a larger tensor is mapped afresh each time, and faulting its pages costs more than filling them
 IN_FLIGHT = 8  # 1/8 of memory at most for the chunk of cotangents in a vjp
@@ -34,12 +37,13 @@ AT_HAND = 6  # 1/6 at most for the group of streamed tokens in a product
 GRAPHS = (2, 5, 20)  # 1/2, 1/5 or 1/20 of memory for autograd graphs, whichever is cheapest
 GRAPH_SLACK = 2.1  # both sides' graphs beside the larger one's, with a twentieth for what is not counted
 
-Tokens = list[tuple[int, slice]]  # which sequences of a side, and which tokens of each
+Tokens = list[tuple[int, slice]]  # which batches of a side, and which slots of each
 
 
 class Tiling(NamedTuple):
-    """Both sides in blocks: a tile is one of each, and every tile is pulled back anew."""
+    """Both sides in batches and blocks: a tile is a block of each, and every tile is pulled back anew."""
 
+    sides: tuple[Stacked, Stacked]
     kept_blocks: list[Tokens]
     streamed_blocks: list[Tokens]
     budget: Budget
@@ -88,8 +92,8 @@ class Size:
     def of(cls, problem: PlannedProblem) -> Size:
         """The counts for a problem's backbone, under the rules of its modules."""
         tracer, cuts, rules = problem.tracer, problem.cuts, problem.rules
-        T = max(cuts.outlines)
-        outline, half = cuts.outlines[T], T // 2
+        T = problem.longest.ids.shape[1]
+        outline, narrow = cuts.outline(problem.longest), problem.narrow
         inside = [
             [(rules[outline.names[i]], sum(x.numel() for x in outline.shapes[i])) for i in of]
             for of in outline.segments(cuts.keys)
@@ -106,82 +110,113 @@ class Size:
             segments=[[values for _, values in of] for of in inside],
             stored=[
                 (
-                    sum(rule.size for rule, _ in of if rule.prefers_direction(half)),
-                    sum(values for rule, values in of if not rule.prefers_direction(half)),
+                    sum(rule.size for rule, _ in of if rule.prefers_direction(narrow)),
+                    sum(values for rule, values in of if not rule.prefers_direction(narrow)),
                 )
                 for of in inside
             ],
-            written=max((rule.size for rule, _ in every if rule.prefers_direction(half)), default=0),
+            written=max((rule.size for rule, _ in every if rule.prefers_direction(narrow)), default=0),
             weights=sum(x.numel() for key, x in matrices.items() if key != id(readout)),
             moving=sum(numbers.get(name, 0) for name in rules if name != problem.plan.lookup),
             moved=sum(values * rule.modules for rule, values in every) // T,
         )
 
-    def tiling(self, o: Side, u: Side, memory: int) -> Tiling:
+    def tiling(self, o: Side, u: Side, memory: int, together: bool = True) -> Tiling:
         """The tiling with the fewest multiplications that fits in `memory` bytes.
 
         Reserved first: the chunk of cotangents in flight, the group of streamed tokens, the autograd graphs. The rest is split
         between cotangents at the cuts and the kept side's buffer.
+
+        Args:
+            o, u: both sides, one sequence a batch.
+            memory: bytes.
+            together: whether sequences of like length may go into one batch.
         """
         segment, widest = max([1, *map(sum, self.segments)]), max([1, *(x for of in self.segments for x in of)])
-        bytes_per_cotangent = 2 * self.item * (self.cut + segment + self.written)
-        chunk = max(1, min(CHUNK, self.piece // (self.item * widest), memory // IN_FLIGHT // bytes_per_cotangent))
-        bytes_per_streamed = self.item * (segment + max(widest, self.written))
-        group = max(1, min(GROUP, memory // AT_HAND // bytes_per_streamed))
-        reach_o, reach_u = _reach(o), _reach(u)
-        vjp_o, vjp_u = self.weights * float(reach_o.sum()), self.weights * float(reach_u.sum())
-        stored = [float(self._stored_bytes(reach_o, of).sum()) for of in self.stored]
-        E = self._tangent_cost(reach_u, o) / len(o.batches)
+        per_cotangent = 2 * self.item * (self.cut + segment + self.written)
+        chunk = max(1, min(CHUNK, self.piece // (self.item * widest), memory // IN_FLIGHT // per_cotangent))
+        most = min(BATCH, memory // IN_FLIGHT // per_cotangent * self.length) if together else 0
+        overhead = LAUNCH * sum(map(len, self.segments)) / max(1, self.weights)
+        sides = side_by_side(o, most, overhead), side_by_side(u, most, overhead)
+        per_streamed = self.item * (segment + max(widest * max(len(b.ids) for b in sides[0].batches), self.written))
+        group = max(1, min(GROUP, memory // AT_HAND // per_streamed))
+        slots = _Slots.of(sides[0]), _Slots.of(sides[1])
+        best, stored = self._cheapest(sides, slots, memory, memory - chunk * per_cotangent - group * per_streamed)
+        kept_bytes_per_slot = max(1, self.item * max(map(sum, self.stored)) * int(slots[0].sequences.max()))
+        budget = Budget(chunk, group, max(1, best.kept_bytes // kept_bytes_per_slot), best.kept_bytes, best.graph_bytes)
+        counts = (best.rows, best.columns)
+        blocks = [_in_blocks(side, of.positions, n) for side, of, n in zip(sides, slots, counts, strict=True)]
+        return Tiling(sides, *blocks, budget, best.cost + float(slots[1].sequences.sum()) * sum(stored) / self.item)
+
+    def _cheapest(
+        self, sides: tuple[Stacked, Stacked], slots: tuple[_Slots, _Slots], memory: int, unreserved: int
+    ) -> tuple[_Candidate, list[float]]:
+        """The candidate with the fewest multiplications, and what all kept tokens leave of each segment in bytes."""
+        (o, u), (n_o, n_u) = sides, (len(of.reach) for of in slots)
+        vjp_o, vjp_u = (self.weights * float(of.positions.sum()) for of in slots)
+        stored = [float(self._stored_bytes(slots[0], of).sum()) for of in self.stored]
+        E = self._tangent_cost(slots[1], o) / len(o.batches)
         positions = _graph_positions(o), _graph_positions(u)
         all_graphs = int(GRAPH_SLACK * self.item * SAVED * sum(map(sum, self.segments)) * max(positions)) // self.length
-        kept_bytes_per_token = max(1, self.item * max(map(sum, self.stored)))
-        candidates = [_Candidate(math.inf, len(o), len(u), 1, memory // GRAPHS[-1])]
+        kept_bytes_per_slot = max(1, self.item * max(map(sum, self.stored)) * int(slots[0].sequences.max()))
+        candidates = [_Candidate(math.inf, n_o, n_u, 1, memory // GRAPHS[-1])]
         for graphs in {min(all_graphs, memory // share) for share in GRAPHS}:
             passes = min(len(self.segments), -(-all_graphs // max(1, graphs)))
             graph_cost = PASS * passes * self.weights * sum(positions)
-            free = memory - chunk * bytes_per_cotangent - group * bytes_per_streamed - graphs
-            for rows, columns in product(_counts(len(o)), _counts(len(u))):
-                at_cuts = self.item * self.cut / self.length * (float(reach_o.sum()) / rows + float(reach_u.sum()) / columns)
-                left = free - at_cuts
+            for rows, columns in product(_counts(n_o), _counts(n_u)):
+                cut = [float(of.positions.sum()) / n for of, n in zip(slots, (rows, columns), strict=True)]
+                left = unreserved - graphs - self.item * self.cut / self.length * sum(cut)
                 if left > 0:
                     streamed_vjps = rows * sum(max(1, math.ceil(size / rows / left)) for size in stored) / len(stored)
-                    rebuilds = max(rows, columns, SHORTEST * kept_bytes_per_token / left)  # short strips are more of them
+                    rebuilds = max(rows, columns, SHORTEST * kept_bytes_per_slot / left)  # short strips are more of them
                     cost = (
                         vjp_o * columns + vjp_u * streamed_vjps + E * max(len(o.batches), streamed_vjps) + graph_cost * rebuilds
                     )
                     candidates.append(_Candidate(cost, rows, columns, int(left), graphs))
-        best = min(candidates)
-        budget = Budget(chunk, group, max(1, best.kept_bytes // kept_bytes_per_token), best.kept_bytes, best.graph_bytes)
-        blocks = _in_blocks(o, reach_o, best.rows), _in_blocks(u, reach_u, best.columns)
-        return Tiling(*blocks, budget, best.cost + len(u) * sum(stored) / self.item)
+        return min(candidates), stored
 
     def tangents(self, o: Side, u: Side) -> float:
-        """Multiplications of the tangents engine: u's tokens pulled back and carried forward over o, padding included."""
-        reach, positions = _reach(u), sum(batch.ids.numel() for batch in o.batches)
-        return self.weights * (float(reach.sum()) + 2 * len(u) * positions) + self._tangent_cost(reach, o)
+        """Multiplications of the tangents engine: u's tokens pulled back, one sequence a batch, and carried over o."""
+        slots, positions = _Slots.of(u), sum(batch.ids.numel() for batch in o.batches)
+        return self.weights * (float(slots.positions.sum()) + 2 * len(u) * positions) + self._tangent_cost(slots, o)
 
-    def _stored_bytes(self, reach: Float[Tensor, " N"], of: tuple[int, int]) -> Float[Tensor, " N"]:
-        """Bytes that tokens with this reach leave of a segment."""
-        return self.item * (of[0] + of[1] / self.length * reach)
+    def _stored_bytes(self, slots: _Slots, of: tuple[int, int]) -> Float[Tensor, " n"]:
+        """Bytes that each of the slots leaves of a segment."""
+        return self.item * slots.sequences * (of[0] + of[1] / self.length * slots.reach)
 
-    def _tangent_cost(self, reach: Float[Tensor, " N"], other: Side) -> float:
-        """Multiplications of E for all tokens with this reach, on all sequences of the other side."""
+    def _tangent_cost(self, slots: _Slots, other: Side) -> float:
+        """Multiplications of E for all tokens of the slots, on all sequences of the other side."""
         T = [t for batch in other.batches for t in [batch.ids.shape[1]] * len(batch.ids)]
-        return sum(float(torch.minimum(reach * (t * self.moved), (reach + t) * self.moving).sum()) for t in T)
+        reach, n = slots
+        return sum(float((n * torch.minimum(reach * (t * self.moved), (reach + t) * self.moving)).sum()) for t in T)
+
+
+class _Slots(NamedTuple):
+    """The slots of a side, one after the other."""
+
+    reach: Float[Tensor, " n"]  # positions of the strip that each is pulled in
+    sequences: Float[Tensor, " n"]  # of its batch
+
+    @classmethod
+    def of(cls, side: Side) -> _Slots:
+        """Those of all batches."""
+        found: list[tuple[int, int]] = []
+        for batch in side.batches:
+            slot, at = batch.slot, batch.rows % batch.ids.shape[1]
+            for part in in_strips(batch.slots):
+                T = int(at[(slot >= part.start) & (slot < part.stop)].max()) + 1
+                found += [(T, len(batch.ids))] * (part.stop - part.start)
+        return cls(*torch.tensor(found, dtype=torch.float64).T)
+
+    @property
+    def positions(self) -> Float[Tensor, " n"]:
+        """That the cotangents of each take, those of all sequences."""
+        return self.reach * self.sequences
 
 
 def _graph_positions(side: Side) -> int:
     """Positions of the graphs of all strips of a side."""
-    return sum(int(batch.rows[part.stop - 1]) + 1 for batch in side.batches for part in in_strips(len(batch.rows)))
-
-
-def _reach(side: Side) -> Float[Tensor, " N"]:
-    """For each token, the length of its strip's sequence: the number of positions its cotangent can reach."""
-    found = []
-    for batch in side.batches:
-        for part in in_strips(len(batch.rows)):
-            found.append((batch.rows[part.stop - 1] + 1).double().expand(part.stop - part.start))
-    return torch.cat(found)
+    return sum(batch.upto(part).ids.numel() for batch in side.batches for part in in_strips(batch.slots))
 
 
 def _counts(most: int) -> list[int]:
@@ -189,13 +224,13 @@ def _counts(most: int) -> list[int]:
     return sorted({min(most, x) for i in range(most.bit_length() + 1) for x in (2**i, 3 * 2**i)})
 
 
-def _in_blocks(side: Side, sizes: Float[Tensor, " N"], count: int) -> list[Tokens]:
-    """A side's tokens in consecutive blocks of about the same size."""
+def _in_blocks(side: Side, sizes: Float[Tensor, " n"], count: int) -> list[Tokens]:
+    """A side's slots in consecutive blocks of about the same size."""
     number = ((sizes.cumsum(0) - sizes / 2) * (count / sizes.sum())).long().clamp(max=count - 1).tolist()
     blocks: list[Tokens] = []
     start = 0
     for b, batch in enumerate(side.batches):
-        N = len(batch.targets)
+        N = batch.slots
         of = number[start : start + N]
         begins = [n for n in range(N) if n == 0 or of[n] != of[n - 1]]
         for i, (a, z) in enumerate(pairwise([*begins, N])):

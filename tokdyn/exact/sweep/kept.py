@@ -1,4 +1,4 @@
-"""What is kept of a segment for tokens of one sequence: their directions, or their cotangents where those are smaller."""
+"""What is kept of a segment for the tokens of one batch: their directions, or their cotangents where those are less work."""
 
 from __future__ import annotations
 
@@ -10,58 +10,81 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...model.calls import Call
 from ..errors import Unsupported
-from ..modules.base import Outputs, Rule
+from ..modules.base import Outputs, cat
 from ..products import Direction
 from .buffer import ScratchBuffer
 from .segments import DIFFERENT_MODULES
 from .strips import Strip
+from .traced import require_beginning
 
 
 @dataclass(frozen=True)
 class Block:
-    """One buffer [tokens, elements] of a module for the tile's tokens from `first` on: directions, or cotangents of a slice.
+    """One buffer of a module for a batch's cells from `first` on: their directions, or their cotangents at a part of an output.
 
     Attributes:
-        first: the first token on the tile's axis.
-        shape: tokens, numbers of each.
+        first: the first cell on the tile's axis.
+        slots, sequences: a cell is one of each.
+        size: numbers of a cell.
         part: which call, which of its outputs, which part of it the cotangents are of; None for directions.
-        values: the numbers.
+        values: the numbers, [slots · sequences, size] of directions, [sequences, slots, size] of cotangents.
     """
 
     first: int
-    shape: tuple[int, int]
+    slots: int
+    sequences: int
+    size: int
     part: tuple[int, int, tuple[slice, ...]] | None = None
     values: Tensor = torch.empty(0)
 
     @property
-    def where(self) -> slice:
-        """Its tokens on the tile's axis."""
-        return slice(self.first, self.first + self.shape[0])
+    def shape(self) -> tuple[int, int]:
+        """Cells, numbers of each."""
+        return self.slots * self.sequences, self.size
 
-    def of(self, outputs: Outputs) -> Tensor:
-        """The part of a module's outputs that the block is about, [b, *part]."""
+    @property
+    def where(self) -> slice:
+        """Its cells on the tile's axis."""
+        return slice(self.first, self.first + self.slots * self.sequences)
+
+    def of(self, outputs: Outputs) -> Float[Tensor, "b B size"]:
+        """The part of a module's outputs [b, *output] that the block is about, by sequence."""
         assert self.part is not None
         call, output, part = self.part
-        return outputs[call][output][(slice(None), *part)]
+        found = outputs[call][output][(slice(None), *part)]
+        return found.flatten(2) if self.sequences > 1 else found.flatten(1)[:, None]
+
+    def with_values(self, values: Float[Tensor, "C size"]) -> Block:
+        """The same block with memory for its numbers."""
+        return replace(self, values=values if self.part is None else values.view(self.sequences, self.slots, self.size))
+
+    def write(self, where: slice, values: Tensor) -> None:
+        """Put a chunk's numbers into its cells: [b, size] of directions, [b, B, size] of cotangents."""
+        start, stop = where.start - self.first, where.stop - self.first
+        if self.part is None:
+            self.values[start:stop] = values
+        else:
+            self.values[:, start // self.sequences : stop // self.sequences] = values.transpose(0, 1)
 
 
 Kept = dict[str, list[Block]]  # by module
 
 
-def parts_that_fit(kept: list[Strip], depth: int, memory: int) -> Iterator[list[list[Strip]]]:
-    """Kept strips, by sequence, in parts whose share of a segment fits in memory (one strip at least)."""
+def parts_that_fit(kept: list[Strip], depth: int, memory: int, narrow: float) -> Iterator[list[list[Strip]]]:
+    """Kept strips, by batch, in parts whose share of a segment fits in memory (one strip at least)."""
     part: list[list[Strip]] = []
     left = memory
     for strip in kept:
-        rules, item = strip.traced.rules, strip.traced.dtype.itemsize
-        size = 0
+        rules, item, size = strip.traced.rules, strip.traced.dtype.itemsize, 0
+        cells, slots = strip.where.stop - strip.where.start, strip.slots.stop - strip.slots.start
         for name, outputs in strip.shapes(depth):
             if name not in rules:
                 raise Unsupported(DIFFERENT_MODULES)
-            rule, values = rules[name], sum(x.numel() for x in outputs)
-            size += len(strip.positions) * item * (rule.size if rule.prefers_direction(strip.half) else values)
+            if rules[name].prefers_direction(narrow):
+                size += cells * item * rules[name].size
+            else:
+                size += slots * item * sum(x.numel() for x in outputs)
         if part and size > left:
             yield part
             part, left = [], memory
@@ -73,9 +96,9 @@ def parts_that_fit(kept: list[Strip], depth: int, memory: int) -> Iterator[list[
     yield part
 
 
-def layout(strips: list[Strip], depth: int) -> Kept:
-    """What is to be kept of a segment's modules for the strips of one sequence, still without values."""
-    first, last, rules = strips[0].where.start, strips[-1].where.stop, strips[0].traced.rules
+def layout(strips: list[Strip], depth: int, narrow: float) -> Kept:
+    """What is to be kept of a segment's modules for the strips of one batch, still without values."""
+    rules = strips[0].traced.rules
     shapes = [strip.shapes(depth) for strip in strips]
     if any([name for name, _ in of] != [name for name, _ in shapes[0]] for of in shapes):
         raise Unsupported(DIFFERENT_MODULES)
@@ -86,38 +109,43 @@ def layout(strips: list[Strip], depth: int) -> Kept:
     for name, inside in calls_of.items():
         if len(rules[name].shapes) != len(inside):
             raise Unsupported(DIFFERENT_MODULES)
-        if rules[name].prefers_direction(strips[0].half):
-            kept[name] = [Block(first, (last - first, rules[name].size))]
+        if rules[name].prefers_direction(narrow):
+            kept[name] = [_block(strips, 0, rules[name].size)]
             continue
-        blocks = []
+        kept[name] = []
         for c, i in enumerate(inside):
             for k in range(len(shapes[0][i][1])):
                 before = None
-                for strip, shape in zip(strips, shapes, strict=True):
+                for n, shape in enumerate(shapes):
                     for part in _new_positions(before, shape[i][1][k]):
                         size = prod(x.stop - x.start for x in part)
-                        blocks.append(Block(strip.where.start, (last - strip.where.start, size), (c, k, part)))
+                        kept[name].append(_block(strips, n, size // strips[0].sequences, (c, k, part)))
                     before = shape[i][1][k]
-        kept[name] = blocks
     return kept
+
+
+def _block(strips: list[Strip], n: int, size: int, part: tuple[int, int, tuple[slice, ...]] | None = None) -> Block:
+    """A block for the cells of a batch's strips from the n-th on."""
+    return Block(strips[n].where.start, strips[-1].slots.stop - strips[n].slots.start, strips[n].sequences, size, part)
 
 
 def reserve(layouts: list[Kept], buffer: ScratchBuffer, dtype: torch.dtype) -> list[Kept]:
     """The same layouts with memory for the values."""
     arrays = buffer.arrays([block.shape for kept in layouts for blocks in kept.values() for block in blocks], dtype)
-    return [
-        {name: [replace(block, values=next(arrays)) for block in blocks] for name, blocks in kept.items()} for kept in layouts
-    ]
+    return [{name: [block.with_values(next(arrays)) for block in blocks] for name, blocks in kept.items()} for kept in layouts]
 
 
 @torch.no_grad()
 def pull_into(strips: list[Strip], depth: int, kept: Kept) -> None:
-    """Pull the kept tokens of one sequence through a segment and write what is to be kept."""
+    """Pull the kept tokens of one batch through a segment and write what is to be kept."""
     for strip in strips:
         require_same_prefix(strip, depth)
         for where, found in strip.pull(depth):
             for name, (calls, delta) in found.items():
-                _write(kept[name], strip.traced.rules[name], calls, delta, where)
+                rule = strip.traced.rules[name]
+                for block in kept[name]:
+                    if block.first <= where.start:
+                        block.write(where, flat(rule.direction(calls, delta)) if block.part is None else block.of(delta))
 
 
 def require_same_prefix(strip: Strip, depth: int) -> None:
@@ -130,33 +158,18 @@ def require_same_prefix(strip: Strip, depth: int) -> None:
     """
     if strip.batch.ids.shape == strip.traced.batch.ids.shape:
         return
-    near = max(1e-3, torch.finfo(strip.traced.dtype).eps ** 0.5)
     whole: dict[str, Iterator[Tensor]] = {}
     for call, _ in strip.segment(depth).inside:
         if call.name not in whole:
             whole[call.name] = iter([x for of in strip.traced.calls if of.name == call.name for x in of.outputs])
         for x in call.outputs:
             begin = next(whole[call.name], x.new_empty(0))
-            begin = begin[tuple(slice(0, n) for n in x.shape)] if begin.dim() == x.dim() else begin
-            if begin.shape != x.shape or not bool((begin - x).norm() <= near * x.norm()):
-                raise Unsupported(f"{call.name} returns something else for the beginning of a sequence than for all of it")
+            require_beginning(call.name, begin, x, "the beginning of a sequence than for all of it")
 
 
-def _write(blocks: list[Block], rule: Rule, calls: list[Call], delta: Outputs, where: slice) -> None:
-    """Put a chunk's directions, or its cotangents, where they are kept."""
-    for block in blocks:
-        if block.first <= where.start:
-            rows = block.values[where.start - block.first : where.stop - block.first]
-            if block.part is None:
-                flatten(rule.direction(calls, delta), rows)
-            else:
-                found = block.of(delta)
-                rows.view(found.shape).copy_(found)
-
-
-def flatten(direction: Direction, out: Float[Tensor, "n K"]) -> None:
-    """The numbers of a batch of directions, parameters side by side in alphabetic order, into out."""
-    torch.cat([direction[name].flatten(1) for name in sorted(direction)], 1, out=out)
+def flat(direction: Direction) -> Float[Tensor, "n K"]:
+    """The numbers of a batch of directions, parameters side by side in alphabetic order."""
+    return cat([direction[name].flatten(1) for name in sorted(direction)], 1)
 
 
 def _new_positions(before: torch.Size | None, shape: torch.Size) -> list[tuple[slice, ...]]:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
+import torch
 from torch import Tensor
 
 from ...model.calls import Call, FusedCall
@@ -27,6 +28,7 @@ from ..problem import Coverage, Problem
 from ..products import Direction
 from ..readout import LABEL as READOUT
 from ..sides import Side
+from .aligned import aligned_depths
 from .fuse import fusions
 from .segments import Cuts
 
@@ -103,15 +105,14 @@ class Plan:
             return Fused(calls[0], [Linear([of], self.moves[of.name]) for of, _ in calls[0].parts])
         return rule_for(calls, self.moves[calls[0].name], self.P.get(calls[0].name))
 
-    def fused(self, tracer: Tracer, batch: Batch) -> Plan:
+    def fused(self, tracer: Tracer, batch: Batch, narrow: float) -> Plan:
         """The plan with linear layers fused where one elementwise product takes them all in, seen on a batch.
 
-        Layers whose directions are shorter than their cotangents stay by themselves.
+        Layers with fewer inputs than `narrow`, of which directions are kept, stay by themselves.
         """
         h, calls, given = self.unroll(tracer, batch)
         rules = self.rules([call.detached() for call in calls])
-        half = batch.ids.shape[1] // 2
-        fit = [name for name, rule in rules.items() if rule.can_fuse and not rule.prefers_direction(half)]
+        fit = [name for name, rule in rules.items() if rule.can_fuse and not rule.prefers_direction(narrow)]
         return replace(self, fusions=tuple(fusions(h, calls, given, fit)))
 
     def record(self, tracer: Tracer, batch: Batch) -> tuple[Tensor, list[Call]]:
@@ -179,10 +180,15 @@ class PlannedProblem(Problem):
     """A problem whose moving modules have been sorted; what is derived of it is made once, when it is asked for."""
 
     plan: Plan
+    together: bool = True  # whether sequences may stand side by side in a batch
 
     def transposed(self) -> PlannedProblem:
         """The problem of Fᵀ, by the same plan."""
         return replace(self, observed=self.updated, updated=self.observed)
+
+    def apart(self) -> PlannedProblem:
+        """The problem with one sequence at a time."""
+        return replace(self, together=False)
 
     @cached_property
     def singles(self) -> tuple[Side, Side]:
@@ -191,14 +197,32 @@ class PlannedProblem(Problem):
 
     @cached_property
     def longest(self) -> Batch:
-        """The longest sequence, with its last scored token alone."""
-        every = [batch for side in self.singles for batch in side.batches]
-        return max(every, key=lambda batch: batch.ids.shape[1]).upto(slice(-1, None))
+        """The longest sequence, with three of its scored tokens."""
+        whole = max(self._every, key=lambda batch: batch.ids.shape[1])
+        N = len(whole.rows)
+        return whole.only(torch.tensor(sorted({0, N // 2, N - 1})))
+
+    @cached_property
+    def _every(self) -> list[Batch]:
+        return [batch for side in self.singles for batch in side.batches]
+
+    @cached_property
+    def narrow(self) -> float:
+        """Modules with fewer inputs p than this keep directions: by the number of multiplications for each output and pair.
+
+            cotangents   E and its inner products     t_l Σ T_o / M + t_m
+            directions   both made, and theirs        p (t_l / M + t_m / L + 1)
+
+        t positions has the sequence of a token, M and L are the tokens, Σ T_o the positions of the observed side.
+        """
+        (M, L), (o, u) = self.shape, self.singles
+        t_m, t_l = (sum(len(b.rows) * b.ids.shape[1] for b in side.batches) / len(side) for side in (o, u))
+        return (t_l * sum(b.ids.shape[1] for b in o.batches) / M + t_m) / (t_l / M + t_m / L + 1)
 
     @cached_property
     def fused_plan(self) -> Plan:
         """The plan with fused layers, as the sweep takes them."""
-        return self.plan.fused(self.tracer, self.longest)
+        return self.plan.fused(self.tracer, self.longest, self.narrow)
 
     @cached_property
     def rules(self) -> Rules:
@@ -207,9 +231,15 @@ class PlannedProblem(Problem):
 
     @cached_property
     def cuts(self) -> Cuts:
-        """Where the backbone is cut, of all sequences alike."""
-        every = [batch for side in self.singles for batch in side.batches]
-        return Cuts.of(partial(self.fused_plan.unroll, self.tracer), every)
+        """Where the backbone is cut: of all sequences alike, or of the longest, which the others are then compared with."""
+        every = [self.longest] if self.together else self._every
+        shortest = min(self._every, key=lambda batch: batch.ids.shape[1])
+        return Cuts.of(partial(self.fused_plan.unroll, self.tracer), every, shortest)
+
+    @cached_property
+    def aligned(self) -> int:
+        """How many segments keep a token's cotangent at its own position."""
+        return aligned_depths(self.cuts, self.longest, self.rules)
 
 
 def planned(problem: Problem) -> PlannedProblem:
@@ -246,7 +276,8 @@ def planned(problem: Problem) -> PlannedProblem:
     require_covered(problem, plan)
     plan = replace(plan, norms={name: norm for name, norm in norms.items() if norm is not None})
     plan = replace(plan, unused=_unused(tracer, plan, calls, batches[0]))
-    return PlannedProblem(tracer, problem.uses, problem.P, problem.observed, problem.updated, plan)
+    together = all(rule.tells_sequences for rule in rules.values())
+    return PlannedProblem(tracer, problem.uses, problem.P, problem.observed, problem.updated, plan, together)
 
 
 def _require_beginnings(tracer: Tracer, batches: Sequence[Batch]) -> None:

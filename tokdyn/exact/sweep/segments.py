@@ -41,10 +41,11 @@ class Outline:
         """From what Tracer.unroll gives.
 
         Raises:
-            Unsupported: none of the modules was called.
+            Unsupported: none of the modules was called; see `require_by_sequence`.
         """
         if not h.requires_grad:
             raise Unsupported(DIFFERENT_MODULES)
+        require_by_sequence(calls)
         depth, cuts = depths(h, [x for call in calls for x in call.outputs if x.is_leaf])
 
         at = partial(depth_of, depth)
@@ -77,6 +78,17 @@ class Outline:
     def sizes(self, keys: Sequence[Place]) -> list[list[int]]:
         """Elements of each module output, by segment."""
         return [[x.numel() for i in inside for x in self.shapes[i]] for inside in self.segments(keys)]
+
+
+def require_by_sequence(calls: Sequence[Call]) -> None:
+    """Raise unless every call of several sequences has a row for each of them.
+
+    Raises:
+        Unsupported: one has its tokens in another order (experts, which take those that are given to them).
+    """
+    for call in calls:
+        if call.sequences > 1 and not call.is_by_sequence:
+            raise Unsupported(f"{call.name} does not take the sequences of a batch one by one")
 
 
 def common_cuts(outlines: Sequence[Outline]) -> list[Place]:
@@ -132,23 +144,25 @@ class Cuts:
     unroll: Callable[..., tuple[Tensor, list[Call], dict[Place, Tensor]]]  # of a batch, from one place to another
     keys: tuple[Place, ...]  # from the readout down
     tried: Batch  # a short text, on which it is seen where a graph may begin
-    outlines: dict[int, Outline] = field(default_factory=dict)  # by the length of a sequence
+    widths: tuple[float, ...] = ()  # by segment, elements of its modules' outputs for a position of the longest sequence
+    outlines: dict[torch.Size, Outline] = field(default_factory=dict)  # by the shape of a batch
     ends: dict[int, bool] = field(default_factory=dict)  # by cut: whether a graph may end there and the next begin
 
     @classmethod
-    def of(cls, unroll: Callable[..., Any], batches: Sequence[Batch]) -> Cuts:
-        """The places that all these sequences share."""
-        tried = min(batches, key=lambda batch: batch.ids.shape[1]).upto(slice(0, TRIED))
-        whole = cls(unroll, (), tried)
+    def of(cls, unroll: Callable[..., Any], batches: Sequence[Batch], shortest: Batch) -> Cuts:
+        """The places that all these batches share; on the beginning of the shortest one it is tried where a graph may begin."""
+        whole = cls(unroll, (), tried := shortest.upto(slice(0, TRIED)))
         keys = common_cuts([whole.outline(batch) for batch in batches])
-        return cls(unroll, tuple(keys), tried, whole.outlines)
+        longest = max(batches, key=lambda batch: batch.ids.numel())
+        widths = (sum(of) / longest.ids.numel() for of in whole.outline(longest).sizes(keys))
+        return cls(unroll, tuple(keys), tried, tuple(widths), whole.outlines)
 
     def outline(self, batch: Batch) -> Outline:
-        """The outline for this sequence length, made once; `segments` raises if a sequence of that length differs."""
-        length = batch.ids.shape[1]
-        if length not in self.outlines:
-            self.outlines[length] = self._fitting(Outline.of(*self.unroll(batch)))
-        return self._fitting(self.outlines[length])
+        """The outline for a batch of this shape, made once; `segments` raises if another one of that shape differs."""
+        shape = batch.ids.shape
+        if shape not in self.outlines:
+            self.outlines[shape] = Outline.of(*self.unroll(batch))
+        return self._fitting(self.outlines[shape])
 
     def _fitting(self, outline: Outline) -> Outline:
         if not set(self.keys) <= set(outline.cuts):
@@ -199,6 +213,7 @@ class Cuts:
         """The segments, and the calls in each."""
         top, bottom = (self.keys[i] if 0 <= i < len(self.keys) else None for i in (start - 1, stop - 1))
         end, calls, given = self.unroll(batch, self.keys[max(0, start - 1) : stop], bottom, top)
+        require_by_sequence(calls)
         return self._divided(end, calls, given, start, stop)
 
     def _divided(

@@ -1,4 +1,4 @@
-"""Strips: consecutive tokens of a sequence that are pulled back together, from the readout down, segment by segment."""
+"""Strips: consecutive tokens of sequences side by side, pulled back together from the readout down, segment by segment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...model.calls import Call
@@ -25,35 +25,39 @@ LENGTHS = 8  # a sequence is unrolled at so many lengths, more where memory is s
 class Budget(NamedTuple):
     """How much is done at a time."""
 
-    chunk: int  # cotangents pulled together
+    chunk: int  # cotangents pulled together, one for each sequence
     group: int  # streamed tokens that meet the kept ones together
-    strip: int  # kept tokens that are pulled in one graph: a part of the kept ones is whole strips
+    strip: int  # kept slots that are pulled in one graph: a part of the kept ones is whole strips
     kept: int  # bytes of what is kept of a segment; what does not fit is done in parts, the streamed side pulled for each
     graphs: int  # bytes of graphs: so many segments are made in one forward pass, of all sequences of both sides
 
 
 @dataclass(eq=False)
 class Strip:
-    """A run of consecutive scored tokens, on the sequence truncated after the last one.
+    """Consecutive slots of a batch, on its sequences truncated after the last token of these.
 
-    Mutable: each `pull` replaces its cotangents by those at the next cut.
+    A cell is one slot of one sequence, [slots, sequences] in that order; a cell in which a sequence has no token is empty.
+    Mutable: each `pull` replaces the cotangents by those at the next cut.
 
     Attributes:
-        traced: the whole sequence.
-        rows: the tokens among the sequence's.
-        where: the tokens on the tile's axis.
-        batch: the sequence up to the last of them.
-        cuts, outline: where the backbone is cut, and what lies between on a sequence of this length.
+        traced: the whole batch.
+        slots: which of its slots.
+        where: the cells on the tile's axis.
+        batch: the sequences up to the last of their tokens.
+        tokens, cells: of each token, its place among the whole batch's, and its cell.
+        cuts, outline: where the backbone is cut, and what lies between on a batch of this shape.
         aligned: the tokens' cotangents at the current cut in one tensor, while each stays at its own position.
         at_once: how many segments are made in one graph.
         made: segments whose graph exists, by depth.
-        cotangents: of each chunk of tokens, [b, *cut], once they have spread over positions.
+        cotangents: of each chunk of slots, [b, *cut], once they have spread over positions.
     """
 
     traced: TracedBatch
-    rows: slice
+    slots: slice
     where: slice
     batch: Batch
+    tokens: Int[Tensor, " N"]
+    cells: Int[Tensor, " N"]
     cuts: Cuts
     outline: Outline
     aligned: Tensor
@@ -62,17 +66,21 @@ class Strip:
     cotangents: list[Tensor] = field(default_factory=list)
 
     @property
-    def positions(self) -> Int[Tensor, " N"]:
-        """Where the tokens are scored."""
-        return self.batch.rows.to(self.traced.cotangent.device)
+    def sequences(self) -> int:
+        """How many there are."""
+        return len(self.batch.ids)
 
     @property
-    def half(self) -> int:
-        """Half of the whole sequence: about how many positions a token's cotangents take."""
-        return self.traced.batch.ids.shape[1] // 2
+    def positions(self) -> Int[Tensor, " N"]:
+        """Where the tokens are scored, among the positions of all sequences."""
+        return self.batch.rows.to(self.traced.cotangent.device)
+
+    def by_cell(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "C ..."]:
+        """What there is for each token, for each cell; 0 for the empty ones."""
+        return x.new_zeros(self.where.stop - self.where.start, *x.shape[1:]).index_copy_(0, self.cells, x)
 
     def segment(self, depth: int) -> Segment:
-        """A segment of the backbone on this sequence, its graph made now if it is not there."""
+        """A segment of the backbone on these sequences, its graph made now if it is not there."""
         if depth not in self.made:
             stop = self.cuts.graph_end(depth, self.at_once)
             self.made.update(enumerate(self.cuts.segments(self.batch, depth, stop), depth))
@@ -95,18 +103,20 @@ class Strip:
         return _by_module(segment, deltas)
 
     def spread(self, chunk: int) -> None:
-        """From one cotangent for all tokens to one for each of them, in chunks."""
-        whole = self.aligned
-        every = torch.arange(len(self.positions), device=whole.device)
-        where = every if whole.dim() == 2 else self.positions  # before the first segment there are only the tokens
-        for part in every.tensor_split(-(-len(every) // chunk)):
+        """From one cotangent for all tokens to one for each slot, at most `chunk` times a sequence of them in one tensor."""
+        whole, slot = self.aligned, self.cells // self.sequences
+        # before the first segment there are only the tokens
+        where = torch.arange(len(self.cells), device=whole.device) if whole.dim() == 2 else self.positions
+        count = self.slots.stop - self.slots.start
+        for part in torch.arange(count).tensor_split(-(-count // max(1, chunk // self.sequences))):
+            mine = ((slot >= part[0]) & (slot <= part[-1])).nonzero().squeeze(1)
             alone = whole.new_zeros(len(part), *whole.shape)
-            alone.flatten(1, -2)[every[: len(part)], where[part]] = whole.flatten(0, -2)[where[part]]
+            alone.flatten(1, -2)[slot[mine] - part[0], where[mine]] = whole.flatten(0, -2)[where[mine]]
             self.cotangents.append(alone)
         self.aligned = whole.new_empty(0)
 
     def pull(self, depth: int, last: bool = True) -> Iterator[tuple[slice, Found]]:
-        """The vjp of every chunk through a segment: its columns on the tile's axis, and the cotangents at the modules.
+        """The vjp of every chunk through a segment: its cells on the tile's axis, and the cotangents at the modules.
 
         `last` moves the strip's own cotangents down; without it the segment can be pulled again.
         """
@@ -115,10 +125,17 @@ class Strip:
             deltas, below = segment.pull(cotangent)
             if last:
                 self.cotangents[i] = below
-            yield slice(start, start + len(cotangent)), _by_module(segment, deltas)
-            start += len(cotangent)
+            stop = start + len(cotangent) * self.sequences
+            yield slice(start, stop), _by_module(segment, deltas)
+            start = stop
         if last:
             self.release(depth)
+
+
+def places(strips: Sequence[Strip]) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
+    """The tokens of a tile's strips: their cells on its axis, and their places on the side's axis of F."""
+    cells = [strip.where.start + strip.cells for strip in strips]
+    return torch.cat(cells), torch.cat([strip.traced.where[strip.tokens] for strip in strips])
 
 
 def _by_module(segment: Segment, deltas: list[list[Tensor]]) -> Found:
@@ -130,41 +147,48 @@ def _by_module(segment: Segment, deltas: list[list[Tensor]]) -> Found:
     return found
 
 
-def in_strips(tokens: int, longest: int | None = None) -> list[slice]:
-    """The tokens of a sequence in runs of about the same length, at most `longest` of them in one."""
-    count = max(1, min(LENGTHS, tokens // SHORTEST), -(-tokens // (longest or tokens)))
-    length = -(-tokens // count)
-    return [slice(a, min(a + length, tokens)) for a in range(0, tokens, length)]
+def in_strips(slots: int, longest: int | None = None) -> list[slice]:
+    """The slots of a batch in runs of about the same length, at most `longest` of them in one."""
+    count = max(1, min(LENGTHS, slots // SHORTEST), -(-slots // (longest or slots)))
+    length = -(-slots // count)
+    return [slice(a, min(a + length, slots)) for a in range(0, slots, length)]
 
 
 def make_strips(
-    cuts: Cuts, tokens: Sequence[tuple[TracedBatch, slice]], graphs: int, longest: int | None = None
+    cuts: Cuts, blocks: Sequence[tuple[TracedBatch, slice]], graphs: int, longest: int | None = None
 ) -> list[Strip]:
     """The tokens of one side of a tile as strips, with their cotangents at the input of the readout.
 
     Args:
         cuts: where the backbone is cut.
-        tokens: sequences and which tokens of each.
+        blocks: batches and which slots of each.
         graphs: bytes their graphs may take: made once where all fit, else some segments at a time when those are wanted.
-        longest: most tokens of a strip.
+        longest: most slots of a strip.
     """
     cut: list[tuple[TracedBatch, slice, Batch]] = []
-    for traced, rows in tokens:
-        a = rows.start
-        parts = [slice(a + of.start, a + of.stop) for of in in_strips(rows.stop - a, longest)]
+    for traced, slots in blocks:
+        a = slots.start
+        parts = [slice(a + of.start, a + of.stop) for of in in_strips(slots.stop - a, longest)]
         cut += [(traced, part, traced.batch.upto(part)) for part in parts]
 
-    def size(traced: TracedBatch, batch: Batch, how: Callable[[list[int]], int]) -> int:
-        values = how([sum(of) for of in cuts.outline(traced.batch).sizes(cuts.keys)])
-        return SAVED * traced.dtype.itemsize * values * batch.ids.shape[1] // traced.batch.ids.shape[1]
+    def size(traced: TracedBatch, batch: Batch, how: Callable[[list[float]], float]) -> float:
+        return SAVED * traced.dtype.itemsize * batch.ids.numel() * how(cuts.widths)
 
     fit = sum(size(traced, batch, sum) for traced, _, batch in cut) <= graphs
-    at_once = max(1, graphs // max(1, sum(size(traced, batch, max) for traced, _, batch in cut)))
+    at_once = max(1, graphs // max(1, int(sum(size(traced, batch, max) for traced, _, batch in cut))))
     found, start = [], 0
     for traced, part, batch in cut:
-        where = slice(start, start + len(batch.rows))
+        device, B = traced.cotangent.device, len(batch.ids)
+        where = slice(start, start + (part.stop - part.start) * B)
+        tokens = ((traced.batch.slot >= part.start) & (traced.batch.slot < part.stop)).nonzero().squeeze(1)
+        cells = (traced.batch.slot[tokens] - part.start) * B + batch.rows // batch.ids.shape[1]
         outline, made = cuts.whole(batch) if fit else (cuts.outline(batch), [])
-        aligned = traced.cotangent[part].to(traced.dtype)
-        found.append(Strip(traced, part, where, batch, cuts, outline, aligned, at_once, dict(enumerate(made))))
+        aligned = traced.cotangent[tokens].to(traced.dtype)
+        found.append(
+            Strip(
+                traced, part, where, batch, tokens.to(device), cells.to(device), cuts, outline, aligned, at_once,
+                dict(enumerate(made)),
+            )
+        )  # fmt: skip
         start = where.stop
     return found

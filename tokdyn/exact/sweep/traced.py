@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +12,7 @@ from torch import Tensor
 from ...model.calls import Call
 from ...model.trace import Tracer
 from ...sequences import Batch
+from ..errors import Unsupported
 from ..readout import forces_at_readout
 from ..sides import Side
 from .plan import Plan, Rules
@@ -39,7 +39,7 @@ class TracedBatch:
     cotangent: Float[Tensor, "N d"]
     ids: Int[Tensor, " I"]
     gamma_at_ids: Float[Tensor, "N I"]
-    where: slice
+    where: Int[Tensor, " N"]
     dtype: torch.dtype
     calls: Sequence[Call]
     rules: Rules
@@ -66,15 +66,10 @@ class SideTracer:
     ids: Int[Tensor, " I"]
     used: bool = False
 
-    @cached_property
-    def starts(self) -> list[int]:
-        """Where each batch begins on the side's axis of F."""
-        return self.side.starts
-
     @torch.no_grad()
     def __call__(self, b: int, with_calls: bool) -> TracedBatch:
         """Batch b; the logits exist for some rows at a time."""
-        batch, term, start = self.side.batches[b], self.side.terms[b], self.starts[b]
+        batch, term = self.side.batches[b], self.side.terms[b]
         h, calls = self.plan.record(self.tracer, batch) if with_calls else (self.tracer.hidden(batch), [])
         calls = self.plan.used(calls) if self.used else calls
         weight = self.tracer.readout.weight.to(self.tracer.precision)
@@ -82,5 +77,39 @@ class SideTracer:
         for part in forces_at_readout(self.tracer, h, term):
             parts.append((part.pulled @ weight, part.pulled[:, ids]))
         cotangent, residual = (torch.cat(of) for of in zip(*parts, strict=True))
-        where, rules = slice(start, start + len(h)), self.plan.rules(calls) if with_calls else {}
+        where, rules = self.side.where[b].to(h.device), self.plan.rules(calls) if with_calls else {}
+        if self.used:
+            self._require_alone(batch, h, calls)
         return TracedBatch(batch, h.to(cotangent.dtype), cotangent, ids, residual, where, h.dtype, calls, rules)
+
+    def _require_alone(self, batch: Batch, h: Float[Tensor, "N d"], calls: Sequence[Call]) -> None:
+        """Raise unless the sequence with the most padding gives alone what it gives in the batch.
+
+        Raises:
+            Unsupported: a module returns something else: sequences meet in it, or padding counts.
+        """
+        T, row = batch.ids.shape[1], batch.rows // batch.ids.shape[1]
+        if len(batch.ids) == 1:
+            return
+        ends = (batch.rows % T)[row.diff(append=row.new_tensor([-1])) != 0]  # of each sequence, where its last token is scored
+        k = int(ends.argmin())
+        h_alone, own = self.plan.record(self.tracer, batch.alone(k)) if calls else (self.tracer.hidden(batch.alone(k)), [])
+        own = self.plan.used(own)
+        if [call.name for call in own] != [call.name for call in calls] or not all(call.is_by_sequence for call in calls):
+            raise Unsupported("a module does not take the sequences of a batch one by one")
+        require_beginning("the model", h[row.to(h.device) == k], h_alone, "a sequence in a batch than alone")
+        for call, whole in zip(own, calls, strict=True):
+            for x, y in zip(whole.outputs, call.outputs, strict=True):
+                require_beginning(call.name, x[k : k + 1], y, "a sequence in a batch than alone")
+
+
+def require_beginning(name: str, whole: Tensor, part: Tensor, what: str) -> None:
+    """Raise unless `part` is the beginning of `whole` along every axis.
+
+    Raises:
+        Unsupported: the module `name` returns something else for `what`.
+    """
+    near = max(1e-3, torch.finfo(part.dtype).eps ** 0.5)
+    begin = whole[tuple(slice(0, n) for n in part.shape)] if whole.dim() == part.dim() else whole
+    if begin.shape != part.shape or not bool((begin - part).norm() <= near * part.norm()):
+        raise Unsupported(f"{name} returns something else for {what}")

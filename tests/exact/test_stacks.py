@@ -1,0 +1,80 @@
+"""Sequences side by side in the sweep: a batch gives what its sequences give alone, or they stay alone and the coverage says why."""
+
+import engines
+import pytest
+import torch
+from engines import counted, matrices
+
+from tokdyn.exact.sweep import budget, stacks
+from tokdyn.model.trace import trace
+from tokdyn.objectives import SFT
+from tokdyn.testing import float64, random_chis, relative_error, tiny
+
+FP32, FP64 = 1e-5, 1e-9  # two gradients of these models, each off by 5e-6: tests/test_forces.py
+
+
+def ragged():
+    """Sequences of many lengths: one token, the same twice, two with a common beginning."""
+    chis = random_chis([(3, 5), (1, 1), (4, 3), (3, 5), (2, 6), (5, 2)], seed=11)
+    chis[3] = chis[0]
+    chis[4] = chis[4].with_(ids=torch.cat([chis[0].ids[:5], chis[4].ids[5:]]))
+    return chis
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma2"])  # gpt2 looks the positions of all sequences up at once
+@pytest.mark.parametrize("sides", ["both equal", "apart"])
+def test_a_batch_of_ragged_sequences_is_exact(family, sides):
+    """Against one gradient per token in float64; every side is one batch, with empty slots where sequences are shorter."""
+    update = ragged()
+    observe = ragged() if sides == "both equal" else random_chis([(2, 4), (6, 3), (1, 1), (2, 7)], seed=12)
+    with float64(), counted() as counts:
+        naive, fast, by = matrices(tiny(family).double(), update=update, observe=observe, engine="sweep")
+    assert relative_error(fast, naive) < FP64
+    assert counts["strip"] == 2 and not any("at a time" in label for label in by.values())
+
+
+@pytest.mark.parametrize("memory", [1 << 17, 1 << 20])
+def test_batches_in_little_memory_are_exact(memory):
+    """Batches, parts of their slots in several tiles, graphs of a few segments."""
+    naive, fast, _ = matrices(tiny("llama"), update=ragged(), observe=ragged()[2:], engine="sweep", memory=memory)
+    assert relative_error(fast, naive) < FP32
+
+
+def test_sequences_share_a_batch_where_padding_costs_less():
+    """Without a cost of a batch's own only what pads nothing is together; at any price everything is, up to the most positions."""
+    with trace(tiny("llama")) as tracer:
+        side = engines.scored(tracer, ragged(), ragged(), SFT()).observed.one_by_one()
+    rows = [sorted(batch.sequence.unique().tolist()) for batch in stacks.side_by_side(side, 1000, 0.0).batches]
+    assert sorted(rows) == [[0, 3], [1], [2], [4], [5]]
+    whole = stacks.side_by_side(side, 1000, 1e9)
+    (batch,) = whole.batches
+    assert batch.ids.shape == (6, max(b.ids.shape[1] for b in side.batches)) and batch.slots == 6
+    for k, alone in enumerate(side.batches):  # the tokens of each sequence, and where they are on the axis
+        again = batch.alone(k)
+        assert all(torch.equal(getattr(again, name), getattr(alone, name)) for name in ("ids", "rows", "targets", "position"))
+        assert torch.equal(whole.where[0][batch.sequence == k], side.where[k])
+    assert all(b.ids.numel() <= 14 for b in stacks.side_by_side(side, 14, 1e9).batches)
+
+
+def test_sequences_that_meet_in_a_module_stay_alone_and_the_coverage_says_so():
+    """A module that comes to read how many sequences there are, once the trace has been checked."""
+    model = tiny("llama", tied=False)
+
+    class Counting(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * len(x)
+
+    with trace(model) as tracer:
+        problem = engines.scored(tracer, ragged(), ragged()[:2], SFT())
+        model.model.layers[0].mlp.up_proj.__class__ = Counting
+        coverage = engines.choice.structured(problem, problem.empty())
+    assert all("one sequence at a time" in label and "in a batch than alone" in label for label in coverage.values())
+
+
+def test_the_counted_multiplications_prefer_a_batch(monkeypatch):
+    """Sides of equal lengths are one batch each whatever a batch costs."""
+    monkeypatch.setattr(budget, "LAUNCH", 0.0)
+    chis = random_chis([(3, 4)] * 5, seed=3)
+    with counted() as counts:
+        naive, fast, _ = matrices(tiny("qwen2"), update=chis, observe=chis, engine="sweep")
+    assert relative_error(fast, naive) < FP32 and counts["strip"] == 2

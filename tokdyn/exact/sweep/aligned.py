@@ -1,0 +1,41 @@
+"""Segments in which a token's cotangent stays at its own position: one cotangent then carries all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ...sequences import Batch
+from ..modules.base import Rule
+from .segments import Cuts
+
+
+@torch.no_grad()
+def aligned_depths(cuts: Cuts, batch: Batch, rules: Mapping[str, Rule]) -> int:
+    """How many segments from the readout down are such, seen on random cotangents.
+
+    Args:
+        cuts: where the backbone is cut.
+        batch: some tokens of the longest sequence there is: in one of a single token there is nowhere else to go.
+        rules: of the modules; those of such a segment must give outer products, be called once and return [b, 1, T, q].
+    """
+    _, segments = cuts.whole(batch)
+    N, T = len(batch.rows), batch.ids.shape[1]
+    top = segments[0].top
+    cotangent = top.new_zeros(N, *top.shape)
+    random = torch.randn(N, *top.shape[1:], generator=torch.Generator().manual_seed(0))
+    cotangent[torch.arange(N), torch.arange(N)] = random.to(top)
+    elsewhere = torch.ones(N, T, dtype=torch.bool, device=top.device)
+    elsewhere[torch.arange(N), batch.rows] = False
+    for depth, segment in enumerate(segments):
+        names = [call.name for call, _ in segment.inside]
+        if len(set(names)) < len(names) or not all(name in rules and rules[name].has_outer_products for name in names):
+            return depth
+        deltas, cotangent = segment.pull(cotangent)
+        seen = [x for delta in deltas for x in delta] + [cotangent]
+        if not cotangent.numel():
+            return depth
+        if any(x.dim() != 4 or x.shape[1:3] != (1, T) or bool(x[:, 0][elsewhere].any()) for x in seen):
+            return depth
+    return len(segments)
