@@ -45,7 +45,7 @@ def test_memory_sets_chunks_and_tiles_and_nothing_else(engine, memory):
 
 @pytest.mark.parametrize("launch", [0.0, 1e9])
 def test_strips_of_different_lengths_meet(launch, monkeypatch):
-    """Sequences cut behind their tokens, apart or in one batch: cotangents of a short strip meet tangents made for the whole."""
+    """Sequences cut behind their tokens, apart or in one batch: a short strip meets tangents made for the whole."""
     monkeypatch.setattr(budget, "LAUNCH", launch)
     monkeypatch.setattr(strips, "SHORTEST", 3)
     monkeypatch.setattr(budget, "GROUP", 5)

@@ -1,4 +1,4 @@
-"""Sequences side by side in the sweep: a batch gives what its sequences give alone, or they stay alone and the coverage says why."""
+"""Sequences side by side in the sweep: a batch gives what its sequences give alone, or they stay alone and the coverage says it."""
 
 import engines
 import pytest
@@ -41,7 +41,7 @@ def test_batches_in_little_memory_are_exact(memory):
 
 
 def test_sequences_share_a_batch_where_padding_costs_less():
-    """Without a cost of a batch's own only what pads nothing is together; at any price everything is, up to the most positions."""
+    """Without a cost of a batch's own what pads nothing is together; at any price everything is, up to the most positions."""
     with trace(tiny("llama")) as tracer:
         side = engines.scored(tracer, ragged(), ragged(), SFT()).observed.one_by_one()
     rows = [sorted(batch.sequence.unique().tolist()) for batch in stacks.side_by_side(side, 1000, 0.0).batches]
@@ -60,13 +60,13 @@ def test_sequences_that_meet_in_a_module_stay_alone_and_the_coverage_says_so():
     """A module that comes to read how many sequences there are, once the trace has been checked."""
     model = tiny("llama", tied=False)
 
-    class Counting(torch.nn.Linear):
+    class Counting(torch.nn.Module):
         def forward(self, x):
-            return super().forward(x) * len(x)
+            return torch.nn.functional.silu(x) * len(x)
 
     with trace(model) as tracer:
         problem = engines.scored(tracer, ragged(), ragged()[:2], SFT())
-        model.model.layers[0].mlp.up_proj.__class__ = Counting
+        model.model.layers[0].mlp.act_fn = Counting()
         coverage = engines.choice.structured(problem, problem.empty())
     assert all("one sequence at a time" in label and "in a batch than alone" in label for label in coverage.values())
 
