@@ -1,4 +1,4 @@
-"""Sequences side by side in the sweep: a batch gives what its sequences give alone, or they stay alone and the coverage says it."""
+"""Sequences side by side in the sweep: a batch gives what its sequences give alone; where it does not, they stay alone."""
 
 import engines
 import pytest
