@@ -153,8 +153,8 @@ class Batch:
 
     def only(self, tokens: Int[Tensor, " n"]) -> Batch:
         """Some of the scored tokens."""
-        own = (x[tokens] for x in (self.rows, self.targets, self.sequence, self.position))
-        return Batch(self.ids, *own, self.position_ids)
+        own = {name: getattr(self, name)[tokens] for name in ("rows", "targets", "sequence", "position")}
+        return replace(self, **own)
 
     def alone(self, k: int) -> Batch:
         """Sequence k by itself, cut after the last position that scores a token."""

@@ -1,7 +1,7 @@
 """How a sweep shares out memory, and what it and the tangents cost: multiplications and bytes, counted before any is spent.
 
     sweep     W (Σ_m t_m · columns + Σ_l t_l · rows · parts) + Σ_l E(t_l) + M L · (numbers met) + passes that make the graphs
-    tangents  W Σ_l t_l + Σ_l E(t_l) + 2 W L Σ_b T_b
+    tangents  W Σ_l t_l + Σ_l E(t_l) + 2 W L Σ_b T_b              and for both what it takes to come to a module at all
 
 W weights are passed for every position, t is the end of the strip a token is pulled in, T_b the length of a sequence b of the
 other side, and E(t) = Σ_b min(t T_b Q, (t + T_b) W') what it takes to move Q numbers a position by W' moving weights.
@@ -29,7 +29,7 @@ from .strips import SAVED, SHORTEST, Budget, in_strips
 
 CHUNK, GROUP = 32, 96  # cotangents per vjp, streamed tokens per product, where memory allows
 BATCH = 1024  # padded positions of sequences side by side
-LAUNCH = 5e7  # multiplications in the time that it takes to pull, make and meet anything at one module
+LAUNCH = 2e7  # multiplications in the time that it takes to come to a module at all
 PASS = 3  # cost of a graph-building forward pass in weights x positions: hooks and short inputs make it 3 rather than 1
 PIECE = 32 << 20  # on a CPU a larger tensor is mapped afresh each time, and faulting its pages costs more than filling them
 IN_FLIGHT = 8  # 1/8 of memory at most for the chunk of cotangents in a vjp
@@ -136,7 +136,7 @@ class Size:
         per_cotangent = 2 * self.item * (self.cut + segment + self.written)
         chunk = max(1, min(CHUNK, self.piece // (self.item * widest), memory // IN_FLIGHT // per_cotangent))
         most = min(BATCH, memory // IN_FLIGHT // per_cotangent * self.length) if together else 0
-        overhead = LAUNCH * sum(map(len, self.segments)) / max(1, self.weights)
+        overhead = self._launches(1) / max(1, self.weights)
         sides = side_by_side(o, most, overhead), side_by_side(u, most, overhead)
         per_streamed = self.item * (segment + max(widest * max(len(b.ids) for b in sides[0].batches), self.written))
         group = max(1, min(GROUP, memory // AT_HAND // per_streamed))
@@ -145,8 +145,10 @@ class Size:
         kept_bytes_per_slot = max(1, self.item * max(map(sum, self.stored)) * int(slots[0].sequences.max()))
         budget = Budget(chunk, group, max(1, best.kept_bytes // kept_bytes_per_slot), best.kept_bytes, best.graph_bytes)
         counts = (best.rows, best.columns)
-        blocks = [_in_blocks(side, of.positions, n) for side, of, n in zip(sides, slots, counts, strict=True)]
-        return Tiling(sides, *blocks, budget, best.cost + float(slots[1].sequences.sum()) * sum(stored) / self.item)
+        rows, columns = (_in_blocks(side, of.positions, n) for side, of, n in zip(sides, slots, counts, strict=True))
+        met, visits = float(slots[1].sequences.sum()) * sum(stored) / self.item, [len(side.batches) for side in sides]
+        cost = best.cost + met + self._launches(sum(visits) + visits[0] * visits[1])
+        return Tiling(sides, rows, columns, budget, cost)
 
     def _cheapest(
         self, sides: tuple[Stacked, Stacked], slots: tuple[_Slots, _Slots], memory: int, unreserved: int
@@ -178,7 +180,13 @@ class Size:
     def tangents(self, o: Side, u: Side) -> float:
         """Multiplications of the tangents engine: u's tokens pulled back, one sequence a batch, and carried over o."""
         slots, positions = _Slots.of(u), sum(batch.ids.numel() for batch in o.batches)
-        return self.weights * (float(slots.positions.sum()) + 2 * len(u) * positions) + self._tangent_cost(slots, o)
+        chunks = sum(-(-len(batch.rows) // CHUNK) for batch in u.batches)
+        products = self.weights * (float(slots.positions.sum()) + 2 * len(u) * positions) + self._tangent_cost(slots, o)
+        return products + self._launches(chunks * (1 + 2 * len(o.batches)))
+
+    def _launches(self, visits: int) -> float:
+        """What it costs to come to every module so many times, in multiplications."""
+        return LAUNCH * sum(map(len, self.segments)) * visits
 
     def _stored_bytes(self, slots: _Slots, of: tuple[int, int]) -> Float[Tensor, " n"]:
         """Bytes that each of the slots leaves of a segment."""

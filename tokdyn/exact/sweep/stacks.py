@@ -45,17 +45,17 @@ def side_by_side(side: Side, most: int, overhead: float) -> Stacked:
     """
     sizes = [(batch.ids.shape[1], len(batch.rows)) for batch in side.batches]
     runs: list[list[int]] = []
-    cost = 0.0
+    cost = slots = 0.0
     for b in sorted(range(len(sizes)), key=sizes.__getitem__):
-        length, alone = sizes[b][0], sizes[b][0] * sizes[b][1] + overhead
-        slots = max(sizes[b][1], *(sizes[of][1] for of in runs[-1])) if runs else 0
-        together = runs and length * slots * (len(runs[-1]) + 1) + overhead
-        if runs and length * (len(runs[-1]) + 1) <= most and together <= cost + alone:
+        length, own = sizes[b]
+        count = len(runs[-1]) + 1 if runs else 1
+        together, alone = length * max(slots, own) * count + overhead, length * own + overhead
+        if count > 1 and length * count <= most and together <= cost + alone:
             runs[-1].append(b)
-            cost = together
+            cost, slots = together, max(slots, own)
         else:
             runs.append([b])
-            cost = alone
+            cost, slots = alone, own
     runs = sorted(map(sorted, runs))
     where = side.where
     return Stacked(
@@ -74,10 +74,9 @@ def _stack(batches: Sequence[Batch]) -> Batch:
     def padded(xs: Sequence[Tensor]) -> Tensor:
         return torch.cat([pad(x, (0, T - x.shape[1])) for x in xs])
 
-    ids, positions = [batch.ids for batch in batches], [batch.position_ids for batch in batches]
+    tokens = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("targets", "sequence", "position")}
+    rows = torch.cat([b * T + batch.rows for b, batch in enumerate(batches)])
+    positions = [batch.position_ids for batch in batches if batch.position_ids is not None]
     return Batch(
-        padded(ids),
-        torch.cat([b * T + batch.rows for b, batch in enumerate(batches)]),
-        *(torch.cat([getattr(batch, name) for batch in batches]) for name in ("targets", "sequence", "position")),
-        None if positions[0] is None else padded([x for x in positions if x is not None]),
+        padded([batch.ids for batch in batches]), rows, **tokens, position_ids=padded(positions) if positions else None
     )

@@ -171,7 +171,7 @@ def make_strips(
         parts = [slice(a + of.start, a + of.stop) for of in in_strips(slots.stop - a, longest)]
         cut += [(traced, part, traced.batch.upto(part)) for part in parts]
 
-    def size(traced: TracedBatch, batch: Batch, how: Callable[[list[float]], float]) -> float:
+    def size(traced: TracedBatch, batch: Batch, how: Callable[[tuple[float, ...]], float]) -> float:
         return SAVED * traced.dtype.itemsize * batch.ids.numel() * how(cuts.widths)
 
     fit = sum(size(traced, batch, sum) for traced, _, batch in cut) <= graphs
