@@ -71,6 +71,13 @@ def test_sequences_that_meet_in_a_module_stay_alone_and_the_coverage_says_so():
     assert all("one sequence at a time" in label and "in a batch than alone" in label for label in coverage.values())
 
 
+def test_modules_that_take_flattened_sequences_go_one_by_one_and_the_coverage_says_so():
+    """OPT's MLP is given [B T, d]: nothing says which rows are whose."""
+    naive, fast, by = matrices(tiny("opt"), update=ragged()[:3], observe=ragged()[2:4], engine="sweep")
+    assert relative_error(fast, naive) < FP32
+    assert all("one sequence at a time (" in label and "does not take the sequences" in label for label in by.values())
+
+
 def test_the_counted_multiplications_prefer_a_batch(monkeypatch):
     """Sides of equal lengths are one batch each whatever a batch costs."""
     monkeypatch.setattr(budget, "LAUNCH", 0.0)
