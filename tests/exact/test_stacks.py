@@ -5,9 +5,10 @@ import pytest
 import torch
 from engines import counted, matrices
 
-from tokdyn.exact.sweep import budget, stacks
+from tokdyn.exact import sweep
+from tokdyn.exact.sweep import budget, stacks, strips
 from tokdyn.model.trace import trace
-from tokdyn.objectives import SFT
+from tokdyn.objectives import GRPO, PPO, SFT
 from tokdyn.testing import float64, random_chis, relative_error, tiny
 
 FP32, FP64 = 1e-5, 1e-9  # two gradients of these models, each off by 5e-6: tests/test_forces.py
@@ -22,15 +23,31 @@ def ragged():
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma2"])  # gpt2 looks the positions of all sequences up at once
-@pytest.mark.parametrize("sides", ["both equal", "apart"])
-def test_a_batch_of_ragged_sequences_is_exact(family, sides):
-    """Against one gradient per token in float64; every side is one batch, with empty slots where sequences are shorter."""
+@pytest.mark.parametrize(("equal", "shortest"), [(True, 2), (True, 64), (False, 64)])
+def test_a_batch_of_ragged_sequences_is_exact(family, equal, shortest, monkeypatch):
+    """Against one gradient per token in float64: a batch a side, or one for both, whose tokens are then pulled back once."""
+    monkeypatch.setattr(strips, "SHORTEST", shortest)
     update = ragged()
-    observe = ragged() if sides == "both equal" else random_chis([(2, 4), (6, 3), (1, 1), (2, 7)], seed=12)
+    observe = ragged() if equal else random_chis([(2, 4), (6, 3), (1, 1), (2, 7)], seed=12)
     with float64(), counted() as counts:
         naive, fast, by = matrices(tiny(family).double(), update=update, observe=observe, engine="sweep")
     assert relative_error(fast, naive) < FP64
-    assert counts["strip"] == 2 and not any("at a time" in label for label in by.values())
+    assert counts["strip"] == (len(strips.in_strips(6)) if equal else 2) and not any("at a time" in of for of in by.values())
+
+
+def test_what_is_on_both_sides_is_pulled_once_whatever_its_weight():
+    """c of rollouts, their weights as observed tokens, held-out ones on either side; other forms of loss are pulled twice."""
+    update = [chi.with_(group=0, advantage=a) for chi, a in zip(ragged()[:3], (1.0, -1.0, 0.5), strict=True)]
+    observe = [update[2], *random_chis([(2, 4)], seed=12), update[0]]
+    weights = torch.arange(1.0, 1 + sum(len(chi) for chi in observe))
+    for objective, common in ((GRPO(), True), (PPO(entropy=0.3), False)):
+        with counted() as counts, trace(tiny("qwen2")) as tracer:
+            problem = engines.scored(tracer, update, observe, objective, weights=weights)
+            naive, fast = problem.empty(), problem.empty()
+            engines.naive.fill(problem, naive)
+            sweep.fill(problem, fast)
+        assert relative_error(fast, naive) < FP32
+        assert counts["strip"] == (3 if common else 2)
 
 
 @pytest.mark.parametrize("memory", [1 << 17, 1 << 20])
@@ -43,7 +60,9 @@ def test_batches_in_little_memory_are_exact(memory):
 def test_sequences_share_a_batch_where_padding_costs_less():
     """Without a cost of a batch's own what pads nothing is together; at any price everything is, up to the most positions."""
     with trace(tiny("llama")) as tracer:
-        side = engines.scored(tracer, ragged(), ragged(), SFT()).observed.one_by_one()
+        problem = engines.scored(tracer, random_chis([(9, 2)], seed=3), ragged(), SFT())
+        side, _, common = stacks.on_both_sides(problem.observed.one_by_one(), problem.updated.one_by_one())
+    assert not common
     rows = [sorted(batch.sequence.unique().tolist()) for batch in stacks.side_by_side(side, 1000, 0.0).batches]
     assert sorted(rows) == [[0, 3], [1], [2], [4], [5]]
     whole = stacks.side_by_side(side, 1000, 1e9)
@@ -81,7 +100,7 @@ def test_modules_that_take_flattened_sequences_go_one_by_one_and_the_coverage_sa
 def test_the_counted_multiplications_prefer_a_batch(monkeypatch):
     """Sides of equal lengths are one batch each whatever a batch costs."""
     monkeypatch.setattr(budget, "LAUNCH", 0.0)
-    chis = random_chis([(3, 4)] * 5, seed=3)
+    update, observe = random_chis([(3, 4)] * 5, seed=3), random_chis([(3, 4)] * 2, seed=4)
     with counted() as counts:
-        naive, fast, _ = matrices(tiny("qwen2"), update=chis, observe=chis, engine="sweep")
+        naive, fast, _ = matrices(tiny("qwen2"), update=update, observe=observe, engine="sweep")
     assert relative_error(fast, naive) < FP32 and counts["strip"] == 2

@@ -15,6 +15,7 @@ aligned.py   where cotangents stay in place            tile.py      kept by stre
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,8 +24,10 @@ from ..problem import MEMORY, Coverage, Problem
 from ..progress import Progress
 from ..readout import readout_matrix
 from .budget import Size, Tiling, Tokens
+from .kept import parts_that_fit
 from .plan import PlannedProblem, Rules, planned
-from .strips import make_strips, places
+from .stacks import Stacked
+from .strips import Strip, cells_of, make_strips
 from .tile import STEPS, Tile
 from .traced import SideTracer, TracedBatch
 
@@ -59,7 +62,7 @@ def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, p
 def _fill(p: PlannedProblem, out: Tensor, closed: Tensor, memory: int, progress: Progress | None) -> Coverage:
     """The readout's own part and the backbone's into out."""
     tiling = Size.of(p).tiling(*p.singles, memory, p.together)
-    sides = _side_tracers(p, tiling)
+    sides, budget = _side_tracers(p, tiling), tiling.budget
     rules: Rules = {}
     tiles, done = len(tiling.kept_blocks) * len(tiling.streamed_blocks), 0
 
@@ -72,25 +75,48 @@ def _fill(p: PlannedProblem, out: Tensor, closed: Tensor, memory: int, progress:
         for traced, _ in kept:
             rules |= traced.rules
         for columns in tiling.streamed_blocks:
-            budget = tiling.budget
             mine = make_strips(p.cuts, kept, budget.graphs // 2, budget.strip)
-            theirs = make_strips(p.cuts, _traced(sides[1], columns, with_calls=False), budget.graphs // 2)
+            both = _strips_of_both(p, tiling, mine)
+            others = _traced(sides[1], [of for of in columns if not both or of[0] >= tiling.common], with_calls=False)
+            theirs = both + make_strips(p.cuts, others, budget.graphs // 2, start=both[-1].where.stop if both else 0)
             part = Tile(p.fused_plan, mine, theirs, budget, p.narrow, report if progress else None).fill(p.aligned)
-            (cells_o, m), (cells_u, l) = places(mine), places(theirs)  # noqa: E741
+            o, u = tiling.sides
+            (m, c_m), (l, c_l) = _tokens(o, rows, mine), _tokens(u, columns, theirs)  # noqa: E741
             at = m[:, None], l
-            out[at] = closed[at] + part[cells_o[:, None], cells_u].to(out)
+            found = part[cells_of(mine)[:, None], cells_of(theirs)].to(out)
+            out[at] = closed[at] + found * c_m.to(out)[:, None] * c_l.to(out)
             report(STEPS, STEPS)
             done += 1
     return p.fused_plan.labels(p, rules)
 
 
+def _strips_of_both(p: PlannedProblem, tiling: Tiling, kept: list[Strip]) -> list[Strip]:
+    """The kept strips that are also streamed: of sequences on both sides, where all that is kept fits into memory at once."""
+    whole = len(tiling.kept_blocks) == len(tiling.streamed_blocks) == 1 and p.P is None
+    if not whole or not tiling.common:
+        return []
+    depths = range(p.aligned, len(p.cuts))
+    if any(len(list(parts_that_fit(kept, depth, tiling.budget.kept, p.narrow))) > 1 for depth in depths):
+        return []
+    first = [id(strip.traced) for strip in kept]
+    both = list(dict.fromkeys(first))[: tiling.common]
+    return [strip for strip in kept if id(strip.traced) in both]
+
+
 def _side_tracers(p: PlannedProblem, tiling: Tiling) -> tuple[SideTracer, SideTracer]:
     """Of both sides, a batch at a time."""
-    o, u = tiling.sides
-    ids = o.ids(p.tracer.device), u.ids(p.tracer.device)
-    return SideTracer(p.tracer, p.fused_plan, o, ids[1], used=True), SideTracer(p.tracer, p.fused_plan, u, ids[0], used=True)
+    ids = torch.cat([side.ids(p.tracer.device) for side in tiling.sides]).unique()
+    o, u = (SideTracer(p.tracer, p.fused_plan, side, ids, used=True) for side in tiling.sides)
+    return o, u
 
 
 def _traced(side: SideTracer, block: Tokens, with_calls: bool) -> list[tuple[TracedBatch, slice]]:
     """The batches of a block, each with its slots in the block."""
     return [(side(b, with_calls), slots) for b, slots in block]
+
+
+def _tokens(side: Stacked, block: Tokens, strips: list[Strip]) -> tuple[Tensor, Tensor]:
+    """The tokens of a block's strips: their places on the side's axis of F, and the factors of their forces."""
+    batches = dict(zip(dict.fromkeys(id(strip.traced) for strip in strips), (b for b, _ in block), strict=True))
+    of = [(batches[id(strip.traced)], strip.tokens.cpu()) for strip in strips]
+    return torch.cat([side.where[b][n] for b, n in of]), torch.cat([side.factors[b].cpu()[n] for b, n in of])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..sides import Side
 from .plan import PlannedProblem
-from .stacks import Stacked, side_by_side
+from .stacks import Stacked, on_both_sides, side_by_side
 from .strips import SAVED, SHORTEST, Budget, in_strips
 
 CHUNK, GROUP = 32, 96  # cotangents per vjp, streamed tokens per product, where memory allows
@@ -44,6 +44,7 @@ class Tiling(NamedTuple):
     """Both sides in batches and blocks: a tile is a block of each, and every tile is pulled back anew."""
 
     sides: tuple[Stacked, Stacked]
+    common: int  # so many batches in front are on both sides
     kept_blocks: list[Tokens]
     streamed_blocks: list[Tokens]
     budget: Budget
@@ -137,7 +138,9 @@ class Size:
         chunk = max(1, min(CHUNK, self.piece // (self.item * widest), memory // IN_FLIGHT // per_cotangent))
         most = min(BATCH, memory // IN_FLIGHT // per_cotangent * self.length) if together else 0
         overhead = self._launches(1) / max(1, self.weights)
-        sides = side_by_side(o, most, overhead), side_by_side(u, most, overhead)
+        *ordered, n = on_both_sides(o, u)
+        parts = [[side_by_side(side.of(of), most, overhead) for of in (slice(n), slice(n, None))] for side in ordered]
+        sides = parts[0][0].and_then(parts[0][1]), parts[1][0].and_then(parts[1][1])
         per_streamed = self.item * (segment + max(widest * max(len(b.ids) for b in sides[0].batches), self.written))
         group = max(1, min(GROUP, memory // AT_HAND // per_streamed))
         slots = _Slots.of(sides[0]), _Slots.of(sides[1])
@@ -148,7 +151,7 @@ class Size:
         rows, columns = (_in_blocks(side, of.positions, n) for side, of, n in zip(sides, slots, counts, strict=True))
         met, visits = float(slots[1].sequences.sum()) * sum(stored) / self.item, [len(side.batches) for side in sides]
         cost = best.cost + met + self._launches(sum(visits) + visits[0] * visits[1])
-        return Tiling(sides, rows, columns, budget, cost)
+        return Tiling(sides, len(parts[0][0].batches), rows, columns, budget, cost)
 
     def _cheapest(
         self, sides: tuple[Stacked, Stacked], slots: tuple[_Slots, _Slots], memory: int, unreserved: int

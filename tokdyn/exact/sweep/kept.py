@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...model.calls import Call
 from ..errors import Unsupported
 from ..modules.base import Outputs, cat
 from ..products import Direction
 from .buffer import ScratchBuffer
 from .segments import DIFFERENT_MODULES
-from .strips import Strip
+from .strips import Found, Strip
 from .traced import require_beginning
 
 
@@ -59,6 +60,13 @@ class Block:
         """The same block with memory for its numbers."""
         return replace(self, values=values if self.part is None else values.view(self.sequences, self.slots, self.size))
 
+    def cotangents(self, where: slice) -> Tensor:
+        """Those of some cells, [b, *part]."""
+        assert self.part is not None
+        start, stop = ((at - self.first) // self.sequences for at in (where.start, where.stop))
+        found, shape = self.values[:, start:stop].transpose(0, 1), [of.stop - of.start for of in self.part[2]]
+        return found.unflatten(-1, shape[1:]) if self.sequences > 1 else found[:, 0].unflatten(-1, shape)
+
     def write(self, where: slice, values: Tensor) -> None:
         """Put a chunk's numbers into its cells: [b, size] of directions, [b, B, size] of cotangents."""
         start, stop = where.start - self.first, where.stop - self.first
@@ -69,6 +77,7 @@ class Block:
 
 
 Kept = dict[str, list[Block]]  # by module
+CallsOf = dict[str, list[Call]]  # by module
 
 
 def parts_that_fit(kept: list[Strip], depth: int, memory: int, narrow: float) -> Iterator[list[list[Strip]]]:
@@ -136,16 +145,43 @@ def reserve(layouts: list[Kept], buffer: ScratchBuffer, dtype: torch.dtype) -> l
 
 
 @torch.no_grad()
-def pull_into(strips: list[Strip], depth: int, kept: Kept) -> None:
-    """Pull the kept tokens of one batch through a segment and write what is to be kept."""
+def pull_into(strips: list[Strip], depth: int, kept: Kept) -> dict[Strip, CallsOf]:
+    """Pull the kept tokens of one batch through a segment and write what is to be kept; returns the modules' calls."""
+    seen: dict[Strip, CallsOf] = {}
     for strip in strips:
         require_same_prefix(strip, depth)
         for where, found in strip.pull(depth):
             for name, (calls, delta) in found.items():
+                seen.setdefault(strip, {})[name] = calls
                 rule = strip.traced.rules[name]
                 for block in kept[name]:
                     if block.first <= where.start:
                         block.write(where, flat(rule.direction(calls, delta)) if block.part is None else block.of(delta))
+    return seen
+
+
+def recalled(strip: Strip, kept: Kept, calls: CallsOf, chunk: int) -> Iterator[tuple[slice, Found]]:
+    """What `Strip.pull` gives, from what was kept of it: the cotangents at the modules of which those were kept."""
+    step = max(1, chunk // strip.sequences) * strip.sequences
+    for start in range(strip.where.start, strip.where.stop, step):
+        where, found = slice(start, min(start + step, strip.where.stop)), Found()
+        for name, blocks in kept.items():
+            if blocks[0].part is None:
+                continue
+            pieces: dict[tuple[int, int], list[Block]] = {}
+            for block in blocks:
+                if block.part is not None and block.first <= start:
+                    pieces.setdefault(block.part[:2], []).append(block)
+            delta: Outputs = [[] for _ in calls[name]]
+            for (call, _), parts in sorted(pieces.items(), key=lambda of: of[0]):
+                delta[call].append(cat([block.cotangents(where) for block in parts], _growing([x.part for x in parts])))
+            found[name] = calls[name], delta
+        yield where, found
+
+
+def _growing(parts: list) -> int:
+    """The axis of [b, *output] along which the later parts of an output lie behind the earlier ones."""
+    return next((i + 1 for _, _, part in parts[1:] for i, of in enumerate(part) if of.start > 0), 1)
 
 
 def require_same_prefix(strip: Strip, depth: int) -> None:

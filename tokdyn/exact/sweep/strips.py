@@ -132,10 +132,9 @@ class Strip:
             self.release(depth)
 
 
-def places(strips: Sequence[Strip]) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
-    """The tokens of a tile's strips: their cells on its axis, and their places on the side's axis of F."""
-    cells = [strip.where.start + strip.cells for strip in strips]
-    return torch.cat(cells), torch.cat([strip.traced.where[strip.tokens] for strip in strips])
+def cells_of(strips: Sequence[Strip]) -> Int[Tensor, " N"]:
+    """The cells of strips' tokens on the tile's axis."""
+    return torch.cat([strip.where.start + strip.cells for strip in strips])
 
 
 def _by_module(segment: Segment, deltas: list[list[Tensor]]) -> Found:
@@ -155,7 +154,7 @@ def in_strips(slots: int, longest: int | None = None) -> list[slice]:
 
 
 def make_strips(
-    cuts: Cuts, blocks: Sequence[tuple[TracedBatch, slice]], graphs: int, longest: int | None = None
+    cuts: Cuts, blocks: Sequence[tuple[TracedBatch, slice]], graphs: int, longest: int | None = None, start: int = 0
 ) -> list[Strip]:
     """The tokens of one side of a tile as strips, with their cotangents at the input of the readout.
 
@@ -164,6 +163,7 @@ def make_strips(
         blocks: batches and which slots of each.
         graphs: bytes their graphs may take: made once where all fit, else some segments at a time when those are wanted.
         longest: most slots of a strip.
+        start: their first cell on the tile's axis.
     """
     cut: list[tuple[TracedBatch, slice, Batch]] = []
     for traced, slots in blocks:
@@ -176,7 +176,7 @@ def make_strips(
 
     fit = sum(size(traced, batch, sum) for traced, _, batch in cut) <= graphs
     at_once = max(1, graphs // max(1, int(sum(size(traced, batch, max) for traced, _, batch in cut))))
-    found, start = [], 0
+    found = []
     for traced, part, batch in cut:
         device, B = traced.cotangent.device, len(batch.ids)
         where = slice(start, start + (part.stop - part.start) * B)

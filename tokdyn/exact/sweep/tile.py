@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +15,13 @@ from ..modules.lookup import Lookup, tied_force
 from ..products import preconditioned
 from ..progress import Progress
 from .buffer import ScratchBuffer
-from .kept import Kept, flat, layout, parts_that_fit, pull_into, reserve
+from .kept import CallsOf, Kept, flat, layout, parts_that_fit, pull_into, recalled, reserve
 from .plan import Plan, Rules
 from .strips import Budget, Found, Strip
 
 STEPS = 1000  # of a tile, in which its progress is told
 
+Pulls = Iterator[tuple[slice, Found]]
 Group = list[tuple[slice, Strip, slice, Found]]  # chunks of streamed cells: place in the group, strip, place in the strip
 
 
@@ -31,7 +32,7 @@ class Tile:
     Attributes:
         plan: what moves.
         kept: the side of which a segment's directions or cotangents stay in memory; their sequences carry the rules.
-        streamed: the side that passes by in groups.
+        streamed: the side that passes by in groups. Strips that are also kept come first on both sides: they are pulled once.
         budget: how much at a time.
         narrow: modules with fewer inputs than this keep directions.
         progress: hears how much of the tile is done.
@@ -48,6 +49,7 @@ class Tile:
         like = self.kept[0].traced.cotangent
         self.F = like.new_zeros(self.kept[-1].where.stop, self.streamed[-1].where.stop)
         self._kept_memory, self._scratch = ScratchBuffer(like.device), ScratchBuffer(like.device)
+        self._kept: dict[Strip, Kept] = {}  # of the segment at hand
 
     def fill(self, aligned: int) -> Float[Tensor, "M L"]:
         """All segments, from the readout down; in the first `aligned` of them cotangents stay at their own positions."""
@@ -55,7 +57,7 @@ class Tile:
         rules = self.kept[-1].traced.rules
         for depth in range(aligned):
             self._add_aligned(rules, depth)
-        for strip in (*self.kept, *self.streamed):
+        for strip in dict.fromkeys((*self.kept, *self.streamed)):
             strip.spread(self.budget.chunk)
         for depth in range(aligned, depths):
             self._add_segment(depth, depths)
@@ -68,9 +70,12 @@ class Tile:
             layouts = [layout(strips, depth, self.narrow) for strips in part]
             reserved = reserve(layouts, self._kept_memory, self.kept[0].traced.dtype)
             sequences = list(zip(part, reserved, strict=True))
+            calls: dict[Strip, CallsOf] = {}
             for strips, kept in sequences:
-                pull_into(strips, depth, kept)
-            for columns, group in groups(self.streamed, depth, self.budget.group, last=part is parts[-1]):
+                calls |= pull_into(strips, depth, kept)
+                self._kept |= dict.fromkeys(strips, kept)
+            pulled = (self._pull(strip, depth, calls, last=part is parts[-1]) for strip in self.streamed)
+            for columns, group in groups(pulled, self.budget.group):
                 for strips, kept in sequences:
                     rules = strips[0].traced.rules
                     self._add_inner_products(self.F[:, columns], kept, rules, group)
@@ -80,7 +85,14 @@ class Tile:
                 if self.progress:
                     self.progress(int(STEPS * (depth + columns.stop / self.F.shape[1]) / depths), STEPS)
                 del group  # before the next one is pulled
+            self._kept.clear()
             del sequences, reserved, kept
+
+    def _pull(self, strip: Strip, depth: int, calls: dict[Strip, CallsOf], last: bool) -> tuple[Strip, Pulls]:
+        """A streamed strip with its chunks in a segment: pulled back, or as they were kept."""
+        if strip in self._kept:
+            return strip, recalled(strip, self._kept[strip], calls[strip], self.budget.chunk)
+        return strip, strip.pull(depth, last)
 
     @torch.no_grad()
     def _add_aligned(self, rules: Rules, depth: int) -> None:
@@ -90,10 +102,11 @@ class Tile:
         modules called twice and outputs of another form than [b, 1, T, q].
         """
         sides: list[dict[str, list]] = []
+        pulled = {strip: strip.pull_aligned(depth) for strip in dict.fromkeys((*self.kept, *self.streamed))}
         for strips, is_streamed in ((self.kept, False), (self.streamed, True)):
             products: dict[str, list] = {}
             for strip in strips:
-                for name, (calls, delta) in strip.pull_aligned(depth).items():
+                for name, (calls, delta) in pulled[strip].items():
                     found = rules[name].outer_products(calls[0], delta[0][0][0].flatten(0, -2), strip.positions, is_streamed)
                     products.setdefault(name, []).append([(strip.by_cell(a), strip.by_cell(d)) for a, d in found])
             sides.append(products)
@@ -119,8 +132,13 @@ class Tile:
     def _directions(self, name: str, rule: Rule, group: Group, columns: int, dtype: torch.dtype) -> Float[Tensor, "b K"]:
         """P Ẇ of a group's tokens, flat."""
         (right,) = self._scratch.arrays([(columns, rule.size)], dtype)
-        for at, _, _, found in group:
-            right[at] = flat(preconditioned(rule.direction(*found[name]), self.plan.P.get(name))) if name in found else 0
+        for at, strip, cells, found in group:
+            if strip in self._kept:
+                block = self._kept[strip][name][0]
+                first = strip.where.start - block.first
+                right[at] = block.values[first + cells.start : first + cells.stop]
+            else:
+                right[at] = flat(preconditioned(rule.direction(*found[name]), self.plan.P.get(name))) if name in found else 0
         return right
 
     def _tangents(self, name: str, rule: Rule, group: Group, columns: int, dtype: torch.dtype) -> list[list[Tensor]]:
@@ -157,12 +175,12 @@ class Tile:
                     F[strip.where.start + strip.cells, columns] += tied_force(h, residual, steps[:, k]).T
 
 
-def groups(streamed: list[Strip], depth: int, size: int, last: bool) -> Iterator[tuple[slice, Group]]:
-    """Pull streamed tokens through a segment, in groups: a matrix product of few columns does not run at full speed."""
+def groups(streamed: Iterable[tuple[Strip, Pulls]], size: int) -> Iterator[tuple[slice, Group]]:
+    """Chunks of streamed strips in groups: a matrix product of few columns does not run at full speed."""
     group: Group = []
     start = stop = 0
-    for strip in streamed:
-        for columns, found in strip.pull(depth, last):
+    for strip, pulls in streamed:
+        for columns, found in pulls:
             start = start if group else columns.start
             cells = slice(columns.start - strip.where.start, columns.stop - strip.where.start)
             group.append((slice(columns.start - start, columns.stop - start), strip, cells, found))
