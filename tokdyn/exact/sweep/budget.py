@@ -22,6 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..modules.fused import Fused
+from ..modules.linear import Linear
+from ..modules.lookup import Lookup
 from ..sides import Side
 from .plan import PlannedProblem
 from .stacks import Stacked, on_both_sides, side_by_side
@@ -48,13 +51,15 @@ class Tiling(NamedTuple):
     kept_blocks: list[Tokens]
     streamed_blocks: list[Tokens]
     budget: Budget
-    cost: float  # multiplications
+    products: float  # multiplications of the pulls, of E and directions, and of their inner products
+    cost: float  # with the passes that make the graphs, and what it takes to come to a module at all
 
 
 class _Candidate(NamedTuple):
     """One way to share memory out; the least cost is taken."""
 
     cost: float  # multiplications
+    products: float
     rows: int  # blocks of the kept side
     columns: int  # blocks of the streamed side
     kept_bytes: int
@@ -74,6 +79,10 @@ class Size:
         stored: per segment, elements stored for one token as parameter directions and as cotangents.
         written: elements of the largest direction that is materialised.
         weights: elements of all backbone matrices, trained or frozen.
+        pulled: those through which every token is pulled by itself: not where cotangents stay at their own positions.
+        made, inputs: widths of the outputs for which E is made there, and of the modules' inputs.
+        directions: elements of the matrices of which directions are kept there.
+        tied: width of the lookup that is tied to the readout, if both move; else 0.
         moving: trained elements of the backbone, the tied lookup left out.
         moved: elements at the trained modules' outputs, per position.
     """
@@ -86,6 +95,11 @@ class Size:
     stored: list[tuple[int, int]]
     written: int
     weights: int
+    pulled: int
+    made: int
+    inputs: int
+    directions: int
+    tied: int
     moving: int
     moved: int
 
@@ -100,6 +114,9 @@ class Size:
             for of in outline.segments(cuts.keys)
         ]
         every, numbers = [pair for of in inside for pair in of], problem.fused_plan.sizes(tracer)
+        parts = inside[: problem.aligned], inside[problem.aligned :]
+        at_once, each = ([pair for of in part for pair in of] for part in parts)
+        linear = [(rule, values // T) for rule, values in each if isinstance(rule, Linear | Fused)]
         looked_up = {id(m.weight) for m in tracer.model.modules() if isinstance(m, nn.Embedding)}
         matrices = {id(x): x for x in tracer.model.parameters() if x.dim() > 1 and id(x) not in looked_up}
         readout = tracer.model.get_parameter(tracer.readout.weight_name)
@@ -114,10 +131,16 @@ class Size:
                     sum(rule.size for rule, _ in of if rule.prefers_direction(narrow)),
                     sum(values for rule, values in of if not rule.prefers_direction(narrow)),
                 )
-                for of in inside
-            ],
+                for of in inside[problem.aligned :]
+            ]
+            or [(0, 0)],
             written=max((rule.size for rule, _ in every if rule.prefers_direction(narrow)), default=0),
-            weights=sum(x.numel() for key, x in matrices.items() if key != id(readout)),
+            weights=(weights := sum(x.numel() for key, x in matrices.items() if key != id(readout))),
+            pulled=weights - sum(rule.size for rule, _ in at_once if isinstance(rule, Linear | Fused)),
+            made=sum(q * rule.modules for rule, q in linear if not rule.prefers_direction(narrow)),
+            inputs=sum(rule.size // q for rule, q in linear if not rule.prefers_direction(narrow)),
+            directions=sum(rule.size for rule, _ in linear if rule.prefers_direction(narrow)),
+            tied=sum(values // T for rule, values in each if isinstance(rule, Lookup)) if problem.plan.lookup else 0,
             moving=sum(numbers.get(name, 0) for name in rules if name != problem.plan.lookup),
             moved=sum(values * rule.modules for rule, values in every) // T,
         )
@@ -144,40 +167,49 @@ class Size:
         per_streamed = self.item * (segment + max(widest * max(len(b.ids) for b in sides[0].batches), self.written))
         group = max(1, min(GROUP, memory // AT_HAND // per_streamed))
         slots = _Slots.of(sides[0]), _Slots.of(sides[1])
-        best, stored = self._cheapest(sides, slots, memory, memory - chunk * per_cotangent - group * per_streamed)
+        common = len(parts[0][0].batches)
+        best, stored = self._cheapest(sides, slots, common, memory, memory - chunk * per_cotangent - group * per_streamed)
         kept_bytes_per_slot = max(1, self.item * max(map(sum, self.stored)) * int(slots[0].sequences.max()))
         budget = Budget(chunk, group, max(1, best.kept_bytes // kept_bytes_per_slot), best.kept_bytes, best.graph_bytes)
         counts = (best.rows, best.columns)
         rows, columns = (_in_blocks(side, of.positions, n) for side, of, n in zip(sides, slots, counts, strict=True))
-        met, visits = float(slots[1].sequences.sum()) * sum(stored) / self.item, [len(side.batches) for side in sides]
+        visits = [len(side.batches) for side in sides]
+        met = float(slots[1].sequences.sum()) * sum(stored) / self.item + self.tied * len(o) * float(slots[1].positions.sum())
         cost = best.cost + met + self._launches(sum(visits) + visits[0] * visits[1])
-        return Tiling(sides, len(parts[0][0].batches), rows, columns, budget, cost)
+        return Tiling(sides, common, rows, columns, budget, best.products + met, cost)
 
     def _cheapest(
-        self, sides: tuple[Stacked, Stacked], slots: tuple[_Slots, _Slots], memory: int, unreserved: int
+        self, sides: tuple[Stacked, Stacked], slots: tuple[_Slots, _Slots], common: int, memory: int, unreserved: int
     ) -> tuple[_Candidate, list[float]]:
         """The candidate with the fewest multiplications, and what all kept tokens leave of each segment in bytes."""
         (o, u), (n_o, n_u) = sides, (len(of.reach) for of in slots)
-        vjp_o, vjp_u = (self.weights * float(of.positions.sum()) for of in slots)
+        every_o, every_u = (float(of.positions.sum()) for of in slots)
+        once = every_u - float(_Slots.of(u.of(slice(common, None))).positions.sum()) if common < len(u.batches) else every_u
         stored = [float(self._stored_bytes(slots[0], of).sum()) for of in self.stored]
-        E = self._tangent_cost(slots[1], o) / len(o.batches)
+        visits, positions_o = len(o.batches), sum(batch.ids.numel() for batch in o.batches)
+        grams = sum(-(-batch.slots * len(batch.ids) // GROUP) * batch.ids.numel() for batch in u.batches)
+        E = positions_o * (every_u * self.made + grams * self.inputs) + visits * every_u * self.directions
         positions = _graph_positions(o), _graph_positions(u)
         all_graphs = int(GRAPH_SLACK * self.item * SAVED * sum(map(sum, self.segments)) * max(positions)) // self.length
         kept_bytes_per_slot = max(1, self.item * max(map(sum, self.stored)) * int(slots[0].sequences.max()))
-        candidates = [_Candidate(math.inf, n_o, n_u, 1, memory // GRAPHS[-1])]
+        candidates = [_Candidate(math.inf, math.inf, n_o, n_u, 1, memory // GRAPHS[-1])]
         for graphs in {min(all_graphs, memory // share) for share in GRAPHS}:
             passes = min(len(self.segments), -(-all_graphs // max(1, graphs)))
             graph_cost = PASS * passes * self.weights * sum(positions)
             for rows, columns in product(_counts(n_o), _counts(n_u)):
                 cut = [float(of.positions.sum()) / n for of, n in zip(slots, (rows, columns), strict=True)]
                 left = unreserved - graphs - self.item * self.cut / self.length * sum(cut)
-                if left > 0:
-                    streamed_vjps = rows * sum(max(1, math.ceil(size / rows / left)) for size in stored) / len(stored)
-                    rebuilds = max(rows, columns, SHORTEST * kept_bytes_per_slot / left)  # short strips are more of them
-                    cost = (
-                        vjp_o * columns + vjp_u * streamed_vjps + E * max(len(o.batches), streamed_vjps) + graph_cost * rebuilds
-                    )
-                    candidates.append(_Candidate(cost, rows, columns, int(left), graphs))
+                if left <= 0:
+                    continue
+                pulls = (
+                    rows * sum(max(1, math.ceil(size / rows / left)) for size in stored) / len(stored)
+                )  # of the streamed side
+                spared = once if common and pulls == columns == 1 else 0.0
+                products = self.pulled * (every_o * columns + every_u * pulls - spared) + E * max(1, pulls / visits)
+                products += self.directions * (every_o * columns - spared * visits)
+                products += (self.weights - self.pulled) * (positions[0] * columns + positions[1] * rows)
+                rebuilds = max(rows, columns, SHORTEST * kept_bytes_per_slot / left)  # short strips are more of them
+                candidates.append(_Candidate(products + graph_cost * rebuilds, products, rows, columns, int(left), graphs))
         return min(candidates), stored
 
     def tangents(self, o: Side, u: Side) -> float:

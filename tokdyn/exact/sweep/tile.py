@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ... import ops
-from ..modules.base import Rule
+from ..modules.base import Rule, cat
 from ..modules.lookup import Lookup, tied_force
 from ..products import preconditioned
 from ..progress import Progress
@@ -186,10 +187,25 @@ def groups(streamed: Iterable[tuple[Strip, Pulls]], size: int) -> Iterator[tuple
             group.append((slice(columns.start - start, columns.stop - start), strip, cells, found))
             stop = columns.stop
             if stop - start >= size:
-                yield slice(start, stop), group
-                group = []
+                whole, group = _joined(group), []
+                yield slice(start, stop), whole
     if group:
-        yield slice(start, stop), group
+        yield slice(start, stop), _joined(group)
+
+
+@torch.no_grad()
+def _joined(group: Group) -> Group:
+    """The same group with the chunks of one strip as one: what does not depend on the token is then computed once for it."""
+    joined: Group = []
+    for strip, chunks in groupby(group, key=lambda of: of[1]):
+        ats, _, cells, found = zip(*chunks, strict=True)
+        whole = Found()
+        for name, (calls, _) in found[0].items():
+            by_call = zip(*(of[name][1] for of in found), strict=True)
+            whole[name] = calls, [[cat(list(x), 0) for x in zip(*call, strict=True)] for call in by_call]
+        at, where = (slice(of[0].start, of[-1].stop) for of in (ats, cells))
+        joined.append((at, strip, where, whole))
+    return joined
 
 
 def inner(left: Float[Tensor, "... m K"], right: Float[Tensor, "... b K"]) -> Float[Tensor, "... m b"]:
