@@ -117,8 +117,8 @@ def _require_sum(problem: Problem, F: Float[Tensor, "M L"]) -> None:
 
 
 def _cheaper(p: PlannedProblem, memory: int) -> Fill:
-    """The structured engine that takes fewer multiplications for this problem in this memory."""
+    """The structured engine that takes fewer multiplications for this problem in this memory, without padding."""
     if not p.plan.moves:
         return sweep.fill
     size, (o, u) = Size.of(p), p.singles
-    return sweep.fill if size.tiling(o, u, memory, p.together).cost <= size.tangents(p.observed, u) else tangents.fill
+    return sweep.fill if size.tiling(o, u, memory, together=False).cost <= size.tangents(p.observed, u) else tangents.fill

@@ -1,7 +1,7 @@
 """How a sweep shares out memory, and what it and the tangents cost: multiplications and bytes, counted before any is spent.
 
     sweep     W (Σ_m t_m · columns + Σ_l t_l · rows · parts) + Σ_l E(t_l) + M L · (numbers met) + passes that make the graphs
-    tangents  W Σ_l t_l + Σ_l E(t_l) + 2 W L Σ_b T_b              and for both what it takes to come to a module at all
+    tangents  W Σ_l t_l + Σ_l E(t_l) + 2 W L Σ_b T_b
 
 W weights are passed for every position, t is the end of the strip a token is pulled in, T_b the length of a sequence b of the
 other side, and E(t) = Σ_b min(t T_b Q, (t + T_b) W') what it takes to move Q numbers a position by W' moving weights.
@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..modules.fused import Fused
+from ..modules.gain import Gain
 from ..modules.linear import Linear
 from ..modules.lookup import Lookup
 from ..sides import Side
@@ -52,7 +53,7 @@ class Tiling(NamedTuple):
     streamed_blocks: list[Tokens]
     budget: Budget
     products: float  # multiplications of the pulls, of E and directions, and of their inner products
-    cost: float  # with the passes that make the graphs, and what it takes to come to a module at all
+    cost: float  # with the passes that make the graphs
 
 
 class _Candidate(NamedTuple):
@@ -116,7 +117,7 @@ class Size:
         every, numbers = [pair for of in inside for pair in of], problem.fused_plan.sizes(tracer)
         parts = inside[: problem.aligned], inside[problem.aligned :]
         at_once, each = ([pair for of in part for pair in of] for part in parts)
-        linear = [(rule, values // T) for rule, values in each if isinstance(rule, Linear | Fused)]
+        linear = [(rule, values // T) for rule, values in each if not isinstance(rule, Lookup | Gain)]
         looked_up = {id(m.weight) for m in tracer.model.modules() if isinstance(m, nn.Embedding)}
         matrices = {id(x): x for x in tracer.model.parameters() if x.dim() > 1 and id(x) not in looked_up}
         readout = tracer.model.get_parameter(tracer.readout.weight_name)
@@ -160,7 +161,7 @@ class Size:
         per_cotangent = 2 * self.item * (self.cut + segment + self.written)
         chunk = max(1, min(CHUNK, self.piece // (self.item * widest), memory // IN_FLIGHT // per_cotangent))
         most = min(BATCH, memory // IN_FLIGHT // per_cotangent * self.length) if together else 0
-        overhead = self._launches(1) / max(1, self.weights)
+        overhead = LAUNCH * sum(map(len, self.segments)) / max(1, self.weights)
         *ordered, n = on_both_sides(o, u)
         parts = [[side_by_side(side.of(of), most, overhead) for of in (slice(n), slice(n, None))] for side in ordered]
         sides = parts[0][0].and_then(parts[0][1]), parts[1][0].and_then(parts[1][1])
@@ -173,10 +174,8 @@ class Size:
         budget = Budget(chunk, group, max(1, best.kept_bytes // kept_bytes_per_slot), best.kept_bytes, best.graph_bytes)
         counts = (best.rows, best.columns)
         rows, columns = (_in_blocks(side, of.positions, n) for side, of, n in zip(sides, slots, counts, strict=True))
-        visits = [len(side.batches) for side in sides]
         met = float(slots[1].sequences.sum()) * sum(stored) / self.item + self.tied * len(o) * float(slots[1].positions.sum())
-        cost = best.cost + met + self._launches(sum(visits) + visits[0] * visits[1])
-        return Tiling(sides, common, rows, columns, budget, best.products + met, cost)
+        return Tiling(sides, common, rows, columns, budget, best.products + met, best.cost + met)
 
     def _cheapest(
         self, sides: tuple[Stacked, Stacked], slots: tuple[_Slots, _Slots], common: int, memory: int, unreserved: int
@@ -215,13 +214,7 @@ class Size:
     def tangents(self, o: Side, u: Side) -> float:
         """Multiplications of the tangents engine: u's tokens pulled back, one sequence a batch, and carried over o."""
         slots, positions = _Slots.of(u), sum(batch.ids.numel() for batch in o.batches)
-        chunks = sum(-(-len(batch.rows) // CHUNK) for batch in u.batches)
-        products = self.weights * (float(slots.positions.sum()) + 2 * len(u) * positions) + self._tangent_cost(slots, o)
-        return products + self._launches(chunks * (1 + 2 * len(o.batches)))
-
-    def _launches(self, visits: int) -> float:
-        """What it costs to come to every module so many times, in multiplications."""
-        return LAUNCH * sum(map(len, self.segments)) * visits
+        return self.weights * (float(slots.positions.sum()) + 2 * len(u) * positions) + self._tangent_cost(slots, o)
 
     def _stored_bytes(self, slots: _Slots, of: tuple[int, int]) -> Float[Tensor, " n"]:
         """Bytes that each of the slots leaves of a segment."""
