@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -29,8 +29,8 @@ class Stacked(Side):
     factors: by batch, what was taken out of its tokens' forces.
     """
 
-    places: Sequence[Int[Tensor, " N"]]
-    factors: Sequence[Float[Tensor, " N"]]
+    places: Sequence[Tensor]
+    factors: Sequence[Tensor]
 
     @property
     def where(self) -> list[Int[Tensor, " N"]]:
