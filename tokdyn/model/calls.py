@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: what went in and what came out, for so many sequences side by side."""
+    """One call of a module: what went in and what came out, for so many sequences side by side.
+
+    memo: what was worked out of it, made once.
+    """
 
     name: str
     module: nn.Module
@@ -20,6 +23,7 @@ class Call:
     kwargs: dict[str, Any]
     output: Any
     sequences: int = 1
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
 
     @property
     def inputs(self) -> list[Tensor]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +26,28 @@ from ...model.calls import Call, floats
 from ..products import Direction
 
 Outputs = list[list[Tensor]]  # per call, per tensor it returns: [b, *shape]
-OuterProducts = list[tuple[Tensor, Tensor]]  # a [N, p] and δ [N, q] of N tokens
+
+
+class OuterProduct(NamedTuple):
+    """A direction a δᵀ of some tokens each.
+
+    Attributes:
+        a, delta: the factors, a row for each token.
+        tokens: which tokens these are; None for all.
+    """
+
+    a: Float[Tensor, "N p"]
+    delta: Float[Tensor, "N q"]
+    tokens: Int[Tensor, " N"] | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[OuterProduct]) -> OuterProduct:
+        """Those of several runs of tokens as one."""
+        a, delta, tokens = zip(*parts, strict=True)
+        return cls(torch.cat(a), torch.cat(delta), None if tokens[0] is None else torch.cat(tokens))
+
+
+OuterProducts = list[OuterProduct]
 
 
 class Rule(ABC):
@@ -71,9 +93,16 @@ class Rule(ABC):
                 out.copy_(tangent)
 
     def outer_products(
-        self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool
+        self, call: Call, delta: Sequence[Float[Tensor, "T q"]], at: Int[Tensor, " N"], preconditioned: bool
     ) -> OuterProducts:
-        """Of tokens with a cotangent at their own position alone: <Ẇ_m, P Ẇ_l> = Σ over the list of (a_m·a_l) (δ_m·δ_l)."""
+        """Of tokens with a cotangent at their own position alone: <Ẇ_m, P Ẇ_l> = Σ over the list of (a_m·a_l) (δ_m·δ_l).
+
+        Args:
+            call: of the side that the tokens are on.
+            delta: the cotangents at each of its outputs, all positions one after the other.
+            at: the tokens' positions.
+            preconditioned: whether these are P Ẇ_l.
+        """
         return []
 
 

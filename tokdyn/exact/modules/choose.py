@@ -10,10 +10,13 @@ from torch import Tensor
 from ...model.calls import Call
 from ..products import Direction
 from .base import Rule
+from .experts import Experts
 from .gain import Gain, is_gain
 from .linear import Linear, is_linear
 from .local import Local
 from .lookup import Lookup, is_lookup
+from .router import Router, is_router
+from .routes import Stack
 
 SPECIAL: tuple[tuple[Callable[..., Rule], Callable[[Call], bool]], ...] = (
     (Linear, is_linear),
@@ -37,4 +40,6 @@ def rule_for(calls: Sequence[Call], moves: set[str], P: Direction | None = None)
     for rule, fits in SPECIAL:
         if moves <= {"weight", "bias"} and isinstance(calls[0].output, Tensor) and fits(calls[0]):
             return rule(calls, moves, P)
-    return Local(calls, moves, P)
+    if (stack := Stack.seen(calls[0])) is not None and moves <= set(stack.names):
+        return Experts(calls, moves, P, stack)
+    return (Router if moves <= {"weight", "bias"} and is_router(calls[0]) else Local)(calls, moves, P)

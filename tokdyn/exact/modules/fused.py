@@ -61,12 +61,12 @@ class Fused(Rule):
                 E.addcmul_(part, slope)
 
     def outer_products(
-        self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool
+        self, call: Call, delta: Sequence[Float[Tensor, "T q"]], at: Int[Tensor, " N"], preconditioned: bool
     ) -> OuterProducts:
         """See Rule: those of all layers."""
         assert isinstance(call, FusedCall)
         own = zip(self.parts, call.parts, strict=True)
-        return [x for rule, (of, A) in own for x in rule.outer_products(of, delta * A.flatten(0, -2), at, preconditioned)]
+        return [x for rule, (of, A) in own for x in rule.outer_products(of, [delta[0] * A.flatten(0, -2)], at, preconditioned)]
 
 
 class _Elementwise(torch.autograd.Function):

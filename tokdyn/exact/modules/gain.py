@@ -11,7 +11,7 @@ from torch import Tensor
 from ...model.calls import Call
 from ..products import Direction
 from ..products import preconditioned as under
-from .base import OuterProducts, Outputs, Rule, as_function, cat, is_close, own_parameters, trained_elements
+from .base import OuterProduct, OuterProducts, Outputs, Rule, as_function, cat, is_close, own_parameters, trained_elements
 from .linear import random_parameters
 
 
@@ -56,13 +56,14 @@ class Gain(Rule):
         return E
 
     def outer_products(
-        self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool
+        self, call: Call, delta: Sequence[Float[Tensor, "T q"]], at: Int[Tensor, " N"], preconditioned: bool
     ) -> OuterProducts:
         """See Rule: as outer products with the scalar a = 1."""
-        one = torch.ones_like(delta[at, :1])
-        found = {"weight": delta[at] * _normalised(call).reshape(-1, *self.weight_shape)[at], "bias": delta[at]}
+        d = delta[0][at]
+        one = torch.ones_like(d[:, :1])
+        found = {"weight": d * _normalised(call).reshape(-1, *self.weight_shape)[at], "bias": d}
         found = {name: x for name, x in found.items() if name in self.moves}
-        return [(one, x) for x in under(found, self.P if preconditioned else None).values()]
+        return [OuterProduct(one, x) for x in under(found, self.P if preconditioned else None).values()]
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...model.calls import Call
 from ..products import Direction, preconditioned
 from .base import (
+    OuterProduct,
     OuterProducts,
     Outputs,
     Rule,
@@ -88,11 +89,11 @@ class Linear(Rule):
             self._moved_by_gram(a, d, x, out.view(*d.shape[:2], len(x), -1))
 
     def outer_products(
-        self, call: Call, delta: Float[Tensor, "T q"], at: Int[Tensor, " N"], preconditioned: bool
+        self, call: Call, delta: Sequence[Float[Tensor, "T q"]], at: Int[Tensor, " N"], preconditioned: bool
     ) -> OuterProducts:
         """See Rule."""
-        a, d = call.inputs[0].flatten(0, -2)[at], delta[at]
-        return [(x, d) for name, x in (("weight", a), ("bias", torch.ones_like(a[:, :1]))) if name in self.moves]
+        a, d = call.inputs[0].flatten(0, -2)[at], delta[0][at]
+        return [OuterProduct(x, d) for name, x in (("weight", a), ("bias", torch.ones_like(a[:, :1]))) if name in self.moves]
 
     def _moved(self, a: Float[Tensor, "B S p"], d: Float[Tensor, "b B S q"], x: Float[Tensor, "N p"]) -> Tensor:
         (_, S, p), N = a.shape, len(x)

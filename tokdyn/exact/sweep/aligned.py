@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from ...sequences import Batch
 from ..modules.base import Rule
@@ -18,7 +20,7 @@ def aligned_depths(cuts: Cuts, batch: Batch, rules: Mapping[str, Rule]) -> int:
     Args:
         cuts: where the backbone is cut.
         batch: some tokens of the longest sequence there is: in one of a single token there is nowhere else to go.
-        rules: of the modules; those of such a segment must give outer products, be called once and return [b, 1, T, q].
+        rules: of the modules; those of such a segment must give outer products, be called once and return a row for each position.
     """
     _, segments = cuts.whole(batch)
     N, T = len(batch.rows), batch.ids.shape[1]
@@ -34,8 +36,12 @@ def aligned_depths(cuts: Cuts, batch: Batch, rules: Mapping[str, Rule]) -> int:
             return depth
         deltas, cotangent = segment.pull(cotangent)
         seen = [x for delta in deltas for x in delta] + [cotangent]
-        if not cotangent.numel():
-            return depth
-        if any(x.dim() != 4 or x.shape[1:3] != (1, T) or bool(x[:, 0][elsewhere].any()) for x in seen):
+        if cotangent.dim() != 4 or any(_moves_elsewhere(x, elsewhere) for x in seen):
             return depth
     return len(segments)
+
+
+def _moves_elsewhere(x: Float[Tensor, "n ..."], elsewhere: Bool[Tensor, "n T"]) -> bool:
+    """Whether cotangents are not zero at other positions than their own, or there is no telling which positions they are at."""
+    n, T = elsewhere.shape
+    return x.dim() < 3 or x.shape[1:-1].numel() != T or bool(x.reshape(n, T, -1)[elsewhere].any())

@@ -18,12 +18,14 @@ from ..errors import NotReplayable, Unsupported
 from ..graph import depth_of, depths
 from ..modules.base import Rule
 from ..modules.choose import rule_for
+from ..modules.experts import Experts
 from ..modules.fused import Fused, Fusion
 from ..modules.gain import Gain
 from ..modules.linear import Linear
 from ..modules.lookup import Lookup
 from ..modules.norms import Norm
 from ..modules.rotary import turned
+from ..modules.routes import Stack
 from ..problem import Coverage, Problem
 from ..products import Direction
 from ..readout import LABEL as READOUT
@@ -44,7 +46,7 @@ class Plan:
         module: use of a tensor -> the module that moves it.
         lookup: the module whose lookup shares the readout's weight, when both move; else None.
         P: module -> the preconditioner of its moving parameters, named from there; empty without one.
-        norms: moving modules whose cotangent has a closed form.
+        closed: the cotangent of moving modules that have a closed form.
         fusions: moving linear layers that go as one.
         copied: moving modules whose outputs the model writes to in place.
         unused: calls on which the readout's input does not depend, each a module and which of its calls (DoRA runs an identity
@@ -55,7 +57,7 @@ class Plan:
     module: dict[str, str]
     lookup: str | None
     P: dict[str, Direction]
-    norms: dict[str, Norm]
+    closed: dict[str, Norm | Stack]
     fusions: tuple[Fusion, ...] = ()
     copied: frozenset[str] = frozenset()
     unused: frozenset[tuple[str, int]] = frozenset()
@@ -152,7 +154,7 @@ class Plan:
                 return tracer.unroll(
                     batch,
                     self.names,
-                    replace_outputs=self.norms,
+                    replace_outputs=self.closed,
                     replace_inputs={of.place: of for of in self.fusions},
                     places=places,
                     start_at=start_at,
@@ -267,14 +269,14 @@ def planned(problem: Problem) -> PlannedProblem:
             plan = replace(plan, copied=tracer.overwritten(batches[0], plan.names))
             calls = tracer.record(batches[0], plan.names, plan.copied)[1]
             rules = plan.rules(calls)
-            norms = {call.name: Norm.of(call) for call in calls if isinstance(rules[call.name], Gain)}
+            closed = {call.name: _closed_form(rules[call.name], call) for call in calls}
             break
         except NotReplayable as stuck:
             if not stuck.name:
                 raise Unsupported("the model does not repeat its output") from stuck
             not_replayable.add(stuck.name)
     require_covered(problem, plan)
-    plan = replace(plan, norms={name: norm for name, norm in norms.items() if norm is not None})
+    plan = replace(plan, closed={name: form for name, form in closed.items() if form is not None})
     plan = replace(plan, unused=_unused(tracer, plan, calls, batches[0]))
     together = all(rule.tells_sequences for rule in rules.values())
     return PlannedProblem(tracer, problem.uses, problem.P, problem.observed, problem.updated, plan, together)
@@ -295,6 +297,11 @@ def _require_beginnings(tracer: Tracer, batches: Sequence[Batch]) -> None:
             cut = tracer.hidden(batch.upto(slice(0, n)))
             if not bool(((cut - whole[:n]).norm(dim=1) <= tracer.same * whole[:n].norm(dim=1)).all()):
                 raise Unsupported("what it selects among positions depends on how many there are")
+
+
+def _closed_form(rule: Rule, call: Call) -> Norm | Stack | None:
+    """The cotangent of a module's call in closed form, where there is one."""
+    return Norm.of(call) if isinstance(rule, Gain) else rule.stack if isinstance(rule, Experts) else None
 
 
 def _unused(tracer: Tracer, plan: Plan, calls: Sequence[Call], batch: Batch) -> frozenset[tuple[str, int]]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ... import ops
-from ..modules.base import Rule, cat
+from ..modules.base import OuterProduct, Rule, cat
 from ..modules.lookup import Lookup, tied_force
 from ..products import preconditioned
 from ..progress import Progress
@@ -108,13 +108,13 @@ class Tile:
             products: dict[str, list] = {}
             for strip in strips:
                 for name, (calls, delta) in pulled[strip].items():
-                    found = rules[name].outer_products(calls[0], delta[0][0][0].flatten(0, -2), strip.positions, is_streamed)
-                    products.setdefault(name, []).append([(strip.by_cell(a), strip.by_cell(d)) for a, d in found])
+                    at_outputs = [x[0].flatten(0, -2) for x in delta[0]]
+                    found = rules[name].outer_products(calls[0], at_outputs, strip.positions, is_streamed)
+                    products.setdefault(name, []).append([_by_cell(of, strip) for of in found])
             sides.append(products)
         for name, left in sides[0].items():
             for o, u in zip(zip(*left, strict=True), zip(*sides[1][name], strict=True), strict=True):
-                (a1, d1), (a2, d2) = ([torch.cat(x).to(self.F.dtype) for x in zip(*side, strict=True)] for side in (o, u))
-                ops.dual_gram(a1, a2, d1, d2, out=self.F)
+                add_outer_products(self.F, OuterProduct.joined(o), OuterProduct.joined(u))
 
     @torch.no_grad()
     def _add_inner_products(self, F: Float[Tensor, "M b"], kept: Kept, rules: Rules, group: Group) -> None:
@@ -206,6 +206,23 @@ def _joined(group: Group) -> Group:
         at, where = (slice(of[0].start, of[-1].stop) for of in (ats, cells))
         joined.append((at, strip, where, whole))
     return joined
+
+
+def _by_cell(of: OuterProduct, strip: Strip) -> OuterProduct:
+    """Of a strip's tokens as of its cells, on the tile's axis where it tells which they are."""
+    if of.tokens is None:
+        return OuterProduct(strip.by_cell(of.a), strip.by_cell(of.delta))
+    return of._replace(tokens=strip.where.start + strip.cells[of.tokens])
+
+
+def add_outer_products(F: Float[Tensor, "M L"], o: OuterProduct, u: OuterProduct) -> None:
+    """Add (a_m·a_l) (δ_m·δ_l) between the tokens of both."""
+    (a1, d1), (a2, d2) = ([x.to(F.dtype) for x in (of.a, of.delta)] for of in (o, u))
+    if o.tokens is None or u.tokens is None:
+        ops.dual_gram(a1, a2, d1, d2, out=F)
+    elif len(o.tokens) and len(u.tokens):
+        block = ops.dual_gram(a1, a2, d1, d2)
+        F.index_add_(0, o.tokens, F.new_zeros(len(o.tokens), F.shape[1]).index_add_(1, u.tokens, block))
 
 
 def inner(left: Float[Tensor, "... m K"], right: Float[Tensor, "... b K"]) -> Float[Tensor, "... m b"]:

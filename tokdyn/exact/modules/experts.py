@@ -1,0 +1,143 @@
+"""Stacks of experts (Mixtral, Qwen-MoE, DeepSeek, gpt-oss): for each expert the outer products of the tokens routed to it.
+
+    Ẇ1[e] = Σ δh_r x_rᵀ,  Ẇ2[e] = Σ δy_r g_rᵀ,   δy_r = w_r δ_s,  δh_r = gate'(h_r) ⊙ (W2[e]ᵀ δy_r)      over the routes r to e
+    E_t = Σ w_r (Ẇ2[e] g_r + W2[e] (gate'(h_r) ⊙ Ẇ1[e] x_r))                                             over the routes r of t
+
+Ẇ1[e] x_r = Σ_r' δh_r' (x_r'·x_r), which takes a Gram matrix of inputs for each expert. See routes.py for the letters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ...model.calls import Call
+from ..products import Direction, preconditioned
+from .base import OuterProduct, OuterProducts, Outputs, Rule, trained_elements
+from .routes import Routes, Stack
+
+
+class Experts(Rule):
+    """Two matrices for each expert, with biases or without."""
+
+    label = "outer product by expert"
+
+    def __init__(self, calls: Sequence[Call], moves: set[str], P: Direction | None, stack: Stack) -> None:
+        size = trained_elements(calls[0], moves)
+        super().__init__(calls, size, scratch=0 if P is None else size)
+        self.stack, self.moves, self.P = stack, moves, P
+        self.observed = [Routes.of(stack, call) for call in calls]
+        self.has_outer_products = P is None
+
+    def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
+        """The step of the whole stack, [b, E, …] by parameter, in its layout."""
+        b = len(delta[0][0])
+        found = {name: delta[0][0].new_zeros(b, *self._parameter(name).shape) for name in self.moves}
+        for call, (d,) in zip(calls, delta, strict=True):
+            for weight, bias, left, right, routes in self._factors(call, d):
+                for e, rows in routes.spans:
+                    if weight in found:
+                        step = torch.einsum("rbq,rp->bqp", left[rows], right[rows])
+                        found[weight][:, e] += step.mT if self.stack.transposed else step
+                    if bias in found:
+                        found[bias][:, e] += left[rows].sum(0)
+        return found
+
+    def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:
+        """See Rule."""
+        if self.P is not None:
+            W = preconditioned(self.direction(calls, delta), self.P)
+            return [[self._returned(o, *self._along(o, W))] for o in self.observed]
+        found = []
+        for o in self.observed:
+            moved = [x.new_zeros(len(x), len(delta[0][0]), n) for x, n in ((o.h, o.h.shape[1]), (o.h, o.x.shape[1]))]
+            for call, (d,) in zip(calls, delta, strict=True):
+                self._add_moved(o, call, d, moved)
+            found.append([self._returned(o, *moved)])
+        return found
+
+    def outer_products(
+        self, call: Call, delta: Sequence[Float[Tensor, "T q"]], at: Int[Tensor, " N"], preconditioned: bool
+    ) -> OuterProducts:
+        """See Rule: those of each expert, between the tokens routed to it."""
+        found: OuterProducts = []
+        number = torch.full((len(delta[0]),), -1, dtype=torch.long, device=at.device)
+        number[at] = torch.arange(len(at), device=at.device)
+        for weight, bias, left, right, routes in self._factors(call, delta[0][None]):
+            spans, rows = dict(routes.spans), number[routes.token]
+            for e in range(len(self._parameter(weight))):
+                of = spans.get(e, slice(0, 0))
+                of = (rows[of] >= 0).nonzero().flatten() + of.start
+                a, d = right[of], left[of, 0]
+                pairs = ((weight, a), (bias, torch.ones_like(a[:, :1])))
+                found += [OuterProduct(x, d, rows[of]) for name, x in pairs if name in self.moves]
+        return found
+
+    def _parameter(self, name: str) -> Tensor:
+        return self.observed[0].parameters[name]
+
+    def _factors(
+        self, call: Call, delta: Float[Tensor, "b N d"]
+    ) -> Iterator[tuple[str, str | None, Float[Tensor, "R b q"], Float[Tensor, "R p"], Routes]]:
+        """Of W1 and W2 with their biases: the cotangents behind and the inputs before them, at the routes of a call."""
+        routes = Routes.of(self.stack, call)
+        dy = routes.to_routes(delta.flatten(1, -2))
+        if self.stack.up in self.moves or self.stack.up_bias in self.moves:
+            yield self.stack.up, self.stack.up_bias, routes.hidden_cotangent(dy), routes.x[routes.token], routes
+        if self.stack.down in self.moves or self.stack.down_bias in self.moves:
+            yield self.stack.down, self.stack.down_bias, dy, routes.g, routes
+
+    def _add_moved(self, o: Routes, call: Call, delta: Float[Tensor, "b N d"], moved: list[Tensor]) -> None:
+        """Add Ẇ x + ḃ at h and at y of the observed routes, from the cotangents at an updated call."""
+        theirs = dict(o.spans)
+        for weight, bias, left, right, routes in self._factors(call, delta):
+            is_up = weight == self.stack.up
+            inputs, out = (o.x[o.token], moved[0]) if is_up else (o.g, moved[1])
+            for e, rows in routes.spans:
+                if e not in theirs:
+                    continue
+                d = left[rows].flatten(1)  # [r, b q]
+                at = out[theirs[e]].flatten(1)
+                if weight in self.moves:
+                    add_gram_product(at, inputs[theirs[e]], right[rows], d)
+                if bias in self.moves:
+                    at += d.sum(0)
+
+    def _along(self, o: Routes, W: Direction) -> tuple[Float[Tensor, "R b h"], Float[Tensor, "R b d"]]:
+        """Ẇ x + ḃ at h and at y of the observed routes, Ẇ written down."""
+        found = []
+        b = len(next(iter(W.values())))
+        for weight, bias, x, width in (
+            (self.stack.up, self.stack.up_bias, o.x[o.token], o.h.shape[1]),
+            (self.stack.down, self.stack.down_bias, o.g, o.x.shape[1]),
+        ):
+            out = x.new_zeros(len(x), b, width)
+            for e, rows in o.spans:
+                if weight in W:
+                    step = W[weight][:, e] if self.stack.transposed else W[weight][:, e].mT  # [b, p, q]
+                    out[rows] += torch.matmul(x[rows], step).transpose(0, 1)
+                if bias in W:
+                    out[rows] += W[bias][:, e]
+            found.append(out)
+        return found[0], found[1]
+
+    def _returned(self, o: Routes, dh: Float[Tensor, "R b h"], dy: Float[Tensor, "R b d"]) -> Float[Tensor, "b N d"]:
+        """What the stack returns moves like this when h and y do."""
+        dg = self.stack.from_hidden(dh.mul_(o.slope[:, None]))
+        for e, rows in o.spans:
+            torch.addmm(dy[rows].flatten(0, 1), dg[rows].flatten(0, 1), o.down[e].T, out=dy[rows].flatten(0, 1))
+        return o.to_tokens(dy.mul_(o.weight[:, None, None]))
+
+
+def add_gram_product(
+    out: Float[Tensor, "N c"], x: Float[Tensor, "N p"], a: Float[Tensor, "S p"], d: Float[Tensor, "S c"]
+) -> None:
+    """Add (x aᵀ) d to out, in the order that takes fewer multiplications."""
+    (N, p), S, c = x.shape, len(a), d.shape[1]
+    if N * S * (p + c) <= p * c * (N + S):
+        torch.addmm(out, x @ a.T, d, out=out)
+    else:
+        torch.addmm(out, x, a.T @ d, out=out)
