@@ -17,15 +17,14 @@ from tokdyn.exact.sweep import plan, segments, strips, tile
 from tokdyn.model.trace import trace
 from tokdyn.objectives import SFT
 
-FAST = {"outer product", "lookup", "elementwise gain", "readout in closed form"}
+FAST = {"outer product", "outer product by expert", "lookup", "elementwise gain", "readout in closed form"}
 SLOW = "one direction per token"
 UNUSED = "not used in the forward pass"
 
-# What no closed form covers moves by its own module's vjp and jvp: stacks of experts and their routers (tensors of three
-# axes; two outputs), the state-space scan, and weights that a module around theirs reads without calling theirs.
-EXPERTS = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+# What no closed form covers moves by its own module's vjp and jvp: the state-space scan, and weights that a module around
+# theirs reads without calling theirs.
 MAMBA = ("A_log", "mixer.D", "conv1d.weight", "conv1d.bias", "dt_proj.weight", "dt_proj.bias")
-LOCAL = {"mamba": MAMBA, "mixtral": EXPERTS, "qwen2_moe": EXPERTS}
+LOCAL = {"mamba": MAMBA}
 # PEFT writes the adapter of an expert stack or router into its weight: the wrapper around it reads both factors
 LOCAL_LORA = {"mixtral": ("mlp.gate.lora", "mlp.experts.lora", "mlp.experts.base_layer.lora")}
 

@@ -3,7 +3,11 @@
 The truth is the model itself, never traced: one sequence at a time through its own forward pass and autograd.
 """
 
+import contextlib
 import copy
+import gc
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -335,3 +339,70 @@ def test_virtual_tokens_are_refused():
         monitor = td.Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), probe=O)
         with pytest.raises(ValueError, match="trains virtual tokens"):
             monitor.start()
+
+
+# ---------------------------------------------------------------- remembered
+
+
+def bidirectional(module, *args, **options):
+    """Every place sees the next one."""
+    return type(module).forward(module, *args, **options) + args[0].roll(-1, 1)
+
+
+CHANGES = {
+    "a forward": lambda m: setattr(m.model.layers[0].mlp, "forward", partial(bidirectional, m.model.layers[0].mlp)),
+    "a module": lambda m: setattr(m.model.layers[1], "mlp", Draws(m.model.layers[1].mlp)),
+    "a module of the same class": lambda m: setattr(m.model.layers[1], "mlp", copy.deepcopy(m.model.layers[1].mlp)),
+    "a hook": lambda m: m.model.layers[0].register_forward_hook(lambda *_: None),
+    "a number": lambda m: setattr(m.model.layers[0].self_attn, "scaling", 0.1),
+    "the configuration": lambda m: setattr(m.config, "attention_dropout", 0.5),
+    "the attention": lambda m: m.set_attn_implementation("eager"),
+    "the dtype": lambda m: m.double(),
+}
+
+
+def asked(monkeypatch):
+    """A list that grows with every check of the same logits."""
+    seen, check = [], checks.faithful_attention
+    monkeypatch.setattr(checks, "faithful_attention", lambda *args: seen.append(1) or check(*args))
+    return seen
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_checked_again(change, monkeypatch):
+    seen, model = asked(monkeypatch), tiny("llama")
+    for _ in range(2):
+        with trace(model) as tracer:
+            assert not tracer.why_not_tangents(tracer.owner)
+    assert len(seen) == 1
+    CHANGES[change](model)
+    with pytest.raises(ValueError, match="not causal") if change == "a forward" else contextlib.nullcontext(), trace(model):
+        pass
+    assert len(seen) == 2
+
+
+def test_other_weights_and_modes_need_no_check(monkeypatch):
+    seen, model = asked(monkeypatch), tiny("llama")
+    with trace(model):
+        pass
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    model.model.norm.weight = nn.Parameter(torch.ones(32))
+    model.train().requires_grad_(False)
+    with trace(model):
+        pass
+    with trace(copy.deepcopy(model)):
+        pass
+    assert len(seen) == 2  # the copy is another model
+
+
+def test_what_is_remembered_keeps_no_model_alive():
+    model = tiny("llama")
+    model.model.layers[0].mlp.forward = partial(type(model.model.layers[0].mlp).forward, model.model.layers[0].mlp)
+    with trace(model):
+        pass
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

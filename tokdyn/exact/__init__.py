@@ -6,6 +6,7 @@ naive.py     one gradient per token: the specification of every `fill(problem, o
 engines.py   the one place that chooses among: readout.py (closed form), sweep/ (both sides pulled back together),
              tangents.py (one pulled back, the other moved along), per_direction.py (the last resort), grouped.py, ch2.py
 contexts.py  update tokens behind the same ids as one: their forces at the logits add
+merged.py    tokens of a side behind the same ids with the same target as one: their gradients are multiples
 modules/     what one module's own parameters do, a rule a file
 """
 

@@ -35,7 +35,7 @@ def by_context(side: Side, labels: Int[Tensor, " L"]) -> Side:
         start += len(own)
         first = {label: n for n, label in reversed(list(enumerate(own))) if label >= seen}
         if first:
-            batches.append(_only(batch, torch.tensor([first[label] for label in sorted(first)])))
+            batches.append(only(batch, torch.tensor([first[label] for label in sorted(first)])))
             terms.append(term.rows(slice(seen, seen + len(first))))
             seen += len(first)
     return Side(batches, terms)
@@ -95,9 +95,10 @@ def _added(term: GTerm, labels: Int[Tensor, " L"]) -> GTerm:
     return GTerm(targets, padded, total(term.v), total(term.uniform), term.temperature)
 
 
-def _only(batch: Batch, tokens: Int[Tensor, " n"]) -> Batch:
+def only(batch: Batch, tokens: Int[Tensor, " n"]) -> Batch:
     """Some tokens of a batch, with the sequences that hold them."""
     T = batch.ids.shape[1]
     rows = batch.rows[tokens]
     kept, place = (rows // T).unique(return_inverse=True)
-    return Batch(batch.ids[kept], place * T + rows % T, batch.targets[tokens], batch.sequence[tokens], batch.position[tokens])
+    of = batch.targets[tokens], batch.sequence[tokens], batch.position[tokens]
+    return Batch(batch.ids[kept], place * T + rows % T, *of, None if batch.position_ids is None else batch.position_ids[kept])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import ch2, finite_difference, grouped, naive, per_direction, readout, sweep, tangents
 from .errors import Unsupported
+from .merged import Merged
 from .problem import MEMORY, Coverage, Fill, Problem, Reduction, ScoredProblem, UnscoredProblem
 from .products import way
 from .progress import Progress
@@ -34,12 +35,12 @@ def choose(problem: Problem, method: str, labels: Int[Tensor, " L"] | None = Non
     elif problem.readout_is_closed:
         fill = readout.fill
     else:
-        fill = structured
+        fill = Merged(structured)
     if labels is None:
         return fill
     groups, tokens = int(labels.max()) + 1, sum(problem.shape)
     cheap = 2 * groups <= tokens / (1 + FORWARD)  # a group costs a vjp and a jvp, a token of the sweep half a vjp
-    if fill is structured and cheap and not problem.tracer.why_not_tangents(problem.uses):
+    if isinstance(fill, Merged) and cheap and not problem.tracer.why_not_tangents(problem.uses):
         return grouped.PerGroup(labels)
     return grouped.Summed(fill, labels, in_blocks=fill is readout.fill)
 

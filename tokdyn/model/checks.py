@@ -8,8 +8,8 @@
     selection      whether it takes the largest of scores of positions: which of equal ones depends on how many there
                    are, padding included, so that its sequences are computed alone                         `Selecting`
 
-Cost: PASSES_AT_ENTRY forward passes for each trace, on at most three rows of PIECE tokens, and for each scope that is derived
-a backward pass and a tangent pass on one row. What an earlier trace of a model found is not looked at again (`Found`).
+Cost: PASSES_AT_ENTRY forward passes for a model, on at most three rows of PIECE tokens, and for each scope that is derived a
+backward pass and a tangent pass on one row. What an earlier trace found is not looked at again (remembered.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .differences import slope
 from .forward_ad import traceable, traceable_attention
 
 PIECE = 16  # tokens of the piece
-PASSES_AT_ENTRY = 3  # calls of the model for each trace: untouched on the piece and on its beginning, traced on both
+PASSES_AT_ENTRY = 3  # calls of the model at its first trace: untouched on the piece and on its beginning, traced on both
 PASSES_OF_ADJOINT = 2  # for each scope whose derivatives are taken: with a backward pass, and with tangents
 NUMBERS = 1 << 20  # of the parameters that the adjoint check moves, smallest tensors first: the sweep has no room for all
 
@@ -43,7 +43,7 @@ Parameters = Mapping[str, Tensor]
 
 @dataclass
 class Found:
-    """What was found of a model so far, filled in by `Tracer`: kept where one model is traced again and again.
+    """What was found of a model so far, filled in by `Tracer`.
 
     Attributes:
         attention: the attention under which the traced model gives its own logits.
@@ -215,7 +215,9 @@ def uses_sdpa(model: nn.Module) -> bool:
 
 
 def untouched(model: nn.Module, ids: Int[Tensor, "1 T"]) -> Float[Tensor, "T V"]:
-    """The model's own logits of a sequence; by eager attention where its own does not run (flash attention in float32).
+    """The model's own logits of a sequence, by its eager form where its own does not run.
+
+    Flash attention does not in float32, a grouped product of experts not in float64.
 
     Raises:
         ValueError: there are not as many rows of logits as tokens.
@@ -223,9 +225,10 @@ def untouched(model: nn.Module, ids: Int[Tensor, "1 T"]) -> Float[Tensor, "T V"]
     try:
         out = model(ids, use_cache=False)
     except (RuntimeError, ValueError) as error:
-        if getattr(getattr(model, "config", None), "_attn_implementation", "eager") == "eager":
+        kinds = (getattr(getattr(model, "config", None), f"_{kind}_implementation", None) for kind in ("attn", "experts"))
+        if all(kind in (None, "eager") for kind in kinds):
             raise
-        logging.getLogger(__name__).warning("%s: compared with eager attention, since %s", type(model).__name__, error)
+        logging.getLogger(__name__).warning("%s: compared with its eager form, since %s", type(model).__name__, error)
         with traceable(model, "eager"):
             out = model(ids, use_cache=False)
     z = out.logits if hasattr(out, "logits") else out[0]

@@ -29,6 +29,7 @@ from .calls import Call, floats, map_floats
 from .forward_ad import traceable
 from .hooks import hooked
 from .readout import output_embeddings, traced_readout
+from .remembered import found_before
 from .unroll import GraphRecorder, Place, ReplaceInput, ReplaceOutput, Unrolled
 from .unwrap import is_plain
 from .usage import Chain, parameter_uses
@@ -52,8 +53,8 @@ class Tracer:
         found: what was found of the model (checks.py); given to another trace of it, nothing is looked at again.
     """
 
-    def __init__(self, model: nn.Module, found: checks.Found | None = None) -> None:
-        self.model, self.found = model, found or checks.Found()
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.found = model, checks.Found()
         every = list(model.named_parameters(remove_duplicate=False))
         self.opaque = frozenset(name for name, p in every if not is_plain(p))
         if moving := [name for name, p in every if name in self.opaque and p.requires_grad]:
@@ -341,18 +342,20 @@ def trace(model: nn.Module, found: checks.Found | None = None) -> Iterator[Trace
     Args:
         model: a transformers causal LM, or any module that takes ids [B, T] and use_cache, returns logits [B, T, V] (as
             `.logits` or first), and has get_output_embeddings.
-        found: `Tracer.found` of an earlier trace of it, whose checks are not repeated.
+        found: `Tracer.found` of an earlier trace of it, whose checks are not repeated; None takes what earlier traces found, as
+            long as the model runs the same code (remembered.py).
 
     Raises:
         ValueError: no output embeddings, or NaN or inf in a parameter (named); traced the model gives other logits than by
             itself, it is not causal, or its logits are not one row for each token (checks.py).
 
-    Cost: three forward passes of at most 3 x 16 tokens, unless `found` says what they would.
+    Cost: three forward passes of at most 3 x 16 tokens, where no earlier trace has made them.
     """
     training = {module: module.training for module in model.modules()}
-    tracer = Tracer(model, found)
+    tracer = Tracer(model)
     try:
         model.eval()
+        tracer.found = found or found_before(model)
         with torch.inference_mode(False):
             attention = tracer.faithful_attention()
             with traceable(model, attention):

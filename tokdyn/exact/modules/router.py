@@ -68,7 +68,7 @@ def product_cotangents(call: Call, cotangents: Sequence[Tensor]) -> Float[Tensor
 def _product(outputs: Sequence[Tensor], weight: Tensor) -> GradientEdge | None:
     """The linear product that a weight enters, in a graph of these outputs; None if it enters none or several."""
     behind: dict[Node, set[Node]] = {}
-    waiting = [x.grad_fn for x in outputs if x.grad_fn is not None]
+    waiting: list[Node] = [x.grad_fn for x in outputs if x.grad_fn is not None]
     while waiting:
         node = waiting.pop()
         for deeper, _ in node.next_functions:
@@ -76,14 +76,12 @@ def _product(outputs: Sequence[Tensor], weight: Tensor) -> GradientEdge | None:
                 if deeper not in behind:
                     waiting.append(deeper)
                 behind.setdefault(deeper, set()).add(node)
-    node = next((node for node in behind if getattr(node, "variable", None) is weight), None)
-    while node is not None:
-        users = behind.get(node, set())
-        if len(users) != 1:
-            return None
+    users = next((of for node, of in behind.items() if getattr(node, "variable", None) is weight), set[Node]())
+    while len(users) == 1:
         (node,) = users
-        if "mm" in type(node).__name__.lower() or "linear" in type(node).__name__.lower():
+        if any(kind in type(node).__name__ for kind in ("Mm", "mm", "Linear")):
             return GradientEdge(node, 0)
+        users = behind.get(node, set())
     return None
 
 

@@ -1,9 +1,9 @@
-"""A stack of experts as a function of the tokens routed to each: its form, found by measuring, and its derivative in closed form.
+"""A stack of experts as a function of the tokens routed to each: its form, found by measuring, its derivative in closed form.
 
     h_r = W1[e_r] x_{s_r} + b1[e_r],  g_r = gate(h_r),  y_r = W2[e_r] g_r + b2[e_r],  output_s = Σ_{r of s} w_r y_r
 
-A route r is a token s with one of the experts e chosen for it. Routes are sorted by expert, so that each expert's are rows of one
-matrix product, and what a token gives or takes is gathered from them: no order of tokens is assumed, nor that they are one
+A route r is a token s with one of the experts e chosen for it. Routes are sorted by expert, so that each expert's are rows of
+one matrix product, and what a token gives or takes is gathered from them: no order of tokens is assumed, nor that they are one
 sequence's. Many cotangents or tangents at once are the second axis of [R, b, width], so that an expert's rows are contiguous.
 """
 
@@ -120,7 +120,7 @@ class Stack:
             b1, b2 = of or (None, None)
             (E, h, p), (F, q, g) = (x.mT.shape if transposed else x.shape for x in (own[up], own[down]))
             fits = (E, p, q, h) == (F, d, d, 2 * g if paired else g)
-            if fits and (not of or (own[b1].shape, own[b2].shape) == ((E, h), (E, d))):
+            if fits and [own[name].shape for name in of] == [(E, h), (E, d)][: len(of)]:
                 yield cls(up, b1, down, b2, transposed, paired, gate)
 
     @torch.no_grad()
@@ -128,22 +128,22 @@ class Stack:
         """Whether the module computes this with these parameters: its output, and its derivative by tokens and weights."""
         given = Given.of(call)
         assert given is not None
+        routes = Routes.made(self, given, parameters)
         try:
-            (expected,) = as_function(call)(parameters)
-            routes = Routes.made(self, given, parameters)
-        except (RuntimeError, TypeError, IndexError):  # a gate that takes no such rows
+            fits = routes.g.shape == (len(routes.token), routes.down.shape[2])
+        except (RuntimeError, TypeError):  # a function of something else
             return False
-        if routes.g.shape[1] != parameters[self.down].shape[1 if self.transposed else 2] or not is_close(
-            routes.output().to(expected), expected
-        ):
+        (expected,) = as_function(call)(parameters)
+        if not fits or not is_close(routes.output().to(expected), expected):
             return False
         generator = torch.Generator().manual_seed(1)
         cotangent = torch.randn(expected.shape, generator=generator).to(expected)
         with torch.enable_grad():
             leaves = {id(x): x.detach().requires_grad_() for x in (given.x, given.weight)}
-            swapped = _replaced(call, leaves)
-            (y,) = as_function(swapped)(parameters)
-            truth = torch.autograd.grad(y, list(leaves.values()), cotangent)
+            (y,) = as_function(_replaced(call, leaves))(parameters)
+            if not y.requires_grad:
+                return False
+            truth = torch.autograd.grad(y, list(leaves.values()), cotangent, materialize_grads=True)
         found = routes.pull(cotangent[None])
         return all(is_close(mine[0].to(theirs), theirs) for mine, theirs in zip(found, truth, strict=True))
 
@@ -166,7 +166,6 @@ class Routes:
         place: of each token's routes among the sorted ones, [N, k].
         spans: the experts with tokens, and the routes of each.
         weight: of each route, [R].
-        h, g: behind the first matrix and behind the gate.
     """
 
     stack: Stack
@@ -176,8 +175,6 @@ class Routes:
     place: Int[Tensor, "N k"]
     spans: tuple[Span, ...]
     weight: Float[Tensor, " R"]
-    h: Float[Tensor, "R h"]
-    g: Float[Tensor, "R g"]
 
     @classmethod
     def of(cls, stack: Stack, call: Call) -> Routes:
@@ -204,9 +201,7 @@ class Routes:
                 spans.append((e, slice(start, start + n)))
             start += n
         weight = given.weight.detach().flatten().masked_fill(chosen >= E, 0)[order]
-        routes = cls(stack, parameters, x, order // k, place.view(N, k), tuple(spans), weight, x[:0], x[:0])
-        h = routes.times(routes.up, x[routes.token][:, None], stack.up_bias)[:, 0]
-        return cls(stack, parameters, x, routes.token, routes.place, routes.spans, weight, h, stack.gate(h))
+        return cls(stack, parameters, x, order // k, place.view(N, k), tuple(spans), weight)
 
     @property
     def up(self) -> Float[Tensor, "E h d"]:
@@ -219,6 +214,16 @@ class Routes:
         """W2, a row for each number of y."""
         W = self.parameters[self.stack.down]
         return W.mT if self.stack.transposed else W
+
+    @cached_property
+    def h(self) -> Float[Tensor, "R h"]:
+        """Behind the first matrix."""
+        return self.times(self.up, self.x[self.token][:, None], self.stack.up_bias)[:, 0]
+
+    @cached_property
+    def g(self) -> Float[Tensor, "R g"]:
+        """Behind the gate."""
+        return self.stack.gate(self.h)
 
     @cached_property
     def slope(self) -> Float[Tensor, "R h"]:
