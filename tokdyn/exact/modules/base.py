@@ -93,7 +93,7 @@ class Rule(ABC):
                 out.copy_(tangent)
 
     def outer_products(
-        self, call: Call, delta: Sequence[Float[Tensor, "T q"]], at: Int[Tensor, " N"], preconditioned: bool
+        self, call: Call, delta: Sequence[Float[Tensor, "T ..."]], at: Int[Tensor, " N"], preconditioned: bool
     ) -> OuterProducts:
         """Of tokens with a cotangent at their own position alone: <Ẇ_m, P Ẇ_l> = Σ over the list of (a_m·a_l) (δ_m·δ_l).
 

@@ -60,7 +60,7 @@ class Experts(Rule):
         return found
 
     def outer_products(
-        self, call: Call, delta: Sequence[Float[Tensor, "T q"]], at: Int[Tensor, " N"], preconditioned: bool
+        self, call: Call, delta: Sequence[Float[Tensor, "T ..."]], at: Int[Tensor, " N"], preconditioned: bool
     ) -> OuterProducts:
         """See Rule: those of each expert, between the tokens routed to it."""
         found: OuterProducts = []

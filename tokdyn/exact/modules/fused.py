@@ -61,7 +61,7 @@ class Fused(Rule):
                 E.addcmul_(part, slope)
 
     def outer_products(
-        self, call: Call, delta: Sequence[Float[Tensor, "T q"]], at: Int[Tensor, " N"], preconditioned: bool
+        self, call: Call, delta: Sequence[Float[Tensor, "T ..."]], at: Int[Tensor, " N"], preconditioned: bool
     ) -> OuterProducts:
         """See Rule: those of all layers."""
         assert isinstance(call, FusedCall)

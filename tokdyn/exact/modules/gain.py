@@ -56,7 +56,7 @@ class Gain(Rule):
         return E
 
     def outer_products(
-        self, call: Call, delta: Sequence[Float[Tensor, "T q"]], at: Int[Tensor, " N"], preconditioned: bool
+        self, call: Call, delta: Sequence[Float[Tensor, "T ..."]], at: Int[Tensor, " N"], preconditioned: bool
     ) -> OuterProducts:
         """See Rule: as outer products with the scalar a = 1."""
         d = delta[0][at]

@@ -89,7 +89,7 @@ class Linear(Rule):
             self._moved_by_gram(a, d, x, out.view(*d.shape[:2], len(x), -1))
 
     def outer_products(
-        self, call: Call, delta: Sequence[Float[Tensor, "T q"]], at: Int[Tensor, " N"], preconditioned: bool
+        self, call: Call, delta: Sequence[Float[Tensor, "T ..."]], at: Int[Tensor, " N"], preconditioned: bool
     ) -> OuterProducts:
         """See Rule."""
         a, d = call.inputs[0].flatten(0, -2)[at], delta[0][at]

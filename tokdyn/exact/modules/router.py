@@ -42,7 +42,7 @@ class Router(Local):
         return found
 
     def outer_products(
-        self, call: Call, delta: Sequence[Float[Tensor, "T q"]], at: Int[Tensor, " N"], preconditioned: bool
+        self, call: Call, delta: Sequence[Float[Tensor, "T ..."]], at: Int[Tensor, " N"], preconditioned: bool
     ) -> OuterProducts:
         """See Rule."""
         d = product_cotangents(call, [x.view(1, *y.shape) for x, y in zip(delta, call.outputs, strict=True)])[0][at]
