@@ -19,6 +19,7 @@ from .checks import Found
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 FRAMES = ("_parameters", "_buffers", "_modules")  # of nn.Module: their tensors and modules are looked at one by one
+LARGE, DEEP = 256, 6  # containers among attributes that are looked through: numbers held, containers within one another
 
 _found: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, Found]] = weakref.WeakKeyDictionary()
 
@@ -42,7 +43,7 @@ def signature(model: nn.Module) -> Hashable:
     files = sorted({type(module).__module__ for _, module in modules})
     device = next((p.device.type for _, p in tensors), "cpu")
     return (
-        tuple((name, weakref.ref(module), *_attributes(module)) for name, module in modules),
+        tuple((name, _Identity(module), *_attributes(module)) for name, module in modules),
         tuple((name, type(p), p.shape, p.dtype, p.device) for name, p in tensors),
         tuple(key for name in files if name in sys.modules for key in _functions(vars(sys.modules[name]))),
         tuple(_key(hook) for hook in _global_hooks()),
@@ -76,19 +77,33 @@ def _global_hooks() -> list[Any]:
     return [hook for name in ("_global_forward_pre_hooks", "_global_forward_hooks") for hook in kept[name].values()]
 
 
-def _key(value: Any) -> Hashable:
-    """What tells a value from another that is put in its place, without keeping it alive."""
+class _Identity:
+    """An object as itself and no other, without keeping it alive."""
+
+    def __init__(self, of: Any) -> None:
+        self.of = weakref.ref(of)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.of() is not None and self.of() is other.of()
+
+    def __hash__(self) -> int:
+        return id(self.of)
+
+
+def _key(value: Any, depth: int = 0) -> Hashable:
+    """What tells a value from another that is put in its place; of a large or deep container that it is this one."""
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, Tensor):
         return (value.shape, value.dtype, value.device)
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return (type(value), *map(_key, value))
-    if isinstance(value, dict):
-        return (dict, *((_key(key), _key(x)) for key, x in value.items()))
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        if len(value) > LARGE or depth > DEEP:
+            return (type(value), len(value), id(value))
+        items = value.items() if isinstance(value, dict) else value
+        return (type(value), *(_key(x, depth + 1) for x in items))
     if hasattr(value, "__func__") and hasattr(value, "__self__"):
         return (_key(value.__func__), id(value.__self__))
     try:
-        return weakref.ref(value)
+        return _Identity(value)
     except TypeError:
         return (type(value), id(value))
