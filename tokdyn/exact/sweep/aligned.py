@@ -20,7 +20,7 @@ def aligned_depths(cuts: Cuts, batch: Batch, rules: Mapping[str, Rule]) -> int:
     Args:
         cuts: where the backbone is cut.
         batch: some tokens of the longest sequence there is: in one of a single token there is nowhere else to go.
-        rules: of the modules; those of such a segment must give outer products, be called once and return a row for each position.
+        rules: of the modules; those of such a segment give outer products, are called once and return a row for each position.
     """
     _, segments = cuts.whole(batch)
     N, T = len(batch.rows), batch.ids.shape[1]
