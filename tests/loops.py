@@ -73,3 +73,12 @@ def train(loss_of, *, family="llama", lora=False, monitor=True, steps=3, accumul
     if watch is not None:
         watch.close()
     return figures, parameters, watch
+
+
+def one_record(model, loss_of, ids, **about):
+    opt = torch.optim.SGD(model.parameters(), lr=0.0)
+    with td.Monitor(model, opt, on_error="raise") as monitor:
+        with monitor.micro_batch(**about):
+            loss_of(model, ids).backward()
+        opt.step()
+        return monitor.step_end()
