@@ -189,3 +189,11 @@ def test_compiled_sides_run_where_there_is_a_compiler(tmp_path, monkeypatch):
     found, _ = kernels(tmp_path, "token_stats:float32", "--no-memory", "--side", "compile", "--side", "eager")
     compiled = next(row for row in found["rows"] if row["side"] == "compile")
     assert compiled["differs"] < 1e-5 if compiled["ran"] else "compiler" in compiled["why"].lower(), compiled
+
+
+def test_memory_of_a_scans_pass_is_as_estimated():
+    """Within 15 %, which is what td.scan.estimate says; in a process whose allocator gives memory back."""
+    command = [sys.executable, BENCHMARKS / "scan.py", "--passes", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | measure.steady_memory())
+    found = [line.split("|")[-2] for line in done.stdout.splitlines()[2:]]
+    assert len(found) == 2 and all(abs(int(apart.strip(" %"))) <= 15 for apart in found), done.stdout

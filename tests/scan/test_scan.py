@@ -312,3 +312,27 @@ def test_rows_are_read_on_and_back(tmp_path):
         source({"prompt": "a"})
     with pytest.raises(ValueError, match="holds no rows"):
         source([])
+
+
+def test_processes_that_begin_at_once_write_one_record(tmp_path, model):
+    """Each under a name of its own until it is whole; what a killed one left is gone."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    from tokdyn.scan import _write_about
+
+    writers = [manifest.Writer(tmp_path / "scan", f"rank{r}") for r in range(4)]
+    (tmp_path / "scan" / ".run.json.rank0.part").write_text("{")
+    together = Barrier(4)
+
+    def write(writer):
+        together.wait()
+        for _ in range(20):
+            _write_about(writer, {"kind": "scan"}, {"more": 1})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, writers))
+    assert json.loads((tmp_path / "scan" / "run.json").read_text()) == {"kind": "scan", "more": 1}
+    assert not list((tmp_path / "scan").glob(".run.json*"))
+    for writer in writers:
+        writer.close()

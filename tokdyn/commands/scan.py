@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,6 +64,9 @@ def scan(
             if not path.is_file():
                 raise FileNotFoundError(f"no data file {path}: give a .jsonl, .json, .csv or .parquet file")
 
+        if device == "cuda" and "LOCAL_RANK" in os.environ:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun, accelerate: a process a GPU
+
         import tokdyn as td
 
         loss = td.objectives.by_name(objective, **chosen)
@@ -98,7 +102,8 @@ def scan(
                     err_console.print(f"interrupted; what is in {out} can be read, and --resume goes on", style="yellow")
                     raise typer.Exit(130) from None
                 raise
-        print_scan(found)
+        if part is not None or os.environ.get("RANK", "0") == "0":  # of a job the first process alone
+            print_scan(found)
 
 
 def print_scan(found: Any) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp as forward_derivative
 from torch.func import vmap
 
@@ -32,7 +32,10 @@ from .products import Direction, Uses, real_velocities, vjp, vjp_scored
 from .scope import Scope, select
 from .sides import BATCH, Observed, ScoredBatch, ScoredSide, Unscored, Update
 
-WIDE = 16  # numbers of the widest layer's output that a tangent pass holds at once beside the logits, a position
+# What a tangent pass holds at its peak, fitted by benchmarks/scan.py, of the forward pass and for each direction:
+LOGITS = 1.03, 3.02  # numbers a scored token and vocabulary entry
+LAYERS = 3.8, 5.3  # numbers a position and unit of (hidden width + widest layer)
+STREAM = 2.0  # numbers a position and unit of hidden width that are still there at the logits
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ def jvp_logits_each(
             one = {tensor: x[g] for tensor, x in directions.items()}
             yield z, real_velocities(tracer, [batch], one, uses)[0][None]
         return
-    at_once = max(1, memory // tangent_bytes(tracer, batch))
+    at_once = directions_at_once(tracer, batch, G, memory)
     for start in range(0, G, at_once):
         some = {use: directions[tensor][start : start + at_once] for use, tensor in uses.items()}
 
@@ -236,10 +239,24 @@ def jvp_logits_each(
             yield vmap(along, out_dims=(None, 0))(some)  # type: ignore[arg-type]
 
 
-def tangent_bytes(tracer: Tracer, batch: Batch) -> int:
-    """About what one direction's tangent pass over a batch holds at its peak, beside the forward pass's own."""
+def directions_at_once(tracer: Tracer, batch: Batch, G: int, memory: int) -> int:
+    """How many of G directions a tangent pass over a batch may move along together; one at least."""
+    return next((n for n in range(G, 1, -1) if pass_bytes(tracer, batch, n) <= memory), 1)
+
+
+def pass_bytes(tracer: Tracer, batch: Batch, G: int) -> int:
+    """About what a forward pass over a batch with the tangents of G directions takes at its peak, beside model and directions.
+
+    The peak is in the widest layer or at the logits; within 15 % where benchmarks/scan.py compares it.
+    """
     V, d = tracer.readout.weight.shape
-    return tracer.dtype.itemsize * (3 * len(batch.targets) * V + WIDE * batch.ids.numel() * d)
+    tables = {f"{name}.weight" for name, module in tracer.model.named_modules() if isinstance(module, nn.Embedding)}
+    tables |= {tracer.readout.weight_name}
+    width = d + max((max(p.shape) for name, p in tracer.params.items() if p.dim() == 2 and name not in tables), default=d)
+    positions = batch.ids.numel()
+    logits = (LOGITS[0] + LOGITS[1] * G) * len(batch.targets) * V + STREAM * (1 + G) * positions * d
+    layers = (LAYERS[0] + LAYERS[1] * G) * positions * width
+    return int(tracer.dtype.itemsize * max(logits, layers))
 
 
 def work_each(term: GTerm, logits: Float[Tensor, "N V"], velocities: Float[Tensor, "G N V"]) -> Float[Tensor, "G N"]:

@@ -116,7 +116,7 @@ def scan(
         identity = of_rows.identity | {"data": table.about, "settings": settings | {"rows": table.size, "scope": scope}}
         blocks = own if team is None else team
         with manifest.Writer(place, blocks.name, identity) as writer:
-            _write_about(place, of_rows.record | identity, about or {})
+            _write_about(writer, of_rows.record | identity, about or {})
             _run(of_rows, table, writer, blocks, block, stage)
     return Scan(place)
 
@@ -152,13 +152,21 @@ def _check_free(place: Path, joining: bool) -> None:
             raise FileExistsError(f"{place} exists already: go on with --resume (resume=True), or choose another place")
 
 
-def _write_about(place: Path, record: Mapping[str, Any], more: Mapping[str, Any]) -> None:
-    """Write run.json, unless another process or an earlier run has."""
-    if not (place / ABOUT).exists():
-        mixed = {k: record[k] | x if isinstance(x, dict) and isinstance(record.get(k), dict) else x for k, x in more.items()}
-        about = {**record, **mixed}
-        text = json.dumps(finite(about), indent=1, ensure_ascii=False, allow_nan=False)
-        manifest.replace(place / ABOUT, text.encode())
+def _write_about(writer: manifest.Writer, record: Mapping[str, Any], more: Mapping[str, Any]) -> None:
+    """Write run.json, unless another process or an earlier run has; under a name of one's own until it is whole."""
+    path = writer.folder / ABOUT
+    part = path.with_name(f".{ABOUT}.{writer.name}.part")
+    part.unlink(missing_ok=True)  # of a killed run
+    if path.exists():
+        return
+    mixed = {k: record[k] | x if isinstance(x, dict) and isinstance(record.get(k), dict) else x for k, x in more.items()}
+    text = json.dumps(finite({**record, **mixed}), indent=1, ensure_ascii=False, allow_nan=False)
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    manifest.sync_folder(writer.folder)
 
 
 def _key(k: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._rows import source
-from ..exact.scanning import Row, packed, tangent_bytes
+from ..exact.scanning import Row, directions_at_once, packed, pass_bytes
 from ..objective import Objective
 from ..objectives import DPO
 from ..sequences import Chi
@@ -94,12 +94,12 @@ def _memory(of_rows: Scanner, rows: Sequence[Row]) -> dict[str, int]:
     own = {name: tracer.params[name] for name, owner in tracer.owner.items() if name == owner}
     directions = _bytes(pulled.directions)
     batches = packed(tracer, rows, of_rows.objective).batches
-    one = max(tangent_bytes(tracer, batch) for batch in batches)
-    at_once = min(len(pulled.names), max(1, of_rows.memory // one))
+    G = len(pulled.names)
+    each = (pass_bytes(tracer, batch, directions_at_once(tracer, batch, G, of_rows.memory)) for batch in batches)
     found = {"parameters": _bytes(own), "directions": directions}
     if of_rows.optimizer is not None:
         found["the step's directions and its P"] = directions + _bytes(own)
-    return found | {"logits and tangents": (1 + at_once) * one}
+    return found | {"logits and tangents": max(each)}
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
