@@ -24,6 +24,7 @@ def attach(
     blame: str | Sequence[str] | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     on_error: str = "warn",
 ) -> Monitor:
     """Record the forces of the coming `trainer.train()`; figures go to the trainer's own reporter as tokdyn/….
@@ -34,14 +35,14 @@ def attach(
 
     Args:
         trainer: a transformers.Trainer or one of TRL's.
-        probe, every, probe_every, blame, out, overwrite, on_error: as in `Monitor`; out defaults to writing nothing.
+        probe, every, probe_every, blame, out, overwrite, resume, on_error: as in `Monitor`; out defaults to writing nothing.
 
     Returns:
         The monitor; its `steps` fill while `train` runs.
 
     Raises:
         ValueError: this is no Trainer, or it is attached already.
-        FileExistsError: `out` is taken, also by an earlier training where overwrite is False.
+        FileExistsError: `out` is taken, also by an earlier training where it is neither to be replaced nor resumed.
 
     Example:
         >>> monitor = td.attach(trainer, probe=chis, every=10)
@@ -56,13 +57,14 @@ def attach(
     if any(type(callback).__name__ == "TokdynCallback" for callback in trainer.callback_handler.callbacks):
         raise ValueError("this trainer is attached already; the monitor returned then is at work until train() ends")
     if out is not None and distributed.rank() == 0:  # before hours of training that would record nothing
-        check_free(Path(out), overwrite)
+        check_free(Path(out), overwrite, resume)
     temperature = float(getattr(trainer, "temperature", None) or 1.0)
     tokenizer = getattr(trainer, "processing_class", None)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
     monitor = Monitor(
         None, probe=probe, every=every, probe_every=probe_every, blame=blame, temperature=temperature, out=out,
-        overwrite=overwrite, on_error=on_error, tokenizer=tokenizer if hasattr(tokenizer, "convert_ids_to_tokens") else None,
+        overwrite=overwrite, resume=resume, on_error=on_error,
+        tokenizer=tokenizer if hasattr(tokenizer, "convert_ids_to_tokens") else None,
     )  # fmt: skip
     _wrap_methods(trainer, monitor, _callback(trainer, monitor))
     return monitor
