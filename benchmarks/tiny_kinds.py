@@ -62,8 +62,8 @@ PADDED = dict(pad_token_id=2)  # its positions start behind the padding id, whic
 ROPE = dict(rope_type="default", rope_theta=10_000.0)
 WIDER = dict(attention_hidden_size=2 * WIDTH, attention_head_dim=16)  # attention on the lookup beside the hidden states
 OTHERS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), MLA),
-    **dict.fromkeys(("kimi_linear", "longcat_flash", "minicpm3"), MLA),
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear",
+                     "longcat_flash", "minicpm3"), MLA),
     "deepseek_v2": MLA | dict(num_experts_per_tok=2),
     "bamba": MAMBA2, "granitemoehybrid": MAMBA2, "falcon_h1": MAMBA2 | dict(mamba_d_ssm=64), "mamba2": dict(num_heads=8),
     **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"), PADDED),
