@@ -1,5 +1,7 @@
 """Every block of code in the documents runs: Python in one namespace a page, command lines as far as their parser."""
 
+import ast
+import inspect
 import re
 import shlex
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import tokdyn as td
 from tokdyn.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +84,8 @@ def verl(monkeypatch):
     return impl
 
 
-ELSEWHERE = ["how-to/watch-dpo.md"]  # and what it says is checked: tests/test_readme.py
+SKETCHES = ["stacks.md"]  # for packages that ask for GPUs: what they write of tokdyn is checked below
+ELSEWHERE = ["how-to/watch-dpo.md", *SKETCHES]  # the first runs, and what it says is checked, in tests/test_readme.py
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -95,6 +99,17 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, verl):
     exec(GIVEN.get(name_of(page), ""), module.__dict__)
     for code in blocks(page, "python"):
         exec(compile(code, str(page), "exec"), module.__dict__)
+
+
+@pytest.mark.parametrize("name", SKETCHES)
+def test_what_a_sketch_calls_of_tokdyn_is_there_and_takes_those_arguments(name):
+    calls = [node for code in blocks(ROOT / "docs" / name, "python") for node in ast.walk(ast.parse(code))
+             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("td.")]  # fmt: skip
+    assert calls
+    for call in calls:
+        function = getattr(td, ast.unparse(call.func).removeprefix("td."))
+        named = {word.arg: None for word in call.keywords}
+        inspect.signature(function).bind(*call.args, **named)  # TypeError where it does not take them
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")], ids=name_of)
