@@ -1,6 +1,7 @@
 # make demo   install what a user needs, then profile the embedded model: runs/demo/report.html
 # make test   install all that developing needs, then lint, type-check and test; .ci/run adds what is in the next two lines
 # make test-kernels   Triton and CUDA compiled ahead of time, Triton interpreted    make test-studies   their quick forms
+# make fuzz   the operators on many thousand cases that Hypothesis makes up    make mutants   errors planted in the core
 # make test-portable  the numeric tests once more on code without AVX, as on a processor that has none
 # make lint   ruff and mypy alone        make docs   the documentation site, without a warning: site/        make clean
 # make wheel  build wheels, and run the demo from one in a fresh environment that has no compiler
@@ -17,7 +18,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo studies test test-kernels test-matrix test-portable test-studies lint docs sweep wheel wheel-demo clean
+.PHONY: help install demo studies test fuzz mutants test-kernels test-matrix test-portable test-studies lint docs sweep wheel wheel-demo clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -67,7 +68,7 @@ lint: install
 	$(BIN)/mypy
 
 STUDIES := tests/studies/test_language.py tests/studies/test_classification.py
-KERNELS := tests/kernels/test_ahead_of_time.py tests/kernels/test_interpreter.py
+KERNELS := tests/kernels/test_ahead_of_time.py tests/kernels/test_interpreter.py tests/kernels/test_sanitized.py
 XDIST := -n 2 --dist loadfile # two processes of one thread each, a file in one of them
 
 test: lint
@@ -75,6 +76,15 @@ test: lint
 
 test-kernels: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(KERNELS)
+
+CASES := 20000 # of each of about 22 tests
+FUZZ := tests/ops/test_fuzz.py
+
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=30 -n 2 --fuzz $(CASES) $(FUZZ)
+
+mutants: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --number 200 --markdown docs/mutants.md
 
 NUMERIC := $(filter-out %architectures.py %kinds.py %memory.py,$(wildcard tests/exact/test_*.py)) tests/test_forces.py tests/test_forces_under_optimizers.py tests/test_profile.py tests/ops $(wildcard tests/kernels/test_native_*.py)
 WITHOUT_AVX := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 # torch's loops, its BLAS, its oneDNN

@@ -1,6 +1,7 @@
 """Shapes and types of tokdyn's signatures are checked while the tests run; --simd limits what the C++ kernels may use."""
 
 import importlib
+import importlib.util
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -27,8 +28,22 @@ sys.meta_path.insert(0, TritonModules)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--simd", help="the best instruction set the C++ kernels may use: portable, avx2 or avx512")
 
+    parser.addoption("--native", help="another build of tokdyn._C to test, e.g. one with sanitizers")
+    parser.addoption("--fuzz", type=int, default=25, help="cases that Hypothesis makes up for each of its tests")
+
+
+@pytest.fixture
+def fuzz_cases(request: pytest.FixtureRequest) -> int:
+    """How many cases a test with Hypothesis tries."""
+    return request.config.getoption("--fuzz")
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    if (path := config.getoption("--native")) is not None:
+        spec = importlib.util.spec_from_file_location("tokdyn._C", path)
+        built = importlib.util.module_from_spec(spec)
+        sys.modules["tokdyn._C"] = importlib.import_module("tokdyn")._C = built
+        spec.loader.exec_module(built)
     if (best := config.getoption("--simd")) is not None:
         try:
             built = importlib.import_module("tokdyn._C")

@@ -44,7 +44,7 @@ def refused(result, *words):
 def test_main_job_on_the_demo_model(tmp_path):
     result = call("profile", "--rows", 1, "--held-out", 0, "--skip", 4, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output + result.stderr
-    written = {"run.json", "tokens.parquet", "forces.safetensors", "report.html", "run.yaml"}
+    written = {"run.json", "tokens.parquet", "forces.safetensors", "report.html", "run.yaml", "manifest-0.json"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == written
     run = td.load(tmp_path / "run")
     assert run.about["status"] == "complete" and 1.8 < run.about["verify"]["order"] < 2.2

@@ -85,7 +85,13 @@ def test_run_survives_the_disk(run, tmp_path):
     again = td.load(tmp_path / "r")
     assert torch.equal(again.matrix, run.matrix) and torch.equal(again.vector, run.vector)
     assert again.tokens.equals(run.tokens) and again.about == json.loads(json.dumps(run.about))
-    assert {p.name for p in (tmp_path / "r").iterdir()} == {"run.json", "tokens.parquet", "forces.safetensors", "report.html"}
+    assert {p.name for p in (tmp_path / "r").iterdir()} == {
+        "run.json",
+        "tokens.parquet",
+        "forces.safetensors",
+        "report.html",
+        "manifest-0.json",
+    }
     with pytest.raises(FileExistsError, match="overwrite"):
         run.save(tmp_path / "r")
     run.save(tmp_path / "r", overwrite=True)

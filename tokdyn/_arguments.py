@@ -137,3 +137,12 @@ def sentence(error: Exception) -> str:
     if isinstance(error, (ValueError, OSError)) and text:
         return text
     return f"{type(error).__name__}{': ' if text else ''}{text[:500]} (tokdyn --debug shows where)"
+
+
+# C0 without tab and newline, DEL, C1, marks that turn the direction of writing, and halves of surrogate pairs
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text with the characters escaped that would steer a terminal, or mislead who reads it."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)

@@ -5,12 +5,31 @@ from __future__ import annotations
 import codecs
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.segment import Segment
 
-out_console, err_console = Console(highlight=False), Console(stderr=True, highlight=False)
+from ._arguments import printable
+
+
+class PlainConsole(Console):
+    """A console on which text is text: no markup in it, and what would steer the terminal is shown escaped.
+
+    Paths, names, roles and tokens come from files that somebody else wrote.
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        """Rich's segments, their text escaped; rich's own control codes are segments of another kind."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+out_console, err_console = PlainConsole(), PlainConsole(stderr=True)
 
 
 # What a terminal without Unicode shows; anything else becomes its code, as in \u4f60

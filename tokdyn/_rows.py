@@ -107,10 +107,36 @@ def _json_lines(path: Path) -> Numbered:
             yield n, line
 
 
+DIGITS = 40  # of a whole number: more is no figure of a data set
+
+
+def _json(text: bytes) -> Any:
+    """JSON whose texts can be encoded and whose numbers can be computed with.
+
+    Raises:
+        json.JSONDecodeError, UnicodeDecodeError: it is none.
+    """
+
+    def whole(digits: str) -> int:
+        if len(digits) > DIGITS:
+            raise json.JSONDecodeError(f"a number of {len(digits)} digits", "", 0)
+        return int(digits)
+
+    try:
+        found = json.loads(text, parse_int=whole)
+        if b"\\ud" in text.lower():
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
+    except UnicodeEncodeError:
+        raise json.JSONDecodeError("a text with half of a surrogate pair", "", 0) from None
+    return found
+
+
 def _parser(path: Path) -> Callable[[bytes, int], Any]:
     def parse(line: bytes, n: int) -> Any:
         try:
-            return json.loads(line)
+            return _json(line)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} line {n} is not UTF-8 ({error.reason} at byte {error.start})") from None
         except json.JSONDecodeError as error:
@@ -123,7 +149,7 @@ def _parser(path: Path) -> Callable[[bytes, int], Any]:
 def _array(path: Path) -> Numbered:
     """The items of one JSON array, which is read whole."""
     try:
-        yield from enumerate(json.loads(b"".join(_lines(path))), 1)
+        yield from enumerate(_json(b"".join(_lines(path))), 1)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:

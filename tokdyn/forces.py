@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from .model.trace import Tracer, trace
 from .objective import Objective
 from .objectives import SFT
 from .runs import frames
-from .runs.folder import FORMAT, read_folder, write_folder
+from .runs.folder import FORMAT, read_about, read_folder, require_finite, write_folder
 from .runs.notebook import forces_html
 from .runs.shards import Shards
 from .sequences import Chi
@@ -148,15 +149,20 @@ class Forces:
         """Write run.json, tokens.parquet and forces.safetensors into a new folder.
 
         Raises:
-            FileExistsError: the folder exists.
+            FileExistsError: the folder exists. ValueError: the forces are not finite.
         """
         about = dict(
             format=FORMAT, kind="forces", scope=self.scope, method=self.method, reduce=self.reduce, coverage=self.coverage,
             lr=self.lr,
         )  # fmt: skip
-        matrix = self.matrix if self.shards is None else self.shards.tensor()
-        tensors = {"c": self.c, "matrix": matrix, "vector": self.vector, "groups": self.groups}
-        write_folder(Path(path), about, self.tokens(), {k: v for k, v in tensors.items() if v is not None})
+        require_finite(matrix=self.matrix, vector=self.vector, c=self.c)
+        given = {"c": self.c, "matrix": self.matrix, "vector": self.vector, "groups": self.groups}
+        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+        if self.shards is None:
+            write_folder(Path(path), about, self.tokens(), tensors)
+        else:
+            shards = self.shards if Path(path) == self.shards.path else self.shards.copy_to(path)
+            shards.describe(about | {"sharded": True}, self.tokens(), tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Forces:
@@ -166,20 +172,22 @@ class Forces:
             FileNotFoundError: the folder holds nothing that was saved.
             ValueError: it holds something other than forces, or cannot be read.
         """
-        about, table, tensors = read_folder(Path(path))
+        about, shards = read_about(Path(path)), None
         if about.get("kind") != "forces":
             raise ValueError(f"{path} holds a {about.get('kind')}, not forces: read it with td.load")
+        if about.get("sharded"):
+            shards = Shards(path)
+            table, tensors = shards.read_description()
+        else:
+            about, table, tensors = read_folder(Path(path))
         sides = []
         for side in ("updated", "observed"):
             rows = table.filter([value == side for value in table["side"].to_pylist()]).drop_columns(["side", "row"])
-            extra = (
-                [name for name in ("c", "size", "tokens", "tokens_c") if name in rows.column_names]
-                if side == "observed"
-                else []
-            )
-            sides.append(rows.drop_columns(extra))
-        return cls(tensors.get("matrix"), tensors.get("vector"), tensors["c"], sides[1], sides[0], about["coverage"],
-                   about["scope"], about["method"], about["reduce"], tensors.get("groups"), lr=about.get("lr"))  # fmt: skip
+            other = [name for name in ("c", "size", "tokens", "tokens_c") if name in rows.column_names]
+            sides.append(rows.drop_columns(other if side == "observed" else []))
+        asked = about["coverage"], about["scope"], about["method"], about["reduce"]
+        reduced = tensors.get("matrix"), tensors.get("vector"), tensors["c"]
+        return cls(*reduced, sides[1], sides[0], *asked, tensors.get("groups"), shards, about.get("lr"))
 
 
 @dataclass(frozen=True)
@@ -240,6 +248,7 @@ def forces(
     groups: str | Sequence[int] | Tensor | None = None,
     memory: int | str = "4GiB",
     out: Tensor | str | Path | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Forces:
     """Force of every update token on every observed token, F[m,l] = -[A_m K_{m,l} G_l]_{y_m} = <∇ log pi(y_m), -∇L_l>.
@@ -272,6 +281,7 @@ def forces(
         memory: bytes ("2GiB") that method="tangent" may take for cotangents and tangents, "naive" for gradients.
         out: an [M, L] (or [M, G]) tensor to fill as the matrix is computed (what is there when interrupted is right), or a
             new folder to which it goes in blocks of rows as they are done; `shards` reads it, `matrix` is then None.
+        resume: go on with the folder `out` that an interrupted call of the same left; rows that are there are not made again.
         progress: called with (done, total).
 
     Raises:
@@ -307,17 +317,32 @@ def forces(
             )
         else:
             problem = unscored.scored()
-            to = _Destination(*_columns(problem, groups, labels), out)
+            same = {"made of": _identity(problem, scope, asked, labels)} if isinstance(out, (str, Path)) else {}
+            to = _Destination(*_columns(problem, groups, labels), out, same, resume)
             rules = to.fill(method, memory, progress)
             matrix, shards = to.matrix, to.shards
         u, updated = problem.updated, problem.updated.table(with_c=True)
         if labels is not None:
             updated = (context_table if _by_context(groups) else group_table)(updated, labels)
-        return Forces(
+        found = Forces(
             matrix, vector, u.c, problem.observed.table(with_c=False), updated, problem.coverage(scope, rules),
             scope, asked, reduce, labels, shards, None if optimizer is None else learning_rate(optimizer, tracer.trained),
             _Live(model, problem, labels, fingerprint(tracer)),
         )  # fmt: skip
+    if shards is not None:
+        found.save(shards.path)
+    return found
+
+
+def _identity(problem: ScoredProblem, scope: str, method: str, labels: Tensor | None) -> str:
+    """A checksum of what the rows of a matrix follow from: weights, sequences, c, the optimizer's P, scope, method, groups."""
+    digest = hashlib.sha256(repr((scope, method, None if labels is None else labels.tolist())).encode())
+    for chi in [*problem.observed.chis, *problem.updated.chis]:
+        digest.update(repr((chi.ids.tolist(), chi.scored.tolist())).encode())
+    P = [] if problem.P is None else [x.double().sum().cpu() for x in problem.P.values()]
+    for tensor in (fingerprint(problem.tracer), problem.updated.c, *P):
+        digest.update(tensor.detach().cpu().double().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _by_context(groups: Any) -> bool:
@@ -338,10 +363,12 @@ class _Destination:
         ValueError: the caller's tensor has another shape. FileExistsError: the folder exists.
     """
 
-    def __init__(self, problem: Problem, labels: Tensor | None, out: Tensor | str | Path | None) -> None:
+    def __init__(
+        self, problem: Problem, labels: Tensor | None, out: Tensor | str | Path | None, same: dict[str, str], resume: bool
+    ) -> None:
         self.problem, self.labels = problem, labels
         self.shape = (problem.shape[0], problem.shape[1] if labels is None else int(labels.max()) + 1)
-        self.shards = Shards.create(out, self.shape) if isinstance(out, (str, Path)) else None
+        self.shards = Shards.create(out, self.shape, same, resume=resume) if isinstance(out, (str, Path)) else None
         if isinstance(out, Tensor) and out.shape != self.shape:
             names = f"[M, {'L' if labels is None else 'G'}]"
             raise ValueError(f"out must have shape {names}={self.shape}, got {list(out.shape)}")
@@ -359,9 +386,11 @@ class _Destination:
         assert self.shards is not None
         coverage, first, M = Coverage(), 0, self.shape[0]
         for part in self.problem.row_blocks(max(1, memory // 4 // (self.shape[1] * self.problem.tracer.precision.itemsize))):
-            block, n = self._empty(part.shape[0]), part.shape[0]
-            fill = choose(part, method, self.labels)
-            coverage |= fill(part, block, memory=memory, progress=share(progress, first, n, M))
-            self.shards.append(block)
+            n, done = part.shape[0], self.shards.rows - first  # rows of the part that an interrupted call has made
+            if done < n or first + n == M and not coverage:  # the last part again where all is there: for the rules it goes by
+                block, fill = self._empty(n), choose(part, method, self.labels)
+                coverage |= fill(part, block, memory=memory, progress=share(progress, first, n, M))
+            if done < n:
+                self.shards.append(block[max(0, done) :])
             first += n
         return coverage

@@ -22,21 +22,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .model.unwrap import require_no_prefix
-from .sequences import Chi, token_texts
-from .training import columns, diagnosis, distributed
+from .sequences import Chi
+from .training import distributed
 from .training.capture import Capture
 from .training.facts import facts_of
 from .training.forward import Forward
 from .training.heartbeat import Heartbeat
+from .training.hooks import Hooks
+from .training.loop import Loop
 from .training.probe import Probe
-from .training.step_folder import Folder
-from .training.steps import Step
+from .training.record import Texts, make_record, merged
+from .training.step_folder import Folder, prepare
+from .training.steps import Records, Step
 
-KEPT = 100  # records whose token tables stay in memory where there is no folder for them
+OTHERS = (
+    "the optimizer that the monitor was given has not stepped, and another has ({}): give the monitor the model and the "
+    "optimizer that train, monitor.start(model, optimizer)"
+)
+KEPT = 100  # records that stay in memory with their tables
 
 
 class Problem(ValueError):
@@ -62,10 +68,11 @@ class Monitor:
         tokenizer: for token texts in the tables.
         out: a new folder to write to (see training/step_folder.py).
         overwrite: replace the records of an earlier training that lie there.
+        resume: go on with the records that lie there; of a step that was recorded twice the later record counts.
         on_error: "warn", or "raise" at the end of the step.
 
     Attributes:
-        steps: the records. Without `out` the last 100 keep their token tables.
+        steps: the records. The last 100 are in memory; earlier ones are read from `out`, without it their tables are lost.
         problems: what went wrong, as (step, text).
         first_look: called once, before the weights move in the first recorded step. report: what it found (`td.check`).
         number, due: the present step, and whether it is recorded. clip: the factor by which its gradients were clipped.
@@ -94,6 +101,7 @@ class Monitor:
         tokenizer: Any = None,
         out: str | Path | None = None,
         overwrite: bool = False,
+        resume: bool = False,
         on_error: str = "warn",
     ) -> None:
         if every < 1 or (probe_every or every) % every:
@@ -102,25 +110,35 @@ class Monitor:
             raise ValueError(f'on_error must be "warn" or "raise", got {on_error!r}')
         if probe is not None and optimizer is None and model is not None:
             raise ValueError("a probe needs the optimizer: td.Monitor(model, optimizer, probe=...)")
-        self.model, self.optimizer, self.every, self.probe_every = model, _unwrapped(optimizer), every, probe_every or every
+        self._loop, self.every, self.probe_every = Loop(model, optimizer), every, probe_every or every
         self.temperature, self.scaler, self.tokenizer, self.on_error = temperature, scaler, tokenizer, on_error
         self.probe = None if probe is None else Probe(probe, blame, tokenizer)
-        self.steps: list[Step] = []
+        self.steps = Records(KEPT)
         self.problems: list[tuple[int, str]] = []
         self._warned: set[str] = set()
         self.number, self.clip, self.c_scale = 0, 1.0, 1.0
-        self._ranks, self._out, self._overwrite = ranks, out, overwrite
+        self._ranks, self._out, self._overwrite, self._resume = ranks, out, overwrite, resume
         self._capture: Capture | None = None
         self.first_look: Callable[[Capture], None] | None = None
         self.report: Any = None
         self._folder: Folder | None = None
         self._heartbeat: Heartbeat | None = None
-        self._handles: list[Any] = []
-        self._texts: dict[int, str] = {}
+        self._hooks = Hooks(self._hook_failed)
+        self._texts = None if tokenizer is None else Texts(tokenizer)
         self.due = self._stepped = False
         self._sums: dict[str, float] = {}
 
     # ---------------------------------------------------------------- life
+
+    @property
+    def model(self) -> nn.Module | None:
+        """What the loop calls, as long as somebody else holds it: a monitor keeps no model alive."""
+        return self._loop.model
+
+    @property
+    def optimizer(self) -> Any:
+        """The loop's optimizer, as long as somebody else holds it."""
+        return self._loop.optimizer
 
     def __enter__(self) -> Monitor:
         self.start()
@@ -137,28 +155,35 @@ class Monitor:
             ValueError: the model has no readout, or virtual tokens and a probe. FileExistsError: `out` is taken.
         """
         self.close()
-        self.model = model if model is not None else self.model
-        self.optimizer = _unwrapped(optimizer) if optimizer is not None else self.optimizer
-        if self.model is None:
-            raise ValueError("td.Monitor needs the model: td.Monitor(model, optimizer)")
+        self._loop = Loop(self.model if model is None else model, self.optimizer if optimizer is None else optimizer)
+        if (model := self.model) is None:
+            raise ValueError("td.Monitor needs the model, which the caller holds: td.Monitor(model, optimizer)")
         failure: Exception | None = None
         try:
-            self._capture = Capture(self.model, self.temperature)
+            capture = self._capture = Capture(model, self.temperature)
             if self.probe is not None:
-                require_no_prefix(self._capture.outer)
-            self.ranks = self._ranks if self._ranks is not None else distributed.averaging(self.model)
-            if self._out is not None:
-                self._folder = Folder(Path(self._out), distributed.rank(), self._facts(), self._overwrite)
-                self._heartbeat = Heartbeat(self._folder.path) if distributed.rank() == 0 else None
-            self._capture.install()
-            if hasattr(self.optimizer, "register_step_pre_hook"):
-                self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
-                self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
+                require_no_prefix(capture.outer)
+            self.ranks = self._ranks if self._ranks is not None else distributed.averaging(model)
+            if self._out is not None and distributed.rank() == 0:
+                prepare(Path(self._out), self._facts(), self._overwrite, self._resume)
         except Exception as error:
             failure = error
-        if not distributed.agree(failure is None):  # all ranks or none: later on they meet in collectives
-            self._folder = None
-            self.close()
+        self._all_or_none(failure)
+        try:
+            if self._out is not None:
+                self._folder = Folder(Path(self._out), distributed.rank(), self._facts(), self._resume)
+                self.number = max(self.number, self._folder.last)
+                self._heartbeat = Heartbeat(self._folder.path) if distributed.rank() == 0 else None
+            capture.install()
+            self._loop.listen(self._hooks, self._before_step, self._after_step)
+        except Exception as error:
+            failure = error
+        self._all_or_none(failure)
+
+    def _all_or_none(self, failure: Exception | None) -> None:
+        """Start on all ranks or on none: later on they meet in collectives."""
+        if not distributed.agree(failure is None):
+            self.close("interrupted")
             raise failure or ValueError("tokdyn could not start on another rank")
 
     def averaged_over(self, ranks: int) -> None:
@@ -174,20 +199,21 @@ class Monitor:
 
     def close(self, status: str = "complete") -> None:
         """Take every hook off and write what is left. Safe to call twice."""
-        while self._handles:
-            self._handles.pop().remove()
-        if self._capture is not None:
-            self._capture.remove()
-            self._capture = None
-        if self.probe is not None:
-            self.probe.forget()
-        if self._folder is not None:
-            with self.guarded("the records could not be written"):
-                self._folder.close(status, steps=self.number, problems=[f"step {n}: {text}" for n, text in self.problems])
-            self._folder = None
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
-            self._heartbeat = None
+        self._hooks.remove()
+        capture, self._capture = self._capture, None
+        folder, self._folder = self._folder, None
+        heartbeat, self._heartbeat = self._heartbeat, None
+        with self.guarded("the hooks could not be taken off"):
+            if capture is not None:
+                capture.remove()
+        with self.guarded("the records could not be written"):
+            if self.probe is not None:
+                self.probe.forget()
+            if folder is not None:
+                folder.close(status, steps=self.number, problems=[f"step {n}: {text}" for n, text in self.problems])
+        if heartbeat is not None:
+            with self.guarded("the sign of life could not be taken away"):
+                heartbeat.stop()
 
     # ---------------------------------------------------------------- a step
 
@@ -196,16 +222,19 @@ class Monitor:
         self.number = self.number + 1 if number is None else number
         self.due = self.number % self.every == 0 or self.number == 1
         self._stepped, self.clip = False, 1.0
-        if self._capture is not None:
-            self.c_scale = 1 / self.ranks / self._loss_scale()
-            self._capture.start(keep_hidden=self.due and (self._probing or self.first_look is not None))
-            self._capture.recording = self.due
+        if (capture := self._capture) is not None:
+            capture.recording = False
+            with self.guarded("the step could not be begun"):
+                self.c_scale = 1 / self.ranks / self._loss_scale()
+                capture.start(keep_hidden=self.due and (self._probing or self.first_look is not None))
+                capture.recording = self.due
 
     def pause(self) -> None:
         """Undo `step_begin`: record nothing until the next one."""
         if self._capture is not None:
-            self._capture.start()
             self._capture.recording = False
+            with self.guarded("the step could not be taken back"):
+                self._capture.start()
         self.number -= 1
 
     @contextlib.contextmanager
@@ -236,8 +265,15 @@ class Monitor:
             advantages=advantages, old_log_probs=old_log_probs, clip=clip, level=level, mask=mask, roles=roles, groups=groups
         )
         given = {name: value for name, value in given.items() if value is not None}
-        with self._capture.step.one_micro_batch(given) if self._capture is not None else contextlib.nullcontext():
+        step, before = None if self._capture is None else self._capture.step, None
+        with self.guarded("a batch could not be told from the next"):
+            before = None if step is None else step.micro_batch_begins(given)
+        try:
             yield
+        finally:
+            with self.guarded("a batch could not be told from the next"):
+                if step is not None and before is not None:
+                    step.micro_batch_ends(before)
 
     def about(self, **metadata: Any) -> None:
         """Add metadata of `micro_batch` to the latest pass; for code that sees a loss being made but not the loop around it."""
@@ -261,7 +297,11 @@ class Monitor:
         """
         if self._capture is None:
             return None
-        if hasattr(self.optimizer, "register_step_pre_hook") and not self._stepped and not force:
+        if self._loop.says_when_it_steps and not self._stepped and not force:
+            if others := self._loop.others():  # passes would pile up, and never be a record
+                with self.guarded("nothing is recorded"):
+                    self._capture.start(keep_hidden=self.due and (self._probing or self.first_look is not None))
+                    raise ValueError(OTHERS.format(others))
             return None
         self.clip *= clip
         step = None
@@ -282,11 +322,7 @@ class Monitor:
 
         Names are those of `steps.metrics`, those of the probe begin with its group's name: chosen/log_prob, chosen/actual, …
         """
-        names = [*columns.SUMS, *(self.probe.names if self.probe is not None else [])]
-        values = torch.tensor([self._sums.get(name, 0.0) for name in names], dtype=torch.float64)
-        merged = dict(zip(names, distributed.total(values).tolist(), strict=True))
-        merged["steps"] /= distributed.world()
-        found = columns.metrics(merged) | (self.probe.metrics(merged) if self.probe is not None else {})
+        found = merged(self._sums, self.probe)
         if reset:
             self._sums = {}
         return found
@@ -304,9 +340,11 @@ class Monitor:
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """θ is about to move: gradients are final, weights still those of the update."""
+        self._loop.has_stepped()
         if self._capture is None:
             return
         recording, self._capture.recording = self._capture.recording, False
+        self._capture.before_step()
         self.c_scale = 1 / self.ranks / self._loss_scale()  # a GradScaler changes its scale when the step is over
         if self.due and self.first_look is not None and not self._stepped:
             look, self.first_look = self.first_look, None
@@ -326,45 +364,29 @@ class Monitor:
             with self.guarded("the probe could not be read after the step"):
                 self.probe.after(self.model, self._capture, optimizer, self.c_scale)
 
+    def _hook_failed(self, error: Exception) -> None:
+        """What the guard of the hooks on the optimizer does with an exception."""
+        if isinstance(error, Problem):
+            raise error
+        self._report(f"a hook on the optimizer failed: {error}", error)
+
     def _loss_scale(self) -> float:
         return float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
 
     def _record(self) -> Step:
-        capture = self._capture
-        assert capture is not None
-        forwards, seen = capture.take(), capture.summary()
-        diagnosis.require_forwards(forwards, seen)
-        of = columns.token_columns(forwards, self.c_scale)
-        if self.tokenizer is not None:
-            of["token"] = self._texts_of(of["token_id"])
-        of |= {name: torch.full_like(of["position"], n) for name, n in (("step", self.number), ("rank", distributed.rank()))}
-        own, notes = columns.sums(of, forwards), diagnosis.known_gaps(forwards, seen)
-        if self.scaler is not None and self.scaler.is_enabled() and not self._stepped:
-            notes.append("the optimizer skipped this step: its gradients overflowed in half precision")
-        if wrong := diagnosis.failed_self_check(forwards):
-            notes.append(wrong[0])
+        assert self._capture is not None
+        skipped = self.scaler is not None and self.scaler.is_enabled() and not self._stepped
+        step, wrong = make_record(self._capture, self.number, self.c_scale, skipped=skipped, texts=self._texts)
+        if wrong:
             self._report(wrong[0], kind=wrong[1])
-        figures, routes = columns.metrics(own), tuple(dict.fromkeys(f.route for f in forwards))
-        step = Step(
-            self.number, figures.get("residual", float("nan")), of["c"].float(), of, figures, routes,
-            passes=len(forwards), excluded=seen.excluded, notes=notes, sums=own,
-        )  # fmt: skip
         if self._probing and self.probe is not None:
-            own |= self.probe.write_into(step, self.clip)
-        for name, value in own.items():
+            step.sums |= self.probe.write_into(step, self.clip)
+        for name, value in step.sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
-        self.steps.append(step)
-        if self._folder is None and len(self.steps) > KEPT:
-            self.steps[-KEPT - 1].let_go()
+        self.steps.append(step, self._folder is not None)
         if self._folder is not None:
             self._folder.add(step)
         return step
-
-    def _texts_of(self, ids: Tensor) -> list[str]:
-        """The text of each token, read from the tokenizer once."""
-        unknown = [i for i in ids.unique().tolist() if i not in self._texts]
-        self._texts |= dict(zip(unknown, token_texts(self.tokenizer, unknown), strict=True))
-        return [self._texts[i] for i in ids.tolist()]
 
     @contextlib.contextmanager
     def guarded(self, what: str) -> Iterator[None]:
@@ -390,9 +412,3 @@ class Monitor:
         assert self._capture is not None
         settings = dict(every=self.every, probe_every=self.probe_every, temperature=self.temperature, ranks=self.ranks)
         return facts_of(self._capture.lm, settings, {} if self.probe is None else self.probe.groups)
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    """The torch optimizer inside accelerate's wrapper."""
-    inner = getattr(optimizer, "optimizer", None)
-    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer

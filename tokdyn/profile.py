@@ -18,19 +18,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import ops, squeeze
+from . import ops, squeeze, steps
 from ._arguments import check_eta, check_method, size_in_bytes
 from ._version import __version__
 from .exact import Asked, Direction, Scope, ScoredProblem, UnscoredProblem, choose
 from .exact.contexts import by_context
 from .exact.sides import with_sides
+from .forces import Forces
 from .model.trace import Tracer, trace
 from .objective import Objective
 from .objectives import DPO
 from .runs import folder as store
 from .runs import frames
 from .runs.findings import ROW_SUMS, findings
+from .runs.manifest import replace
 from .runs.notebook import run_html
+from .runs.scans import Scan
+from .runs.schema import PROFILE, require, require_columns
 from .sequences import Chi, context_numbers, token_texts
 from .verify import Verification, against_steps, nothing_moves
 
@@ -61,7 +65,7 @@ class Run:
 
         page = render(self.about, self.tokens, None if self.matrix is None else self.matrix.numpy())
         if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
+            replace(Path(path), page.encode())
         return page
 
     def to_dataframe(self, rows: str = "observed") -> Any:
@@ -90,21 +94,58 @@ class Run:
 
         Raises:
             FileExistsError: the folder exists and overwrite is False, or it is something other than a run.
+            ValueError: the forces of a complete run are not finite.
         """
+        if self.about["status"] == "complete":
+            store.require_finite(vector=self.vector, matrix=self.matrix)
         tensors = {"vector": self.vector} | ({} if self.matrix is None else {"matrix": self.matrix})
         store.write_folder(Path(path), self.about, self.tokens, tensors, self.to_html(), overwrite)
 
 
-def load(path: str | Path) -> Run:
-    """Read a run that `profile` or `Run.save` wrote.
+def load(path: str | Path) -> Any:
+    """Read what tokdyn wrote into a folder, whatever its kind.
+
+    Returns:
+        A Run of td.profile, Forces of td.forces (its matrix in `shards` where it went to a folder), a Scan of td.scan, or of
+        a training the pair (run.json, its tables) that `tokdyn.steps.read` gives.
 
     Raises:
         FileNotFoundError: the folder holds no run.
-        ValueError: it was written by a later format, cannot be read, or holds something other than a profile.
+        ValueError: it was written by a later format, cannot be read, or is not what its kind holds (which file, and where).
     """
-    about, tokens, tensors = store.read_folder(Path(path))
+    path = Path(path)
+    kind = store.kind_of(path)
+    if kind == "forces":
+        return Forces.load(path)
+    if kind == "scan":
+        return Scan(path)
+    if kind == "training":
+        return steps.read(path)
+    return _load_profile(path)
+
+
+def _load_profile(path: Path) -> Run:
+    """A profile's folder as a Run; errors as in `load`."""
+    about, tokens, tensors = store.read_folder(path)
     if about.get("kind") != "profile" or "vector" not in tensors:
         raise ValueError(f"{path} holds {about.get('kind')}, not a profile: read it with td.Forces.load")
+    try:
+        where = store.ABOUT
+        require(about, PROFILE, "")
+        where = store.TOKENS
+        require_columns(tokens)
+        where, sides = store.FORCES, tokens["side"].to_pylist()
+        M, L = sides.count("observed"), sides.count("updated")
+        if tuple(tensors["vector"].shape) != (M,):
+            raise ValueError(
+                f"vector must be [M]=[{M}], as the table has observed tokens, it is {list(tensors['vector'].shape)}"
+            )
+        if "matrix" in tensors and tuple(tensors["matrix"].shape) != (M, L):
+            raise ValueError(
+                f"matrix must be [M, L]=[{M}, {L}], as the table has tokens, it is {list(tensors['matrix'].shape)}"
+            )
+    except ValueError as error:
+        raise ValueError(f"{path / where}{': ' * (where != store.TOKENS) or ' '}{error}") from None
     return Run(about, tokens, tensors["vector"], tensors.get("matrix"))
 
 

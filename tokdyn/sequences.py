@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ._arguments import printable
 from ._encoding import Text, as_answer, plain, render, tokenise
 
 
@@ -96,8 +97,8 @@ def required_advantage(chi: Chi, message: str) -> float:
 
 
 def visible(token: str) -> str:
-    """A token's text with its white space made visible."""
-    return token.replace("\n", "↵").replace(" ", "␣")
+    """A token's text with its white space made visible, and control characters and marks of direction escaped."""
+    return printable(token.replace("\n", "↵").replace(" ", "␣"))
 
 
 def context_numbers(chis: Sequence[Chi]) -> Int[Tensor, " N"]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .. import checks
 from ..native import address, extension
 from ..tangent_attention.reference import blocks
 
@@ -81,6 +82,8 @@ def _empty(q, k, v, d_o, mask, scale, softcap, simd) -> tuple[Tensor, Tensor, Te
     if not takes(q, k, v, d_o):
         given = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (q, k, v, d_o))
         raise ValueError(f"cotangent_attention: float32 on the CPU with heads of a multiple of {LANES}, got {given}")
+    shapes = dict(q=(q, "B Hk G T D"), k=(k, "B Hk S D"), v=(v, "B Hk S E"), do=(d_o, "n B Hk G T E"), mask=(mask, "#B 1 T S"))
+    checks.shapes("cotangent_attention", shapes)
     n, (B, Hk, G, T, D) = len(d_o), q.shape
     dq = q.new_empty(n, B, T, Hk, G, D).permute(0, 1, 3, 4, 2, 5)
     dk, dv = (x.new_empty(n, B, x.shape[2], Hk, x.shape[-1]).transpose(2, 3) for x in (k, v))

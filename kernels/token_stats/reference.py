@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,8 @@ def token_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
 
     No result is a difference of two nearly equal numbers, so that peaked rows keep their digits: with S = 1 + R the sum
     of e^{z-max}, R over all but the argmax, log S is log1p(R), entropy is log S - Σ e^{z-max}(z-max)/S, and g_norm² is
-    Σ_{v≠y} pi_v² + (1-pi_y)² with 1-pi_y = Σ_{v≠y} pi_v. A row of NaN logits gives NaN, rank 0 and argmax -1.
+    Σ_{v≠y} pi_v² + (1-pi_y)² with 1-pi_y = Σ_{v≠y} pi_v. A row without a softmax (NaN, inf, or -inf alone) gives NaN; where one
+    of its logits is NaN, rank 0 and argmax -1.
     """
     z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     T, V = z.shape
@@ -32,6 +35,7 @@ def token_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     shifted = z - top
     e = shifted.exp()
     rest = e.scatter(1, argmax[:, None], 0.0).sum(1)
+    rest = torch.where(top.squeeze(1).isfinite(), rest, math.nan)
     S, log_S = 1 + rest, rest.log1p()
     weighted = torch.where(e > 0, e * shifted, torch.zeros_like(e)).sum(1)  # 0 · -inf is 0 here
     others = e.scatter(1, y, 0.0)

@@ -205,6 +205,64 @@ def test_forces_that_are_interrupted_leave_a_folder_with_the_rows_that_are_done(
     assert relative_error(again[0:rows], whole[:rows]) < FP32
 
 
+def test_an_interrupted_matrix_is_gone_on_with(tmp_path, monkeypatch):
+    """The rows that are there are not made again; other weights, sequences or options are refused."""
+    model = tiny("qwen2")
+    whole = forces(model, U, O).matrix
+
+    def until_half(now, total):
+        if now / total > 0.6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        forces(model, U, O, out=tmp_path / "F", memory=200, progress=until_half)
+    done, made = Shards(tmp_path / "F").rows, []
+    with pytest.raises(FileNotFoundError, match="run.json is missing"):
+        td.load(tmp_path / "F")
+    for other in (dict(scope="readout"), dict(method="naive"), dict(groups="sequence")):
+        with pytest.raises(ValueError, match="was begun with (made of|shape)="):
+            forces(model, U, O, out=tmp_path / "F", resume=True, **other)
+    with pytest.raises(ValueError, match="was begun with made of="):
+        forces(tiny("qwen2", seed=3), U, O, out=tmp_path / "F", resume=True)
+    with monkeypatch.context() as patch:
+        append = Shards.append
+        patch.setattr(Shards, "append", lambda self, rows: (made.append(len(rows)), append(self, rows)))
+        found = forces(model, U, O, out=tmp_path / "F", memory=400, resume=True)  # in blocks of another height
+    assert 0 < done < len(whole) and sum(made) == len(whole) - done
+    assert found.shards.complete and relative_error(found.shards.tensor(), whole) < FP32
+    again = forces(model, U, O, out=tmp_path / "F", resume=True)  # there is nothing left to do
+    assert torch.equal(again.shards.tensor(), found.shards.tensor())
+
+
+@pytest.mark.parametrize("groups", [None, "sequence"])
+def test_a_matrix_in_a_folder_is_a_result(tmp_path, monkeypatch, groups):
+    """`td.load` reads it with its tokens, c and settings; it is saved elsewhere file by file, never whole in memory."""
+    model = tiny("llama")
+    found = forces(model, U, O, out=tmp_path / "F", memory=200, groups=groups)
+    assert len(found.shards.blocks) > 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "__getitem__", None)
+        found.save(tmp_path / "G")
+    with pytest.raises(FileExistsError, match="choose another place"):
+        found.save(tmp_path / "G")
+    for place in ("F", "G"):
+        again = td.load(tmp_path / place)
+        assert isinstance(again, td.Forces) and torch.equal(again.shards.tensor(), found.shards.tensor())
+        assert torch.equal(again.c, found.c)
+        for side in ("observed", "updated"):
+            want = getattr(found, side)
+            assert getattr(again, side).select(want.column_names).to_pydict() == want.to_pydict()
+        assert (again.scope, again.method, again.coverage) == (found.scope, found.method, found.coverage)
+        assert torch.equal(again.predict(0.1), found.predict(0.1))
+
+
+def test_rows_that_are_not_finite_are_not_written(tmp_path):
+    shards = Shards.create(tmp_path / "F", (2, 2))
+    with pytest.raises(ValueError, match="rows 0:1 of the matrix are not finite"):
+        shards.append(torch.tensor([[1.0, torch.inf]]))
+    assert Shards(tmp_path / "F").rows == 0
+
+
 @pytest.mark.parametrize("method", ["tangent", "naive"])
 @pytest.mark.parametrize("folder", [False, True])
 def test_progress_grows_to_the_whole(tmp_path, method, folder):

@@ -274,7 +274,7 @@ def test_verl_trains_on_where_tokdyn_cannot_start(update, tmp_path):
         norms, weights, monitor = update(True, False, 0.0, out=tmp_path, on_error="warn")
     plain_norms, plain_weights, _ = update(False, False, 0.0)
     assert norms == plain_norms and all(torch.equal(a, b) for a, b in zip(weights, plain_weights, strict=True))
-    assert len(monitor.problems) == len(caught) == 1 and monitor.steps == []
+    assert len(monitor.problems) == len(caught) == 1 and not monitor.steps
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
@@ -365,7 +365,7 @@ def test_openrlhf_trains_on_where_tokdyn_cannot_start(tmp_path):
         sequences=b["input_ids"], attention_mask=b["attention_mask"], advantages=b["advantages"],
         action_mask=b["response_mask"], action_log_probs=b["old_log_probs"],
     ))  # fmt: skip
-    assert len(monitor.problems) == 1 and monitor.steps == []
+    assert len(monitor.problems) == 1 and not monitor.steps
 
 
 def test_options_of_verl_are_looked_at_before_training():

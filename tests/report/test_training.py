@@ -285,7 +285,7 @@ def test_a_monitored_training_has_a_page(tmp_path):
 
 def test_following_says_so_first_and_ends_with_the_training(tmp_path, monkeypatch):
     """One page at once, one more after the training has ended; nobody waits twenty seconds here."""
-    about = {"format": 1, "kind": "training", "status": "running", "written": "2000-01-01T00:00:00+00:00"}
+    about = {"format": 2, "kind": "training", "status": "running", "written": "2000-01-01T00:00:00+00:00"}
     (tmp_path / "run.json").write_text(json.dumps(about))
     monkeypatch.setattr("time.sleep", lambda _: (tmp_path / "run.json").write_text(json.dumps(about | {"status": "complete"})))
     result = CliRunner().invoke(app, ["report", str(tmp_path), "--follow"])

@@ -1,6 +1,5 @@
 """A write of several files counts whole or not at all, wherever it is cut off: nothing lost, nothing doubled, nothing left."""
 
-import contextlib
 import json
 import os
 import random
@@ -10,6 +9,7 @@ import signal
 import time
 
 import pytest
+from crashes import before_each_call
 
 from tokdyn.runs import manifest
 from tokdyn.runs.manifest import Writer, busy, committed
@@ -45,28 +45,6 @@ def require_whole(folder, n=BLOCKS, more=("manifest-0.json",)):
     assert blocks(folder) == list(range(n))
     named = {path.name for commit in committed(folder) for path in commit.files.values()}
     assert {path.name for path in folder.iterdir()} == named | set(more)
-
-
-CALLS = ("open", "fsync", "replace", "close", "unlink", "remove")  # of the system, that a write makes
-
-
-@contextlib.contextmanager
-def before_each_call(act):
-    """Have `act(n)` run before the n-th call to the system, and after the last."""
-    made, real = [], {name: getattr(os, name) for name in CALLS}
-
-    def patched(name):
-        def call(*args, **options):
-            made.append(name)
-            act(len(made))
-            return real[name](*args, **options)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in CALLS:
-            patch.setattr(os, name, patched(name))
-        yield made
 
 
 def test_a_crash_at_any_call_leaves_whole_blocks_and_the_next_run_ends_the_work(tmp_path):
@@ -206,7 +184,7 @@ def test_a_lock_ends_with_its_process_and_not_with_a_sibling(tmp_path):
     here, there = os.pipe()
     child = os.fork()
     if not child:
-        Writer(tmp_path)
+        writer = Writer(tmp_path)  # noqa: F841
         os.write(there, b"!")
         if not os.fork():  # as a loader's worker: it outlives the writer
             time.sleep(5)

@@ -68,7 +68,7 @@ def test_a_folder_that_is_gone_stops_neither_training_nor_heartbeat(tmp_path):
 
 def test_a_dead_run_is_named_and_followed_no_longer(tmp_path, monkeypatch):
     """At once where it is dead already; where it dies while it is followed, after the page that says so."""
-    (tmp_path / "run.json").write_text(json.dumps({"format": 1, "kind": "training", "status": "running"}))
+    (tmp_path / "run.json").write_text(json.dumps({"format": 2, "kind": "training", "status": "running"}))
 
     def beat(at):
         (tmp_path / ALIVE).write_text(json.dumps({"at": at.isoformat(), "every": 10.0}))
@@ -92,6 +92,7 @@ def test_a_dead_run_is_replaced_with_all_it_left(tmp_path):
     first = td.Monitor(model, out=tmp_path / "run")
     first.start()
     first._heartbeat._over.set()  # killed while it wrote
+    first._folder.writer.close()  # a lock ends with its process
     (tmp_path / "run" / f".{ALIVE}").touch()
     again = td.Monitor(model, out=tmp_path / "run", overwrite=True)
     again.start()

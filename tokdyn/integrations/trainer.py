@@ -25,6 +25,7 @@ def attach(
     blame: str | Sequence[str] | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     on_error: str = "warn",
     check: bool = True,
 ) -> Monitor:
@@ -36,7 +37,7 @@ def attach(
 
     Args:
         trainer: a transformers.Trainer or one of TRL's.
-        probe, every, probe_every, blame, out, overwrite, on_error: as in `Monitor`; out defaults to writing nothing.
+        probe, every, probe_every, blame, out, overwrite, resume, on_error: as in `Monitor`; out defaults to writing nothing.
         check: look at the first recorded step as `td.check` does, before its weights move. What is wrong or suspicious is one
             warning; `monitor.report` holds all findings. Costs one backward and one tangent pass over that step's answers, and
             a forward pass for each of eight rows.
@@ -46,7 +47,7 @@ def attach(
 
     Raises:
         ValueError: this is no Trainer, or it is attached already.
-        FileExistsError: `out` is taken, also by an earlier training where overwrite is False.
+        FileExistsError: `out` is taken, also by an earlier training where it is neither to be replaced nor resumed.
 
     Example:
         >>> monitor = td.attach(trainer, probe=chis, every=10)
@@ -57,11 +58,11 @@ def attach(
     if any(type(callback).__name__ == "TokdynCallback" for callback in trainer.callback_handler.callbacks):
         raise ValueError("this trainer is attached already; the monitor returned then is at work until train() ends")
     if out is not None and distributed.rank() == 0:  # before hours of training that would record nothing
-        check_free(Path(out), overwrite)
+        check_free(Path(out), overwrite, resume)
     temperature = float(getattr(trainer, "temperature", None) or 1.0)
     monitor = Monitor(
         None, probe=probe, every=every, probe_every=probe_every, blame=blame, temperature=temperature, out=out,
-        overwrite=overwrite, on_error=on_error, tokenizer=tokenizer_of(trainer),
+        overwrite=overwrite, resume=resume, on_error=on_error, tokenizer=tokenizer_of(trainer),
     )  # fmt: skip
     looking = FirstLook(trainer, monitor) if check else None
     _wrap_methods(trainer, monitor, _callback(trainer, monitor, looking), looking)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..kernels import checks
 from ..kernels.cotangent_attention import cpp as _cotangent_cpp
 from ..kernels.cotangent_attention import reference as _cotangent
 from ..kernels.tangent_attention import fused as _fused
@@ -37,6 +39,9 @@ def attention(
         ValueError: shapes or dtypes that do not fit, or an unknown impl.
         RuntimeError: impl="triton" without the package triton.
     """
+    sizes = _check("attention", q, k, v, mask, scale, softcap)
+    if 0 in sizes.values():
+        return q.new_zeros(*q.shape[:-1], v.shape[-1])
     form = choose("attention", impl, (q, k, v), triton=_fits_triton(q, k, v))
     if form == "triton":
         from ..kernels.tangent_attention import triton
@@ -64,6 +69,10 @@ def tangent_attention(
 
     Arguments and errors as in `attention`. Cost: 8 T S D flops a head and tangent, and the softmax recomputed.
     """
+    moved = dict(dq=(dq, "n B Hk G T D"), dk=(dk, "n B Hk S D"), dv=(dv, "n B Hk S E"))
+    sizes = _check("tangent_attention", q, k, v, mask, scale, softcap, **moved)
+    if 0 in sizes.values():
+        return q.new_zeros(len(dq), *q.shape[:-1], v.shape[-1])
     given = (q, k, v, dq, dk, dv)
     if choose("tangent_attention", impl, given, triton=_fits_triton(*given)) == "triton":
         from ..kernels.tangent_attention import triton
@@ -87,6 +96,10 @@ def cotangent_attention(
 
     Arguments and errors as in `attention`. Cost: 8 T S D flops a head and cotangent, and the softmax recomputed.
     """
+    sizes = _check("cotangent_attention", q, k, v, mask, scale, softcap, do=(do, "n B Hk G T E"))
+    if 0 in sizes.values():
+        dq, dk, dv = (x.new_zeros(len(do), *x.shape) for x in (q, k, v))
+        return dq, dk, dv
     given = (q, k, v, do)
     form = choose("cotangent_attention", impl, given, triton=_fits_triton(*given), cpp=_cotangent_cpp.takes(*given))
     if form == "triton":
@@ -97,6 +110,20 @@ def cotangent_attention(
         return _fused.cotangent_attention(q, k, v, do, mask, scale)
     computes = _cotangent_cpp.cotangent_attention if form == "cpp" else _cotangent.cotangent_attention
     return computes(q, k, v, do, mask, scale, softcap)
+
+
+def _check(
+    op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, **more: checks.Given
+) -> dict[str, int]:
+    """Shapes, dtypes and numbers of an attention, `more` its tangents or cotangents; returns its sizes."""
+    sizes = checks.shapes(op, dict(q=(q, "B Hk G T D"), k=(k, "B Hk S D"), v=(v, "B Hk S E"), mask=(mask, "#B 1 T S"), **more))
+    checks.one_kind(op, q=q, k=k, v=v, **{name: tensor for name, (tensor, _) in more.items()})
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"{op}: mask must be of dtype bool, True where a key is seen, got {mask.dtype}")
+    checks.some(op, sizes, "S")
+    checks.finite(op, scale=scale)
+    checks.above_zero(op, softcap=softcap)
+    return sizes
 
 
 def _fits_triton(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..kernels import checks
 from ..kernels.dual_gram import cpp as _dual_gram_cpp
 from ..kernels.dual_gram import reference as _dual_gram_reference
 from ..kernels.readout_forces import cpp as _readout_cpp
@@ -47,8 +48,17 @@ def readout_forces(
 
     Cost: O((M + L) V d + M L (V + d)) flops; the reference holds [M, V] and [L, V], the others stream over V.
     """
-    if c.shape != targets_u.shape:
-        raise ValueError(f"c must have the shape of targets_u={list(targets_u.shape)}, got {list(c.shape)}")
+    op, of_targets = "readout_forces", "L K" if targets_u.dim() == 2 else "L"
+    given = dict(
+        h_o=(h_o, "M d"), y_o=(y_o, "M"), h_u=(h_u, "L d"), targets_u=(targets_u, of_targets), c=(c, of_targets),
+        weight=(weight, "V d"), bias=(bias, "V"), v=(v, "L"), uniform=(uniform, "L"),
+    )  # fmt: skip
+    sizes = checks.shapes(op, given)
+    checks.some(op, sizes, "V")
+    checks.floats(op, h_o=h_o, h_u=h_u, c=c, weight=weight, bias=bias, v=v, uniform=uniform)
+    checks.ids(op, y_o=y_o, targets_u=targets_u)
+    checks.finite(op, scale=scale)
+    checks.above_zero(op, softcap=softcap)
     if reduce not in (None, "update", "observe"):
         raise ValueError(f'reduce must be None, "update" or "observe", got {reduce!r}')
     tensors = (h_o, h_u, weight, bias, c, v, uniform)
@@ -56,6 +66,7 @@ def readout_forces(
     if form == "triton":
         from ..kernels.readout_forces import triton as computes
     else:
+        checks.within(op, sizes["V"], y_o=y_o, targets_u=targets_u)
         computes = _readout_cpp if form == "cpp" else _readout_reference
     return computes.readout_forces(
         h_o, y_o, h_u, targets_u, c, weight,
@@ -86,6 +97,16 @@ def dual_gram(
         ValueError: shapes or dtypes that do not fit, or an unknown impl.
         RuntimeError: impl="triton" without the package triton.
     """
+    op, kept = "dual_gram", "M L" if segments is None else "S_o S_u"
+    given = dict(a1=(a1, "M p"), a2=(a2, "L p"), d1=(d1, "M q"), d2=(d2, "L q"), out=(out, kept))
+    if segments is not None:
+        given |= {"segments[0]": (segments[0], "M"), "segments[1]": (segments[1], "L")}
+        checks.ids(op, **{"segments[0]": segments[0], "segments[1]": segments[1]})
+    sizes = checks.shapes(op, given)
+    if segments is not None and out is None:
+        checks.some(op, sizes, "M", "L")
+    checks.one_kind(op, a1=a1, a2=a2, d1=d1, d2=d2)
+    checks.floats(op, out=out)
     factors = (a1, a2, d1, d2)
     fits = one_dtype(*factors) and (out is None or out.dtype == torch.float32)
     form = choose("dual_gram", impl, (*factors, out), triton=fits, cpp=adjacent(out))

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..kernels import checks
 from ..kernels.linear_token_stats import cpp as _linear_cpp
 from ..kernels.linear_token_stats import reference as _linear_reference
 from ..kernels.token_stats import cpp as _cpp
@@ -45,10 +46,13 @@ def token_stats(logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"], *, imp
             (GPU, fp32 and bf16, no gradient). None takes cpp or triton, by the tensors' device, where it is there and applies.
 
     Raises:
-        ValueError: an impl that is not built, or a target outside the vocabulary; Triton, which does not wait for the GPU to
-            look at targets, gives NaN, rank 0 and argmax -1 for such a row, and so does cuda.
+        ValueError: shapes or dtypes that do not fit, an impl that is not built, a target outside the vocabulary; Triton, which
+            does not wait for the GPU to look at targets, gives NaN, rank 0 and argmax -1 for such a row, and so does cuda.
         RuntimeError: impl="triton" without the package triton, impl="cuda" where the CUDA part was not built.
     """
+    checks.some("token_stats", checks.shapes("token_stats", dict(logits=(logits, "T V"), targets=(targets, "T"))), "V")
+    checks.floats("token_stats", logits=logits)
+    checks.ids("token_stats", targets=targets)
     if impl == "cuda":
         return TokenStats(*_cuda.token_stats(logits, targets))
     form = choose("token_stats", impl, (logits,), triton=adjacent(logits), cpp=adjacent(logits))
@@ -56,7 +60,7 @@ def token_stats(logits: Float[Tensor, "T V"], targets: Int[Tensor, " T"], *, imp
         from ..kernels.token_stats import triton
 
         return TokenStats(*triton.token_stats(logits, targets))
-    _check_targets(targets, logits.shape[-1])
+    checks.within("token_stats", logits.shape[-1], targets=targets)
     computes = _cpp.token_stats if form == "cpp" else _reference.token_stats
     return TokenStats(*computes(logits, targets))
 
@@ -82,17 +86,19 @@ def linear_token_stats(
     Raises:
         ValueError, RuntimeError: as in `token_stats`.
     """
+    op = "linear_token_stats"
+    given = dict(hidden=(hidden, "T d"), weight=(weight, "V d"), targets=(targets, "T"), bias=(bias, "V"))
+    checks.some(op, checks.shapes(op, given), "V")
+    checks.floats(op, hidden=hidden, weight=weight, bias=bias)
+    checks.ids(op, targets=targets)
+    checks.finite(op, scale=scale)
+    checks.above_zero(op, softcap=softcap, temperature=temperature)
     form = choose("linear_token_stats", impl, (hidden, weight, bias), triton=one_dtype(hidden, weight), cpp=True)
     options: dict[str, Any] = dict(bias=bias, scale=scale, softcap=softcap, temperature=temperature)
     if form == "triton":
         from ..kernels.linear_token_stats import triton
 
         return TokenStats(*triton.linear_token_stats(hidden, weight, targets, **options))
-    _check_targets(targets, weight.shape[0])
+    checks.within(op, weight.shape[0], targets=targets)
     computes = _linear_cpp.linear_token_stats if form == "cpp" else _linear_reference.linear_token_stats
     return TokenStats(*computes(hidden, weight, targets, **options))
-
-
-def _check_targets(targets: Tensor, V: int) -> None:
-    if targets.numel() and (int(targets.min()) < 0 or int(targets.max()) >= V):
-        raise ValueError(f"targets must lie in [0, V)=[0, {V}), got {int(targets.min())} to {int(targets.max())}")

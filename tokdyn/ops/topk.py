@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from ..kernels import checks
 from ..kernels.topk_log_probs import cpp as _cpp
 from ..kernels.topk_log_probs import cuda as _cuda
 from ..kernels.topk_log_probs import reference as _reference
@@ -22,10 +23,11 @@ def topk_log_probs(logits: Float[Tensor, "T V"], k: int, *, impl: str | None = N
         impl: as in `token_stats`.
 
     Raises:
-        ValueError: a k outside [1, V], or an impl that is not built.
+        ValueError: shapes or dtypes that do not fit, a k outside [1, V], or an impl that is not built.
         RuntimeError: as in `token_stats`.
     """
-    _check_k(k, logits.shape[-1])
+    _check_k("topk_log_probs", k, checks.shapes("topk_log_probs", dict(logits=(logits, "T V")))["V"])
+    checks.floats("topk_log_probs", logits=logits)
     if impl == "cuda":
         return _cuda.topk_log_probs(logits, k)
     fits = adjacent(logits)
@@ -49,7 +51,11 @@ def linear_topk_log_probs(
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """topk_log_probs of softcap(scale (W h + b)), from the hidden states; arguments and errors as there, without "cuda"."""
-    _check_k(k, weight.shape[0])
+    op = "linear_topk_log_probs"
+    _check_k(op, k, checks.shapes(op, dict(hidden=(hidden, "T d"), weight=(weight, "V d"), bias=(bias, "V")))["V"])
+    checks.floats(op, hidden=hidden, weight=weight, bias=bias)
+    checks.finite(op, scale=scale)
+    checks.above_zero(op, softcap=softcap)
     fits = k <= TRITON_MOST_K and one_dtype(hidden, weight)
     form = choose("linear_topk_log_probs", impl, (hidden, weight, bias), triton=fits, cpp=True)
     if form == "triton":
@@ -60,6 +66,6 @@ def linear_topk_log_probs(
     return computes.linear_topk_log_probs(hidden, weight, k, bias=bias, scale=scale, softcap=softcap)
 
 
-def _check_k(k: int, V: int) -> None:
+def _check_k(op: str, k: int, V: int) -> None:
     if not 1 <= k <= V:
-        raise ValueError(f"k must lie in [1, V]=[1, {V}], got {k}")
+        raise ValueError(f"{op}: k must lie in [1, V]=[1, {V}], got {k}")

@@ -7,7 +7,6 @@ top need no script. static/training/*.js draws the rest with the helpers of the 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from ..runs.folder import PAGE
+from ..runs.manifest import replace
 from ..steps import metrics, read
 from ..training.heartbeat import silent_since
 from .page import assemble
@@ -59,9 +59,7 @@ def watch(folder: str | Path, *, steps: Sequence[int] | None = None, follow: boo
         about, tables = read(path)
         silent = silent_since(path) if about.get("status") == "running" else None
         about |= {"silent_since": silent and silent.isoformat(timespec="seconds")}
-        part = path / f".{PAGE}"
-        part.write_text(render(about, tables, steps), encoding="utf-8")
-        os.replace(part, path / PAGE)
+        replace(path / PAGE, render(about, tables, steps).encode())
         if not follow or about.get("status") != "running" or silent:
             return path / PAGE
         time.sleep(every)

@@ -25,12 +25,13 @@ import errno
 import json
 import os
 import re
-import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .lock import lock, nothing
 
 FORMAT = 1
 PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")  # a file name that cannot leave its folder, nor hide in it
@@ -97,6 +98,7 @@ class Writer:
     def __init__(
         self, folder: str | Path, name: str | None = "0", about: Mapping[str, Any] | None = None, *, fresh: bool = False
     ) -> None:
+        self._unlock: Callable[[], None] = nothing
         self.folder, self.about = Path(folder), json.loads(json.dumps(dict(about or {})))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.name, self._unlock = _take(self.folder, name)
@@ -107,7 +109,7 @@ class Writer:
             if not fresh:
                 self._reload()
             self._join_others()
-            self._write(self.commits)
+            _write(self.folder, self.name, self.about, self.commits)
             self._sweep()
         except BaseException:
             self.close()
@@ -122,7 +124,9 @@ class Writer:
     def close(self) -> None:
         """Let another process work under this name. Safe to call twice."""
         self._unlock()
-        self._unlock = _nothing
+        self._unlock = nothing
+
+    __del__ = close
 
     def done(self, key: str) -> bool:
         """Whether a writer of the folder has committed a key; what others did is looked up at every commit of one's own."""
@@ -149,7 +153,7 @@ class Writer:
             sums = {name: _put(paths[name], write) for name, write in files.items()}
             sync_folder(self.folder)
             made = Commit(self.name, number, key, paths, sums)
-            self._write([*self.commits, made])
+            _write(self.folder, self.name, self.about, [*self.commits, made])
             self.commits.append(made)
         except BaseException:
             with contextlib.suppress(OSError, ValueError):
@@ -165,14 +169,6 @@ class Writer:
             raise ValueError(f"a file of a commit is named by letters, digits, - _ and ., got {name!r}")
         stem, dot, suffix = name.partition(".")
         return f"{stem}-{self.name}-{number:06d}{dot}{suffix}"
-
-    def _write(self, commits: list[Commit]) -> None:
-        listed = [
-            {"number": c.number, "key": c.key, "files": {name: [path.name, *c.sums[name]] for name, path in c.files.items()}}
-            for c in commits
-        ]
-        about = {"format": FORMAT, "writer": self.name, "about": self.about, "commits": listed}
-        replace(self.folder / _manifest(self.name), json.dumps(about, ensure_ascii=False).encode())
 
     def _reload(self) -> None:
         """What the disk says counts of this writer."""
@@ -208,6 +204,13 @@ class Writer:
             number = own.fullmatch(path.name)[1]  # type: ignore[index]
             if (number is None or int(number) > last) and not path.is_dir():
                 path.unlink(missing_ok=True)
+
+
+def fill(folder: Path, files: Mapping[str, Write], about: Mapping[str, Any] | None = None) -> None:
+    """Write one commit into an empty folder, its files under their own names; the manifest says that it is whole."""
+    sums = {name: _put(folder / name, write) for name, write in files.items()}
+    sync_folder(folder)
+    _write(folder, "0", about or {}, [Commit("0", 1, "", {name: folder / name for name in files}, sums)])
 
 
 def committed(folder: str | Path) -> list[Commit]:
@@ -248,7 +251,7 @@ def busy(folder: Path) -> list[str]:
     """The writers that are at work in a folder, as far as this machine knows."""
     found = []
     for path in sorted(folder.glob(".lock-*")) if folder.is_dir() else []:
-        unlock = _lock(path)
+        unlock = lock(path)
         if unlock is None:
             found.append(path.name.removeprefix(".lock-"))
         else:
@@ -256,7 +259,7 @@ def busy(folder: Path) -> list[str]:
     return found
 
 
-def is_ours(name: str, tables: Mapping[str, Any] | tuple[str, ...] = ()) -> bool:
+def is_ours(name: str, tables: Iterable[str] = ()) -> bool:
     """Whether a file's name is one that a `Writer` gives: a manifest, a lock, or a file of one of these tables."""
     table = "|".join(map(re.escape, tables)) or "(?!)"
     form = rf"\.?manifest-[\w\-]+\.json(\.part)?|\.lock-[\w\-]+|\.?(?:{table})-[\w\-]+-\d{{6}}\.\w+(\.part)?"
@@ -319,6 +322,15 @@ def _manifest(writer: str) -> str:
     return f"manifest-{writer}.json"
 
 
+def _write(folder: Path, writer: str, about: Mapping[str, Any], commits: list[Commit]) -> None:
+    listed = [
+        {"number": c.number, "key": c.key, "files": {name: [path.name, *c.sums[name]] for name, path in c.files.items()}}
+        for c in commits
+    ]
+    text = json.dumps({"format": FORMAT, "writer": writer, "about": about, "commits": listed}, ensure_ascii=False)
+    replace(folder / _manifest(writer), text.encode())
+
+
 def _read(path: Path) -> tuple[dict[str, Any], list[Commit]]:
     """What a manifest is about, and its commits.
 
@@ -356,56 +368,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-# ---------------------------------------------------------------- locks
-
-_held: set[tuple[int, Path]] = set()  # a process does not lock itself out
-
-
-def _nothing() -> None:
-    pass
-
-
 def _take(folder: Path, name: str | None) -> tuple[str, Callable[[], None]]:
     """The name a writer works under, and what lets go of it."""
     if name is not None and not re.fullmatch(r"\w[\w\-]*", name, re.ASCII):
         raise ValueError(f"a writer is named by letters, digits, - and _, got {name!r}")
     for number in range(1 << 16):
-        unlock = _lock(folder / f".lock-{number if name is None else name}", patience=0.5 if name is not None else 0.0)
+        unlock = lock(folder / f".lock-{number if name is None else name}", patience=0.5 if name is not None else 0.0)
         if unlock is not None:
             return str(number) if name is None else name, unlock
         if name is not None:
             break
     raise FileExistsError(f"another process writes to {folder} as {name}: let it end, or choose another place")
-
-
-def _lock(path: Path, patience: float = 0.0) -> Callable[[], None] | None:
-    """Hold a lock file until the function returned is called or the process ends, however it ends; None if it is held."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: nobody is kept out
-        return _nothing
-    path, end = path.resolve(), time.monotonic() + patience
-    while True:
-        if (os.getpid(), path) not in _held:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() and path.stat().st_ino == os.fstat(fd).st_ino:  # not the one a closing writer removed
-                    break
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-                    break
-            os.close(fd)
-        if time.monotonic() >= end:
-            return None
-        time.sleep(0.02)
-    _held.add((os.getpid(), path))
-
-    def unlock() -> None:
-        try:
-            path.unlink(missing_ok=True)
-        finally:
-            _held.discard((os.getpid(), path))
-            os.close(fd)
-
-    return unlock

@@ -16,6 +16,7 @@ kept for later: it never reaches the user's training.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,10 +27,13 @@ from torch import Tensor, nn
 from ..model.readout import Readout, readout_of
 from ..model.unwrap import backbone, unwrap
 from .forward import Forward
+from .gradients import Gradients
+from .hooks import Hooks
 from .layout import IGNORED, Layout, Scored, right_aligned, shifted
-from .recorder import LossFacts, Pass, Recorder, StepLog, StepSummary
+from .recorder import Pass, Recorder
+from .step_log import LossFacts, StepLog, StepSummary
 
-_active: list[Capture] = []
+_active: weakref.WeakSet[Capture] = weakref.WeakSet()  # one that its user has forgotten keeps no model alive
 
 
 @dataclass
@@ -63,13 +67,14 @@ class Capture:
         self.lm, self.outer, self.compiled = unwrap(model)
         self.head: Any = self.lm.get_output_embeddings()  # type: ignore[operator]
         self.temperature, self.recording, self.facts = temperature, False, LossFacts()
-        self._handles: list[Any] = []
+        self._hooks, self._gradients = Hooks(self._hook_failed), Gradients(self.lm)
         self.start()
 
     def start(self, keep_hidden: bool = False) -> None:
         """Forget the last step. keep_hidden: keep h of the scored tokens of the coming one."""
-        self.step = StepLog(self.head.weight.device.type, keep_hidden)
+        self.step = StepLog(self.head.weight.device.type, keep_hidden, self._gradients)
         self.facts.retry_next_step = False
+        self._gradients.forget()
         self._running = _RunningPass()
         self._latest: Pass | None = None
         self._taken: list[Forward] | None = None
@@ -84,6 +89,12 @@ class Capture:
             self.step.forwards, self._latest = [], None
         return self._taken
 
+    def before_step(self) -> None:
+        """The optimizer is about to step, on the gradients that are there now."""
+        if self._gradients.thrown_away():
+            self.step.drop_backward()
+        self._gradients.forget()
+
     def summary(self) -> StepSummary:
         """What was seen in this step, for diagnosis.py to explain."""
         step = self.step
@@ -97,6 +108,7 @@ class Capture:
             router_loss=step.router_loss,
             why_blind=step.why_blind,
             failure=step.failure,
+            thrown_away=step.thrown_away,
             retry_next_step=self.facts.retry_next_step,
         )
 
@@ -108,27 +120,28 @@ class Capture:
 
     def install(self) -> None:
         """Set the hooks; `remove` takes them off."""
-        add = self._handles.append
+        add = self._hooks.add
         if self.compiled is not None:  # hooks inside are ignored, or break the graph
-            add(self.compiled.register_forward_hook(self._on_output, with_kwargs=True))
+            add(self.compiled.register_forward_hook, self._on_output, with_kwargs=True)
         else:
             if (inner := backbone(self.lm)) is not None:
-                add(inner.register_forward_hook(self._on_backbone, prepend=True))
-            add(self.head.register_forward_pre_hook(self._on_head))
-            add(self.head.register_forward_hook(self._on_head_output, prepend=True))
-            add(self.lm.register_forward_hook(self._on_output, with_kwargs=True, prepend=True))
+                add(inner.register_forward_hook, self._on_backbone, prepend=True)
+            add(self.head.register_forward_pre_hook, self._on_head)
+            add(self.head.register_forward_hook, self._on_head_output, prepend=True)
+            add(self.lm.register_forward_hook, self._on_output, with_kwargs=True, prepend=True)
             for module in self.outer:
-                add(module.register_forward_hook(self._on_outer, with_kwargs=True))
-        _active.append(self)
+                add(module.register_forward_hook, self._on_outer, with_kwargs=True)
+        _active.add(self)
 
     def remove(self) -> None:
         """Take all hooks off and let go of every tensor."""
-        while self._handles:
-            self._handles.pop().remove()
-        if self in _active:
-            _active.remove(self)
+        self._hooks.remove()
+        _active.discard(self)
         self.recording = False
         self.start()
+
+    def _hook_failed(self, error: Exception) -> None:
+        self.step.failed(error)
 
     def _on_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
         self._running = _RunningPass()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from .forward import Forward
-from .recorder import StepSummary
+from .step_log import StepSummary
 
 
 def require_forwards(forwards: Sequence[Forward], seen: StepSummary) -> None:
@@ -25,6 +25,8 @@ def explain_empty(seen: StepSummary) -> str:
     """The likely cause when a step left no capture."""
     if seen.seen and seen.seen == seen.excluded:
         return f"all {seen.seen} forward passes ran without gradients (generation, reference or evaluation)"
+    if seen.thrown_away:
+        return f"{_thrown_away(seen)} and no further pass came"
     if seen.compiled_in_place:
         return (
             "the model was compiled in place (model.compile()), where hooks see no gradients: use torch.compile(model) instead"
@@ -52,9 +54,14 @@ def explain_empty(seen: StepSummary) -> str:
     )
 
 
+def _thrown_away(seen: StepSummary) -> str:
+    passes = "the gradients of one pass" if seen.thrown_away == 1 else f"the gradients of {seen.thrown_away} passes"
+    return f"{passes} were thrown away (zero_grad without a step)"
+
+
 def known_gaps(forwards: Sequence[Forward], seen: StepSummary) -> list[str]:
     """What the records of a step are known to leave out."""
-    notes = []
+    notes = [f"{_thrown_away(seen)}: they are no part of this step"] if seen.thrown_away else []
     if seen.router_loss:
         notes.append("a loss of the router goes past the logits: the forces are incomplete by that term")
     if any(f.v is not None for f in forwards if f.route == "least squares"):

@@ -11,10 +11,7 @@ the pass over to least squares where a nearer route gave nothing, or not enough.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +24,7 @@ from ..objective import GTerm
 from ..ops import TokenStats
 from .forward import Check, Forward, basis, fit, moments, stats_of_logits
 from .layout import Layout, Scored
+from .step_log import LossFacts, StepLog
 
 SAMPLE = 32  # tokens of a forward pass on which a capture checks itself
 SAMPLED_LOGITS = 1 << 22  # at most so many of their logits, where the check is made at the logits
@@ -70,102 +68,6 @@ class Pass:
         return replace(self, hidden=None if self.hidden is None else self.hidden.detach(), head_output=None)
 
 
-@dataclass
-class LossFacts:
-    """What one pass showed of the loss, for those that follow.
-
-    Attributes:
-        fit_v_and_u: c alone does not explain the gradient (label smoothing), so that c, v and u are fitted to it.
-        loss_ignores_output: the loss is made inside the model and does not read its output, so that c is fitted.
-        retry_next_step: one of these was found in a backward pass, where sharded weights cannot be gathered.
-    """
-
-    fit_v_and_u: bool = False
-    loss_ignores_output: bool = False
-    retry_next_step: bool = False
-
-
-@dataclass
-class StepLog:
-    """The passes of one training step, and what was noticed on the way.
-
-    Attributes:
-        device: type of the device that trains. keep_hidden: whether records keep h of their tokens.
-        forwards: records of the passes with gradients. captured: how many there were.
-        seen, excluded: how many passes ran, and how many of them without gradients (generation, reference, evaluation).
-        known: metadata of the passes to come, while they belong to one micro-batch. micro_batch: the number of the next.
-        router_loss: a loss of the router is among the outputs, which goes past the logits.
-        why_blind: what the latest output lacked that nothing could be captured from.
-        failure: the first exception inside a hook.
-    """
-
-    device: str
-    keep_hidden: bool = False
-    forwards: list[Forward] = field(default_factory=list)
-    captured: int = 0
-    seen: int = 0
-    excluded: int = 0
-    known: dict[str, Any] | None = None
-    micro_batch: int = 0
-    router_loss: bool = False
-    why_blind: str = ""
-    failure: Exception | None = None
-
-    def add(self, forward: Forward) -> None:
-        """One more record; each is a micro-batch of its own unless `one_micro_batch` holds several together."""
-        forward.micro_batch = self.micro_batch
-        forward.metadata |= self.known or {}
-        self.micro_batch += self.known is None
-        self.captured += 1
-        self.forwards.append(forward)
-
-    @contextlib.contextmanager
-    def one_micro_batch(self, known: Mapping[str, Any]) -> Iterator[None]:
-        """Passes whose forward or backward runs inside belong together; `known` is their metadata."""
-        before = [f for f in self.forwards if f.c is not None]
-        self.known = dict(known)
-        try:
-            yield
-        finally:
-            for forward in self.forwards:
-                if forward.c is not None and not any(forward is f for f in before):
-                    forward.metadata |= known
-            self.micro_batch += 1
-            self.known = None
-
-    @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
-        """For arithmetic of our own: no graph, no autocast; an exception is kept, not raised."""
-        try:
-            with torch.no_grad(), torch.autocast(self.device, enabled=False):
-                yield
-        except Exception as error:
-            self.failure = self.failure or error
-
-
-@dataclass(frozen=True)
-class StepSummary:
-    """What a capture saw in a step, for diagnosis.py to explain.
-
-    Args:
-        model: the class of the causal LM.
-        compiled: torch.compile wraps the whole model. compiled_in_place: model.compile() was called.
-        seen, excluded, captured, router_loss, why_blind, failure: as in `StepLog`.
-        retry_next_step: as in `LossFacts`.
-    """
-
-    model: str
-    compiled: bool = False
-    compiled_in_place: bool = False
-    seen: int = 0
-    excluded: int = 0
-    captured: int = 0
-    router_loss: bool = False
-    why_blind: str = ""
-    failure: Exception | None = None
-    retry_next_step: bool = False
-
-
 class Recorder:
     """Makes the record of one pass, and fills it as gradients come.
 
@@ -206,9 +108,9 @@ class Recorder:
         if not checked:  # compiled, or a frozen backbone: the log-probs themselves are the check
             size = _square(given)
             forward.check = Check(misfit=_square(own - given), sampled=size, scored=size)
-        log_probs.register_hook(self.on_log_probs_grad)
+        self.step.listen(log_probs, self.on_log_probs_grad)
         if entropy is not None and uncertain:
-            entropy.register_hook(self.on_entropy_grad)
+            self.step.listen(entropy, self.on_entropy_grad)
 
     def read_logits(self, logits: Float[Tensor, "B W V"]) -> None:
         """c from the gradient at the logits: for G = -c (e_y - pi)/T, |c| = T ‖G‖/‖pi - e_y‖ and its sign is that of -G_y.
@@ -229,7 +131,7 @@ class Recorder:
         if not checked:
             self.sample = _sample(len(rows), rows.device, min(SAMPLE, max(1, SAMPLED_LOGITS // flat.shape[1])))
             self.sampled_logits = flat[rows[self.sample]].float()
-        target.register_hook(self.on_logits_grad)
+        self.step.listen(target, self.on_logits_grad)
 
     def _readout_error(self, readout: Readout, states: Float[Tensor, "N d"], flat: Float[Tensor, "R V"]) -> float:
         """How far logits are from softcap(scale (W h + b)) on a few tokens, relative: c, and its check, rest on that form."""
@@ -268,7 +170,7 @@ class Recorder:
                 forward.moments = moments(readout, states, T)
             self.sample = _sample(len(states), states.device, len(states) if route == "least squares" else SAMPLE)
             self.basis = basis(readout, states[self.sample], scored.targets[self.sample], T, columns)
-            seen.hidden.register_hook(self.on_hidden_grad)
+            self.step.listen(seen.hidden, self.on_hidden_grad)
         self.seen = seen.detached()  # hooks hold this object: with tensors of the graph they would keep it alive
         self.step.add(forward)
         return forward
@@ -280,21 +182,15 @@ class Recorder:
 
     # ---------------------------------------------------------------- hooks on gradients
 
-    def on_log_probs_grad(self, grad: Tensor | None) -> None:
+    def on_log_probs_grad(self, grad: Tensor) -> None:
         """c += -∂L/∂log pi(y)."""
-        if grad is None:  # a compiled graph passes on what was never asked for
-            return
-        with self.step.guarded():
-            self._add("c", -grad)
+        self._add("c", -grad)
 
-    def on_entropy_grad(self, grad: Tensor | None) -> None:
+    def on_entropy_grad(self, grad: Tensor) -> None:
         """v += ∂L/∂H."""
-        if grad is None:
-            return
-        with self.step.guarded():
-            v, states = self._add("v", grad), self._states()
-            if self.forward.moments is None and states is not None and bool(v.any()):
-                self.forward.moments = moments(self.seen.readout(), states, self.forward.temperature)
+        v, states = self._add("v", grad), self._states()
+        if self.forward.moments is None and states is not None and bool(v.any()):
+            self.forward.moments = moments(self.seen.readout(), states, self.forward.temperature)
 
     def _add(self, name: str, grad: Tensor) -> Float[Tensor, " N"]:
         g = grad.reshape(-1)[self.scored.picked].float()
@@ -303,50 +199,48 @@ class Recorder:
             self.forward.touch(g != 0)
         return g
 
-    def on_logits_grad(self, G: Tensor | None) -> None:
+    def on_logits_grad(self, G: Tensor) -> None:
         """c of G = ∂L/∂z [B, W, V], and the check at the logits where none comes at the hidden states."""
         forward, rows, targets, T = self.forward, self.scored.rows, self.scored.targets, self.scored.temperature
-        if G is None or forward.superseded:
+        if forward.superseded:
             return
-        with self.step.guarded():
-            wide = torch.promote_types(G.dtype, torch.float32)
-            G = G.reshape(-1, G.shape[-1])
-            every = _norms(G, wide)
-            norms, g = every[rows], forward.stats.g_norm.to(wide)
-            c = -T / self.logit_scale * G[rows, targets].sign() * torch.where(g > 0, norms / g, torch.zeros_like(g))
-            forward.add("c", c)
-            if self.scored.guessed:
-                forward.touch(norms > 0)
-            if self.sampled_logits is not None:
-                own, term = G[rows[self.sample]].to(wide), GTerm(targets, c, temperature=T).rows(self.sample)
-                misfit = own + term.logit_force(self.sampled_logits) * self.logit_scale
-                unscored = every.index_fill(0, rows, 0.0)
-                forward.check = Check(_square(misfit), _square(own), _square(norms), _square(unscored))
+        wide = torch.promote_types(G.dtype, torch.float32)
+        G = G.reshape(-1, G.shape[-1])
+        every = _norms(G, wide)
+        norms, g = every[rows], forward.stats.g_norm.to(wide)
+        c = -T / self.logit_scale * G[rows, targets].sign() * torch.where(g > 0, norms / g, torch.zeros_like(g))
+        forward.add("c", c)
+        if self.scored.guessed:
+            forward.touch(norms > 0)
+        if self.sampled_logits is not None:
+            own, term = G[rows[self.sample]].to(wide), GTerm(targets, c, temperature=T).rows(self.sample)
+            misfit = own + term.logit_force(self.sampled_logits) * self.logit_scale
+            unscored = every.index_fill(0, rows, 0.0)
+            forward.check = Check(_square(misfit), _square(own), _square(norms), _square(unscored))
 
-    def on_hidden_grad(self, dh: Tensor | None) -> None:
+    def on_hidden_grad(self, dh: Tensor) -> None:
         """Compare ∂L/∂h [B, W, d] with what c and v say it is; least squares fits them to it first."""
         forward, rows = self.forward, self.scored.rows
-        if dh is None or forward.superseded:
+        if forward.superseded:
             return
-        with self.step.guarded():
-            dh = dh.reshape(-1, dh.shape[-1])
-            every = _norms(dh, torch.promote_types(dh.dtype, torch.float32))
-            new = dh[rows[self.sample]].to(self.basis.dtype)
-            self.gradient = new if self.gradient is None else new + self.gradient  # a second backward pass adds to the first
-            nearer = forward.route != "least squares" and forward.c is not None  # a gradient nearer to the loss came first
-            x = None if forward.route == "least squares" else forward.coefficients(self.sample, self.basis.shape[1])
-            if forward.route != "least squares" and (columns := self._columns_to_fit(x, self.gradient)):
-                self._take_over(columns, dh[rows])
-            if forward.route == "least squares":
-                x = -fit(self.basis, self.gradient)
-                forward.set_fitted(x)
-            if x is None:
-                return
-            if self.scored.guessed and not nearer:
-                forward.touch(every[rows] > 0)
-            scored, unscored = every[rows].square().sum(), every.square().index_fill(0, rows, 0.0).sum()
-            misfit = _misfit(self.basis, x, self.gradient)
-            forward.check = Check(misfit, _square(self.gradient), float(scored), float(unscored))
+        dh = dh.reshape(-1, dh.shape[-1])
+        every = _norms(dh, torch.promote_types(dh.dtype, torch.float32))
+        new = dh[rows[self.sample]].to(self.basis.dtype)
+        self.gradient = new if self.gradient is None else new + self.gradient  # a second backward pass adds to the first
+        nearer = forward.route != "least squares" and forward.c is not None  # a gradient nearer to the loss came first
+        x = None if forward.route == "least squares" else forward.coefficients(self.sample, self.basis.shape[1])
+        if forward.route != "least squares" and (columns := self._columns_to_fit(x, self.gradient)):
+            self._take_over(columns, dh[rows])
+        if forward.route == "least squares":
+            x = -fit(self.basis, self.gradient)
+            forward.set_fitted(x)
+        if x is None:
+            return
+        if self.scored.guessed and not nearer:
+            forward.touch(every[rows] > 0)
+        scored, unscored = every[rows].square().sum(), every.square().index_fill(0, rows, 0.0).sum()
+        misfit = _misfit(self.basis, x, self.gradient)
+        forward.check = Check(misfit, _square(self.gradient), float(scored), float(unscored))
 
     def _columns_to_fit(self, x: Tensor | None, gradient: Tensor) -> int:
         """How many of c, v and u least squares must find, 0 if none; `x` is what this route found on the sample."""

@@ -1,0 +1,210 @@
+"""Files that somebody else wrote: what they hold is text, and what they lack is one sentence."""
+
+import dataclasses
+import json
+import math
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tokdyn as td
+from tokdyn._arguments import printable
+from tokdyn.cli import app
+from tokdyn.data import read
+from tokdyn.sequences import visible
+from tokdyn.testing import random_chis, tiny
+
+STEERING = "\x1b[2J\x1b]0;owned\x07\x00\x08\r\x7f\x9b31m\u202etxet\u2066\u061c"
+MARKUP = "[/] [bold red]x[/bold red] [/x] :smile:"
+
+
+def call(*args):
+    return CliRunner().invoke(app, [str(word) for word in args])
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A profile of two sequences, small enough to be written again and again."""
+    model, (chosen, rejected) = tiny("llama"), random_chis([(3, 3), (3, 2)], seed=3)
+    pair = [dataclasses.replace(chosen, role="chosen", group=0), dataclasses.replace(rejected, role="rejected", group=0)]
+    return td.profile(model, pair, pair, td.objectives.DPO(), k=2)
+
+
+def spoiled(run, text):
+    """The run with a text in every place that a file can fill: tokens, roles, names, findings, constants, checks."""
+    tokens = run.tokens
+    for name in ("token", "argmax_token", "role"):
+        at = tokens.column_names.index(name)
+        tokens = tokens.set_column(at, name, pa.array([text] * tokens.num_rows))
+    about = json.loads(json.dumps(run.about))
+    about["model"]["name"] = about["objective"]["name"] = text
+    about["objective"]["arguments"] = {text: 1}
+    about["findings"] = [{"title": text, "text": text}]
+    about["checks"] = {text: 0.5}
+    about["seconds"] = {text: 0.5}
+    for sequence in about["sequences"]:
+        sequence |= {"prompt": text, "response": text, "role": text}
+    return td.Run(about, tokens, run.vector, run.matrix)
+
+
+# ---------------------------------------------------------------- the terminal
+
+
+@pytest.mark.parametrize("text", [STEERING, MARKUP])
+def test_what_a_run_holds_is_text_in_the_terminal(run, tmp_path, text):
+    """Nothing reaches the terminal that steers it or turns its writing around, and markup is shown as it is written."""
+    spoiled(run, text).save(tmp_path / "run")
+    for options in ((), ("--per", "tokens"), ("--unit", "rate")):
+        result = call("report", tmp_path / "run", *options)
+        assert result.exit_code == 0, result.output + str(result.exception)
+        assert not [c for c in result.output if c != "\n" and printable(c) != c]
+        assert (printable(text) if text is STEERING else "[bold red]x[/bold red]").replace(" ", "") in "".join(
+            result.output.split()
+        )
+
+
+def test_paths_are_text(tmp_path):
+    for name in ("[/x]", "a[red]b", "\x1b[2J"):
+        result = call("report", tmp_path / name)
+        assert result.exit_code == 2 and "holds no run" in " ".join(result.stderr.split()) and "\x1b" not in result.output
+    result = call("profile", "--rows", 1, "--held-out", 0, "--method", "none", "--out", tmp_path / "[" / "x]")
+    assert result.exit_code == 0 and "x]/report.html" in "".join(result.output.split())
+
+
+def test_what_is_escaped_and_what_is_not():
+    assert printable("\x1b[2J\u202e\x9b\ud800") == "\\x1b[2J\\u202e\\x9b\\ud800"
+    assert printable("Grüße, 你好 🙂\n\t€") == "Grüße, 你好 🙂\n\t€" and visible(" \x1b\n") == "␣\\x1b↵"
+
+
+def test_report_does_not_write_through_a_link(run, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    run.save(tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    (tmp_path / "run" / "report.html").symlink_to(tmp_path / "precious")
+    assert call("report", tmp_path / "run").exit_code == 0
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (tmp_path / "run" / "report.html").is_symlink() and "<html" in (tmp_path / "run" / "report.html").read_text()
+
+
+# ---------------------------------------------------------------- a run that nobody wrote
+
+
+def changed(about, path, value):
+    """A copy with another value at a path of keys; None for the value takes the key away."""
+    about = json.loads(json.dumps(about))
+    *way, last = path
+    at = about
+    for key in way:
+        at = at[key]
+    if value is None:
+        del at[last]
+    else:
+        at[last] = value
+    return about
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (["objective"], 3, "objective must be an object, it is 3"),
+        (["objective", "name"], None, "objective.name is missing"),
+        (["objective", "name"], ["a"], "objective.name must be a text"),
+        (["objective", "arguments"], "x", "objective.arguments must be an object"),
+        (["model"], [], "model must be an object"),
+        (["settings", "eta"], "much", "settings.eta must be a number"),
+        (["settings", "eta"], 10**400, "settings.eta must be a number"),
+        (["settings"], None, "settings is missing"),
+        (["sequences"], {"a": 1}, "sequences must be a list"),
+        (["sequences"], [7], "sequences[0] must be an object"),
+        (["findings"], [{"title": 1, "text": "x"}], "findings[0].title must be a text"),
+        (["findings"], None, "findings is missing"),
+        (["checks"], {"x": "high"}, "checks.x must be a number"),
+        (["seconds"], {"x": None}, "seconds.x must be a number"),
+        (["status"], 5, "status must be a text"),
+        (["verify"], 5, "verify must be an object"),
+    ],
+)
+def test_a_record_of_other_types_is_an_error_of_load(run, tmp_path, path, value, message):
+    run.save(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(changed(run.about, path, value)))
+    with pytest.raises(ValueError) as caught:
+        td.load(tmp_path / "run")
+    assert str(caught.value).startswith(f"{tmp_path / 'run' / 'run.json'}: {message}")
+    result = call("report", tmp_path / "run")
+    assert result.exit_code == 2 and "Traceback" not in result.output + result.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"[" * 200_000, b"[]", b'{"format": 1', b'{"format": "\\ud800"}', b"\xff\xfe{}", b'{"format": ' + b"9" * 5000 + b"}"],
+)
+def test_garbage_for_a_record_is_one_sentence(run, tmp_path, text):
+    run.save(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_bytes(text)
+    with pytest.raises(ValueError, match="run.json .{10,260}$"):
+        td.load(tmp_path / "run")
+    assert call("report", tmp_path / "run").exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["token", "side", "sequence", "actual", "risers"])
+def test_a_table_without_a_column_is_an_error_of_load(run, tmp_path, name):
+    td.Run(run.about, run.tokens.drop_columns([name]), run.vector, run.matrix)
+    run.save(tmp_path / "run")
+    (tmp_path / "run" / "manifest-0.json").unlink()  # as in a folder of an earlier version
+    pq.write_table(run.tokens.drop_columns([name]), tmp_path / "run" / "tokens.parquet")
+    with pytest.raises(ValueError, match=f"tokens.parquet has no column {name}"):
+        td.load(tmp_path / "run")
+
+
+def test_a_matrix_of_other_sizes_is_an_error_of_load(run, tmp_path):
+    from safetensors.torch import save_file
+
+    run.save(tmp_path / "run")
+    (tmp_path / "run" / "manifest-0.json").unlink()
+    for tensors, message in (
+        ({"vector": run.vector, "matrix": run.matrix[:, 1:].contiguous()}, "matrix must be"),
+        ({"vector": run.vector[1:].contiguous()}, "vector must be"),
+    ):
+        save_file(tensors, tmp_path / "run" / "forces.safetensors")
+        with pytest.raises(ValueError, match=f"forces.safetensors: {message}"):
+            td.load(tmp_path / "run")
+
+
+# ---------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"prompt": "a", "chosen": "\\ud800", "rejected": "b"}', "half of a surrogate pair"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"prompt": "a", "completion": "b", "n": ' + b"9" * 400 + b"}", "a number of 400 digits"),
+        (b'{"prompt": "a", "completion": "b", "n": ' + b"9" * 5000 + b"}", "a number of 5000 digits"),
+    ],
+)
+def test_hostile_lines_are_one_sentence_with_file_and_line(tmp_path, line, message):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"prompt": "a", "completion": "b"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=f"data.jsonl line 2 .*{message}"):
+        read(path)
+    path = tmp_path / "data.json"
+    path.write_bytes(b"[" + line + b"]")
+    with pytest.raises(ValueError, match=f"data.json .*{message}"):
+        read(path)
+
+
+def test_forces_that_are_not_finite_are_not_saved(run, tmp_path):
+    model, chis = tiny("llama"), random_chis([(2, 2)], seed=1)
+    found = td.forces(model, chis, chis)
+    broken = dataclasses.replace(found, matrix=found.matrix * math.inf)
+    with pytest.raises(ValueError, match="the forces are not finite: they are not saved"):
+        broken.save(tmp_path / "F")
+    assert not (tmp_path / "F").exists()
+    whole = td.Run(run.about, run.tokens, run.vector, torch.full_like(run.matrix, math.nan))
+    with pytest.raises(ValueError, match="the forces are not finite: they are not saved"):
+        whole.save(tmp_path / "run")
+    partial = td.Run(run.about | {"status": "partial"}, run.tokens, run.vector, torch.full_like(run.matrix, math.nan))
+    partial.save(tmp_path / "partial")

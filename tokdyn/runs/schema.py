@@ -1,0 +1,89 @@
+"""What a run's files must hold to be shown, checked when they are read: whoever reads them later finds what is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+NUMBER, TEXT, OBJECT = "a number", "a text", "an object"
+# name -> what must be there. "?" before it: or null, or left out. A mapping is an object of these; {"*": x} one of any names;
+# a list of one is a list of these.
+PROFILE: Mapping[str, Any] = {
+    "status": TEXT,
+    "objective": {"name": TEXT, "arguments": OBJECT},
+    "model": {"name": TEXT},
+    "settings": {"eta": f"?{NUMBER}"},
+    "sequences": [{"side": TEXT, "sequence": NUMBER, "role": f"?{TEXT}", "prompt": f"?{TEXT}", "response": f"?{TEXT}"}],
+    "findings": [{"title": TEXT, "text": TEXT}],
+    "checks": {"*": f"?{NUMBER}"},
+    "seconds": {"*": NUMBER},
+    "verify": f"?{OBJECT}",
+}
+COLUMNS = tuple("side row sequence position token token_id role group force predicted actual risers fallers c".split())
+
+
+def require(value: Any, form: Any, where: str) -> None:
+    """Raise unless a value read from JSON has a form.
+
+    Args:
+        value: any.
+        form: as in PROFILE.
+        where: its path, for the message.
+
+    Raises:
+        ValueError: which part is missing, or of another type.
+    """
+    if isinstance(form, str):
+        if value is None and form.startswith("?"):
+            return
+        form = form.removeprefix("?")
+        fits = {NUMBER: _is_number(value), TEXT: isinstance(value, str), OBJECT: isinstance(value, dict)}[form]
+        if not fits:
+            raise ValueError(f"{where} must be {form}, it is {_short(value)}")
+    elif isinstance(form, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, it is {_short(value)}")
+        for i, item in enumerate(value):
+            require(item, form[0], f"{where}[{i}]")
+    else:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be an object, it is {_short(value)}")
+        inside = f"{where}." if where else ""
+        for name, part in {name: form["*"] for name in value}.items() if "*" in form else form.items():
+            if name in value:
+                require(value[name], part, f"{inside}{name}")
+            elif not (isinstance(part, str) and part.startswith("?")):
+                raise ValueError(f"{inside}{name} is missing")
+
+
+def require_columns(table: Any, names: tuple[str, ...] = COLUMNS) -> None:
+    """Raise unless a table (pyarrow) has these columns.
+
+    Raises:
+        ValueError: the first that is missing.
+    """
+    for name in names:
+        if name not in table.column_names:
+            raise ValueError(f"has no column {name}: it has {', '.join(table.column_names[:8])} …")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether JSON's value is a number that a float can hold."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    text = (
+        repr(value)
+        if not isinstance(value, int) or abs(value) < 10**60
+        else f"a number of {value.bit_length() * 3 // 10} digits"
+    )
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,73 @@
+"""A step's record, of what a capture saw: columns, figures, notes, and what does not add up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sequences import token_texts
+from . import columns, diagnosis, distributed
+from .capture import Capture
+from .probe import Probe
+from .steps import Step
+
+
+class Texts:
+    """The texts of tokens, each read from the tokenizer once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+
+    def __call__(self, ids: Tensor) -> list[str]:
+        """The text of each token."""
+        unknown = [i for i in ids.unique().tolist() if i not in self._known]
+        self._known |= dict(zip(unknown, token_texts(self.tokenizer, unknown), strict=True))
+        return [self._known[i] for i in ids.tolist()]
+
+
+def make_record(
+    capture: Capture, number: int, scale: float, *, skipped: bool, texts: Texts | None
+) -> tuple[Step, tuple[str, str] | None]:
+    """The record of the present step, and what its self-check found wrong (see `diagnosis.failed_self_check`).
+
+    Args:
+        capture: what was seen.
+        number: of the step.
+        scale: brings c to the loss whose gradient the optimizer sees.
+        skipped: the GradScaler skipped the step.
+        texts: for the texts of the tokens.
+
+    Raises:
+        ValueError: a hook failed, or nothing was captured; with the likely cause.
+    """
+    forwards, seen = capture.take(), capture.summary()
+    diagnosis.require_forwards(forwards, seen)
+    of = columns.token_columns(forwards, scale)
+    if texts is not None:
+        of["token"] = texts(of["token_id"])
+    of |= {name: torch.full_like(of["position"], n) for name, n in (("step", number), ("rank", distributed.rank()))}
+    own, notes = columns.sums(of, forwards), diagnosis.known_gaps(forwards, seen)
+    if skipped:
+        notes.append("the optimizer skipped this step: its gradients overflowed in half precision")
+    if wrong := diagnosis.failed_self_check(forwards):
+        notes.append(wrong[0])
+    figures, routes = columns.metrics(own), tuple(dict.fromkeys(f.route for f in forwards))
+    step = Step(
+        number, figures.get("residual", math.nan), of["c"].float(), of, figures, routes,
+        passes=len(forwards), excluded=seen.excluded, notes=notes, sums=own,
+    )  # fmt: skip
+    return step, wrong
+
+
+def merged(sums: Mapping[str, float], probe: Probe | None) -> dict[str, float]:
+    """The figures of a process's sums over all processes, each of which must call this."""
+    names = [*columns.SUMS, *(probe.names if probe is not None else [])]
+    values = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64)
+    of = dict(zip(names, distributed.total(values).tolist(), strict=True))
+    of["steps"] /= distributed.world()
+    return columns.metrics(of) | (probe.metrics(of) if probe is not None else {})
