@@ -60,7 +60,7 @@ class StepLog:
     thrown_away: int = 0
 
     def add(self, forward: Forward) -> None:
-        """One more record; each is a micro-batch of its own unless `one_micro_batch` holds several together."""
+        """One more record; each is a micro-batch of its own unless `micro_batch_begins` holds several together."""
         forward.micro_batch = self.micro_batch
         forward.metadata |= self.known or {}
         self.micro_batch += self.known is None
