@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -208,3 +209,17 @@ def test_forces_that_are_not_finite_are_not_saved(run, tmp_path):
         whole.save(tmp_path / "run")
     partial = td.Run(run.about | {"status": "partial"}, run.tokens, run.vector, torch.full_like(run.matrix, math.nan))
     partial.save(tmp_path / "partial")
+
+
+def test_weights_that_can_run_code_are_read_with_a_flag_alone(tmp_path):
+    from safetensors.torch import load_file
+
+    from tokdyn.loading import DEMO_MODEL, load_weights
+
+    shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    torch.save(load_file(tmp_path / "model" / "model.safetensors"), tmp_path / "model" / "pytorch_model.bin")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds its weights as .bin alone, a format that can run code: .*--allow-pickle"):
+        load_weights(str(tmp_path / "model"))
+    one, other = load_weights(str(tmp_path / "model"), allow_pickle=True), load_weights("demo")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))

@@ -54,6 +54,7 @@ def profile(
     method: Annotated[str, typer.Option(help="how the matrix is computed: tangent, naive, or none")] = "tangent",
     memory: Annotated[str, typer.Option(help="what the matrix may take, e.g. 2GiB")] = "4GiB",
     reference: Annotated[str | None, typer.Option(help="reference model; the policy itself when absent")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="read weights that are there as .bin alone")] = False,
     max_length: Annotated[int | None, typer.Option(min=2, help="longest sequence in tokens")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/profile"),
@@ -112,10 +113,8 @@ def profile(
             out_console.print(summary(run.about, run.tokens, run.matrix, unit=unit, per=per))
             if run.path is not None:
                 out_console.print(f"Run in {run.path}, page in {run.path / 'report.html'}", soft_wrap=True)
-        if run.path != out:
-            raise typer.Exit(1)
-        if run.about["status"] != "complete":
-            raise typer.Exit(130)
+        if run.path != out or run.about["status"] != "complete":
+            raise typer.Exit(1 if run.path != out else 130)
 
 
 def _checked(

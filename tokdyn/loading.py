@@ -13,7 +13,9 @@ DEMO_MODEL, DEMO_PAIRS = DEMO / "model", DEMO / "pairs.jsonl"
 ADAPTER = "adapter_config.json"  # what PEFT saves beside an adapter's weights
 
 
-def load_model(name: str = "demo", device: str = "cpu", dtype: Any = None, adapter: str | None = None) -> tuple[Any, Any]:
+def load_model(
+    name: str = "demo", device: str = "cpu", dtype: Any = None, adapter: str | None = None, *, allow_pickle: bool = False
+) -> tuple[Any, Any]:
     """A causal LM in evaluation mode and its tokenizer.
 
     Args:
@@ -23,6 +25,7 @@ def load_model(name: str = "demo", device: str = "cpu", dtype: Any = None, adapt
         dtype: of the weights; float32 when absent.
         adapter: a PEFT adapter for the model, a folder or a hub name. Its weights are trainable and the base is frozen, so
             that forces are those of a training of the adapter.
+        allow_pickle: read weights that are there as .bin alone, a format that can run code. Safetensors cannot.
 
     Raises:
         ValueError: the device is not available, or transformers cannot load a causal LM and a tokenizer of that name, or PEFT
@@ -30,7 +33,7 @@ def load_model(name: str = "demo", device: str = "cpu", dtype: Any = None, adapt
     """
     check_device(device)
     tokenizer = load_tokenizer(name, adapter)
-    return load_weights(name, device, dtype, adapter), tokenizer
+    return load_weights(name, device, dtype, adapter, allow_pickle=allow_pickle), tokenizer
 
 
 def load_tokenizer(name: str, adapter: str | None = None) -> Any:
@@ -43,10 +46,17 @@ def load_tokenizer(name: str, adapter: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(adapter if own else base)
 
 
-def load_weights(name: str, device: str = "cpu", dtype: Any = None, adapter: str | None = None) -> Any:
+def load_weights(
+    name: str, device: str = "cpu", dtype: Any = None, adapter: str | None = None, *, allow_pickle: bool = False
+) -> Any:
     """The model alone; arguments as in `load_model`."""
     base, adapter = find_model(name, adapter)
     what = "folder" if Path(base).is_dir() else "model"
+    if Path(base).is_dir() and not allow_pickle and not any(Path(base).glob("*.safetensors")) and any(Path(base).glob("*.bin")):
+        raise ValueError(
+            f"the folder {base} holds its weights as .bin alone, a format that can run code: convert them to safetensors, or "
+            "say that you trust them, --allow-pickle (allow_pickle=True)"
+        )
     with _sentence(f"the {what} {name!r} as a causal language model"):
         import torch
         from transformers import AutoModelForCausalLM
@@ -55,7 +65,9 @@ def load_weights(name: str, device: str = "cpu", dtype: Any = None, adapter: str
         bar = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                base, dtype=dtype or torch.float32, use_safetensors=None if allow_pickle else True
+            )
         finally:
             if bar:
                 logging.enable_progress_bar()

@@ -34,7 +34,7 @@ from .runs.findings import ROW_SUMS, findings
 from .runs.manifest import replace
 from .runs.notebook import run_html
 from .runs.scans import Scan
-from .runs.schema import PROFILE, require, require_columns
+from .runs.schema import require_profile
 from .sequences import Chi, context_numbers, token_texts
 from .verify import Verification, against_steps, nothing_moves
 
@@ -127,25 +127,7 @@ def load(path: str | Path) -> Any:
 def _load_profile(path: Path) -> Run:
     """A profile's folder as a Run; errors as in `load`."""
     about, tokens, tensors = store.read_folder(path)
-    if about.get("kind") != "profile" or "vector" not in tensors:
-        raise ValueError(f"{path} holds {about.get('kind')}, not a profile: read it with td.Forces.load")
-    try:
-        where = store.ABOUT
-        require(about, PROFILE, "")
-        where = store.TOKENS
-        require_columns(tokens)
-        where, sides = store.FORCES, tokens["side"].to_pylist()
-        M, L = sides.count("observed"), sides.count("updated")
-        if tuple(tensors["vector"].shape) != (M,):
-            raise ValueError(
-                f"vector must be [M]=[{M}], as the table has observed tokens, it is {list(tensors['vector'].shape)}"
-            )
-        if "matrix" in tensors and tuple(tensors["matrix"].shape) != (M, L):
-            raise ValueError(
-                f"matrix must be [M, L]=[{M}, {L}], as the table has tokens, it is {list(tensors['matrix'].shape)}"
-            )
-    except ValueError as error:
-        raise ValueError(f"{path / where}{': ' * (where != store.TOKENS) or ' '}{error}") from None
+    require_profile(path, about, tokens, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     return Run(about, tokens, tensors["vector"], tensors.get("matrix"))
 
 

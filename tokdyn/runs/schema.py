@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from .folder import ABOUT, FORCES, TOKENS
 
 NUMBER, TEXT, OBJECT = "a number", "a text", "an object"
 # name -> what must be there. "?" before it: or null, or left out. A mapping is an object of these; {"*": x} one of any names;
@@ -66,6 +69,29 @@ def require_columns(table: Any, names: tuple[str, ...] = COLUMNS) -> None:
     for name in names:
         if name not in table.column_names:
             raise ValueError(f"has no column {name}: it has {', '.join(table.column_names[:8])} …")
+
+
+def require_profile(path: Path, about: Mapping[str, Any], tokens: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise unless what was read from a folder is a profile whose parts fit one another.
+
+    Raises:
+        ValueError: which file does not, and where.
+    """
+    if about.get("kind") != "profile" or "vector" not in shapes:
+        raise ValueError(f"{path} holds {about.get('kind')}, not a profile: read it with td.Forces.load")
+    where = f"{path / ABOUT}: "
+    try:
+        require(about, PROFILE, "")
+        where = f"{path / TOKENS} "
+        require_columns(tokens)
+        where, sides = f"{path / FORCES}: ", tokens["side"].to_pylist()
+        M, L = sides.count("observed"), sides.count("updated")
+        if shapes["vector"] != (M,):
+            raise ValueError(f"vector must be [M]=[{M}], as the table has observed tokens, it is {list(shapes['vector'])}")
+        if shapes.get("matrix", (M, L)) != (M, L):
+            raise ValueError(f"matrix must be [M, L]=[{M}, {L}], as the table has tokens, it is {list(shapes['matrix'])}")
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
 
 
 def _is_number(value: Any) -> bool:
