@@ -27,11 +27,12 @@ def diff(
 
         from ..report.diff import render
         from ..runs.difference import Difference
+        from ..runs.manifest import replace
 
         first, second = td.load(a), td.load(b)
         page = out or b / "diff.html"
         found = Difference.of(first, second)
-        page.write_text(render(first, second, (str(a), str(b))), encoding="utf-8")
+        replace(page, render(first, second, (str(a), str(b))).encode())
         if json_:
             print_json(found.as_dict() | {"page": str(page)})
             return

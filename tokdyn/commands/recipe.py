@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 
 from .._version import __version__
 from ..runs.folder import RECIPE
+from ..runs.manifest import replace
 
 NOT_KEPT = {"out", "overwrite", "config", "json_", "dry_run", "unit", "per", "scan", "row"}  # where to, and how it is shown
 
@@ -20,9 +21,7 @@ def write(folder: Path, options: dict[str, Any]) -> None:
 
     kept = {name.rstrip("_"): value for name, value in options.items() if name not in NOT_KEPT and value is not None}
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
-    (folder / RECIPE).write_text(
-        f"# tokdyn {__version__}: tokdyn profile --config {RECIPE} --out ...\n{text}", encoding="utf-8"
-    )
+    replace(folder / RECIPE, f"# tokdyn {__version__}: tokdyn profile --config {RECIPE} --out ...\n{text}".encode())
 
 
 class FromFile(TyperCommand):

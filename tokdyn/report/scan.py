@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..runs.manifest import replace
 from ..runs.scan_totals import BEST, EDGES, Ends, Share, Totals, totals
 from ..runs.scans import Scan
 from ..runs.table import Listing
@@ -39,7 +40,7 @@ def render(scan: Scan, found: Mapping[str, Totals] | None = None) -> str:
 def write(scan: Scan, found: Mapping[str, Totals] | None = None) -> Path:
     """Write the page into the scan's folder and say where it is."""
     path = scan.path / "report.html"
-    path.write_text(render(scan, found), encoding="utf-8")
+    replace(path, render(scan, found).encode())
     return path
 
 
