@@ -28,6 +28,7 @@ from .model.unwrap import require_no_prefix
 from .sequences import Chi
 from .training import distributed
 from .training.capture import Capture
+from .training.diagnosis import Problem
 from .training.facts import facts_of
 from .training.forward import Forward
 from .training.heartbeat import Heartbeat
@@ -38,15 +39,7 @@ from .training.record import Texts, make_record, merged
 from .training.step_folder import Folder, prepare
 from .training.steps import Records, Step
 
-OTHERS = (
-    "the optimizer that the monitor was given has not stepped, and another has ({}): give the monitor the model and the "
-    "optimizer that train, monitor.start(model, optimizer)"
-)
 KEPT = 100  # records that stay in memory with their tables
-
-
-class Problem(ValueError):
-    """What went wrong in a step, raised where `on_error="raise"`."""
 
 
 class Monitor:
@@ -164,14 +157,16 @@ class Monitor:
             if self.probe is not None:
                 require_no_prefix(capture.outer)
             self.ranks = self._ranks if self._ranks is not None else distributed.averaging(model)
+            settings = dict(every=self.every, probe_every=self.probe_every, temperature=self.temperature, ranks=self.ranks)
+            facts = facts_of(capture.lm, settings, {} if self.probe is None else self.probe.groups)
             if self._out is not None and distributed.rank() == 0:
-                prepare(Path(self._out), self._facts(), self._overwrite, self._resume)
+                prepare(Path(self._out), facts, self._overwrite, self._resume)
         except Exception as error:
             failure = error
         self._all_or_none(failure)
         try:
             if self._out is not None:
-                self._folder = Folder(Path(self._out), distributed.rank(), self._facts(), self._resume)
+                self._folder = Folder(Path(self._out), distributed.rank(), facts, self._resume)
                 self.number = max(self.number, self._folder.last)
                 self._heartbeat = Heartbeat(self._folder.path) if distributed.rank() == 0 else None
             capture.install()
@@ -200,19 +195,18 @@ class Monitor:
     def close(self, status: str = "complete") -> None:
         """Take every hook off and write what is left. Safe to call twice."""
         self._hooks.remove()
-        capture, self._capture = self._capture, None
-        folder, self._folder = self._folder, None
-        heartbeat, self._heartbeat = self._heartbeat, None
+        capture, folder, heartbeat = self._capture, self._folder, self._heartbeat
+        self._capture = self._folder = self._heartbeat = None
         with self.guarded("the hooks could not be taken off"):
+            if self.probe is not None:
+                self.probe.forget()
             if capture is not None:
                 capture.remove()
         with self.guarded("the records could not be written"):
-            if self.probe is not None:
-                self.probe.forget()
             if folder is not None:
                 folder.close(status, steps=self.number, problems=[f"step {n}: {text}" for n, text in self.problems])
-        if heartbeat is not None:
-            with self.guarded("the sign of life could not be taken away"):
+        with self.guarded("the sign of life could not be taken away"):
+            if heartbeat is not None:
                 heartbeat.stop()
 
     # ---------------------------------------------------------------- a step
@@ -222,6 +216,10 @@ class Monitor:
         self.number = self.number + 1 if number is None else number
         self.due = self.number % self.every == 0 or self.number == 1
         self._stepped, self.clip = False, 1.0
+        self._forget_passes()
+
+    def _forget_passes(self) -> None:
+        """Begin the step anew."""
         if (capture := self._capture) is not None:
             capture.recording = False
             with self.guarded("the step could not be begun"):
@@ -298,10 +296,9 @@ class Monitor:
         if self._capture is None:
             return None
         if self._loop.says_when_it_steps and not self._stepped and not force:
-            if others := self._loop.others():  # passes would pile up, and never be a record
-                with self.guarded("nothing is recorded"):
-                    self._capture.start(keep_hidden=self.due and (self._probing or self.first_look is not None))
-                    raise ValueError(OTHERS.format(others))
+            if why := self._loop.why_no_step():  # passes would pile up, and never be a record
+                self._forget_passes()
+                self._report(f"nothing is recorded: {why}")
             return None
         self.clip *= clip
         step = None
@@ -407,8 +404,3 @@ class Monitor:
         if new:
             warnings.warn(f"tokdyn, step {self.number}: {text}", stacklevel=3)
         self.problems.append((self.number, text))
-
-    def _facts(self) -> dict[str, Any]:
-        assert self._capture is not None
-        settings = dict(every=self.every, probe_every=self.probe_every, temperature=self.temperature, ranks=self.ranks)
-        return facts_of(self._capture.lm, settings, {} if self.probe is None else self.probe.groups)
