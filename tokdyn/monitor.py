@@ -10,8 +10,7 @@
     monitor.steps[-1].metrics
 
 Training is left as it is: the hooks only look, probes run on copies or are undone bit by bit, and whatever goes wrong is a
-warning (`on_error="warn"`) that names the likely cause. Nothing is launched and no process group is made; captures are local to
-a rank, figures merge with one reduction when they are asked for.
+warning (`on_error="warn"`) that names the likely cause. Captures are local to a rank, figures merge when they are asked for.
 """
 
 from __future__ import annotations
@@ -209,8 +208,6 @@ class Monitor:
             if heartbeat is not None:
                 heartbeat.stop()
 
-    # ---------------------------------------------------------------- a step
-
     def step_begin(self, number: int | None = None) -> None:
         """A new optimizer step begins. Plain loops need not call it: `step_end` begins the next."""
         self.number = self.number + 1 if number is None else number
@@ -254,8 +251,7 @@ class Monitor:
             old_log_probs: log pi_old of the last k tokens [B, k]; the policy itself when absent.
             clip: (low, high) of the objective's clip, for the share of clipped tokens.
             level: "token", or "sequence" where the ratio that is clipped is exp of the mean log-ratio of a sequence (GSPO).
-            mask: which of the last k tokens the loss scores [B, k]; needed where the model is called without labels and a
-                scored token may have no gradient (clipped).
+            mask: which of the last k tokens the loss scores [B, k]; needed without labels, where a scored one may be clipped.
             roles: "chosen", "rejected" or "response" for every sequence.
             groups: which sequences belong together (a pair, a prompt's rollouts).
         """
@@ -323,8 +319,6 @@ class Monitor:
         if reset:
             self._sums = {}
         return found
-
-    # ---------------------------------------------------------------- inside
 
     @property
     def capture(self) -> Capture | None:

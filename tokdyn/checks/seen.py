@@ -15,7 +15,7 @@ from ..model.unwrap import is_sharded
 from ..sequences import token_texts
 from ..training.forward import Forward
 from ..training.isolation import Call
-from ..training.recorder import StepSummary
+from ..training.step_log import StepSummary
 
 
 @dataclass(frozen=True)
