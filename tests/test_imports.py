@@ -136,7 +136,6 @@ def test_a_kernel_imports_no_other_kernels_implementation():
 
 
 LONG_FILES = {  # path -> why it reads better whole
-    "tokdyn/monitor.py": "what a training loop calls, all of it behind one guard",
     "kernels/readout_forces/triton.py": "the forms of one kernel share their tiles",
     "kernels/tangent_attention/triton.py": "attention, its tangents and the tiles that cotangents share",
 }

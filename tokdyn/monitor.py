@@ -10,8 +10,7 @@
     monitor.steps[-1].metrics
 
 Training is left as it is: the hooks only look, probes run on copies or are undone bit by bit, and whatever goes wrong is a
-warning (`on_error="warn"`) that names the likely cause. Nothing is launched and no process group is made; captures are local to
-a rank, figures merge with one reduction when they are asked for.
+warning (`on_error="warn"`) that names the likely cause. Captures are local to a rank, figures merge when they are asked for.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from .model.unwrap import require_no_prefix
 from .sequences import Chi
 from .training import distributed
 from .training.capture import Capture
+from .training.diagnosis import Problem
 from .training.facts import facts_of
 from .training.forward import Forward
 from .training.heartbeat import Heartbeat
@@ -38,15 +38,7 @@ from .training.record import Texts, make_record, merged
 from .training.step_folder import Folder, prepare
 from .training.steps import Records, Step
 
-OTHERS = (
-    "the optimizer that the monitor was given has not stepped, and another has ({}): give the monitor the model and the "
-    "optimizer that train, monitor.start(model, optimizer)"
-)
 KEPT = 100  # records that stay in memory with their tables
-
-
-class Problem(ValueError):
-    """What went wrong in a step, raised where `on_error="raise"`."""
 
 
 class Monitor:
@@ -164,14 +156,16 @@ class Monitor:
             if self.probe is not None:
                 require_no_prefix(capture.outer)
             self.ranks = self._ranks if self._ranks is not None else distributed.averaging(model)
+            settings = dict(every=self.every, probe_every=self.probe_every, temperature=self.temperature, ranks=self.ranks)
+            facts = facts_of(capture.lm, settings, {} if self.probe is None else self.probe.groups)
             if self._out is not None and distributed.rank() == 0:
-                prepare(Path(self._out), self._facts(), self._overwrite, self._resume)
+                prepare(Path(self._out), facts, self._overwrite, self._resume)
         except Exception as error:
             failure = error
         self._all_or_none(failure)
         try:
             if self._out is not None:
-                self._folder = Folder(Path(self._out), distributed.rank(), self._facts(), self._resume)
+                self._folder = Folder(Path(self._out), distributed.rank(), facts, self._resume)
                 self.number = max(self.number, self._folder.last)
                 self._heartbeat = Heartbeat(self._folder.path) if distributed.rank() == 0 else None
             capture.install()
@@ -200,28 +194,29 @@ class Monitor:
     def close(self, status: str = "complete") -> None:
         """Take every hook off and write what is left. Safe to call twice."""
         self._hooks.remove()
-        capture, self._capture = self._capture, None
-        folder, self._folder = self._folder, None
-        heartbeat, self._heartbeat = self._heartbeat, None
+        capture, folder, heartbeat = self._capture, self._folder, self._heartbeat
+        self._capture = self._folder = self._heartbeat = None
         with self.guarded("the hooks could not be taken off"):
+            if self.probe is not None:
+                self.probe.forget()
             if capture is not None:
                 capture.remove()
         with self.guarded("the records could not be written"):
-            if self.probe is not None:
-                self.probe.forget()
             if folder is not None:
                 folder.close(status, steps=self.number, problems=[f"step {n}: {text}" for n, text in self.problems])
-        if heartbeat is not None:
-            with self.guarded("the sign of life could not be taken away"):
+        with self.guarded("the sign of life could not be taken away"):
+            if heartbeat is not None:
                 heartbeat.stop()
-
-    # ---------------------------------------------------------------- a step
 
     def step_begin(self, number: int | None = None) -> None:
         """A new optimizer step begins. Plain loops need not call it: `step_end` begins the next."""
         self.number = self.number + 1 if number is None else number
         self.due = self.number % self.every == 0 or self.number == 1
         self._stepped, self.clip = False, 1.0
+        self._forget_passes()
+
+    def _forget_passes(self) -> None:
+        """Begin the step anew."""
         if (capture := self._capture) is not None:
             capture.recording = False
             with self.guarded("the step could not be begun"):
@@ -256,8 +251,7 @@ class Monitor:
             old_log_probs: log pi_old of the last k tokens [B, k]; the policy itself when absent.
             clip: (low, high) of the objective's clip, for the share of clipped tokens.
             level: "token", or "sequence" where the ratio that is clipped is exp of the mean log-ratio of a sequence (GSPO).
-            mask: which of the last k tokens the loss scores [B, k]; needed where the model is called without labels and a
-                scored token may have no gradient (clipped).
+            mask: which of the last k tokens the loss scores [B, k]; needed without labels, where a scored one may be clipped.
             roles: "chosen", "rejected" or "response" for every sequence.
             groups: which sequences belong together (a pair, a prompt's rollouts).
         """
@@ -298,10 +292,9 @@ class Monitor:
         if self._capture is None:
             return None
         if self._loop.says_when_it_steps and not self._stepped and not force:
-            if others := self._loop.others():  # passes would pile up, and never be a record
-                with self.guarded("nothing is recorded"):
-                    self._capture.start(keep_hidden=self.due and self._probing)
-                    raise ValueError(OTHERS.format(others))
+            if why := self._loop.why_no_step():  # passes would pile up, and never be a record
+                self._forget_passes()
+                self._report(f"nothing is recorded: {why}")
             return None
         self.clip *= clip
         step = None
@@ -326,8 +319,6 @@ class Monitor:
         if reset:
             self._sums = {}
         return found
-
-    # ---------------------------------------------------------------- inside
 
     @property
     def capture(self) -> Capture | None:
@@ -407,8 +398,3 @@ class Monitor:
         if new:
             warnings.warn(f"tokdyn, step {self.number}: {text}", stacklevel=3)
         self.problems.append((self.number, text))
-
-    def _facts(self) -> dict[str, Any]:
-        assert self._capture is not None
-        settings = dict(every=self.every, probe_every=self.probe_every, temperature=self.temperature, ranks=self.ranks)
-        return facts_of(self._capture.lm, settings, {} if self.probe is None else self.probe.groups)

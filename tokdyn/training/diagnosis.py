@@ -9,6 +9,10 @@ from .forward import Forward
 from .step_log import StepSummary
 
 
+class Problem(ValueError):
+    """What went wrong in a step, raised where `on_error="raise"`."""
+
+
 def require_forwards(forwards: Sequence[Forward], seen: StepSummary) -> None:
     """Raise where a step left no trustworthy record.
 

@@ -57,12 +57,15 @@ class Loop:
         """The loop's own optimizer takes a step; that others do too, for the rest of the weights, is as it should be."""
         self._others = []
 
-    def others(self) -> str:
-        """The names of optimizers that have stepped while the loop's own has not, "" before the second step; said once."""
+    def why_no_step(self) -> str:
+        """Which optimizers have stepped while the loop's own has not, a sentence; "" before the second step; said once."""
         if len(self._others) < PATIENCE:
             return ""
         names, self._others = ", ".join(sorted(set(self._others))), []
-        return names
+        return (
+            f"the optimizer that the monitor was given has not stepped, and another has ({names}): give the monitor the model "
+            "and the optimizer that train, monitor.start(model, optimizer)"
+        )
 
     def note(self, optimizer: Any) -> None:
         """An optimizer of this process has stepped."""

@@ -80,6 +80,15 @@ class StepLog:
                 forward.metadata |= known
         self.micro_batch += 1
 
+    @contextlib.contextmanager
+    def one_micro_batch(self, known: Mapping[str, Any]) -> Iterator[None]:
+        """The same around a block, for a loop of our own."""
+        before = self.micro_batch_begins(known)
+        try:
+            yield
+        finally:
+            self.micro_batch_ends(before)
+
     def listen(self, tensor: Tensor, on_grad: Callable[[Tensor], None]) -> None:
         """Have a function told of the gradient that comes to a tensor; the guard of all hooks on tensors."""
 
