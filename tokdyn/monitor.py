@@ -197,10 +197,10 @@ class Monitor:
         capture, folder, heartbeat = self._capture, self._folder, self._heartbeat
         self._capture = self._folder = self._heartbeat = None
         with self.guarded("the hooks could not be taken off"):
-            if self.probe is not None:
-                self.probe.forget()
             if capture is not None:
                 capture.remove()
+            if self.probe is not None:
+                self.probe.forget()
         with self.guarded("the records could not be written"):
             if folder is not None:
                 folder.close(status, steps=self.number, problems=[f"step {n}: {text}" for n, text in self.problems])
@@ -213,16 +213,15 @@ class Monitor:
         self.number = self.number + 1 if number is None else number
         self.due = self.number % self.every == 0 or self.number == 1
         self._stepped, self.clip = False, 1.0
-        self._forget_passes()
+        with self.guarded("the step could not be begun"):
+            self._forget_passes()
 
     def _forget_passes(self) -> None:
-        """Begin the step anew."""
         if (capture := self._capture) is not None:
             capture.recording = False
-            with self.guarded("the step could not be begun"):
-                self.c_scale = 1 / self.ranks / self._loss_scale()
-                capture.start(keep_hidden=self.due and (self._probing or self.first_look is not None))
-                capture.recording = self.due
+            self.c_scale = 1 / self.ranks / self._loss_scale()
+            capture.start(keep_hidden=self.due and (self._probing or self.first_look is not None))
+            capture.recording = self.due
 
     def pause(self) -> None:
         """Undo `step_begin`: record nothing until the next one."""
@@ -293,7 +292,8 @@ class Monitor:
             return None
         if self._loop.says_when_it_steps and not self._stepped and not force:
             if why := self._loop.why_no_step():  # passes would pile up, and never be a record
-                self._forget_passes()
+                with self.guarded("the step could not be begun"):
+                    self._forget_passes()
                 self._report(f"nothing is recorded: {why}")
             return None
         self.clip *= clip

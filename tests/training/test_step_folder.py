@@ -168,7 +168,8 @@ def test_a_killed_training_is_resumed_in_its_folder(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="exists already: .*resume=True"):
         run(tmp_path / "run", 4, 6)
     run(tmp_path / "run", 4, 6, resume=True).close()
-    killed._heartbeat.stop()
+    killed._folder = None
+    killed.close()
     assert steps_of(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
     for name in ("tokens", "probe", "steps"):
         (_, one), (_, other) = records.read(tmp_path / "run"), records.read(tmp_path / "whole")
