@@ -38,7 +38,7 @@ class Router(Local):
         for call, cotangents in zip(calls, delta, strict=True):
             z, x = product_cotangents(call, cotangents), call.inputs[0].flatten(0, -2)
             steps = {"weight": torch.matmul(z.mT, x.to(z.dtype)), "bias": z.sum(1)}
-            found = {name: found[name] + steps[name] if found else steps[name] for name in self.moves}
+            found = {name: found[name] + steps[name] if found else steps[name] for name in sorted(self.moves)}
         return found
 
     def outer_products(
