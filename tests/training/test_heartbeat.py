@@ -75,7 +75,8 @@ def test_a_dead_run_is_named_and_followed_no_longer(tmp_path, monkeypatch):
 
     long_ago = datetime(2000, 1, 2, 3, 4, 5, tzinfo=UTC)
     beat(datetime.now(UTC))
-    assert "Still running" in Tags(td.watch(tmp_path).read_text("utf-8")).words
+    alive = Tags(td.watch(tmp_path).read_text("utf-8")).words
+    assert "running training" in alive and "No sign of life" not in alive
     monkeypatch.setattr("time.sleep", lambda _: beat(long_ago))
     result = CliRunner().invoke(app, ["report", str(tmp_path), "--follow"])
     shown = " ".join(result.output.split())
