@@ -1,7 +1,7 @@
 # make demo   install what a user needs, then profile the embedded model: runs/demo/report.html
 # make test   install all that developing needs, then lint, type-check and test; .ci/run adds what is in the next two lines
 # make test-kernels   Triton and CUDA compiled ahead of time, Triton interpreted    make test-studies   their quick forms
-# make fuzz   the operators on many thousand cases that Hypothesis makes up    make mutants   errors planted in the core
+# make fuzz   the operators on many thousand cases    make test-sanitized   C++ under sanitizers    make mutants   errors planted in the core
 # make test-portable  the numeric tests once more on code without AVX, as on a processor that has none
 # make lint   ruff and mypy alone        make docs   the documentation site, without a warning: site/        make clean
 # make wheel  build wheels, and run the demo from one in a fresh environment that has no compiler
@@ -18,7 +18,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo studies test fuzz mutants test-kernels test-matrix test-portable test-studies lint docs sweep wheel wheel-demo clean
+.PHONY: help install demo studies test fuzz mutants test-kernels test-matrix test-portable test-sanitized test-studies lint docs sweep wheel wheel-demo clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -68,14 +68,18 @@ lint: install
 	$(BIN)/mypy
 
 STUDIES := tests/studies/test_language.py tests/studies/test_classification.py
-KERNELS := tests/kernels/test_ahead_of_time.py tests/kernels/test_interpreter.py tests/kernels/test_sanitized.py
+KERNELS := tests/kernels/test_ahead_of_time.py tests/kernels/test_interpreter.py
+SANITIZED := tests/kernels/test_sanitized.py
 XDIST := -n 2 --dist loadfile # two processes of one thread each, a file in one of them
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(patsubst %,--ignore=%,$(STUDIES) $(KERNELS))
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(patsubst %,--ignore=%,$(STUDIES) $(KERNELS) $(SANITIZED))
 
 test-kernels: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(KERNELS)
+
+test-sanitized: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q $(SANITIZED)
 
 CASES := 20000 # of each of about 22 tests
 FUZZ := tests/ops/test_fuzz.py
