@@ -84,7 +84,7 @@ def verl(monkeypatch):
     return impl
 
 
-SKETCHES = ["stacks.md"]  # for packages that ask for GPUs: what they write of tokdyn is checked below
+SKETCHES = ["check.md", "stacks.md"]  # for packages with GPUs, a trainer at hand: their calls are checked below
 ELSEWHERE = ["how-to/watch-dpo.md", *SKETCHES]  # the first runs, and what it says is checked, in tests/test_readme.py
 
 
