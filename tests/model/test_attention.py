@@ -145,7 +145,7 @@ def test_a_traced_model_runs_the_tracing_attention_or_says_that_it_does_not(fami
     for _ in range(2):
         with trace(model) as tracer:
             tracer.logits(tracer.batches(random_chis([(2, 3)], seed=1))[0])
-    passes = 2 * (1 + 1)  # in each of two traces the check at its entry, and this one
+    passes = 1 + 2  # the check at the entry of the first trace, which the second remembers, and the pass of each
     assert len(calls) == (passes * model.config.num_hidden_layers if own else 0)
     assert [("eager attention" in message) for message in caplog.messages] == ([] if own else [True])
 
