@@ -19,6 +19,7 @@ class Gradients:
 
     def __init__(self, lm: nn.Module) -> None:
         self._lm = lm
+        self._kept_elsewhere = any(is_sharded(p) for p in lm.parameters())  # between passes; within one they are whole
         self._running = self._held = False
 
     def backward_begins(self, caught: Caught) -> bool:
@@ -48,6 +49,6 @@ class Gradients:
 
     def _any(self) -> bool:
         """Whether a parameter has a gradient that is not zero; asks the smallest first."""
-        own = [p for p in self._lm.parameters() if p.requires_grad and not is_sharded(p)]
+        own = [] if self._kept_elsewhere else [p for p in self._lm.parameters() if p.requires_grad]
         held = sorted((p.grad for p in own if p.grad is not None), key=lambda grad: grad.numel())
         return any(bool(grad.any()) for grad in held)
