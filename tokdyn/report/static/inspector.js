@@ -126,7 +126,7 @@ function Inspector(showInPanel) {
       strong.length
         ? h(
             "section",
-            h("h4", VIEW.net ? "Strongest net forces " : "Strongest single forces ", h("span.unit", unitName())),
+            h("h4", VIEW.net ? "Strongest forces of one context, alone " : "Strongest single forces ", h("span.unit", unitName())),
             h(
               "ol.ranking",
               strong.map(([m, l, value]) =>
