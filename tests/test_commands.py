@@ -1,7 +1,10 @@
 """Commands for machines and for repeating: --json, --config, --dry-run, diff, completion, exit codes."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,11 +90,18 @@ def test_other_commands_print_json_too(tmp_path):
 
 
 def test_colours_and_width_follow_the_terminal(runs):
-    """NO_COLOR takes every escape sequence away; nothing is wider than the terminal."""
-    folder, *_ = runs
-    plain = call("report", folder / "a", env={"NO_COLOR": "1", "COLUMNS": "60"}, color=True)
-    assert plain.exit_code == 0 and "\x1b[" not in plain.stdout
-    assert max(map(len, plain.stdout.splitlines()[:-1])) <= 60  # the last line is a path, which is never broken
+    """A terminal gets colours, with NO_COLOR none; nothing is wider than it. A console reads that when it is made: processes."""
+    command = [sys.executable, "-m", "tokdyn", "report", str(runs[0] / "a")]
+    own = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    for given, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+        env = own | {"FORCE_COLOR": "1", "COLUMNS": "60"} | given
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        assert bool(re.search(r"\x1b\[[0-9;]*3[0-7]", done.stdout)) == coloured
+        text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+        assert max(map(len, text.splitlines()[:-1])) <= 60  # the last line is a path, which is never broken
+
+
+def test_help_names_the_completion_of_shells():
     assert "--install-completion" in call("--help").stdout
 
 
