@@ -220,8 +220,8 @@ raised. The bound is {BOUND:.0e}, as in tests/exact/test_architectures.py. "One 
 What is known of the bold ones: models that are not causal (CPM-Ant, XLNet), or whose backward pass is not the derivative of
 their forward pass (HRM runs cycles without gradients), are refused by name. RandLoRA and trainable tokens miss the bound by
 rounding (1e-13 in float64), SHiRA by finite differences. AXK2, GLM-MoE-DSA and HY-V4 have two index heads here, so that many of
-the scores that they take the largest of are equal: which is taken depends on the length of a text, and they are refused by
-name. Ties that 16 tokens do not show are in tests/model/test_selection.py. {measured}
+the scores that they take the largest of are equal: which is taken depends on the length of a text, so each of their texts
+stands alone. {measured}
 
 {len(families)} kinds of {len(kinds())} were tried: {ran} ran, {right} of them with all three figures right;
 {len(families) - ran} did not run.

@@ -1,7 +1,7 @@
 """Models that take the largest of scores of positions: which of equal ones depends on the length, so rows stand alone."""
 
 import pytest
-from untouched import FP32, O, U, build, gram
+from untouched import FP32, O, build, gram
 
 import tokdyn as td
 from tokdyn.model.trace import trace
@@ -10,7 +10,7 @@ from tokdyn.testing import random_chis, relative_error, tiny
 LONGER = random_chis([(12, 8), (3, 4), (2, 20)], seed=1)  # of several lengths: some are padded where they stand in one batch
 
 
-@pytest.mark.parametrize("heads, taken", [(1, 12), (3, 6)])
+@pytest.mark.parametrize("heads, taken", [(1, 3), (3, 6)])
 def test_scores_that_tie_are_those_of_a_sequence_alone(heads, taken):
     """With few heads many scores of the indexer are ReLU's zero; which of them are the largest depends on the length."""
     model = build("dsa", index_n_heads=heads, index_topk=taken)
@@ -22,11 +22,6 @@ def test_scores_that_tie_are_those_of_a_sequence_alone(heads, taken):
         apart = td.forces(model, LONGER, O, reduce=reduce).vector - truth.sum(axis)
         assert float(apart.norm()) < FP32 * float(truth.abs().sum(axis).norm())
     assert any("depends on how many there are" in rule for rule in found.coverage.values())
-
-
-def test_ties_that_the_piece_shows_are_named():
-    with pytest.raises(ValueError, match="GlmMoeDsaForCausalLM is not causal: .* largest of scores of positions"):
-        td.forces(build("dsa", index_n_heads=1, index_topk=3), U, O)
 
 
 @pytest.mark.parametrize("name, selects", [("dsa", True), ("doge", True), ("git", False), ("bert as decoder", False)])

@@ -183,9 +183,9 @@ def faithful_attention(
             if not apart[attention] <= most:
                 continue
             later = max(_difference(changed[:-1], whole[:-1], eps), _difference(padded, whole[: piece.short], eps))
-            cut = _difference(beginning, own[: piece.short], eps)
+            cut = 0.0 if selects else _difference(beginning, own[: piece.short], eps)  # there it is another model by itself
             if not later <= min(most, 4 * torch.finfo(torch.bfloat16).eps) or not cut <= most:  # rows of one pass: equal sums
-                raise ValueError(_not_causal(type(model).__name__, max(later, cut), selects))
+                raise ValueError(_not_causal(type(model).__name__, max(later, cut)))
             if len(apart) > 1:
                 first = next(iter(apart))
                 _say_other(type(model).__name__, f"{NAMES[first]} attention (by {apart[first]:.1e} of their norm)", attention)
@@ -199,13 +199,12 @@ def faithful_attention(
     )
 
 
-def _not_causal(name: str, apart: float, selects: bool) -> str:
+def _not_causal(name: str, apart: float) -> str:
     """What is said of a model whose earlier logits change with what stands behind."""
-    equal = ", or it takes the largest of scores of positions, where others among equal ones are the largest then" * selects
     return (
-        f"{name} is not causal: other tokens behind, or none, change earlier logits by {apart:.1e} of their norm. It looks "
-        f"ahead{equal}. A force on log pi(y_m) needs logits that depend on the tokens before y_m alone: build the model as a "
-        "decoder (is_decoder=True where its configuration has it), or take a causal model"
+        f"{name} is not causal: other tokens behind, or none, change earlier logits by {apart:.1e} of their norm. A force on "
+        "log pi(y_m) needs logits that depend on the tokens before y_m alone: build the model as a decoder (is_decoder=True "
+        "where its configuration has it), or take a causal model"
     )
 
 
