@@ -90,7 +90,7 @@ def test_other_commands_print_json_too(tmp_path):
 
 
 def test_colours_and_width_follow_the_terminal(runs):
-    """A terminal gets colours, with NO_COLOR none; nothing is wider than it. A console reads that when it is made: processes."""
+    """A terminal gets colours, with NO_COLOR none; nothing is wider than it. A console reads that once: processes."""
     command = [sys.executable, "-m", "tokdyn", "report", str(runs[0] / "a")]
     own = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     for given, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
