@@ -173,7 +173,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     if args.quick:
-        args.length, args.width, args.layers, args.repeat, args.threads = 24, 64, 2, 2, 1
+        args.length, args.width, args.layers, args.repeat, args.threads = 24, 64, 2, 1, 1
         args.vocabulary = args.vocabulary[:1]
         args.lengths, args.widths = [8, 16, 32], [32, 64]
     if args.peer in PEERS and importlib.util.find_spec(args.peer) is None:
