@@ -16,9 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pytest
+import torch
 from pages import Tags, payload_of, synthetic_run
 
 from tokdyn.report import net, page, render
+from tokdyn.runs.by_sequence import BySequence
+from tokdyn.runs.contexts import Contexts
 
 SECTIONS = ("answers", "forces", "numbers", "verify", "vocabulary", "squeezing", "run")
 HOSTILE = (
@@ -228,6 +231,21 @@ def test_the_strongest_partners_of_every_token_are_kept_at_any_size(
         largest = np.sort(np.abs(values))[::-1][: net.PARTNERS]
         assert np.abs([x for _, x in kept]) == pytest.approx(largest[: len(kept)], rel=1e-4, abs=1e-7)
         assert len(kept) == net.PARTNERS or largest[len(kept)] < 1e-7
+
+
+@pytest.mark.parametrize("cells", [10**9, 0])
+def test_the_headline_is_that_of_the_terminal(run: Any, monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+    """The six largest entries of the net matrix in which what a pair's answers say alike is one column."""
+    monkeypatch.setattr(page, "MATRIX_CELLS", cells)
+    about, tokens, matrix = run
+    payload = payload_of(render(*run))
+    joined = Contexts.of(BySequence.of(tokens, torch.from_numpy(matrix)), about["sequences"]).alike_joined
+    assert len(joined.members) < len(payload["contexts"]["list"])
+    largest = joined.others.abs().flatten().sort(descending=True).values[: net.HEADLINE]
+    assert [abs(force) for _, _, force in payload["headline"]] == pytest.approx(largest.tolist(), rel=1e-5)
+    for m, contexts, force in payload["headline"]:
+        (x,) = {int(joined.column[payload["contexts"]["list"][context]["members"][0]]) for context in contexts}
+        assert force == pytest.approx(float(joined.others[m, x]), rel=1e-5)
 
 
 DEGENERATE = {

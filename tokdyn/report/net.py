@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from ..runs.by_sequence import CHUNK, block_sums
-from ..runs.contexts import context_keys, listed, net
+from ..runs.contexts import context_keys, join_alike, listed, net
 from .text import plain
 
+HEADLINE = 6  # strongest pushes of a run
 PARTNERS = 8  # kept of each token where the matrix is too large for a page
 
 
@@ -19,7 +20,8 @@ def contexts_of(sides: Mapping[str, Any]) -> dict[str, Any]:
     """The contexts of the update tokens, for the page.
 
     Returns {"updated": the context of each update token, "observed": that of each observed token's own place or -1, "list":
-    position, tokens, members and sequences of each, "bands": runs [start, stop) of contexts that the same sequences share}.
+    position, tokens, members and sequences of each, "bands": runs [start, stop) of contexts that the same sequences share,
+    "joined": a number for each context, one for those in which a pair's answers say alike}.
     """
     rows = [
         {"side": side, "sequence": s} | {name: _at(sides[side], name, i) for name in ("position", "token_id", "context")}
@@ -49,7 +51,18 @@ def contexts_of(sides: Mapping[str, Any]) -> dict[str, Any]:
         if not bands or bands[-1]["name"] != name:
             bands.append({"name": name, "start": x, "stop": x})
         bands[-1]["stop"] = x + 1
-    return {"updated": column, "observed": [number.get(key, -1) for key in keys[L:]], "list": found, "bands": bands}
+    groups = [sequence for sequence in updated["sequences"] for _ in range(sequence["start"], sequence["stop"])]
+    for row, text, of in zip(rows, updated["columns"]["token"], groups, strict=False):  # the rows of the update come first
+        row |= {"token": text, "group": of["group"], "role": of["role"]}
+        if row["token_id"] is None:
+            del row["token_id"]
+    return {
+        "updated": column,
+        "observed": [number.get(key, -1) for key in keys[L:]],
+        "list": found,
+        "bands": bands,
+        "joined": join_alike(rows[:L], column, len(found)),
+    }
 
 
 def net_sums(matrix: np.ndarray, contexts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -93,6 +106,21 @@ def strongest(matrix: np.ndarray, contexts: Mapping[str, Any]) -> dict[str, Any]
         top = values.abs().topk(min(PARTNERS, values.shape[1]), 1).indices
         best = values.gather(1, top), places.gather(1, top)
     return found | {"reach": _pairs(best[1], best[0])}
+
+
+def headline(matrix: np.ndarray, contexts: Mapping[str, Any]) -> list[Any]:
+    """The strongest net forces of a run, update tokens that a pair's answers say alike summed: [m, contexts, force] of each.
+
+    What stands in an observed token's own place is left out, as in `strongest`.
+    """
+    joined = [*contexts["joined"], -1]  # -1: no update token stands there
+    members: dict[int, list[int]] = {}
+    for x, new in enumerate(contexts["joined"]):
+        members.setdefault(new, []).append(x)
+    sides = {side: [joined[x] for x in contexts[side]] for side in ("updated", "observed")}
+    rows = strongest(matrix, sides | {"list": members})["observed"]
+    cells = [[m, members[x], force] for m, row in enumerate(rows) for x, force in row]
+    return sorted(cells, key=lambda cell: -abs(cell[2]))[:HEADLINE]
 
 
 def _pairs(places: torch.Tensor, values: torch.Tensor) -> list[list[list[Any]]]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..runs.by_sequence import block_sums, sequence_names
-from .net import contexts_of, net_sums, strongest
+from .net import contexts_of, headline, net_sums, strongest
 from .text import count, day, facts, plain, show, to_json
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None
         "updated": sides["updated"],
         "contexts": contexts,
         "net": None if matrix is None else net_sums(matrix, contexts, sides["observed"]["sequences"]),
+        "headline": None if matrix is None else headline(matrix, contexts),
         "partners": None if matrix is None or fits else strongest(matrix, contexts),
         "matrix": _packed(matrix),
         "blocks": _blocks(matrix, sides["observed"]["sequences"], sides["updated"]["sequences"]),

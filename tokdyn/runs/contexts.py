@@ -111,30 +111,12 @@ class Contexts:
         Behind the token in which they first differ their contexts do too, but c is opposite and the Jacobians are near: what
         one does, the other mostly takes back. The sum is what both do.
         """
-        joined = list(range(len(self.members)))
-        for plus, minus in self._pairs():
-            texts = ([self.run.updated[n] for n in of] for of in (plus, minus))
-            for a, b in alike(*([row.get("token_id", row["token"]) for row in rows] for rows in texts)):
-                low, high = sorted((joined[self.column[plus[a]]], joined[self.column[minus[b]]]))
-                joined = joined if low == high else [low if of == high else of for of in joined]
-        number = dict[int, int]()
-        new = torch.tensor([number.setdefault(of, len(number)) for of in joined], dtype=torch.long)
-        members: list[list[int]] = [[] for _ in number]
+        new = torch.tensor(join_alike(self.run.updated, self.column.tolist(), len(self.members)), dtype=torch.long)
+        members: list[list[int]] = [[] for _ in range(int(new.max()) + 1 if len(new) else 0)]
         for x, of in enumerate(self.members):
             members[int(new[x])] += of
         own = torch.where(self.own >= 0, new[self.own.clamp(min=0)], self.own) if len(new) else self.own
         return Contexts(self.run, members, new[self.column], own)
-
-    def _pairs(self) -> list[tuple[list[int], list[int]]]:
-        """The update tokens of both answers of each pair, in order."""
-        rows: dict[tuple[Any, Any], dict[Any, list[int]]] = {}
-        for l, row in enumerate(self.run.updated):  # noqa: E741
-            rows.setdefault((row.get("group"), row.get("role")), {}).setdefault(row["sequence"], []).append(l)
-        return [
-            (next(iter(of.values())), next(iter(rows[group, "rejected"].values())))
-            for (group, role), of in rows.items()
-            if role == "chosen" and (group, "rejected") in rows
-        ]
 
     def itself(self, m: int) -> float:
         """Net force of an observed token's own context on it, 0 where no update token stands there."""
@@ -177,6 +159,35 @@ class Contexts:
         names, of_row = self.run.numbered(self.run.observed)
         sums = block_sums(self.matrix, of_row, band).tolist()
         return {name: dict(zip(self.bands, row, strict=True)) for name, row in zip(names, sums, strict=True)}
+
+
+def join_alike(rows: Iterable[Row], column: Sequence[int], size: int) -> list[int]:
+    """A new number for each of `size` contexts: one for all that the two answers of a pair say alike, place by place.
+
+    Args:
+        rows: update tokens with group, role, sequence and token_id or token, in order of position within a sequence.
+        column: the context of each.
+    """
+    rows, joined = list(rows), list(range(size))
+    for plus, minus in _pairs(rows):
+        texts = ([rows[l].get("token_id", rows[l]["token"]) for l in of] for of in (plus, minus))  # noqa: E741
+        for a, b in alike(*texts):
+            low, high = sorted((joined[column[plus[a]]], joined[column[minus[b]]]))
+            joined = joined if low == high else [low if of == high else of for of in joined]
+    number = dict[int, int]()
+    return [number.setdefault(of, len(number)) for of in joined]
+
+
+def _pairs(rows: Iterable[Row]) -> list[tuple[list[int], list[int]]]:
+    """The update tokens of the chosen and the rejected answer of each pair, in order."""
+    found: dict[tuple[Any, Any], dict[Any, list[int]]] = {}
+    for l, row in enumerate(rows):  # noqa: E741
+        found.setdefault((row.get("group"), row.get("role")), {}).setdefault(row["sequence"], []).append(l)
+    return [
+        (next(iter(of.values())), next(iter(found[group, "rejected"].values())))
+        for (group, role), of in found.items()
+        if role == "chosen" and (group, "rejected") in found
+    ]
 
 
 def alike(a: Sequence[Hashable], b: Sequence[Hashable]) -> list[tuple[int, int]]:

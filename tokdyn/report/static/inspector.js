@@ -97,7 +97,7 @@ function Inspector(showInPanel) {
   function empty() {
     const moves = Array.from({ length: OBSERVED.size }, (_, m) => MOVES[BEST_MOVE](m));
     const first = largest(moves, 6);
-    const strong = HAS_FORCES ? strongestCells(6) : [];
+    const strong = HAS_FORCES ? strongestCells() : [];
     const top = (list) => Math.abs(list[0]) || 1;
     return [
       h("h3", "Selected token"),
@@ -126,16 +126,16 @@ function Inspector(showInPanel) {
       strong.length
         ? h(
             "section",
-            h("h4", VIEW.net ? "Strongest forces of one context, alone " : "Strongest single forces ", h("span.unit", unitName())),
+            h("h4", VIEW.net ? "Strongest net forces " : "Strongest single forces ", h("span.unit", unitName())),
             h(
               "ol.ranking",
-              strong.map(([m, l, value]) =>
+              strong.map(([m, l, value, who, where]) =>
                 row(
                   "observed",
                   m,
                   [
-                    tokenText(VIEW.net ? CONTEXTS.token(CONTEXT_OF[l]) : UPDATED.token(l), { limit: 10 }),
-                    h("span.where", `${VIEW.net ? CONTEXTS.sequence(CONTEXT_OF[l]).name : UPDATED.sequence(l).name} on`),
+                    tokenText(who, { limit: 10 }),
+                    h("span.where", `${where} on`),
                     tokenText(OBSERVED.token(m), { limit: 10 }),
                     h("span.where", OBSERVED.sequence(m).name),
                   ],
@@ -173,20 +173,25 @@ function Inspector(showInPanel) {
     );
   }
 
-  /** The n largest forces as [m, l, force], net ones between different places where the page shows net forces. */
-  function strongestCells(n) {
+  /** The six largest forces as [m, l, force, who, where]: net of what cancels where the page shows net forces, as the findings do. */
+  function strongestCells() {
+    if (VIEW.net || !MATRIX)
+      return RUN.headline.map(([m, contexts, rate]) => {
+        const of = (facet) => [...new Set(contexts.map(facet))];
+        const who = of((x) => CONTEXTS.token(x));
+        const where = of((x) => CONTEXTS.sequence(x).name).join(", ");
+        const first = CONTEXT_LIST[contexts[0]].members[0];
+        return [m, first, inUnit(rate), who.length > 1 ? who.map((text) => label(text)).join("/") : who[0], where];
+      });
     const best = [];
-    const offer = (m, l, value) => {
-      const size = Math.abs(value);
-      if (!(size > 0) || (best.length === n && size <= Math.abs(best[n - 1][2]))) return;
-      best.push([m, l, value]);
-      best.sort((a, b) => Math.abs(b[2]) - Math.abs(a[2]));
-      best.length = Math.min(n, best.length);
-    };
-    for (let m = 0; m < OBSERVED.size; m += 1) {
-      if (VIEW.net || !MATRIX) for (const [x, value] of netPartners(m, n).list) offer(m, CONTEXT_LIST[x].members[0], value);
-      else for (let l = 0; l < UPDATED.size; l += 1) offer(m, l, tokenForce(m, l));
-    }
+    for (let m = 0; m < OBSERVED.size; m += 1)
+      for (let l = 0; l < UPDATED.size; l += 1) {
+        const size = Math.abs(tokenForce(m, l));
+        if (!(size > 0) || (best.length === 6 && size <= Math.abs(best[5][2]))) continue;
+        best.push([m, l, tokenForce(m, l), UPDATED.token(l), UPDATED.sequence(l).name]);
+        best.sort((a, b) => Math.abs(b[2]) - Math.abs(a[2]));
+        best.length = Math.min(6, best.length);
+      }
     return best;
   }
 
