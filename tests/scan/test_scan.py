@@ -87,6 +87,15 @@ def test_tables_hold_the_forces_of_every_row_alone(tmp_path):
                 for what, value in (("force", f.vector.sum()), ("size", f.vector.abs().sum()), ("net", net.abs().sum())):
                     assert sums[n][f"{what}_{name}"] == pytest.approx(float(value), rel=1e-9)
         assert sums[0]["net_chosen"] < sums[0]["size_chosen"]  # the pair's shared prefix cancels
+        assert scan.to_dataframe("tokens").equals(tokens) and scan.to_dataframe()["force_other"].tolist() == [
+            row["force_other"] for row in sums
+        ]
+        html = scan._repr_html_()
+        for name in GROUPS:
+            forces = [row[f"force_{name}"] / scan.tokens_of[name] for row in sums]
+            worst = [f"{n + 1} ({forces[n]:+.3g})" for n in sorted(range(3), key=forces.__getitem__) if forces[n] < 0]
+            lower = f"{len(worst) / 3:.0%}"
+            assert f"<td>{name}</td><td>{sum(forces) / 3:+.4g}</td><td>{lower}</td><td>{', '.join(worst)}</td>" in html
 
 
 def test_rows_may_come_from_anything(tmp_path, reader, tokenizer):

@@ -84,6 +84,30 @@ def step_html(step: Any) -> str:
     )
 
 
+def scan_html(scan: Any) -> str:
+    """Of a scan: what all rows together do to each group, how many of them hurt it, and which most."""
+    forces: dict[str, list[float]] = {name: [] for name in scan.groups}
+    numbers, tokens = list[int](), 0
+    for table in scan.each("rows.parquet", ["row", "problem", "tokens", *(f"force_{name}" for name in forces)]):
+        kept = [row for row in table.to_pylist() if row["problem"] is None]
+        numbers += [row["row"] for row in kept]
+        tokens += sum(row["tokens"] for row in kept)
+        for name, of in forces.items():
+            of += [row[f"force_{name}"] for row in kept]
+    rows = []
+    for name, of in forces.items():
+        values = torch.tensor(of, dtype=torch.float64) / max(1, scan.tokens_of[name])
+        hurting, worst = f"{float((values < 0).double().mean()):.0%}" if of else "", values.argsort()[:STRONGEST].tolist()
+        named = ", ".join(f"{numbers[i] + 1} ({float(values[i]):+.3g})" for i in worst if values[i] < 0)
+        rows.append((name, f"{float(values.mean()):+.4g}" if of else "", hurting, named))
+    whole = "" if scan.size is None else f" of {scan.size:,}"
+    return page(
+        f"{scan.about['objective']['name']} on {scan.about['model']['name']}: {len(numbers):,}{whole} rows, {tokens:,} update "
+        f"tokens. Force of a row on the mean log-probability of a group, {RATE}.",
+        rows_html(("group", "mean", "rows that lower it", "lower it most"), rows),
+    )
+
+
 def page(sentence: str, *parts: str) -> str:
     """The parts below a sentence."""
     return f'<div style="max-width:60em"><p>{escape(sentence)}</p>{"".join(parts)}</div>'

@@ -20,6 +20,8 @@ from typing import Any
 
 from . import manifest
 from .folder import ABOUT, FORMAT
+from .frames import pandas
+from .notebook import scan_html
 
 TOKENS, ROWS = "tokens.parquet", "rows.parquet"
 
@@ -95,6 +97,24 @@ class Scan:
     def rows(self, columns: Sequence[str] | None = None) -> Any:
         """All examples as one table (pyarrow)."""
         return self._joined(ROWS, columns)
+
+    def to_dataframe(self, table: str = "rows") -> Any:
+        """The examples or the update tokens as pandas has them: forces on each group in nats per unit learning rate.
+
+        Args:
+            table: "rows" or "tokens".
+
+        Raises:
+            ValueError: another word, or no block is there yet. ImportError: pandas is not installed.
+        """
+        if table not in ("rows", "tokens"):
+            raise ValueError(f'table must be "rows" or "tokens", got {table!r}')
+        pandas()
+        return (self.rows() if table == "rows" else self.tokens()).to_pandas()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: how far it is, what all rows do to each group, and the rows that hurt most."""
+        return scan_html(self)
 
     def _joined(self, table: str, columns: Sequence[str] | None) -> Any:
         import pyarrow as pa
