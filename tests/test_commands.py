@@ -64,7 +64,7 @@ def test_diff_tells_two_runs_and_writes_their_page(runs):
     result = call("diff", folder / "a", folder / "b")
     assert result.exit_code == 0, result.stderr
     assert "objective name: DPO in A, IPO in B" in result.stdout and (folder / "b/diff.html").exists()
-    told = json.loads(call("diff", folder / "a", folder / "b", "--out", folder / "x.html", "--json").stdout)
+    told = json.loads(call("diff", folder / "a", folder / "b", "--out", folder / "x.html", "--unit", "rate", "--json").stdout)
     a, b = (td.load(folder / name) for name in "ab")
     change = sum(x["force_b"] - x["force_a"] for x in told["answers"].values())
     assert change == pytest.approx(float(b.vector.double().sum() - a.vector.double().sum()), rel=1e-4)

@@ -19,6 +19,7 @@ def diff(
     a: Annotated[Path, typer.Argument(help="folder of a run")],
     b: Annotated[Path, typer.Argument(help="folder of another, of the same data: a later checkpoint, another objective")],
     out: Annotated[Path | None, typer.Option(help="page to write, .html; by default diff.html in the folder of B")] = None,
+    unit: Annotated[str | None, typer.Option(help="of forces: step (nats after each run's own) or rate (per unit lr)")] = None,
     json_: Json = False,
 ) -> None:
     """Show what changed from run A to run B, tokens aligned, and write a page of both."""
@@ -31,8 +32,8 @@ def diff(
 
         first, second = td.load(a), td.load(b)
         page = out or b / "diff.html"
-        found = Difference.of(first, second)
-        replace(page, render(first, second, (str(a), str(b))).encode())
+        found = Difference.of(first, second, unit)
+        replace(page, render(found, (str(a), str(b))).encode())
         if json_:
             print_json(found.as_dict() | {"page": str(page)})
             return
@@ -44,23 +45,24 @@ def summary(found: Difference) -> Any:
     """A rich renderable: each answer, the tokens and the pushes that changed most."""
     from rich.console import Group
 
+    from .._arguments import UNITS
     from ..runs.findings import shown
     from ..runs.table import Listing
 
-    rate = "nats per unit learning rate"
+    unit = UNITS[found.unit]
     names = ("answer", "tokens", "log-prob in A", "in B", "force in A", "in B")
-    answers = Listing(f"Each answer: log-prob in nats, force of the step in {rate}", names, range(1, 6))
+    answers = Listing(f"Each answer: log-prob in nats, force of the step, {unit}", names, range(1, 6))
     for name, x in found.answers().items():
         figures = (f"{x[key]:+.4g}" for key in ("log_prob_a", "log_prob_b", "force_a", "force_b"))
         answers.add_row(name, f"{x['tokens']:.0f}", *figures)
-    moved = Listing(f"The tokens whose force changed most, {rate}", ("token", "of", "in A", "in B", "change"), (2, 3, 4))
+    moved = Listing(f"The tokens whose force changed most, {unit}", ("token", "of", "in A", "in B", "change"), (2, 3, 4))
     for i in found.most("force"):
         pair = found.observed[i]
         figures = (f"{x:+.4g}" for x in (pair.a["force"], pair.b["force"], pair.change("force")))
         moved.add_row(shown(pair.a["token"]), found.a.place(pair.a), *figures)
     parts: list[Any] = [answers, "", moved]
     if pushes := found.pushes():
-        table = Listing(f"The net pushes that changed most, {rate}", ("on", "of", "by", "change"), (3,))
+        table = Listing(f"The net pushes that changed most, {unit}", ("on", "of", "by", "change"), (3,))
         for m, by, change in pushes:
             row = found.observed[m].a
             table.add_row(shown(row["token"]), found.a.place(row), by, f"{change:+.4g}")

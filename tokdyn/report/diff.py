@@ -12,35 +12,29 @@ from ..sequences import visible
 from .text import signed
 
 
-def render(a: Any, b: Any, names: tuple[str, str]) -> str:
+def render(found: Difference, names: tuple[str, str]) -> str:
     """The page of two runs: what was asked differently, what each answer's change became, and what changed most.
 
     Args:
-        a, b: the runs (about, tokens, matrix).
+        found: their difference.
         names: what they are called, their folders.
-
-    Raises:
-        ValueError: they observe no token in common.
     """
     import jinja2
     from markupsafe import Markup
 
-    found = Difference.of(a, b)
     rows = [
         {"place": found.a.place(pair.a), "token": visible(pair.a["token"]), "log_prob": _three(pair, "log_prob"),
          "force": _three(pair, "force")}
         for pair in found.observed
     ]  # fmt: skip
-    sequences = list(dict.fromkeys(found.names))
-    number = [sequences.index(name) for name in found.names]
     tokens = [pair.a["token"] for pair in found.observed]
     texts = {
-        column: Markup(coloured(tokens, [pair.change(column) or 0.0 for pair in found.observed], number))  # escaped there
+        column: Markup(coloured(tokens, [pair.change(column) or 0.0 for pair in found.observed], found.names))  # escaped there
         for column in ("log_prob", "force")
     }
     picture = None
     if found.matrix is not None:
-        picture = Markup(drawn(found.matrix, tokens, [pair.a["token"] for pair in found.updated]))
+        picture = Markup(drawn(found.matrix, tokens, found.places[1]))
     folder = files(__package__)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(folder.joinpath("diff.html.jinja").read_text("utf-8")).render(
@@ -54,8 +48,8 @@ def render(a: Any, b: Any, names: tuple[str, str]) -> str:
         pushes=[(rows[m], by, signed(change)) for m, by, change in found.pushes()],
         texts=texts,
         picture=picture,
-        rate=UNITS["rate"],
-        sequences=sequences,
+        unit=UNITS[found.unit],
+        same=not any(pair.change("log_prob") for pair in found.observed),
     )  # fmt: skip
 
 

@@ -41,7 +41,8 @@ class Difference:
         observed, updated: the tokens of each side that both have, in the order of a.
         names: of each observed token, the name of its sequence in a.
         missing: scored tokens without a partner, by "a" and "b", of both sides.
-        sequences: those of a's run.json.
+        sequences: those of each run.json.
+        unit: of every force: "step", nats after each run's own step, or "rate", nats per unit learning rate.
     """
 
     settings: list[tuple[str, str, str]]
@@ -51,16 +52,26 @@ class Difference:
     updated: list[Aligned]
     names: list[str]
     missing: dict[str, int]
-    sequences: list[dict[str, Any]]
+    sequences: tuple[list[dict[str, Any]], ...]
+    unit: str
 
     @classmethod
-    def of(cls, a: Any, b: Any) -> Difference:
+    def of(cls, a: Any, b: Any, unit: str | None = None) -> Difference:
         """Align two runs (about, tokens, matrix): sequences by role, prompt and group, their tokens by their ids.
 
+        Args:
+            unit: "step" (default where both runs know the size of their step) or "rate". The gradients of two losses differ
+                in scale, and their steps make up for it; with the same loss on two checkpoints "rate" compares the gradients.
+
         Raises:
-            ValueError: they have no observed token in common.
+            ValueError: they have no observed token in common; another unit, or "step" where a run took none.
         """
-        first, second = (BySequence.of(run.tokens, run.matrix) for run in (a, b))
+        etas = [run.about["settings"].get("eta") for run in (a, b)]
+        unit = unit or ("rate" if None in etas else "step")
+        if unit not in ("step", "rate") or (unit == "step" and None in etas):
+            raise ValueError(f'unit must be "rate", or "step" where both runs have a step size, got {unit!r} and {etas}')
+        scales = etas if unit == "step" else (1.0, 1.0)
+        first, second = (_scaled(BySequence.of(run.tokens, run.matrix), eta) for run, eta in zip((a, b), scales, strict=True))
         sides = {
             side: _aligned(getattr(first, side), getattr(second, side), _texts(a, side), _texts(b, side))
             for side in ("observed", "updated")
@@ -72,10 +83,10 @@ class Difference:
         names = [first.name(pair.a) for pair in sides["observed"]]
         missing = {name: n - both for name, n in count.items()}
         return cls(list(_settings(a.about, b.about)), first, second, sides["observed"], sides["updated"], names, missing,
-                   a.about.get("sequences") or [])  # fmt: skip
+                   tuple(run.about.get("sequences") or [] for run in (a, b)), unit)  # fmt: skip
 
     def answers(self) -> dict[str, dict[str, float]]:
-        """Of each observed answer: tokens in common, log-prob in a and b, Σ F in a and b (per unit learning rate)."""
+        """Of each observed answer: tokens in common, log-prob in a and b, Σ F in a and b."""
         sums: dict[str, dict[str, float]] = {}
         for name, pair in zip(self.names, self.observed, strict=True):
             entry = sums.setdefault(name, dict.fromkeys(("tokens", "log_prob_a", "log_prob_b", "force_a", "force_b"), 0.0))
@@ -91,26 +102,50 @@ class Difference:
         return sorted(range(len(changes)), key=lambda i: -changes[i])[:MOST]
 
     @cached_property
-    def matrix(self) -> Float[Tensor, "m l"] | None:
-        """F_b - F_a over the tokens that both have; None unless both matrices are there and complete."""
-        if self.a.matrix is None or self.b.matrix is None or not self.updated:
+    def places(self) -> tuple[list[str], list[str], Tensor, Tensor]:
+        """Update tokens of both runs by place: its name and tokens, and the place of each token of a [L_a] and of b [L_b].
+
+        A place is a context of a, what both answers of a pair say alike joined; a token of b stands in that of its partner, one
+        without in that of its context's other tokens, or in a place of its own.
+        """
+        of_a, of_b = (Contexts.of(run, texts).alike_joined for run, texts in zip((self.a, self.b), self.sequences, strict=True))
+        names = [of_a.name(x) for x in range(len(of_a.members))]
+        tokens = ["/".join(of_a.tokens(x)) for x in range(len(of_a.members))]
+        place = dict[int, int]()
+        for pair in self.updated:
+            place.setdefault(int(of_b.column[pair.b["row"]]), int(of_a.column[pair.a["row"]]))
+        for x in range(len(of_b.members)):
+            if place.setdefault(x, len(names)) == len(names):
+                names.append(of_b.name(x))
+                tokens.append("/".join(of_b.tokens(x)))
+        b = [place[x] for x in of_b.column.tolist()]
+        for pair in self.updated:
+            b[pair.b["row"]] = int(of_a.column[pair.a["row"]])
+        return names, tokens, of_a.column, torch.tensor(b, dtype=torch.long)
+
+    @cached_property
+    def matrix(self) -> Float[Tensor, "m places"] | None:
+        """Net force of each place in b less that in a, on the observed tokens that both have: 0 in a run that does not train it.
+
+        None unless both matrices are there and complete.
+        """
+        if self.a.matrix is None or self.b.matrix is None:
             return None
-        parts = []
-        for run, side in ((self.a.matrix, "a"), (self.b.matrix, "b")):
-            rows, columns = ([getattr(pair, side)["row"] for pair in of] for of in (self.observed, self.updated))
-            parts.append(run[rows][:, columns].double())
-        return parts[1] - parts[0]
+        names, _, *columns = self.places
+        rows = ([getattr(pair, side)["row"] for pair in self.observed] for side in "ab")
+        a, b = (
+            net(matrix[of], column, len(names))
+            for matrix, of, column in zip((self.a.matrix, self.b.matrix), rows, columns, strict=True)
+        )
+        return b - a
 
     def pushes(self) -> list[tuple[int, str, float]]:
-        """The net pushes that changed most: (number of the observed token, the context that pushes, b - a)."""
+        """The net pushes that changed most: (number of the observed token, the place that pushes, b - a)."""
         if self.matrix is None:
             return []
-        contexts = Contexts.of(self.a, self.sequences)
-        column = torch.tensor([int(contexts.column[pair.a["row"]]) for pair in self.updated])
-        change = net(self.matrix, column, len(contexts.members))
-        order = change.abs().flatten().topk(min(MOST, change.numel())).indices.tolist()
-        C = change.shape[1]
-        return [(i // C, contexts.name(i % C), float(change[i // C, i % C])) for i in order]
+        order = self.matrix.abs().flatten().topk(min(MOST, self.matrix.numel())).indices.tolist()
+        C = self.matrix.shape[1]
+        return [(i // C, self.places[0][i % C], float(self.matrix[i // C, i % C])) for i in order]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that is told, for JSON."""
@@ -122,7 +157,24 @@ class Difference:
         ]  # fmt: skip
         pushes = [{"on": self.a.place(self.observed[m].a), "by": by, "change": change} for m, by, change in self.pushes()]
         settings = [{"what": what, "a": a, "b": b} for what, a, b in self.settings]
-        return {"settings": settings, "answers": self.answers(), "tokens": tokens, "pushes": pushes, "missing": self.missing}
+        return {
+            "unit": self.unit,
+            "settings": settings,
+            "answers": self.answers(),
+            "tokens": tokens,
+            "pushes": pushes,
+            "missing": self.missing,
+        }
+
+
+def _scaled(run: BySequence, eta: float) -> BySequence:
+    """A run with every force times a step size."""
+
+    def scaled(rows: list[Row]) -> list[Row]:
+        return [row if row.get("force") is None else row | {"force": eta * row["force"]} for row in rows]
+
+    matrix = None if run.matrix is None else eta * run.matrix.double()
+    return BySequence(scaled(run.updated), scaled(run.observed), matrix, run.names)
 
 
 def _settings(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -152,8 +152,8 @@ def drawn(matrix: Float[Tensor, "M L"], observed: Sequence[str], updated: Sequen
             f'aria-label="matrix of {sized(matrix)}" style="background:#fff">{"".join(cells)}</svg>')  # fmt: skip
 
 
-def coloured(tokens: Sequence[str], values: Sequence[float] | Tensor, of: Sequence[int] | None = None) -> str:
-    """Tokens as text, each on its colour; one paragraph for each sequence of `of`."""
+def coloured(tokens: Sequence[str], values: Sequence[float] | Tensor, of: Sequence[int | str] | None = None) -> str:
+    """Tokens as text, each on its colour; one paragraph for each sequence of `of`, which it begins with if that is a name."""
     numbers = [float(x) for x in values]
     sizes = sorted(abs(x) for x in numbers if math.isfinite(x))
     largest = (sizes[math.ceil(0.98 * len(sizes)) - 1] if sizes else 0.0) or 1.0
@@ -162,6 +162,8 @@ def coloured(tokens: Sequence[str], values: Sequence[float] | Tensor, of: Sequen
         if of is not None and of[i] != last:
             parts.append(("</p>" if parts else "") + '<p style="line-height:1.9">')
             last = of[i]
+            if isinstance(last, str):
+                parts.append(f'<span style="opacity:0.65;font-size:0.85em">{escape(last)}</span> ')
         parts.append(f'<span title="{value:+.4g}" style="background:{colour(value / largest)};color:{_ink(value / largest)};'
                      f'white-space:pre-wrap;border-radius:2px">{escape(token)}</span>')  # fmt: skip
     return "".join(parts) + ("</p>" if of is not None and parts else "")
