@@ -125,7 +125,7 @@ class Difference:
 
     @cached_property
     def matrix(self) -> Float[Tensor, "m places"] | None:
-        """Net force of each place in b less that in a, on the observed tokens that both have: 0 in a run that does not train it.
+        """Net force of each place in b less that in a, on the observed tokens of both: 0 in a run that does not train it.
 
         None unless both matrices are there and complete.
         """
