@@ -15,22 +15,31 @@ from .._console import out_console
 def serve(
     folder: Annotated[Path, typer.Argument(help="folder with runs and trainings, up to three levels deep")] = Path("runs"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8471,
+    read_only: Annotated[bool, typer.Option("--read-only", help="compute nothing on request, write nothing")] = False,
 ) -> None:
     """Show the runs of a folder in a browser of this machine; trainings are followed while they are written.
 
-    It listens on the loopback address alone, refuses requests for other hosts, and writes nothing.
+    A run can be profiled again with other words or another loss, and a row of a scan in full. It listens on the loopback
+    address alone, and refuses requests for other hosts and forms of other sites.
     """
     with plain_errors():
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder}")
         import uvicorn
 
+        from ..report.recompute import Jobs
         from ..report.server import application
 
-        server = uvicorn.Server(uvicorn.Config(application(folder, pages()), host="127.0.0.1", port=port, log_level="warning"))
+        jobs = None if read_only else Jobs()
+        application_ = application(folder, pages(), jobs)
+        server = uvicorn.Server(uvicorn.Config(application_, host="127.0.0.1", port=port, log_level="warning"))
         place = server.config.bind_socket()
         out_console.print(f"Runs of {folder} at http://127.0.0.1:{place.getsockname()[1]}/; Ctrl-C ends it", soft_wrap=True)
-        server.run(sockets=[place])
+        try:
+            server.run(sockets=[place])
+        finally:
+            if jobs is not None:
+                jobs.close()
 
 
 def pages() -> dict[str, Any]:
@@ -47,4 +56,10 @@ def pages() -> dict[str, Any]:
 
         return td.load(path).to_html()
 
-    return {"profile": profile, "training": training}
+    def scan(path: Path) -> str:
+        from ..report.scan import render
+        from ..runs.scans import Scan
+
+        return render(Scan(path))
+
+    return {"profile": profile, "scan": scan, "training": training}

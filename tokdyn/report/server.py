@@ -1,7 +1,8 @@
 """`tokdyn serve`: the runs of a folder in a browser of this machine, and of no other.
 
 Pages are written when they are asked for, and again when a run's files have changed: a training that is being written is
-followed. Of a run too large for one page, rows of the matrix are read in pieces. Nothing is written to the folder.
+followed. Of a run too large for one page, rows of the matrix are read in pieces. Where that is allowed, a profile is computed
+on request: a run with other words or another loss, one row of a scan (recompute.py). Nothing else is written to the folder.
 """
 
 from __future__ import annotations
@@ -14,24 +15,25 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.folder import ABOUT, FORCES, kind_of
+from .recompute import Jobs
+from .served import POLICY, document, quoted, within
+from .server_forms import form_routes
 
 HOSTS = ("127.0.0.1", "localhost", "[::1]")  # a page elsewhere that resolves its own name to this machine is refused
-POLICY = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
-          "Cross-Origin-Resource-Policy": "same-origin", "X-Frame-Options": "DENY"}  # fmt: skip
-KINDS = {"profile": "one update", "training": "a training"}
-STYLE = """:root{color-scheme:light dark;font:15px/1.5 system-ui,sans-serif}body{max-width:70em;margin:2em auto;padding:0 1em}
-table{border-collapse:collapse;width:100%}td,th{padding:3px 12px 3px 0;text-align:left;border-top:1px solid #8884}"""
+KINDS = {"profile": "one update", "training": "a training", "scan": "a scan"}
 PageOf = Callable[[Path], str]
 
 
-def application(folder: Path, pages: dict[str, PageOf]) -> Any:
+def application(folder: Path, pages: dict[str, PageOf], jobs: Jobs | None = None) -> Any:
     """The Starlette application that shows the runs below a folder.
 
     Args:
         folder: what is shown; nothing outside it is ever read.
         pages: kind of a run -> the function that makes its page out of its folder.
+        jobs: what computes profiles on request; None allows none, and nothing is written.
 
-    Routes: / lists the runs, /run/NAME is a run's page, /rows/NAME?m=0&to=10 rows of its matrix as JSON.
+    Routes: / lists the runs, /run/NAME is a run's page, /rows/NAME?m=0&to=10 rows of its matrix as JSON; with `jobs`,
+    /again/NAME is the form of what is computed anew, and /job what that says.
 
     Raises:
         ImportError: Starlette is not installed (`pip install "tokdyn[serve]"`).
@@ -48,17 +50,17 @@ def application(folder: Path, pages: dict[str, PageOf]) -> Any:
         return pages[kind](path)
 
     def listing(request: Any) -> Response:
-        return HTMLResponse(_listing(root, runs(root)), headers=POLICY)
+        return HTMLResponse(_listing(root, runs(root), jobs is not None), headers=POLICY)
 
     def run(request: Any) -> Response:
-        path = _within(root, request.path_params["name"])
+        path = within(root, request.path_params["name"])
         kind = "" if path is None else kind_of(path)
         if path is None or kind not in pages:
             return Response("there is no such run", 404, headers=POLICY, media_type="text/plain")
         return HTMLResponse(page(path, kind, changed(path)), headers=POLICY)
 
     def rows(request: Any) -> Response:
-        path = _within(root, request.path_params["name"])
+        path = within(root, request.path_params["name"])
         if path is None or not (path / FORCES).exists():
             return Response("there is no such run", 404, headers=POLICY, media_type="text/plain")
         try:
@@ -69,26 +71,39 @@ def application(folder: Path, pages: dict[str, PageOf]) -> Any:
         return JSONResponse(found, headers=POLICY)
 
     routes = [Route("/", listing), Route("/run/{name:path}", run), Route("/rows/{name:path}", rows)]
-    return Starlette(routes=routes, middleware=[Middleware(LoopbackOnly)])
+    if jobs is not None:
+        routes += form_routes(root, jobs)
+    return Starlette(routes=routes, middleware=[Middleware(LoopbackOnly, writes=jobs is not None)])
 
 
 class LoopbackOnly:
     """Refuses every request whose Host is not this machine: another site cannot read the runs through a rebound name."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, writes: bool = False) -> None:
+        self.app, self.writes = app, writes
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer 421 to other hosts, 405 to anything but a reading request."""
+        """Answer 421 to other hosts, 405 to what is no reading request, and 403 to a form that is not of these pages."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
-        host = hosts[0].rsplit(":", 1)[0] if hosts and not hosts[0].endswith("]") else (hosts or [""])[0]
-        refused = 421 if len(hosts) != 1 or host.lower() not in HOSTS else 405 if scope["method"] not in ("GET", "HEAD") else 0
+        refused = self._refused(scope)
         if not refused:
             return await self.app(scope, receive, send)
         await send({"type": "http.response.start", "status": refused, "headers": [(b"content-type", b"text/plain")]})
         await send({"type": "http.response.body", "body": b"tokdyn serve answers this machine alone"})
+
+    def _refused(self, scope: Any) -> int:
+        """The status that refuses a request, 0 for one that is answered."""
+        sent = [(name, value.decode("latin-1").lower()) for name, value in scope["headers"]]
+        hosts, origins = ([value for name, value in sent if name == which] for which in (b"host", b"origin"))
+        host = hosts[0].rsplit(":", 1)[0] if hosts and not hosts[0].endswith("]") else (hosts or [""])[0]
+        if len(hosts) != 1 or host not in HOSTS:
+            return 421
+        if scope["method"] in ("GET", "HEAD"):
+            return 0
+        if scope["method"] != "POST" or not self.writes:
+            return 405
+        return 0 if origins == [f"http://{hosts[0]}"] else 403  # a browser names the page that sends a form
 
 
 def runs(root: Path) -> list[Path]:
@@ -121,34 +136,21 @@ def matrix_rows(path: Path, m: int, to: int) -> dict[str, Any]:
     return {"shape": [M, L], "m": m, "rows": [[x if x == x else None for x in row] for row in values.tolist()]}
 
 
-def _within(root: Path, name: str) -> Path | None:
-    """The folder of that name below the root, None where it is none or lies elsewhere, links followed."""
-    try:
-        path = (root / name).resolve()
-    except (OSError, ValueError):
-        return None
-    return path if path.is_relative_to(root) and path.is_dir() else None
-
-
-def _listing(root: Path, found: list[Path]) -> str:
+def _listing(root: Path, found: list[Path], anew: bool) -> str:
     rows = []
     for path in found:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
         name = "." if path == root else path.relative_to(root).as_posix()
         model, loss = ((about.get(key) or {}).get("name", "") for key in ("model", "objective"))
         when = str(about.get("written") or about.get("created") or "").replace("T", " ")[:16]
-        cells = (KINDS[about["kind"]], model, loss, about.get("status", ""), when)
-        link = f'<a href="/run/{escape(_quoted(name))}">{escape(name)}</a>'
-        rows.append(f"<tr><th scope=row>{link}</th>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
-    refresh = '<meta http-equiv="refresh" content="30">'
-    head = "".join(f"<th>{name}</th>" for name in ("run", "kind", "model", "loss", "status", "written"))
+        cells = [KINDS[about["kind"]], model, loss, about.get("status", ""), when]
+        link = f'<a href="/run/{escape(quoted(name))}">{escape(name)}</a>'
+        texts = [escape(str(cell)) for cell in cells]
+        if anew:
+            what = {"profile": "other words, another loss", "scan": "a row of it"}.get(about["kind"])
+            texts.append(f'<a href="/again/{escape(quoted(name))}">{what}</a>' if what else "")
+        rows.append(f"<tr><th scope=row>{link}</th>" + "".join(f"<td>{text}</td>" for text in texts) + "</tr>")
+    names = ("run", "kind", "model", "loss", "status", "written", *(("profile anew",) if anew else ()))
+    head = "".join(f"<th>{name}</th>" for name in names)
     body = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>" if rows else "<p>No run yet.</p>"
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>tokdyn runs</title>{refresh}'
-            f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>{STYLE}</style></head>'
-            f"<body><h1>Runs in {escape(str(root))}</h1>{body}</body></html>")  # fmt: skip
-
-
-def _quoted(name: str) -> str:
-    from urllib.parse import quote
-
-    return quote(name)
+    return document(f"Runs in {root}", body, '<meta http-equiv="refresh" content="30">')
