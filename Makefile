@@ -1,7 +1,7 @@
 # make demo   install what a user needs, then profile the embedded model: runs/demo/report.html
 # make test   install all that developing needs, then lint, type-check and test; .ci/run adds what is in test-benchmarks, -kernels, -portable, -studies and -matrix
-# make test-kernels   Triton and CUDA compiled ahead of time, Triton interpreted    make test-studies   their quick forms
-# make fuzz   the operators on many thousand cases    make test-sanitized   C++ under sanitizers    make mutants   errors planted in the core
+# make test-kernels   Triton and CUDA compiled ahead of time, Triton interpreted, C++ under sanitizers    make test-studies   their quick forms
+# make fuzz   the operators and readers on a million cases    make test-sanitized   C++ under sanitizers alone    make mutants   errors planted in the core
 # make test-benchmarks  every benchmark in its quick form, and the sweep's kinds of the day
 # make test-portable  the numeric tests once more on code without AVX, as on a processor that has none
 # make lint   ruff and mypy alone        make docs   the documentation site, without a warning: site/        make clean
@@ -69,13 +69,13 @@ lint: install
 	$(BIN)/mypy
 
 STUDIES := tests/studies/test_language.py tests/studies/test_classification.py
-KERNELS := tests/kernels/test_ahead_of_time.py tests/kernels/test_interpreter.py
 BENCH := tests/bench
 SANITIZED := tests/kernels/test_sanitized.py
+KERNELS := tests/kernels/test_ahead_of_time.py tests/kernels/test_interpreter.py $(SANITIZED)
 XDIST := -n 2 --dist loadfile # two processes of one thread each, a file in one of them
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(patsubst %,--ignore=%,$(STUDIES) $(KERNELS) $(BENCH) $(SANITIZED))
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(patsubst %,--ignore=%,$(STUDIES) $(KERNELS) $(BENCH))
 
 test-benchmarks: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(BENCH)

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +16,7 @@ from typer.testing import CliRunner
 import tokdyn as td
 from tokdyn._arguments import printable
 from tokdyn.cli import app
-from tokdyn.data import read
+from tokdyn.data import read, read_part
 from tokdyn.sequences import visible
 from tokdyn.testing import random_chis, tiny
 
@@ -195,6 +197,64 @@ def test_hostile_lines_are_one_sentence_with_file_and_line(tmp_path, line, messa
     path.write_bytes(b"[" + line + b"]")
     with pytest.raises(ValueError, match=f"data.json .*{message}"):
         read(path)
+
+
+PEAK = """
+import resource, sys
+import pyarrow.parquet
+from tokdyn._rows import objects
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows = objects(sys.argv[1])
+try:
+    found = [len(row["prompt"]) for _, row in rows]
+except ValueError as error:
+    found = str(error)
+print(found if isinstance(found, str) else (len(found), sum(found)))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)  # MiB
+"""
+
+
+def peak(path):
+    """What came of reading a file in a process of its own, and the memory it took in MiB."""
+    run = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()[0], int(run.stdout.splitlines()[1])
+
+
+def test_a_kilobyte_of_parquet_takes_no_gigabytes(tmp_path):
+    """A text of 16 MB in each of 250 rows, 3.9 GiB as objects, is read row by row; a list of 67 million nulls is refused."""
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 250, pa.int8()), pa.array(["a" * (1 << 24)]))
+    others = pa.array(["b"] * 250)
+    pq.write_table(pa.table({"prompt": text, "completion": others}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 2000
+    told, taken = peak(tmp_path / "a.parquet")
+    assert told == f"(250, {250 << 24})" and taken < 512  # the page, the dictionary and a text or two at a time: 16 MB each
+    nulls = pa.ListArray.from_arrays(pa.array([0, 1 << 26]), pa.nulls(1 << 26, pa.string()))
+    pq.write_table(pa.table({"prompt": ["a"], "messages": nulls}), tmp_path / "b.parquet")
+    del nulls
+    told, taken = peak(tmp_path / "b.parquet")
+    assert f"{tmp_path}/b.parquet has 67,108,864 values of messages.list.element in 1 rows and" in told and taken < 64
+
+
+def test_a_profile_reads_the_rows_it_needs(tmp_path):
+    """The rest of a file is counted: rows behind those that are asked for may be anything."""
+    rows = [{"prompt": f"{n}", "completion": "b"} for n in range(5)]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*lines[:3], "", "{", *lines[3:]]))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=3)
+    for name in ("rows.jsonl", "rows.parquet"):
+        found, total = read_part(tmp_path / name, 1, 3)
+        assert [row["prompt"] for row in found] == ["1", "2"] and total == 6 - name.endswith("parquet")
+        assert read_part(tmp_path / name, 9, 12) == ([], total)
+    with pytest.raises(ValueError, match=r"rows.jsonl line 5 is not JSON"):
+        read_part(tmp_path / "rows.jsonl", 3, 4)
+
+
+def test_a_text_of_parquet_that_is_not_utf_8_names_its_row(tmp_path):
+    raw = pa.array([b"good", b"\xff\xfe"]).view(pa.string())
+    pq.write_table(pa.table({"prompt": raw, "completion": ["a", "b"]}), tmp_path / "r.parquet")
+    for read_ in (read, lambda path: read_part(path, 1, 2)):
+        with pytest.raises(ValueError, match="r.parquet row . cannot be read"):
+            read_(tmp_path / "r.parquet")
 
 
 def test_forces_that_are_not_finite_are_not_saved(run, tmp_path):

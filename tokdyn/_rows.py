@@ -18,7 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import _parquet
+
 Numbered = Iterator[tuple[int, Any]]
+Places = list[tuple[str, Any]]  # rows with their places for messages
 ENDINGS = "must end in .jsonl, .ndjson, .json or .csv (each also with .gz), or in .parquet"
 
 
@@ -30,11 +33,13 @@ class Rows:
         unit: what is numbered, for messages: "line", "row" or "item".
         numbered: (number from 1, row as it stands in the file).
         parse: such a row and its number as an object; rows that are passed over are not parsed.
+        size: how many rows there are, None where only the end of the file tells.
     """
 
     unit: str
     numbered: Numbered
     parse: Callable[[Any, int], Any] = lambda raw, n: raw
+    size: int | None = None
 
 
 def rows_of(path: str | Path) -> Rows:
@@ -49,7 +54,7 @@ def rows_of(path: str | Path) -> Rows:
     name = path.name.lower()
     suffix = Path(name.removesuffix(".gz")).suffix
     if suffix == ".parquet" and not name.endswith(".gz"):
-        return Rows("row", _parquet(path))
+        return _parquet_rows(path)
     if suffix in (".jsonl", ".ndjson", ".json"):
         begins = (
             next((line for line in _lines(path) if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
@@ -73,6 +78,24 @@ def objects(path: str | Path) -> Iterator[tuple[str, Any]]:
         yield f"{path} {rows.unit} {n}", rows.parse(raw, n)
     if not n:
         raise ValueError(f"{path} holds no rows")
+
+
+def part(path: str | Path, start: int, stop: int) -> tuple[Places, int]:
+    """The objects start to stop - 1 of a file, from 0, with their places, and how many the file has; the others are not parsed.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is empty or cannot be read (file and line are named).
+    """
+    rows = rows_of(path)
+    found, n = [], 0
+    for n, (number, raw) in enumerate(rows.numbered, 1):
+        if start < n <= stop:
+            found.append((f"{path} {rows.unit} {number}", rows.parse(raw, number)))
+        if n >= stop and rows.size is not None:
+            break
+    if not n:
+        raise ValueError(f"{path} holds no rows")
+    return found, n if rows.size is None else rows.size
 
 
 # ---------------------------------------------------------------- formats
@@ -156,19 +179,17 @@ def _array(path: Path) -> Numbered:
         raise ValueError(f"{path} begins an array and is not JSON ({error.msg} at line {error.lineno})") from None
 
 
-def _parquet(path: Path) -> Numbered:
-    """The rows of a parquet file."""
-    import pyarrow.parquet as pq
+def _parquet_rows(path: Path) -> Rows:
+    """The rows of a parquet file; passing over one does not make its objects."""
 
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise ValueError(f"{path} has more than one column {', '.join(twice)}: keep one of each")
-            parts = (batch.to_pylist() for batch in file.iter_batches(batch_size=256))
-            yield from enumerate(itertools.chain.from_iterable(parts), 1)
-    except (ValueError, OSError) as error:  # pyarrow does not name the file
-        raise error if str(error).startswith(str(path)) else ValueError(f"{path} is not a parquet file ({error})") from None
+    def parse(raw: tuple[_parquet.Batch, int], n: int) -> Any:
+        batch, i = raw
+        try:
+            return batch.row(i)
+        except (ValueError, OverflowError) as error:  # pyarrow's for texts that are not UTF-8, times out of range
+            raise ValueError(f"{path} row {n} cannot be read ({error})") from None
+
+    return Rows("row", _parquet.numbered(path), parse, _parquet.size(path))
 
 
 def _csv(path: Path) -> Numbered:
@@ -197,8 +218,6 @@ def _cells(path: Path, n: int, row: dict[Any, Any]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- rows by number
-
-Places = list[tuple[str, Any]]  # rows with their places for messages
 
 
 class Source:
@@ -292,7 +311,7 @@ def source(rows: Any, limit: int | None = None) -> Source:
 def _files(paths: list[Path], limit: int | None) -> Source:
     about, left = list[dict[str, Any]](), limit
     for path in paths:
-        n = sum(1 for _ in rows_of(path).numbered) if left is None else _upto(path, left)
+        n = _upto(path, left)
         with path.open("rb") as file:
             about.append({"path": str(path), "rows": n, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
         left = None if left is None else left - n
@@ -312,8 +331,12 @@ def _files(paths: list[Path], limit: int | None) -> Source:
     return Streamed(lambda: itertools.islice(begin(), limit), size, about)
 
 
-def _upto(path: Path, limit: int) -> int:
-    return sum(1 for _ in itertools.islice(rows_of(path).numbered, limit))
+def _upto(path: Path, limit: int | None) -> int:
+    """How many rows a file has, at most so many."""
+    rows = rows_of(path)
+    if rows.size is None:
+        return sum(1 for _ in itertools.islice(rows.numbered, limit))
+    return rows.size if limit is None else min(rows.size, limit)
 
 
 def _fingerprint(rows: Any, size: int) -> str:

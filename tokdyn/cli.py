@@ -143,12 +143,11 @@ def _checked(
 
     import tokdyn as td
 
-    from .data import read
+    from .data import read_part
 
     loss = td.objectives.by_name(objective, **chosen)
     check_device(device)
-    table = read(source)
-    total, table = len(table), table[skip : skip + rows + held_out]
+    table, total = read_part(source, skip, skip + rows + held_out)
     if len(table) < rows:
         raise ValueError(f"{data} has {total} rows, after skipping {skip} there are not {rows} for the update")
     if len(table) < rows + held_out:

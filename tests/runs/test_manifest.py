@@ -6,12 +6,16 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from crashes import before_each_call
 
 from tokdyn.runs import manifest
+from tokdyn.runs.lock import lock
 from tokdyn.runs.manifest import Writer, busy, committed
 
 BLOCKS = 6
@@ -196,6 +200,41 @@ def test_a_lock_ends_with_its_process_and_not_with_a_sibling(tmp_path):
     os.waitpid(child, 0)
     assert busy(tmp_path) == []
     Writer(tmp_path).close()
+
+
+def test_a_lock_is_let_go_once(tmp_path, monkeypatch):
+    """An error while it is let go of: a second call must not close whatever file has the number by then."""
+    unlock = lock(tmp_path / ".lock-0")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+
+        def fail(path, missing_ok=False):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(type(tmp_path), "unlink", fail)
+        unlock()
+    others = [os.open(tmp_path / f"other {n}", os.O_CREAT | os.O_RDWR) for n in range(4)]  # one takes the number
+    unlock()
+    for fd in others:
+        os.close(fd)  # raises where it was closed already
+    again = lock(tmp_path / ".lock-0")
+    assert again is not None and busy(tmp_path) == ["0"]
+    unlock()
+    assert busy(tmp_path) == ["0"]
+
+
+def test_a_child_that_ends_does_not_take_its_parents_lock_along(tmp_path):
+    with Writer(tmp_path) as writer:
+        if not (child := os.fork()):
+            writer.close()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert (tmp_path / ".lock-0").exists()
+        seen = subprocess.run(
+            [sys.executable, "-c", "import sys; from pathlib import Path; sys.path[:0] = sys.argv[2:]\n"
+             "from lock import lock; print(lock(Path(sys.argv[1])))", tmp_path / ".lock-0", Path(manifest.__file__).parent],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert seen.stdout == "None\n"
 
 
 def test_what_is_not_ours_stays(tmp_path):

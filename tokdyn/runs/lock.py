@@ -16,7 +16,10 @@ def nothing() -> None:
 
 
 def lock(path: Path, patience: float = 0.0) -> Callable[[], None] | None:
-    """Hold a lock file until the function returned is called or the process ends, however it ends; None if it is held."""
+    """Hold a lock file until the function returned is called or the process ends, however it ends; None if it is held.
+
+    The function lets go once; whatever it is called after that, it does nothing. A child that this process forks holds nothing.
+    """
     try:
         import fcntl
     except ImportError:  # Windows: nobody is kept out
@@ -27,22 +30,36 @@ def lock(path: Path, patience: float = 0.0) -> Callable[[], None] | None:
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() and path.stat().st_ino == os.fstat(fd).st_ino:  # not the one a closing writer removed
-                    break
+                taken = _stands_at(path, fd)
             except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-                    break
+                taken = error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system without locks
+            if taken:
+                break
             os.close(fd)
         if time.monotonic() >= end:
             return None
         time.sleep(0.02)
-    _held.add((os.getpid(), path))
+    key = (os.getpid(), path)
+    _held.add(key)
+    held = [fd]
 
     def unlock() -> None:
+        if not held:  # called again, as after an error of the first call: the number may be another file's by now
+            return
+        fd = held.pop()
         try:
-            path.unlink(missing_ok=True)
+            if key[0] == os.getpid():  # a forked child closes its copy: the file is its parent's to remove
+                path.unlink(missing_ok=True)
         finally:
-            _held.discard((os.getpid(), path))
+            _held.discard(key)
             os.close(fd)
 
     return unlock
+
+
+def _stands_at(path: Path, fd: int) -> bool:
+    """Whether an open file is the one at a path, and not one that a closing writer has removed."""
+    try:
+        return path.stat().st_ino == os.fstat(fd).st_ino
+    except FileNotFoundError:
+        return False

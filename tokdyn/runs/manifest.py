@@ -123,8 +123,8 @@ class Writer:
 
     def close(self) -> None:
         """Let another process work under this name. Safe to call twice."""
-        self._unlock()
-        self._unlock = nothing
+        unlock, self._unlock = self._unlock, nothing
+        unlock()
 
     __del__ = close
 
