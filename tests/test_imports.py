@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Rooms, lowest first. A module imports from its own room and from lower levels; rooms of one level do not know each other.
 LEVELS = (
-    ("_version", "_native", "_arguments", "_encoding", "_rows"),
+    ("_version", "_native", "_arguments", "_encoding", "_parquet"),
+    ("_rows",),
     ("_console",),
     ("_app",),
     ("kernels",),
