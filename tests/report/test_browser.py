@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-import shutil
 import threading
 from dataclasses import replace
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pyarrow as pa
@@ -21,14 +19,6 @@ from tokdyn.runs.by_sequence import BySequence
 from tokdyn.runs.contexts import Contexts
 from tokdyn.testing import random_chis, tiny
 
-AXE = Path(__file__).resolve().parents[2] / "node_modules/axe-core/axe.min.js"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-if BROWSER is None:
-    pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed", allow_module_level=True)
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 DIGITS = 0.5e-2  # numbers on a page have three significant digits: half a unit of the third is at most 0.5 %
 POWERS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹−", "-0123456789-")
 
@@ -37,36 +27,6 @@ def numbers(text):
     """The numbers of a text as the page writes them: "−1.26×10⁻⁴ nats" -> [-1.26e-4]."""
     found = re.findall(r"[+-]?\d[\d,]*(?:\.\d+)?(?:×10-?\d+)?", text.translate(POWERS))
     return [float(number.replace(",", "").replace("×10", "e")) for number in found]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def visit(browser):
-    """Opens files; the test fails when one logs a warning or an error, throws, asks for anything else, or opens a dialog."""
-    contexts, trouble = [], []
-
-    def visit(path, hash="", **options):
-        contexts.append(browser.new_context(**{"viewport": {"width": 1400, "height": 1000}, **options}))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
-        page.on("console", lambda message: message.type in ("warning", "error") and trouble.append(message.text))
-        page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.on("dialog", lambda dialog: (trouble.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or trouble.append(request.url))
-        page.goto(path.as_uri() + hash)
-        return page
-
-    yield visit
-    for context in contexts:
-        context.close()
-    assert trouble == []
 
 
 @pytest.fixture(scope="module")
@@ -321,16 +281,10 @@ def test_narrow_forced_colours_and_print_keep_all_of_it(visit, run, file, option
     assert len(set(colours)) > len(colours) // 4
 
 
-def test_axe_finds_no_serious_violation(visit, run, file):
-    if not AXE.exists():
-        pytest.skip("axe-core is not installed: npm install --no-save axe-core")
+def test_axe_finds_no_serious_violation(visit, run, file, serious):
     page = visit(file, bypass_csp=True)
     page.locator("#observed .token").nth(8).click()
-    page.add_script_tag(path=AXE)
-    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-    serious = [f"{one['id']}: {one['help']} {one['nodes'][0]['html'][:120]}" for one in found
-               if one["impact"] in ("serious", "critical")]  # fmt: skip
-    assert not serious, "\n".join(serious)
+    assert serious(page) == []
 
 
 def test_text_of_a_model_is_never_run(visit, run, tmp_path):

@@ -183,7 +183,11 @@ def colour(x: float) -> str:
 
 
 def _ink(x: float) -> str:
-    return "#fff" if abs(x) > 0.75 else "#1b1d20"
+    """Black or white, whichever stands out more on the colour of x: WCAG's contrast of relative luminances."""
+    parts = [int(colour(x)[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#fff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000"
 
 
 def _blocks(n: int) -> tuple[list[tuple[int, int]], Tensor]:
