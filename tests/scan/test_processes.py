@@ -56,3 +56,16 @@ def test_a_dead_process_leaves_its_block_to_the_others(tmp_path, whole):
     for (_, a), (_, b) in zip(whole.blocks, scan.blocks, strict=True):
         assert a.sums == b.sums
     assert scan.tokens().equals(whole.tokens())
+
+
+def test_accelerate_launches_the_same_job(tmp_path, whole):
+    """Its launcher for several processes, which a machine without GPUs runs with gloo: the tables are those of one process."""
+    pytest.importorskip("accelerate")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    done = subprocess.run(
+        [*command, str(WORKERS / "scanning.py"), str(tmp_path / "scan"), "none"],
+        capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Scan(tmp_path / "scan").tokens().equals(whole.tokens())
