@@ -5,6 +5,7 @@
     python benchmarks/exact_forces.py --peer bergson                      its token_influence="output" (peers.txt)
     python benchmarks/exact_forces.py --peer kronfluence                  its pairwise scores, identity strategy (peers.txt)
     python benchmarks/exact_forces.py --peer none --reduction --batch 8   reduce= against one forward and backward pass
+    python benchmarks/exact_forces.py --peer none --by layer kind         the matrix in parts against the plain one
     python benchmarks/exact_forces.py --peer none --scaling               cost against length and width, memory against length
     python benchmarks/exact_forces.py --shape pairs wide small text experts demo     the shapes of exact_forces_shapes.py
     python benchmarks/exact_forces.py --quick [...]                       any of these at a small size, to see that it runs
@@ -12,7 +13,8 @@
 Qwen2 shape, tied, random weights, float32, on the CPU. Every side runs in a process of its own; after a warm-up of eight tokens
 they take turns, in the opposite order every other round. peak_MiB is the high-water mark of a side's resident memory above
 what it held after its warm-up, cpu_s the processor time of all its threads. `ratio` is the median over rounds of a side's
-time over ours, for a reduction of its time over the plain pass's, so that a machine that slows down slows both. `error` is
+time over ours, for a reduction of its time over the plain pass's, for parts of theirs over the plain matrix's, so that a
+machine that slows down slows both; cpu_ratio is that of processor time. `error` is
 |F - F'| / |F'| over all pairs, F' the other side's matrix, and for the reductions how far their totals are apart over the sum
 of the absolute forces; above 1e-5 the run fails.
 
@@ -81,6 +83,20 @@ def reduction(context: Any, size: Size, args: argparse.Namespace) -> tuple[list[
     return rows, f"reductions: {costs} one forward and backward pass of the same {size.batch} x {size.length} tokens"
 
 
+def parts(context: Any, size: Size, args: argparse.Namespace) -> tuple[list[dict], str]:
+    """Measure the matrix in parts beside the plain one: a row each and a sentence."""
+    import numpy as np
+
+    rows, (whole, *divided) = measure(context, [OURS, *(f"by={name}" for name in args.by)], size, "full", args)
+    for row, F in zip(rows[1:], divided, strict=True):
+        row["ratio"], row["error"] = ratio(row, rows[0]), float(np.linalg.norm(F - whole) / np.linalg.norm(whole))
+        row["cpu_ratio"] = row["cpu_s"] / rows[0]["cpu_s"]
+    costs = " and ".join(
+        f"{row['side']} costs {row['ratio']:.2f}x ({row['cpu_ratio']:.2f}x of processor time)" for row in rows[1:]
+    )
+    return rows, f"parts: {costs} the plain matrix (T={size.length}, V={size.vocabulary})"
+
+
 def exponent(x: list[int], y: list[float]) -> tuple[float, float]:
     """Slope of log y against log x by least squares, and the largest factor between a point and the line."""
     import numpy as np
@@ -142,8 +158,8 @@ def versions() -> dict[str, str | None]:
 def table(rows: list[dict]) -> str:
     """The rows as text with aligned columns; "-" for what a row does not have."""
     forms = dict(shape="", side="", scope="", parameters="", length="", vocabulary="", width="", layers="", batch="", runs="",
-                 median_s=".3f", min_s=".3f", max_s=".3f", cpu_s=".3f", peak_MiB=".0f", ratio=".2f", error=".1e",
-                 share=".0%")  # fmt: skip
+                 median_s=".3f", min_s=".3f", max_s=".3f", cpu_s=".3f", peak_MiB=".0f", ratio=".2f", cpu_ratio=".2f",
+                 error=".1e", share=".0%")  # fmt: skip
     forms = {key: form for key, form in forms.items() if any(key in row for row in rows)}
     cells = [list(forms)] + [["-" if row.get(k) is None else format(row[k], f) for k, f in forms.items()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -155,6 +171,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer", choices=("naive", *PEERS, "none"), default="naive", help="the other side")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=[], help="these shapes, and nothing else")
     parser.add_argument("--reduction", action="store_true", help="also time reduce= against one forward and backward pass")
+    parser.add_argument("--by", nargs="+", choices=("layer", "kind", "module"), default=[], help="also time these parts")
     parser.add_argument("--scaling", action="store_true", help="also fit cost against --lengths and --widths")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence, one sequence a side")
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[2048], help="one size for each")
@@ -200,9 +217,13 @@ def measured(context: Any, args: argparse.Namespace) -> tuple[list[dict], list[s
         for size in sizes:
             found, sentence = compare(context, args.peer, size, args)
             rows, said = rows + found, [*said, sentence]
-    elif not (args.reduction or args.scaling):
+    elif not (args.reduction or args.scaling or args.by):
         for size in sizes:
             rows += measure(context, [OURS], size, "full", args)[0]
+    if args.by:
+        for size in sizes:
+            found, sentence = parts(context, size, args)
+            rows, said = rows + found, [*said, sentence]
     if args.reduction:
         for size in sizes:
             found, sentence = reduction(context, size._replace(batch=args.batch), args)

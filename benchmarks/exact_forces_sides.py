@@ -42,10 +42,12 @@ class Size(NamedTuple):
         return self._asdict()
 
     def side(self, name: str, model: Any, args: argparse.Namespace, scope: str, folder: str) -> Callable:
-        """The side of this name: "tangent", "naive", "reduce=AXIS", a peer, or "forward+backward"."""
+        """The side of this name: "tangent", "naive", "reduce=AXIS", "by=PARTS", a peer, or "forward+backward"."""
         match name.partition("="):
             case ("reduce", _, axis):
                 return tokdyn_side(model, scope=scope, reduce=axis)
+            case ("by", _, parts):
+                return matrix_side("tangent", model, args, scope=scope, by=parts)
             case ("bergson", _, _):
                 return bergson_side(model, args, folder)
             case ("kronfluence", _, _):

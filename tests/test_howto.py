@@ -61,6 +61,7 @@ NEEDS = {
     "how-to/read-a-run.md": ["pandas", "matplotlib"],
     "how-to/falling-chosen.md": ["pandas"],
     "how-to/watch-grpo.md": ["pandas"],
+    "how-to/why.md": ["pandas"],
 }
 
 

@@ -17,10 +17,11 @@ LEVELS = (
     ("ops",),
     ("sequences",),
     ("objective",),  # what the engine asks of a loss: GTerm and Objective
-    ("objectives", "dynamics", "model"),
+    ("objectives", "observables", "dynamics", "model"),
     ("data", "loading", "testing", "runs", "turns"),
     ("probes", "exact"),
     ("training",),
+    ("live", "record"),  # what forces answer while the model is there; what a run says of itself
     ("forces", "ntk", "squeeze", "verify", "steps"),
     ("report", "plot"),  # pages are drawn from tables, and a Run draws its own
     ("profile", "monitor", "interventions"),

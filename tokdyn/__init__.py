@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import dynamics, interventions, objectives, ops, probes, squeeze
+    from . import dynamics, interventions, objectives, observables, ops, probes, squeeze
     from .forces import Forces, forces
     from .integrations.check import check
     from .integrations.trainer import attach
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Chi", "Forces", "Kernel", "KernelDrift", "Monitor", "Run", "Scan", "Verification", "__version__", "attach",
            "check", "dynamics", "encode", "forces", "from_batch", "interventions", "kernel", "kernel_drift",
-           "kernel_lower_bound", "load", "objectives", "ops", "preference", "probes", "profile", "rank_correlation",
-           "rollouts", "scan", "sign_delta", "squeeze", "tap", "verify", "watch"]  # fmt: skip
+           "kernel_lower_bound", "load", "objectives", "observables", "ops", "preference", "probes", "profile",
+           "rank_correlation", "rollouts", "scan", "sign_delta", "squeeze", "tap", "verify", "watch"]  # fmt: skip
 
 _MODULES = {
     ".forces": "Forces forces",

@@ -15,6 +15,8 @@ EXTRAS = {"accelerate": "trl", "datasets": "trl", "matplotlib": "studies", "pand
 METHODS = ("tangent", "naive", "none")  # of a profile
 UNITS = {"step": "nats after the step", "rate": "nats per unit learning rate"}
 PER = ("contexts", "tokens")
+OBSERVABLE = r"log-prob|entropy|margin(:argmax|:rejected|:\d+)?|mass:\d+(,\d+)*|logit:\d+"
+OBSERVABLES = "log-prob, entropy, margin, margin:rejected, margin:TOKEN_ID, mass:ID,ID,… or logit:TOKEN_ID"
 
 
 def check_eta(eta: float | None) -> None:
@@ -87,6 +89,16 @@ def size_in_bytes(memory: int | str) -> int:
     if found is None or found[2].lower() not in units or found[1].count(".") > 1 or float(found[1]) <= 0:
         raise ValueError(f'memory must be a number of bytes or a size such as "2GiB" or "500MB", got {memory!r}')
     return int(float(found[1]) * units[found[2].lower()])
+
+
+def check_observable(name: str) -> None:
+    """Refuse words that stand for no observable; observables.observable makes it, and says the same of its numbers.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if not re.fullmatch(OBSERVABLE, name):
+        raise ValueError(f"observable must be {OBSERVABLES}, got {name!r}")
 
 
 def check_view(unit: str, per: str) -> None:

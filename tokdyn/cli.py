@@ -55,6 +55,9 @@ def profile(
     memory: Annotated[str, typer.Option(help="what the matrix may take, e.g. 2GiB")] = "4GiB",
     reference: Annotated[str | None, typer.Option(help="reference model; the policy itself when absent")] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="read weights that are there as .bin alone")] = False,
+    observable: Annotated[
+        str, typer.Option(help="what is watched: log-prob, entropy, margin, mass:ID,…, logit:ID")
+    ] = "log-prob",
     max_length: Annotated[int | None, typer.Option(min=2, help="longest sequence in tokens")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/profile"),
@@ -101,7 +104,7 @@ def profile(
             other = load_weights(reference, device) if reference else None
             run = td.profile(
                 lm, update, observe, loss, tokenizer=tokenizer, eta=eta, scope=scope, method=method, memory=memory,
-                reference=other, out=out, overwrite=overwrite, stage=stage,
+                reference=other, observable=observable, out=out, overwrite=overwrite, stage=stage,
                 about={"model": {"name": model} | ({"adapter": adapter} if adapter else {}),
                        "data": {"path": data, "rows": total, "used": len(table)}},
             )  # fmt: skip

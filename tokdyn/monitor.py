@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .model.unwrap import require_no_prefix
+from .observables import Function, Observable
 from .sequences import Chi
 from .training import distributed
 from .training.capture import Capture
@@ -58,6 +59,7 @@ class Monitor:
         blame: the group of the probe that update tokens are asked about (Step.forces), or several: one more backward and
             tangent pass each, all in the token table as "on …". The first group when absent.
         tokenizer: for token texts in the tables.
+        observable: what is watched at the probe's tokens (td.observables); all figures of the probe are in its unit.
         out: a new folder to write to (see training/step_folder.py).
         overwrite: replace the records of an earlier training that lie there.
         resume: go on with the records that lie there; of a step that was recorded twice the later record counts.
@@ -67,8 +69,7 @@ class Monitor:
         steps: the records. The last 100 are in memory; earlier ones are read from `out`, without it their tables are lost.
         problems: what went wrong, as (step, text).
         first_look: called once, before the weights move in the first recorded step. report: what it found (`td.check`).
-        number, due: the present step, and whether it is recorded. clip: the factor by which its gradients were clipped.
-            c_scale: what brings c of its passes to the units of the step.
+        number, due: the present step, and whether it is recorded. clip, c_scale: factors of its clipping, and of its c.
 
     Raises:
         ValueError: an option that does not exist, or a model without readout (when it starts).
@@ -91,6 +92,7 @@ class Monitor:
         scaler: Any = None,
         blame: str | Sequence[str] | None = None,
         tokenizer: Any = None,
+        observable: Observable | Function | str = "log-prob",
         out: str | Path | None = None,
         overwrite: bool = False,
         resume: bool = False,
@@ -104,7 +106,7 @@ class Monitor:
             raise ValueError("a probe needs the optimizer: td.Monitor(model, optimizer, probe=...)")
         self._loop, self.every, self.probe_every = Loop(model, optimizer), every, probe_every or every
         self.temperature, self.scaler, self.tokenizer, self.on_error = temperature, scaler, tokenizer, on_error
-        self.probe = None if probe is None else Probe(probe, blame, tokenizer)
+        self.probe = None if probe is None else Probe(probe, blame, tokenizer, observable)
         self.steps = Records(KEPT)
         self.problems: list[tuple[int, str]] = []
         self._warned: set[str] = set()
@@ -157,7 +159,7 @@ class Monitor:
                 require_no_prefix(capture.outer)
             self.ranks = self._ranks if self._ranks is not None else distributed.averaging(model)
             settings = dict(every=self.every, probe_every=self.probe_every, temperature=self.temperature, ranks=self.ranks)
-            facts = facts_of(capture.lm, settings, {} if self.probe is None else self.probe.groups)
+            facts = facts_of(capture.lm, settings, self.probe)
             if self._out is not None and distributed.rank() == 0:
                 prepare(Path(self._out), facts, self._overwrite, self._resume)
         except Exception as error:
@@ -281,12 +283,11 @@ class Monitor:
     def step_end(self, *, clip: float = 1.0, force: bool = False) -> Step | None:
         """The optimizer step is done: record it if it is due, and begin the next.
 
+        The record is None where it is not due, nothing was captured (see `problems`), or gradients are being accumulated.
+
         Args:
             clip: the factor by which gradients were clipped, min(1, max_norm / norm), for Step.forces.
             force: end the step although the optimizer was not seen to step.
-
-        Returns:
-            The record, or None: not due, nothing captured (see `problems`), or gradients are still being accumulated.
         """
         if self._capture is None:
             return None
@@ -297,9 +298,8 @@ class Monitor:
                 self._report(f"nothing is recorded: {why}")
             return None
         self.clip *= clip
-        step = None
+        step, self._capture.recording = None, False
         if self.due:
-            self._capture.recording = False
             try:
                 step = self._record()
             except Problem:
@@ -311,7 +311,7 @@ class Monitor:
         return step
 
     def metrics(self, reset: bool = True) -> dict[str, float]:
-        """Figures of the steps recorded since the last call, over all ranks: one reduction, so every rank must call it.
+        """Figures since the last call, over all ranks (one reduction, so every rank must call it).
 
         Names are those of `steps.metrics`, those of the probe begin with its group's name: chosen/log_prob, chosen/actual, …
         """

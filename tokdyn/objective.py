@@ -56,6 +56,11 @@ class GTerm:
         """Whether G is c (pi - e_y) of one target: no further targets, entropy, uniform part or temperature."""
         return self.targets.dim() == 1 and self.v is None and self.uniform is None and self.temperature == 1
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the fields say all of it, as the readout's operators need; not so of an observable's own cotangent."""
+        return True
+
     def rows(self, index: Tensor | slice) -> GTerm:
         """The terms of some tokens."""
         v, uniform = (None if x is None else x[index] for x in (self.v, self.uniform))
@@ -63,7 +68,7 @@ class GTerm:
 
     @classmethod
     def joined(cls, terms: Sequence[GTerm]) -> GTerm:
-        """Concatenate the tokens of several terms; v or u that only some of them have is 0 for the others.
+        """Concatenate the tokens of several terms of one kind; v or u that only some of them have is 0 for the others.
 
         Raises:
             ValueError: their temperatures differ.
@@ -80,7 +85,7 @@ class GTerm:
 
         v, uniform = whole([term.v for term in terms]), whole([term.uniform for term in terms])
         targets, c = torch.cat([term.targets for term in terms]), torch.cat([term.c for term in terms])
-        return cls(targets, c, v, uniform, *temperatures)
+        return replace(terms[0], targets=targets, c=c, v=v, uniform=uniform)
 
     def to(self, device: torch.device) -> GTerm:
         """The same term on a device."""

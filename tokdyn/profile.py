@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
-import sys
+import math
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +17,27 @@ from torch import Tensor, nn
 
 from . import ops, squeeze, steps
 from ._arguments import check_eta, check_method, size_in_bytes
-from ._version import __version__
 from .exact import Asked, Direction, Scope, ScoredProblem, UnscoredProblem, choose
 from .exact.contexts import by_context
+from .exact.pair import kernels, layers_and_kinds, split
 from .exact.sides import with_sides
 from .forces import Forces
-from .model.trace import Tracer, trace
+from .model.trace import trace
 from .objective import Objective
 from .objectives import DPO
+from .observables import Function, LogProb, Observable
+from .observables import observable as as_observable
+from .record import model_facts, run_head, sequence_facts
 from .runs import folder as store
 from .runs import frames
+from .runs.by_sequence import BySequence
+from .runs.cards import Cards
+from .runs.contexts import Contexts
+from .runs.explain import Explanation
 from .runs.findings import ROW_SUMS, findings
-from .runs.manifest import replace
+from .runs.manifest import replace as replace_file
 from .runs.notebook import run_html
+from .runs.pairs import Pairs, strongest
 from .runs.scans import Scan
 from .runs.schema import require_profile
 from .sequences import Chi, context_numbers, token_texts
@@ -51,6 +56,7 @@ class Run:
         vector: Σ_l F, the whole step on each observed token, [M] nats per unit learning rate.
         matrix: F [M, L]; NaN in the cells that an interrupted run did not reach, None when it was not asked for.
         path: the folder that `profile` wrote, None where it wrote none.
+        pairs: the strongest pairs by layer and kind, for `explain`; None where there is no complete matrix.
     """
 
     about: dict[str, Any]
@@ -58,14 +64,27 @@ class Run:
     vector: Float[Tensor, " M"]
     matrix: Float[Tensor, "M L"] | None = None
     path: Path | None = None
+    pairs: Pairs | None = None
+
+    def explain(self, m: int | None = None, l: int | None = None, per: str = "contexts") -> Explanation:  # noqa: E741
+        """Why an update token moves an observed one: the card of the pair (docs/explain.md).
+
+        Args:
+            m, l: rows of the token table, on either side; the strongest push on a token that stands elsewhere when absent.
+            per: "contexts", net of what update tokens behind the same text as l cancel; "tokens", of l alone.
+
+        Raises:
+            ValueError: the run kept no pairs, or not this one; m or l out of range.
+        """
+        return Cards(self.about, self.tokens, self.matrix, self.pairs).explain(m, l, per)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The report as one self-contained page, written to path when given."""
         from .report import render
 
-        page = render(self.about, self.tokens, None if self.matrix is None else self.matrix.numpy())
+        page = render(self.about, self.tokens, None if self.matrix is None else self.matrix.numpy(), self.pairs)
         if path is not None:
-            replace(Path(path), page.encode())
+            replace_file(Path(path), page.encode())
         return page
 
     def to_dataframe(self, rows: str = "observed") -> Any:
@@ -99,6 +118,7 @@ class Run:
         if self.about["status"] == "complete":
             store.require_finite(vector=self.vector, matrix=self.matrix)
         tensors = {"vector": self.vector} | ({} if self.matrix is None else {"matrix": self.matrix})
+        tensors |= {} if self.pairs is None else self.pairs.tensors()
         store.write_folder(Path(path), self.about, self.tokens, tensors, self.to_html(), overwrite)
 
 
@@ -128,7 +148,7 @@ def _load_profile(path: Path) -> Run:
     """A profile's folder as a Run; errors as in `load`."""
     about, tokens, tensors = store.read_folder(path)
     require_profile(path, about, tokens, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    return Run(about, tokens, tensors["vector"], tensors.get("matrix"))
+    return Run(about, tokens, tensors["vector"], tensors.get("matrix"), pairs=Pairs.read(tensors, about))
 
 
 def profile(
@@ -143,6 +163,8 @@ def profile(
     method: str = "tangent",
     memory: int | str = "4GiB",
     reference: nn.Module | None = None,
+    observable: Observable | Function | str = LogProb(),  # noqa: B008
+    pairs: int | None = None,
     k: int = 8,
     about: dict[str, Any] | None = None,
     out: str | Path | None = None,
@@ -152,11 +174,13 @@ def profile(
     """Decompose one update into token-level forces, check it against a real step, and keep everything as a Run.
 
     Args:
-        model, update, observe, objective, scope, reference: as in `forces`.
+        model, update, observe, objective, scope, reference, observable: as in `forces`.
         tokenizer: for the texts of vocabulary entries; ids are shown without it.
         eta: size of the checking step; by default the one whose largest predicted change is 0.2 nats.
         method: how the matrix is computed, "tangent" or "naive" (the oracle); "none" leaves it out.
         memory: what the matrix may take, as in `forces`. It is made in tiles that fit, and an interrupt keeps whole tiles.
+        pairs: of how many pairs (the strongest) to keep the force by layer and kind for `Run.explain`; 2,000 or 10 % of them
+            when absent, whichever is more. No further pass: the matrix is made in parts where a quarter of `memory` holds them.
         k: how many rising and falling vocabulary entries to keep per observed token.
         about: further entries of run.json (model, data).
         out: folder to write; nothing is written when absent. Where it cannot be written in the end, a temporary folder is,
@@ -176,7 +200,8 @@ def profile(
     check_method(method)
     check_eta(eta)
     memory = size_in_bytes(memory)
-    stages, asked = _Stages(stage), Asked(update, observe, objective, reference)
+    stages, watched = _Stages(stage), as_observable(observable)
+    asked = Asked(update, observe, objective, reference, observable=watched)
     with trace(model) as tracer:
         stages("scoring both sides")
         problem = UnscoredProblem.about(asked, Scope.named(tracer, scope)).scored()
@@ -189,29 +214,33 @@ def profile(
         stages("squeezing")
         squeezed = None if verification is None else _squeeze(problem, verification.eta)
         checks = {"readout formula against the model's logits": tracer.readout_residual(problem.observed.batches[0])}
-        matrix, rules, status = _force_matrix(problem, method, memory, stages)
+        F, rules, status = _force_matrix(problem, method, memory, stages)
+        matrix = F if F is None or F.dim() == 2 else F.sum(0)
         if matrix is not None and status == "complete":
             checks[ROW_SUMS] = float((matrix.sum(1) - vector).norm() / matrix.abs().sum(1).norm())
         coverage = problem.coverage(scope, rules)
         facts = model_facts(tracer)
+        tokens = _tokens(problem, tokenizer, vector, verification, squeezed, vocabulary)
+        kept = _kept(problem, F, tokens, pairs) if status == "complete" else None
         stages("writing")
-    tokens = _tokens(problem, tokenizer, vector, verification, squeezed, vocabulary)
     matrix = None if matrix is None else matrix.cpu()
     record: dict[str, Any] = run_head("profile") | {
         "status": status,
         "objective": objective.describe(),
         "settings": {"scope": scope, "method": method, "eta": None if verification is None else verification.eta},
-        "sequences": _sequences("updated", update) + _sequences("observed", observe),
+        "sequences": sequence_facts("updated", update) + sequence_facts("observed", observe),
         "verify": verification and {key: x for key, x in asdict(verification).items() if not isinstance(x, Tensor)},
         "checks": checks,
         "coverage": coverage,
+        "observable": watched.describe(),
+        "pairs": None if kept is None else {"kept": len(kept.index), "parts": kept.names},
     }
     for key, value in (about or {}).items():
         record[key] = value | record[key] if isinstance(record.get(key), dict) else value
     record["model"] = facts | record.get("model", {})
-    record["findings"] = findings(record, tokens, matrix)
+    record["findings"] = findings(record, tokens, matrix, kept)
     record["seconds"] = stages.seconds()
-    run = Run(record, tokens, vector.cpu(), matrix)
+    run = Run(record, tokens, vector.cpu(), matrix, pairs=kept)
     if out is not None:
         run.path = _save(run, Path(out), overwrite)
     return run
@@ -237,23 +266,33 @@ def _save(run: Run, out: Path, overwrite: bool) -> Path | None:
 def _force_matrix(
     problem: ScoredProblem, method: str, memory: int, stages: _Stages
 ) -> tuple[Tensor | None, Mapping[str, str], str]:
-    """F [M, L] with the rule of each use and whether it is "complete", or "partial" after Ctrl-C; no matrix for "none"."""
+    """F [M, L] with the rule of each use and whether it is "complete", or "partial" after Ctrl-C; no matrix for "none".
+
+    By "tangent" it is in parts [N, M, L], each kind of each layer, where those fit into a quarter of `memory`.
+    """
     if method == "none":
         return None, {}, "complete"
-    stages("force matrix")
+    parts = layers_and_kinds(problem)
+    if method == "tangent" and len(parts.names) * math.prod(problem.shape) * problem.tracer.precision.itemsize <= memory // 4:
+        problem = replace(problem, parts=parts)
     matrix = problem.empty()
     try:
+        stages("force matrix")
         rules = choose(problem, method)(problem, matrix, memory=memory, progress=stages.progress)
     except KeyboardInterrupt:
         return matrix, {}, "partial"
     return matrix, rules, "complete"
 
 
-def run_head(kind: str) -> dict[str, Any]:
-    """The first entries of run.json: what wrote it, with which versions, and when."""
-    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    found = {"format": store.FORMAT, "kind": kind, "tokdyn": __version__, "created": created}
-    return found | {"versions": _versions()}
+def _kept(problem: ScoredProblem, F: Tensor | None, tokens: Any, count: int | None) -> Pairs | None:
+    """The strongest pairs of a matrix in parts, each with its parts and kernel."""
+    if F is None or F.dim() == 2:
+        return None
+    sequences = sequence_facts("updated", problem.updated.chis) + sequence_facts("observed", problem.observed.chis)
+    names = layers_and_kinds(problem).names
+    index = strongest(Contexts.of(BySequence.of(tokens, F.sum(0).cpu()), sequences), len(names), count)
+    parts = F[:, index[:, 0], index[:, 1]].T
+    return Pairs(index, parts.float().cpu().contiguous(), kernels(problem, index).float(), [split(name) for name in names])
 
 
 class _Stages:
@@ -353,37 +392,3 @@ def _numbers(source: Verification | squeeze.Squeeze | None, name: str, n: int) -
     import pyarrow as pa
 
     return pa.array([None] * n if source is None else getattr(source, name).tolist(), pa.float64())
-
-
-def _sequences(side: str, chis: Sequence[Chi]) -> list[dict[str, Any]]:
-    return [
-        dict(side=side, sequence=i, group=chi.group, role=chi.role, prompt=chi.prompt, response=chi.response, tokens=len(chi),
-             truncated=chi.truncated)
-        for i, chi in enumerate(chis)
-    ]  # fmt: skip
-
-
-def model_facts(tracer: Tracer) -> dict[str, Any]:
-    """What run.json says of a model: its name, size, shape, precision and device."""
-    config = getattr(tracer.model, "config", None)
-    unique = {owner: tracer.params[owner] for owner in tracer.owner.values()}
-    return {
-        "name": type(tracer.model).__name__,
-        "parameters": sum(p.numel() for p in unique.values()),
-        "vocabulary": tracer.readout.weight.shape[0],
-        "layers": getattr(config, "num_hidden_layers", None),
-        "width": tracer.readout.weight.shape[1],
-        "tied": bool(tracer.readout.tied),
-        "dtype": str(tracer.dtype).removeprefix("torch."),
-        "device": str(tracer.device),
-    }
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "tokdyn": __version__,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-        "platform": f"{sys.platform} {platform.machine()}",
-    }

@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ._arguments import check_eta
-from .exact import Asked, Direction, Problem, Scope, ScoredProblem, UnscoredProblem
+from .exact import Asked, Direction, Scope, ScoredProblem, UnscoredProblem
 from .exact.contexts import all_cancel
 from .model.trace import trace
 from .objective import Objective
 from .objectives import SFT
-from .ops.rows import log_probs
+from .observables import Function, LogProb, Observable
+from .observables import observable as as_observable
 from .runs.frames import pandas
 from .runs.notebook import verification_html
 from .sequences import Chi, context_numbers
@@ -27,12 +28,12 @@ HALVINGS = 3
 
 @dataclass(frozen=True)
 class Verification:
-    """Predicted against actual change of the observed log-probabilities.
+    """Predicted against actual change of the observed log-probabilities, or of what else is watched, in its unit.
 
     Attributes:
         eta: step size of `predicted` and `actual`.
         predicted: eta Σ_l F[m,l], [M] nats.
-        actual: log pi after the step minus before, [M] nats.
+        actual: log pi (or the observable) after the step minus before, [M] nats.
         order: slope of log ‖actual - predicted‖ against log eta over the `etas`; 2 where first order is right.
         etas, residuals: eta, eta/2, eta/4 and ‖actual - predicted‖ there.
         linearity: <predicted, actual>/‖predicted‖², 1 where the step is small enough.
@@ -65,12 +66,13 @@ def verify(
     scope: str = "full",
     optimizer: torch.optim.Optimizer | None = None,
     reference: nn.Module | None = None,
+    observable: Observable | Function | str = LogProb(),  # noqa: B008
     move: float = 0.2,
 ) -> Verification:
     """Take the real step theta - eta P ∇L on a copy of the weights and compare with the first-order prediction.
 
     Args:
-        model, update, observe, objective, scope, optimizer, reference: as in `forces`.
+        model, update, observe, objective, scope, optimizer, reference, observable: as in `forces`.
         eta: step size; when absent, the one whose largest predicted change is `move` nats. Under an optimizer it stands for
             the largest learning rate of its groups: at eta = lr the step is what the optimizer's own would make of this
             gradient, momentum of earlier steps and weight decay left out.
@@ -85,7 +87,7 @@ def verify(
     """
     check_eta(eta)
     with trace(model) as tracer:
-        asked = Asked(update, observe, objective, reference, optimizer=optimizer)
+        asked = Asked(update, observe, objective, reference, optimizer=optimizer, observable=as_observable(observable))
         problem = UnscoredProblem.about(asked, Scope.named(tracer, scope)).scored()
         if nothing_moves(problem):
             raise ValueError(
@@ -98,7 +100,7 @@ def verify(
 
 @torch.no_grad()
 def against_steps(
-    problem: Problem,
+    problem: ScoredProblem,
     direction: Direction,
     force: Float[Tensor, " M"],
     eta: float | None = None,
@@ -110,14 +112,15 @@ def against_steps(
         raise ValueError("the force on some observed token is not finite: the step overflows in this precision")
     if strongest == 0:
         raise ValueError(
-            "this update moves no observed token at first order: its c is zero everywhere (a vanished or clipped loss)"
+            "this update moves no observed token at first order: its c is zero everywhere (a vanished or clipped loss), or "
+            "what is watched cannot move"
         )
     eta = move / strongest if eta is None else eta
 
     def at(step: float) -> Tensor:
         params = problem.tracer.stepped(direction, problem.uses, step)
-        every = problem.observed.batches
-        return torch.cat([log_probs(problem.tracer.logits(batch, params), batch.targets) for batch in every])
+        o = problem.observed
+        return torch.cat([o.values(b, problem.tracer.logits(batch, params)) for b, batch in enumerate(o.batches)])
 
     before = at(0.0)
     etas = [eta / 2**i for i in range(HALVINGS)]

@@ -199,3 +199,25 @@ def test_behind_padding_on_the_left_the_forces_of_all_tokens_are_what_the_gradie
         step = monitor.step_end()
     own = float(step.forces.double().sum()) / step.accounted  # what the gradient does, by the optimizer's own
     assert abs(float(step.forces.double().sum()) - own) < 100 * EPS * (abs(own) + float(step.forces.abs().sum()))
+
+
+def test_a_probe_of_the_entropy_is_what_td_forces_says_of_it():
+    """The step's forces and its predicted change of the entropy; and which token lowered it."""
+    lr, N = 1.0, 20
+    model, ids = tiny("llama"), data()
+    opt = torch.optim.SGD(model.parameters(), lr=lr)
+    with td.Monitor(model, opt, probe=PROBE, observable="entropy", on_error="raise") as monitor:
+        sft(model, ids).backward()
+        opt.step()
+        step = monitor.step_end()
+        figures = monitor.metrics()
+    scored = torch.arange(9) >= PROMPT
+    update = [Chi(row, scored, group=i) for i, row in enumerate(ids)]
+    options = dict(objective=td.objectives.SFT(), observable="entropy")
+    F = td.forces(tiny("llama"), update, PROBE["near"], reduce="observe", **options).vector.double() * lr / N
+    assert float((step.forces.double() - F).norm()) < 1e-3 * float(F.norm())
+    every = [chi for chis in PROBE.values() for chi in chis]
+    real = td.verify(tiny("llama"), update, every, eta=lr / N, **options)
+    assert float((step.actual - real.actual).norm()) < 1e-2 * float(real.actual.norm())
+    assert float((step.predicted - real.predicted).norm()) < 1e-3 * float(real.predicted.norm())
+    assert "near/value" in figures and "near/log_prob" not in figures

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import ch2, finite_difference, grouped, naive, per_direction, readout, sweep, tangents
+from . import ch2, divided, finite_difference, grouped, naive, per_direction, readout, sweep, tangents
 from .errors import Unsupported
 from .merged import Merged
 from .problem import MEMORY, Coverage, Fill, Problem, Reduction, ScoredProblem, UnscoredProblem
 from .products import way
-from .progress import Progress
+from .progress import Progress, share
 from .sweep.budget import Size
 from .sweep.plan import PlannedProblem, planned
 
@@ -20,7 +22,7 @@ FORWARD = 1.5  # cost of a jvp in units of a vjp, as benchmarks/exact_forces.py 
 
 
 def choose(problem: Problem, method: str, labels: Int[Tensor, " L"] | None = None) -> Fill:
-    """The Fill of F [M, L] for this method, or of its columns summed by group [M, G].
+    """The Fill of F [M, L] for this method, or of its columns summed by group [M, G]; in parts if the problem is.
 
     Args:
         problem: whose sizes decide, and whether its readout alone moves.
@@ -36,24 +38,31 @@ def choose(problem: Problem, method: str, labels: Int[Tensor, " L"] | None = Non
         fill = readout.fill
     else:
         fill = Merged(structured)
-    if labels is None:
-        return fill
-    groups, tokens = int(labels.max()) + 1, sum(problem.shape)
-    cheap = 2 * groups <= tokens / (1 + FORWARD)  # a group costs a vjp and a jvp, a token of the sweep half a vjp
-    if isinstance(fill, Merged) and cheap and not problem.tracer.why_not_tangents(problem.uses):
-        return grouped.PerGroup(labels)
-    return grouped.Summed(fill, labels, in_blocks=fill is readout.fill)
+    if labels is not None and isinstance(fill, Merged) and not problem.tracer.why_not_tangents(problem.uses):
+        groups, tokens = int(labels.max()) + 1, sum(problem.shape)
+        parts = 1 if problem.parts is None else len(problem.parts.names)
+        if 2 * groups * parts <= tokens / (1 + FORWARD):  # a group costs a vjp and a jvp, a token of the sweep half a vjp
+            return grouped.PerGroup(labels) if problem.parts is None else divided.EachPart(grouped.PerGroup(labels))
+    in_blocks = fill is readout.fill
+    if problem.parts is not None:
+        fill = Merged(in_parts) if isinstance(fill, Merged) else divided.EachPart(fill)
+    return fill if labels is None else grouped.Summed(fill, labels, in_blocks)
 
 
 def reduce(
     unscored: UnscoredProblem, method: str, over: Reduction, *, memory: int = MEMORY, progress: Progress | None = None
 ) -> tuple[Tensor, ScoredProblem, Coverage]:
-    """Σ_l F [M] ("update") or Σ_m F [L] ("observe") by this method, the problem scored, and the rule of each use.
+    """Σ_l F [M] ("update"), Σ_m F [L] ("observe") or Σ_m Σ_l F [] ("both"), the problem scored, and the rule of each use.
 
-    "tangent" is a vjp and a jvp ("fd" with real steps for the jvp, as where tangents cannot be trusted), which score both sides
-    on their way, or the closed form of a readout that moves alone; "naive" and "ch2" add up the matrix, in
-    `memory` bytes beside it.
+    method: "tangent" is a vjp and a jvp ("fd" with real steps for the jvp, as where tangents cannot be trusted), which score
+    both sides on their way, or the closed form of a readout that moves alone; "both" is two vjps. "naive" and "ch2" add up the
+    matrix, in `memory` bytes beside it. Of a problem in parts it is [N, ...], a jvp for each part.
     """
+    if method in ("tangent", "fd") and (over == "both" or unscored.parts is not None):
+        problem = unscored.scored()
+        made = divided.both(problem) if over == "both" else divided.reduced(problem, over, method)
+        found = made if problem.parts is not None else made.sum(0)
+        return found, problem, way(problem.tracer, problem.uses, AUTOGRAD)
     if method == "tangent" and (unscored.optimizer is not None or not unscored.moves_readout_alone):
         rules = way(unscored.tracer, unscored.uses, AUTOGRAD)
         return *unscored.reduced(over), rules
@@ -68,7 +77,8 @@ def reduce(
         return problem.jvp(sink, direction), problem, way(problem.tracer, problem.uses, AUTOGRAD)
     F = problem.empty()
     coverage = choose(problem, method)(problem, F, memory=memory, progress=progress)
-    return F.sum(1 if over == "update" else 0), problem, coverage
+    axes = {"update": (-1,), "observe": (-2,), "both": (-2, -1)}
+    return F.sum(axes[over]), problem, coverage
 
 
 def structured(
@@ -99,6 +109,36 @@ def structured(
     return {use: f"{label} ({reason})" for use, label in coverage.items()}
 
 
+def in_parts(
+    problem: Problem, out: Float[Tensor, "N M L"], *, memory: int = MEMORY, progress: Progress | None = None
+) -> Coverage:
+    """F of each part [N, M, L] into out: one sweep for all, two where a module holds two parts; else `structured` for each.
+
+    The sweep meets the two sides module by module, so a part costs it nothing but its matrix; by tangents, or by one direction
+    a token, each part is a matrix of its own.
+    """
+    whole = replace(problem, parts=None)
+    assert problem.parts is not None
+    try:
+        p = planned(whole)
+        rounds = list(problem.parts.rounds(problem.uses, p.plan.module))
+        p = p.transposed() if len(p.observed) < len(p.updated) else p
+        if problem.tracer.why_not_tangents(problem.uses) or _sweeps(p, memory, len(rounds) / len(out)):
+            coverage = Coverage()
+            for n, uses in enumerate(rounds):
+                F = torch.zeros_like(out) if n else out
+                part = replace(problem, uses=uses)
+                coverage |= sweep.fill(part, F, memory=memory, progress=share(progress, n, 1, len(rounds)))
+                if n:
+                    out += F
+            if problem.tracer.why_not_tangents(problem.uses):
+                _require_sum(whole, out.sum(0))
+            return coverage
+    except (Unsupported, NotImplementedError):
+        pass  # `structured` says why of each part
+    return divided.EachPart(structured)(problem, out, memory=memory, progress=progress)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).partition("\n")[0]
 
@@ -119,7 +159,12 @@ def _require_sum(problem: Problem, F: Float[Tensor, "M L"]) -> None:
 
 def _cheaper(p: PlannedProblem, memory: int) -> Fill:
     """The structured engine that takes fewer multiplications for this problem in this memory, without padding."""
+    return sweep.fill if _sweeps(p, memory) else tangents.fill
+
+
+def _sweeps(p: PlannedProblem, memory: int, times: float = 1.0) -> bool:
+    """Whether so many sweeps take no more multiplications than the tangents once."""
     if not p.plan.moves:
-        return sweep.fill
+        return True
     size, (o, u) = Size.of(p), p.singles
-    return sweep.fill if size.tiling(o, u, memory, together=False).cost <= size.tangents(p.observed, u) else tangents.fill
+    return size.tiling(o, u, memory, together=False).cost * times <= size.tangents(p.observed, u)

@@ -34,7 +34,7 @@ class PerGroup:
 
 @dataclass(frozen=True)
 class Summed:
-    """A Fill of [M, G]: the token matrix by another Fill, its columns added up by group.
+    """A Fill of [M, G], also in parts: the token matrix by another Fill, its columns added up by group.
 
     in_blocks makes it in blocks of rows that `memory` holds, for a Fill that does not cost more in parts.
     """
@@ -44,16 +44,18 @@ class Summed:
     in_blocks: bool
 
     def __call__(
-        self, problem: Problem, out: Float[Tensor, "M G"], *, memory: int = MEMORY, progress: Progress | None = None
+        self, problem: Problem, out: Float[Tensor, "*parts M G"], *, memory: int = MEMORY, progress: Progress | None = None
     ) -> Coverage:
         """See Fill."""
         M, L = problem.shape
-        rows = max(1, memory // 4 // (L * out.element_size())) if self.in_blocks else M
+        parts = 1 if problem.parts is None else len(problem.parts.names)
+        rows = max(1, memory // 4 // (L * parts * out.element_size())) if self.in_blocks else M
         member = (self.labels >= 0).to(out.device)
         labels, coverage, start = self.labels.to(out.device)[member], Coverage(), 0
         for part in problem.row_blocks(rows) if rows < M else [problem]:
             F, n = part.empty().to(out), part.shape[0]
             coverage |= self.token_fill(part, F, memory=memory, progress=share(progress, start, n, M))
-            out[start : start + n].zero_().index_add_(1, labels, F[:, member])
+            out[..., start : start + n, :] = 0
+            out[..., start : start + n, :].index_add_(-1, labels, F[..., member])
             start += n
         return coverage

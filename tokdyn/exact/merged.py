@@ -40,22 +40,23 @@ class Kinds:
 
 @dataclass(frozen=True)
 class Merged:
-    """A Fill of [M, L]: another Fill on one token of each kind, on either side."""
+    """A Fill of [M, L], also in parts: another Fill on one token of each kind, on either side."""
 
     token_fill: Fill
 
     def __call__(
-        self, problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, progress: Progress | None = None
+        self, problem: Problem, out: Float[Tensor, "*parts M L"], *, memory: int = MEMORY, progress: Progress | None = None
     ) -> Coverage:
         """See Fill."""
         o, u = kinds(problem.observed), kinds(problem.updated)
         if o is None and u is None:
             return self.token_fill(problem, out, memory=memory, progress=progress)
         sides = problem.observed if o is None else o.side, problem.updated if u is None else u.side
-        fewer = Problem(problem.tracer, problem.uses, problem.P, *sides)
+        fewer = Problem(problem.tracer, problem.uses, problem.P, *sides, parts=problem.parts)
         F = fewer.empty().to(out)
         coverage = self.token_fill(fewer, F, memory=memory, progress=progress)
-        spread(F, o, u, out)
+        for part, whole in [(F, out)] if problem.parts is None else zip(F, out, strict=True):
+            spread(part, o, u, whole)
         return coverage
 
 

@@ -13,22 +13,21 @@ Every way to F is a function `fill(problem, out, *, memory, progress) -> Coverag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..model.optimizer import preconditioner
-from ..objective import Objective
-from ..sequences import Chi
 from .products import jvp_scored, vjp, vjp_scored
 from .progress import Progress
 from .scope import Scope, select
-from .sides import Observed, ScoredSide, Side, Update, gather, with_reference
+from .sides import Asked as Asked
+from .sides import Observed, ScoredSide, Side, Update, gather
 
 Coverage = dict[str, str]  # use of a tensor -> label of the rule that covered it; where one is absent, "autograd"
 MEMORY = 4 << 30
@@ -63,11 +62,12 @@ class Problem(Scope):
     def row_blocks(self, rows: int) -> Iterator[Problem]:
         """The problems of some rows each: whole observed sequences, of about so many tokens."""
         for observed in self.observed.row_blocks(rows):
-            yield Problem(self.tracer, self.uses, self.P, observed, self.updated)
+            yield Problem(self.tracer, self.uses, self.P, observed, self.updated, parts=self.parts)
 
-    def empty(self) -> Float[Tensor, "M L"]:
-        """A matrix for F, NaN where nothing has been computed yet."""
-        return torch.full(self.shape, torch.nan, dtype=self.tracer.precision, device=self.tracer.device)
+    def empty(self) -> Float[Tensor, "*parts M L"]:
+        """A matrix for F, or one for each part; NaN where nothing has been computed yet."""
+        shape = self.shape if self.parts is None else (len(self.parts.names), *self.shape)
+        return torch.full(shape, torch.nan, dtype=self.tracer.precision, device=self.tracer.device)
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,7 @@ class ScoredProblem(Problem):
     updated: ScoredSide
 
 
-class Asked(NamedTuple):
-    """What a user asks about."""
-
-    update: Sequence[Chi]
-    observe: Sequence[Chi]
-    objective: Objective
-    reference: nn.Module | None = None
-    weights: Tensor | None = None
-    optimizer: torch.optim.Optimizer | None = None
-
-
-Reduction = Literal["update", "observe"]
+Reduction = Literal["update", "observe", "both"]
 
 
 @dataclass(frozen=True)
@@ -105,13 +94,12 @@ class UnscoredProblem(Scope):
         """The sides of what is asked, checked and in batches.
 
         Raises:
-            ValueError: see `gather`, `Scope.require_no_padding_row`; NaN logits of the reference.
+            ValueError: see `gather`, `Scope.require_no_padding_row`.
         """
         for side, chis in (("update", asked.update), ("observe", asked.observe)):
             scope.require_no_padding_row(side, chis)
-        update = asked.update if asked.reference is None else with_reference(asked.update, asked.reference)
-        observed, updated = gather(scope.tracer, update, asked.observe, asked.objective, asked.weights)
-        return cls(scope.tracer, scope.uses, scope.P, observed, updated, asked.optimizer)
+        observed, updated = gather(scope.tracer, asked)
+        return cls(scope.tracer, scope.uses, scope.P, observed, updated, asked.optimizer, parts=scope.parts)
 
     def scored(self) -> ScoredProblem:
         """Both sides scored, by a forward pass over each; under an optimizer with P, by a backward pass over the update.
@@ -155,7 +143,7 @@ class UnscoredProblem(Scope):
         return vector, self._with(pushed, pulled) if reduce == "update" else self._with(pulled, pushed)
 
     def _with(self, observed: ScoredSide, updated: ScoredSide) -> ScoredProblem:
-        return ScoredProblem(self.tracer, self.uses, self.P, observed, updated)
+        return ScoredProblem(self.tracer, self.uses, self.P, observed, updated, parts=self.parts)
 
 
 @runtime_checkable

@@ -44,10 +44,14 @@ def readout_matrix(problem: Problem, reduce: Reduction | None = None) -> Tensor:
     if not weight and not bias:
         sizes = {None: problem.shape, "update": problem.shape[:1], "observe": problem.shape[1:]}
         return torch.zeros(sizes[reduce], dtype=tracer.precision, device=tracer.device)
-    term = GTerm.joined(u.terms).to(tracer.device)
-    if problem.P is None and weight and all(of.is_plain for of in o.terms) and term.temperature == 1:
-        y = torch.cat([batch.targets for batch in o.batches]).to(tracer.device)
-        c = torch.cat([of.c for of in o.terms])
+    operators = problem.P is None and weight and all(of.is_closed and of.temperature == 1 for of in (*o.terms, *u.terms))
+    if operators and all(of.is_plain for of in u.terms) and not all(of.is_plain for of in o.terms):
+        over: dict[Reduction, Reduction] = {"update": "observe", "observe": "update"}
+        F = readout_matrix(problem.transposed(), None if reduce is None else over[reduce])
+        return F.T if reduce is None else F
+    if operators and all(of.is_plain for of in o.terms):
+        term = GTerm.joined(u.terms).to(tracer.device)
+        y, c = (torch.cat(of).to(tracer.device) for of in zip(*((of.targets, of.c) for of in o.terms), strict=True))
         h_o, h_u = hidden(tracer, o), hidden(tracer, u)
 
         def forces(rows: slice | Tensor, reduce: str | None) -> Tensor:

@@ -160,11 +160,7 @@ class Pulled(Scope):
         for g, (name, chis) in enumerate(groups.items()):
             if not chis or not all(len(chi) for chi in chis):
                 raise ValueError(f"group {name!r} holds no sequence, or one without a scored token: leave that out")
-            batches = scope.tracer.batches(chis, BATCH)
-            weights = [
-                torch.ones(len(batch.targets), dtype=scope.tracer.precision, device=scope.tracer.device) for batch in batches
-            ]
-            direction, side = vjp_scored(scope.tracer, Observed(batches, chis, weights), scope.uses)
+            direction, side = vjp_scored(scope.tracer, Observed.of(scope.tracer, chis), scope.uses)
             sizes.append(len(side))
             for tensor, x in direction.items():
                 stacked.setdefault(tensor, x.new_empty(len(groups), *x.shape))[g] = x

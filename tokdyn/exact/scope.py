@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from .._arguments import scope_pattern
 from ..model.trace import Tracer
 from ..sequences import Batch, Chi
 from . import products
+from .parts import By, Parts
 from .products import Direction
 from .sides import Side
 
@@ -54,20 +55,23 @@ class Scope:
         tracer: the model.
         uses: name of a use of a tensor -> name of the tensor, of all uses that move.
         P: the diagonal preconditioner by tensor, or None for the identity.
+        parts: how F is divided by what moves, or None where it is not.
     """
 
     tracer: Tracer
     uses: dict[str, str]
     P: Direction | None
+    parts: Parts | None = field(default=None, kw_only=True)
 
     @classmethod
-    def named(cls, tracer: Tracer, scope: str) -> Scope:
-        """What users call a scope, without a preconditioner.
+    def named(cls, tracer: Tracer, scope: str, by: By | None = None) -> Scope:
+        """What users call a scope and its parts, without a preconditioner.
 
         Raises:
-            ValueError: see `select`.
+            ValueError: see `select` and `Parts.named`.
         """
-        return cls(tracer, select(tracer, scope), None)
+        uses = select(tracer, scope)
+        return cls(tracer, uses, None, parts=None if by is None else Parts.named(tracer, uses, by))
 
     @property
     def moves_readout_alone(self) -> bool:

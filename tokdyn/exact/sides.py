@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..model.trace import Tracer, finite_stats, trace
 from ..objective import GTerm, Objective, Scores
+from ..observables import LogProb, Observable, values
 from ..ops import TokenStats, topk_log_probs
 from ..ops.rows import blocks
 from ..sequences import Batch, Chi
@@ -96,10 +97,11 @@ def _work(term: GTerm, logits: Float[Tensor, "N V"], velocity: Float[Tensor, "N 
 
 
 class ScoredBatch(NamedTuple):
-    """What the logits of a batch gave: their statistics, and the force of its tokens."""
+    """What the logits of a batch gave: their statistics, the force of its tokens, and the observable's values where watched."""
 
     stats: TokenStats
     term: GTerm
+    watched: Tensor | None = None
 
     def logit_force(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """Γ of the tokens, in float32 at least."""
@@ -112,10 +114,18 @@ class ScoredBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoredSide(Side):
-    """A side whose logits were seen, with the sequences it is made of and the statistics of each scored token."""
+    """A side whose logits were seen, with the sequences it is made of and the statistics of each scored token.
+
+    Attributes:
+        chis, stats: see above.
+        observable: what is watched at its tokens; None of an update.
+        watched: its values [N].
+    """
 
     chis: Sequence[Chi]
     stats: TokenStats
+    observable: Observable | None = None
+    watched: Tensor | None = None
 
     @property
     def c(self) -> Float[Tensor, " N"]:
@@ -124,7 +134,15 @@ class ScoredSide(Side):
 
     def table(self, with_c: bool) -> Any:
         """Row table (pyarrow) of the tokens, with or without the column c."""
-        return row_table(self.batches, self.stats, self.chis, self.c if with_c else None)
+        table = row_table(self.batches, self.stats, self.chis, self.c if with_c else None)
+        if self.watched is None or isinstance(self.observable, LogProb):
+            return table
+        return table.append_column("value", [self.watched.tolist()])
+
+    def values(self, b: int, logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """The observable of the tokens of batch b at other logits, in float64: for differences over one small step."""
+        assert self.observable is not None
+        return values(self.observable, logits, self.terms[b].targets)
 
 
 @dataclass(frozen=True)
@@ -139,6 +157,11 @@ class Unscored:
         """Whether a batch can be scored without the others, by any pass that makes its logits."""
         return True
 
+    @property
+    def watches(self) -> Observable | None:
+        """What is watched at the tokens, if something is."""
+        return None
+
     def score_batch(self, b: int, logits: Float[Tensor, "N V"]) -> ScoredBatch:
         """Statistics and forces of batch b from its logits (detached).
 
@@ -149,8 +172,9 @@ class Unscored:
 
     def side(self, scored: Sequence[ScoredBatch]) -> ScoredSide:
         """The side, once every batch is scored."""
-        stats, terms = zip(*scored, strict=True)
-        return ScoredSide(self.batches, list(terms), self.chis, TokenStats.joined(stats))
+        stats, terms, watched = zip(*scored, strict=True)
+        found = None if watched[0] is None else torch.cat(watched)
+        return ScoredSide(self.batches, list(terms), self.chis, TokenStats.joined(stats), self.watches, found)
 
     @torch.no_grad()
     def score(self, tracer: Tracer) -> ScoredSide:
@@ -158,16 +182,67 @@ class Unscored:
         return self.side([self.score_batch(b, tracer.logits(batch)) for b, batch in enumerate(self.batches)])
 
 
+class Asked(NamedTuple):
+    """What a user asks about."""
+
+    update: Sequence[Chi]
+    observe: Sequence[Chi]
+    objective: Objective
+    reference: nn.Module | None = None
+    weights: Tensor | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    observable: Observable = LogProb()
+
+
 @dataclass(frozen=True)
 class Observed(Unscored):
-    """Tokens whose log-probability is watched, each with a weight: Γ = w (e_y - pi)."""
+    """Tokens at which something is watched, each with a weight: Γ = w ∂O/∂z, w (e_y - pi) of a log-probability.
 
-    weights: Sequence[Tensor]  # by batch
+    Attributes:
+        weights, tokens: by batch; the tokens that the observable is about.
+        observable: what is watched.
+    """
+
+    weights: Sequence[Tensor]
+    tokens: Sequence[Tensor]
+    observable: Observable
+
+    @classmethod
+    def of(cls, tracer: Tracer, chis: Sequence[Chi], asked: Asked | None = None) -> Observed:
+        """The sequences in batches, with what is asked about them: weights, observable; log-probs otherwise.
+
+        Raises:
+            ValueError: ids outside the vocabulary, weights of another length.
+        """
+        weights, observable = (None, LogProb()) if asked is None else (asked.weights, asked.observable)
+        batches = tracer.batches(chis, BATCH)
+        sizes = [len(batch.targets) for batch in batches]
+        M = sum(sizes)
+        ones = torch.ones(M, dtype=tracer.precision, device=tracer.device)
+        w = ones if weights is None else weights.to(tracer.device, tracer.precision)
+        if w.shape != (M,):
+            raise ValueError(f"weights must have shape [M]=({M},), one per observed token, got {list(w.shape)}")
+        tokens = observable.tokens(chis, () if asked is None else asked.update)
+        return cls(batches, chis, w.split(sizes), tokens.split(sizes), observable)
+
+    @property
+    def watches(self) -> Observable | None:
+        """See Unscored."""
+        return self.observable
 
     def score_batch(self, b: int, logits: Float[Tensor, "N V"]) -> ScoredBatch:
-        """See Unscored."""
-        w = self.weights[b]
-        return ScoredBatch(finite_stats(self.batches[b], logits), GTerm(self.batches[b].targets.to(w.device), w))
+        """See Unscored.
+
+        Raises:
+            ValueError: see Unscored, and the observable's own.
+        """
+        stats = finite_stats(self.batches[b], logits)
+        term = self.observable.term(logits, self.tokens[b].to(logits.device))
+        if isinstance(self.observable, LogProb):
+            watched = stats.log_prob
+        else:
+            watched = torch.cat([self.observable.values(logits[rows], term.targets[rows]) for rows in blocks(logits)])
+        return ScoredBatch(stats, term.times(self.weights[b]), watched)
 
 
 @dataclass(frozen=True)
@@ -212,31 +287,20 @@ class Update(Unscored):
         return term
 
 
-def gather(
-    tracer: Tracer,
-    update: Sequence[Chi],
-    observe: Sequence[Chi],
-    objective: Objective,
-    weights: Tensor | None = None,
-) -> tuple[Observed, Update]:
-    """Both sides, checked and in batches; no forward pass has been made.
+def gather(tracer: Tracer, asked: Asked) -> tuple[Observed, Update]:
+    """Both sides, checked and in batches; no forward pass has been made, but one of a reference over what lacks its log-probs.
 
     Raises:
-        ValueError: an empty side, ids outside the vocabulary, weights of another length.
+        ValueError: an empty side, ids outside the vocabulary, weights of another length; NaN logits of the reference.
     """
+    update = asked.update if asked.reference is None else with_reference(asked.update, asked.reference)
+    observe = asked.observe
     for name, chis in (("update", update), ("observe", observe)):
         if not chis or not sum(len(chi) for chi in chis):
             raise ValueError(f"{name} holds no scored token: give at least one sequence with a response")
         if not all(len(chi) for chi in chis):
             raise ValueError(f"sequence {[len(chi) for chi in chis].index(0)} of {name} holds no scored token: leave it out")
-    updated, observed = tracer.batches(update, BATCH), tracer.batches(observe, BATCH)
-    M = sum(len(batch.targets) for batch in observed)
-    ones = torch.ones(M, dtype=tracer.precision, device=tracer.device)
-    w = ones if weights is None else weights.to(tracer.device, tracer.precision)
-    if w.shape != (M,):
-        raise ValueError(f"weights must have shape [M]=({M},), one per observed token, got {list(w.shape)}")
-    sizes = [len(batch.targets) for batch in observed]
-    return Observed(observed, observe, w.split(sizes)), Update(updated, update, objective)
+    return Observed.of(tracer, observe, asked), Update(tracer.batches(update, BATCH), update, asked.objective)
 
 
 def _scores(objective: Objective, z: Float[Tensor, "N V"], stats: TokenStats) -> Scores:

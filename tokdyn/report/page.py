@@ -18,6 +18,9 @@ import numpy as np
 import torch
 
 from ..runs.by_sequence import block_sums, sequence_names
+from ..runs.cards import LOG_PROB, Cards
+from ..runs.explain import sums
+from ..runs.pairs import Pairs
 from .net import contexts_of, headline, net_sums, strongest
 from .text import count, day, facts, plain, show, to_json
 
@@ -60,6 +63,7 @@ SCRIPTS = (  # read in this order inside one function scope
     "export.js",
     "export_run.js",
     "text.js",
+    "card.js",
     "inspector.js",
     "painter.js",
     "map_grid.js",
@@ -70,10 +74,11 @@ SCRIPTS = (  # read in this order inside one function scope
     "squeeze.js",
     "main.js",
 )
+CARDS = 300  # strongest net forces whose card is on the page, about 1 kB each
 MATRIX_CELLS = 6_000_000  # 24 MB of float32; a larger matrix is shown by its block sums and each token's strongest partners
 
 
-def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None) -> str:
+def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None, pairs: Pairs | None = None) -> str:
     """Return the report of one run as one HTML document that needs nothing but a browser.
 
     Args:
@@ -82,6 +87,8 @@ def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None
         matrix: F [M, L] in nats per unit learning rate, NaN where a partial run has not computed it; None if not kept.
             Embedded bit for bit as float32 up to 6 million cells; above, sums over sequence blocks and the strongest net
             partners of each token.
+
+        pairs: the pairs that the run keeps; the cards of the CARDS strongest net ones are shown.
 
     Raises:
         ValueError: if `tokens` lacks a column that places tokens, or `matrix` does not have shape [M, L].
@@ -98,6 +105,8 @@ def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None
     fits = matrix is None or matrix.size <= MATRIX_CELLS
     payload = {
         "eta": _eta(about),
+        "watched": _watched(about),
+        "cards": _cards(about, tokens, matrix, pairs),
         "status": about.get("status"),
         "verify": about.get("verify"),
         "observed": sides["observed"],
@@ -196,6 +205,34 @@ def _blocks(matrix: np.ndarray | None, rows: list[dict[str, Any]], columns: list
     return plain(block_sums(torch.from_numpy(matrix), of_row, of_column).tolist())
 
 
+def _watched(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return label and unit of what is watched at the observed tokens."""
+    found = {**LOG_PROB, **(about.get("observable") or {})}
+    return {"label": str(found["label"]), "unit": str(found["unit"])}
+
+
+def _cards(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None, pairs: Pairs | None) -> list[dict[str, Any]]:
+    """Return the cards of the strongest net forces between different places: m, context, sentence, parts, kernel, texts."""
+    if matrix is None or pairs is None:
+        return []
+    found = Cards(about, tokens, torch.from_numpy(matrix), pairs)
+    if found.contexts.run.matrix is None:
+        return []
+    return [
+        {
+            "m": m,
+            "x": x,
+            "sentence": card.sentence,
+            "layers": [[name, plain(force)] for name, force in sums(card.facts["parts"], 0).items()],
+            "kinds": [[name, plain(force)] for name, force in sums(card.facts["parts"], 1).items()],
+            "kernel": {name: plain(value) for name, value in card.facts["kernel"].items()},
+            "texts": [card.facts["texts"]["observed"], card.facts["texts"]["updated"]],
+            "prefix": card.facts["shared"]["prefix"],
+        }
+        for m, x, card in found.strongest_net(CARDS)
+    ]
+
+
 def _eta(about: Mapping[str, Any]) -> float | None:
     """Return the step size of the predictions: that of the verification, else that of the settings."""
     for source in ("verify", "settings"):
@@ -225,6 +262,7 @@ def _prose(about: Mapping[str, Any], sides: Mapping[str, Any], matrix: np.ndarra
     )
     computed = None if matrix is None or not matrix.size else float(np.isfinite(matrix).mean())
     return {
+        "watched": _watched(about),
         "model": model.get("name") or "a model",
         "objective": name,
         "M": M,

@@ -9,20 +9,23 @@ from torch import Tensor
 
 from ..sequences import visible
 from .by_sequence import BySequence
+from .cards import LOG_PROB, Cards
 from .contexts import Contexts
+from .pairs import Pairs
 
 Finding = dict[str, str]
 ROUNDING = 1e-6  # of the largest entry: what sums of float32 forces that cancel leave
 ROW_SUMS = "row sums of the matrix against the tangent pass"
 
 
-def findings(about: dict[str, Any], tokens: Any, matrix: Tensor | None) -> list[Finding]:
-    """The step, the strongest net push, the balance of forces behind it, squeezing, and the checks, with their figures.
+def findings(about: dict[str, Any], tokens: Any, matrix: Tensor | None, pairs: Pairs | None = None) -> list[Finding]:
+    """The step, the strongest net push, why it happens, the balance behind it, squeezing, and the checks, with their figures.
 
     Args:
         about: a run's record; its sequences, settings, checks and verify are read.
         tokens: its token table (pyarrow).
         matrix: F [M, L] or None. Where entries are NaN (an interrupted run), findings that need it are left out.
+        pairs: the pairs that the run keeps.
     """
     run = BySequence.of(tokens, matrix)
     if about["settings"]["eta"] is None:
@@ -30,7 +33,7 @@ def findings(about: dict[str, Any], tokens: Any, matrix: Tensor | None) -> list[
     found = [_step(about, run)]
     if run.matrix is not None:
         contexts = Contexts.of(run, about["sequences"])
-        found += [_strongest(about, contexts), _balance(about, contexts)]
+        found += [_strongest(about, contexts), _why(Cards(about, tokens, matrix, pairs)), _balance(about, contexts)]
     found += [_squeezing(run), _prediction(about), _row_sums(about)]
     return [finding for finding in found if finding is not None]
 
@@ -45,10 +48,18 @@ def shown(token: str) -> str:
     return f"“{visible(token)}”"
 
 
+def moves(about: dict[str, Any], force: float) -> str:
+    """The verb of a force: what is watched rises or falls."""
+    label = (about.get("observable") or LOG_PROB)["label"]
+    if label == "log-probability":
+        return "lifts" if force > 0 else "lowers"
+    return f"{'raises' if force > 0 else 'lowers'} the {label} at"
+
+
 def _step(about: dict[str, Any], run: BySequence) -> Finding | None:
     """What the step did to each answer, and whether answers that were trained on moved the way they should."""
     changes = run.changes()
-    moves = ", ".join(f"{name} {signed(change['actual'])}" for name, change in changes.items())
+    changed = ", ".join(f"{name} {signed(change['actual'])}" for name, change in changes.items())
     trained = {(row["role"], row["group"]) for row in run.updated}
     direction = {"chosen": 1, "rejected": -1}
     gains = {
@@ -57,14 +68,18 @@ def _step(about: dict[str, Any], run: BySequence) -> Finding | None:
         if row["role"] in direction and (row["role"], row["group"]) in trained
     }
     wrong = [f"{name} {'rises' if name.startswith('rejected') else 'falls'}" for name, gain in gains.items() if gain < 0]
-    if wrong:
+    watched = about.get("observable") or LOG_PROB
+    if watched["label"] != "log-probability":
+        title = f"What the step does to the {watched['label']}"
+    elif wrong:
         title = f"Against its purpose, {' and '.join(wrong)}"
     elif gains:
         title = "The step moves every answer it trains on the way it should"
     else:
         title = "What the step does to each answer"
     return dict(
-        title=title, text=f"Change of log-probability after a step of {about['settings']['eta']:.3g}, in nats: {moves}."
+        title=title,
+        text=f"Change of {watched['label']} after a step of {about['settings']['eta']:.3g}, in {watched['unit']}: {changed}.",
     )
 
 
@@ -86,7 +101,7 @@ def _still(run: BySequence) -> list[Finding]:
 
 def _balance(about: dict[str, Any], contexts: Contexts) -> Finding | None:
     """The observed sequence on which most force cancels, with the two groups of tokens that pull and push it hardest."""
-    table, eta = contexts.forces(), about["settings"]["eta"]
+    table, eta, unit = contexts.forces(), about["settings"]["eta"], (about.get("observable") or LOG_PROB)["unit"]
     best: tuple[float, str] | None = None
     for name, forces in table.items():
         lift, press = sum(f for f in forces.values() if f > 0), sum(f for f in forces.values() if f < 0)
@@ -94,7 +109,7 @@ def _balance(about: dict[str, Any], contexts: Contexts) -> Finding | None:
             continue
         up, down = max(forces, key=lambda k: forces[k]), min(forces, key=lambda k: forces[k])
         text = (
-            f"On {name}, the tokens of {up} do {signed(eta * forces[up])} nats and those of {down} "
+            f"On {name}, the tokens of {up} do {signed(eta * forces[up])} {unit} and those of {down} "
             f"{signed(eta * forces[down])}; all updated answers together leave {signed(eta * (lift + press))}. "
             "Tokens behind the same text count as one, under all the answers that share it."
         )
@@ -122,9 +137,10 @@ def _strongest(about: dict[str, Any], contexts: Contexts) -> Finding | None:
     m, x = divmod(int(others.abs().argmax()), others.shape[1])
     a, force, eta = run.observed[m], float(others[m, x]), about["settings"]["eta"]
     gross, net = float(run.matrix.abs().sum(dtype=torch.float64)), float(contexts.matrix.abs().sum(dtype=torch.float64))
+    share = 100 * abs(force) / float(others[m].abs().sum())
     text = (
-        f"{contexts.name(x)} {'lifts' if force > 0 else 'lowers'} {shown(a['token'])} {run.place(a)}: {signed(eta * force)} "
-        f"nats in this step, {100 * abs(force) / float(others[m].abs().sum()):.0f}% of the net force on it from elsewhere."
+        f"{contexts.name(x)} {moves(about, force)} {shown(a['token'])} {run.place(a)}: {signed(eta * force)} "
+        f"{(about.get('observable') or LOG_PROB)['unit']} in this step, {share:.0f}% of the net force on it from elsewhere."
     )
     if contexts.own[m] >= 0:
         text += f" What is trained in its own place does {signed(eta * contexts.itself(m))}."
@@ -133,6 +149,13 @@ def _strongest(about: dict[str, Any], contexts: Contexts) -> Finding | None:
     if net < 0.99 * gross:
         text += f" {100 * (1 - net / gross):.0f}% of all force between single tokens cancels where answers say the same."
     return dict(title=f"The strongest net {'pull' if force > 0 else 'push'} of one token on another", text=text)
+
+
+def _why(cards: Cards) -> Finding | None:
+    """The sentence of the strongest net push between different places."""
+    cell = cards.strongest()
+    card = None if cell is None else cards.card(cell[0], cards.contexts.members[cell[1]])
+    return None if card is None else dict(title="Why", text=card.sentence)
 
 
 def _squeezing(run: BySequence) -> Finding | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._arguments import UNITS, check_view
 from .by_sequence import BySequence, Row
+from .cards import LOG_PROB
 from .contexts import Contexts
 from .findings import shown
 from .table import Listing
@@ -39,7 +40,11 @@ def summary(
     check_view(unit, per)
     run, eta = BySequence.of(tokens, matrix), about["settings"]["eta"]
     contexts = Contexts.of(run, about["sequences"]) if per == "contexts" and run.matrix is not None else None
-    view = _View(run, contexts, 1.0 if eta is None else eta, unit)
+    watched = about.get("observable") or LOG_PROB
+    named = UNITS[unit].replace("nats", watched["unit"])
+    if watched["label"] != LOG_PROB["label"]:
+        named = f"{watched['label']}, {named}"
+    view = _View(run, contexts, 1.0 if eta is None else eta, unit, named)
     constants = ", ".join(f"{k}={v}" for k, v in about["objective"]["arguments"].items())
     parts: list[Any] = [
         Text.assemble(
@@ -67,6 +72,7 @@ class _View:
     contexts: Contexts | None
     eta: float
     unit: str
+    named: str  # the unit, and what is watched where that is no log-probability
 
     def of_force(self, force: float) -> str:
         """A force in the unit."""
@@ -86,7 +92,7 @@ class _View:
                 forces = {}
         columns = ["answer", "tokens", "predicted", "actual", *(f"by {name}" for name in next(iter(forces.values()), {}))]
         figures = range(1, len(columns))
-        table = Listing(f"Change of each answer, {UNITS[self.unit]}", columns, figures, range(4, len(columns)))
+        table = Listing(f"Change of each answer, {self.named}", columns, figures, range(4, len(columns)))
         for name, change in run.changes().items():
             cells = [name, str(int(change["tokens"])), self.of_change(change["predicted"]), self.of_change(change["actual"])]
             table.add_row(*cells, *(self.of_force(force) for force in forces.get(name, {}).values()))
@@ -99,7 +105,7 @@ class _View:
             by = ["moved most by"] if self.contexts is None else ["by itself", "moved most by another, net"]
             figures += [4] if self.contexts is not None else []
         columns = ["token", "of", "predicted", "actual", *by, "rising at that place", "falling at that place"]
-        table = Listing(f"The tokens that move most, {UNITS[self.unit]}", columns, figures)
+        table = Listing(f"The tokens that move most, {self.named}", columns, figures)
         for row in sorted(self.run.observed, key=lambda row: -abs(row["actual"]))[:MOVERS]:
             changes = (self.of_change(row[name]) for name in ("predicted", "actual"))
             cells = [shown(row["token"]), self.run.place(row), *changes, *self.by(row)]

@@ -19,10 +19,10 @@ from ..exact import Scope
 from ..exact.products import way
 from ..exact.scanning import Pulled, Row, packed
 from ..exact.sides import referred
-from ..forces import fingerprint
+from ..live import fingerprint
 from ..model.trace import Tracer, trace
 from ..objective import Objective
-from ..profile import model_facts, run_head
+from ..record import model_facts, run_head
 from ..sequences import Chi, context_numbers
 
 PROMPT = 200  # characters of a prompt's end that the row table keeps

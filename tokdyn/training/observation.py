@@ -57,7 +57,7 @@ class Observation:
 
     Args:
         table: the tokens, a row each (pyarrow).
-        before, after: their log-probs, [M] nats. predicted: the change to first order, [M].
+        before, after: their log-probs, or what else is watched, [M]. predicted: the change to first order, [M].
         readout: the part of it that went through the readout's weights, [M]; None where they did not move.
         blame: which tokens of the update did it. problem: why that is not known, or only in part.
     """

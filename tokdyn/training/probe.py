@@ -17,14 +17,15 @@ import ctypes
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import jvp
 
-from .. import exact
+from .. import exact, observables
 from ..exact import products
 from ..exact.sides import row_table
 from ..model.checks import Found
@@ -32,8 +33,9 @@ from ..model.optimizer import steps_of, without_buffer
 from ..model.trace import Tracer, trace
 from ..model.unwrap import local
 from ..objective import GTerm
+from ..observables import Function, LogProb, Observable
 from ..ops import TokenStats, token_stats
-from ..ops.rows import blocks, log_probs
+from ..ops.rows import blocks
 from ..sequences import Batch, Chi, prefix_keys, token_texts
 from . import distributed
 from . import probe_sharded as sharded
@@ -54,13 +56,16 @@ class Probe:
         probe: sequences, or several named groups of them.
         blame: the group that update tokens are asked about, or several; the first when absent.
         tokenizer: for the token texts of sequences that lack them.
+        observable: what is watched at their tokens; a margin's rival is that before the step.
 
     Raises:
         ValueError: nothing to watch, or no group of that name.
     """
 
     def __init__(self, probe: Sequence[Chi] | Mapping[str, Sequence[Chi]], blame: str | Sequence[str] | None = None,
-                 tokenizer: Any = None):  # fmt: skip
+                 tokenizer: Any = None, observable: Observable | Function | str = "log-prob"):  # fmt: skip
+        self.observable = observables.observable(observable)
+        self.level = "log_prob" if isinstance(self.observable, LogProb) else "value"
         named = probe if isinstance(probe, Mapping) else {"probe": probe}
         self.groups = {name: [_with_texts(chi, tokenizer) for chi in chis] for name, chis in named.items()}
         if not self.groups or not all(self.groups.values()):
@@ -75,7 +80,7 @@ class Probe:
             raise ValueError("blame must name a group of the probe at least; leave it out for the first")
         self.chis = [chi for chis in self.groups.values() for chi in chis]
         self.group = [name for name, chis in self.groups.items() for chi in chis for _ in range(len(chi))]
-        self.names = [f"{name}/{what}" for name in self.groups for what in ("n", "log_prob", "actual", "predicted")]
+        self.names = [f"{name}/{what}" for name in self.groups for what in ("n", self.level, "actual", "predicted")]
         self.names += ["probe/square", "probe/product"]
         self._checked = Found()
         self.forget()
@@ -98,6 +103,8 @@ class Probe:
         self._saved = {name: p.detach().clone() for name, p in named.items() if p.requires_grad}
         self._first = without_buffer(optimizer)
         if sharded.any_sharded(capture.lm):
+            if not isinstance(self.observable, LogProb):
+                raise ValueError(f"on a sharded model a probe watches log-probabilities alone, not {self.observable.label}")
             self._start = sharded.read(model, capture, self.chis)
 
     def after(self, model: nn.Module, capture: Capture, optimizer: torch.optim.Optimizer, scale: float) -> None:
@@ -175,7 +182,7 @@ class Probe:
         for name in self.groups:
             own = self._tokens_of(name)
             sums[f"{name}/n"] = float(own.sum())
-            for what, of in (("log_prob", found.after), ("actual", actual), ("predicted", found.predicted)):
+            for what, of in ((self.level, found.after), ("actual", actual), ("predicted", found.predicted)):
                 sums[f"{name}/{what}"] = float(of[own].sum())
         return sums
 
@@ -209,11 +216,11 @@ class Probe:
                 )
 
     def metrics(self, of: Mapping[str, float]) -> dict[str, float]:
-        """Per group the mean log-prob, and its mean change in a step, real and predicted; the linearity of them all."""
+        """Per group the mean log-prob (or value), and its mean change in a step, real and predicted; the linearity of all."""
         found: dict[str, float] = {}
         for name in self.groups:
             if n := of[f"{name}/n"]:
-                found |= {f"{name}/{what}": of[f"{name}/{what}"] / n for what in ("log_prob", "actual", "predicted")}
+                found |= {f"{name}/{what}": of[f"{name}/{what}"] / n for what in (self.level, "actual", "predicted")}
         if of["probe/square"]:
             found["probe/linearity"] = of["probe/product"] / of["probe/square"]
         return found
@@ -225,13 +232,15 @@ class Probe:
         lm = capture.lm
         with own_passes(lm), trace(lm, self._checked) as tracer:
             batches = tracer.batches(self.chis, TOKENS)
-            with torch.no_grad():
-                after = torch.cat([log_probs(tracer.logits(batch), batch.targets) for batch in batches])
             direction = {name: tracer.params[name] - old for name, old in self._saved.items()}
             for use, tensor in tracer.owner.items():
-                tracer.params[use] = self._saved.get(tensor, tracer.params[use])  # from here on the model is θ
-            stats, before, predicted, readout = _along(tracer, capture.head, batches, direction)
+                tracer.params[use] = self._saved.get(tensor, tracer.params[use])  # from here on the traced model is θ
+            terms = _terms(tracer, batches, self.observable, self.chis)
+            watched = _Watched(batches, terms, self.observable)
+            stats, before, predicted, readout = _along(tracer, capture.head, watched, direction)
             direction.clear()  # of the model's size
+            with torch.no_grad():  # without parameters, a pass of the model itself: θ + Δθ
+                after = torch.cat([watched.values(b, tracer.logits(batch)) for b, batch in enumerate(batches)])
             found = Observation(row_table(batches, stats, self.chis), before, after.cpu(), predicted, readout)
             try:
                 return replace(found, blame=self._blame(tracer, update))
@@ -247,7 +256,7 @@ class Probe:
         grads = {name: p.grad for name, p in named.items() if p.grad is not None}
         forces, own, carried = dict[str, Tensor](), 0.0, 0.0
         for group in self.blamed:
-            D = scope.vjp(observed_side(tracer, self.groups[group]))
+            D = scope.vjp(observed_side(tracer, self.groups[group], self.observable))
             if group == self.blamed[0]:
                 own = sum(float(-(P[name] * grads[name] * x).double().sum()) for name, x in D.items() if name in grads)
                 moved = sum(float(((named[name].detach() - self._saved[name]) * x).double().sum()) for name, x in D.items())
@@ -262,21 +271,30 @@ class Probe:
         return Blame(forces, float(first.sum()), rounding, own, carried)
 
 
+@dataclass(frozen=True)
+class _Watched(exact.Side):
+    """A side of observed tokens with what is watched there."""
+
+    observable: Observable
+
+    def values(self, b: int, logits: Tensor) -> Float[Tensor, " N"]:
+        """The observable of the tokens of batch b, in float64."""
+        return observables.values(self.observable, logits, self.terms[b].targets)
+
+
 def _along(
-    tracer: Tracer, head: nn.Module, batches: Sequence[Batch], direction: exact.Direction
+    tracer: Tracer, head: nn.Module, watched: _Watched, direction: exact.Direction
 ) -> tuple[TokenStats, Tensor, Tensor, Tensor | None]:
-    """Statistics and log-probs [M] at the traced weights; their first-order change along a direction [M], and the readout's."""
+    """Statistics and observables [M] at the traced weights; their first-order change along a direction, and the readout's."""
     uses, readout = exact.select(tracer, "full"), tracer.readout
     moved = direction.get(tracer.owner[readout.weight_name])
     shift = None if readout.bias_name is None else direction.get(tracer.owner[readout.bias_name])
     old = replace(readout, weight=tracer.params[readout.weight_name])
     before, predicted, through, stats = [], [], list[Tensor](), []
-    for batch in batches:
+    for b, (batch, term) in enumerate(zip(watched.batches, watched.terms, strict=True)):
         z, velocity, h = _pushed(tracer, head, batch, direction, uses)
-        y = batch.targets.to(z.device)
-        before.append(log_probs(z, y))
-        stats.append(token_stats(z, y))
-        term = GTerm(y, torch.ones_like(z[:, 0]))
+        before.append(watched.values(b, z))
+        stats.append(token_stats(z, batch.targets.to(z.device)))
         for rows in blocks(z):
             force = term.rows(rows).logit_force(z[rows])
             predicted.append((force * velocity[rows].to(force.dtype)).double().sum(1))
@@ -310,13 +328,23 @@ def _pushed(
         handle.remove()
 
 
-def observed_side(tracer: Tracer, chis: Sequence[Chi]) -> exact.Side:
-    """The scored tokens of some sequences with the force that raises their log-probs."""
-    batches, terms = tracer.batches(chis, TOKENS), []
-    for batch in batches:
-        ones = torch.ones(len(batch.targets), dtype=tracer.precision, device=tracer.device)
-        terms.append(GTerm(batch.targets.to(tracer.device), ones))
-    return exact.Side(batches, terms)
+def observed_side(tracer: Tracer, chis: Sequence[Chi], observable: Observable = LogProb()) -> exact.Side:  # noqa: B008
+    """The scored tokens of some sequences with the force that raises their log-probs, or what else is watched."""
+    batches = tracer.batches(chis, TOKENS)
+    return exact.Side(batches, _terms(tracer, batches, observable, chis))
+
+
+@torch.no_grad()
+def _terms(tracer: Tracer, batches: Sequence[Batch], observable: Observable, chis: Sequence[Chi]) -> list[GTerm]:
+    """The observable's cotangents at the traced weights; those of a log-probability need no pass."""
+    terms, traced = [], {use: tracer.params[use] for use in exact.select(tracer, "full")}
+    every = observable.tokens(chis).to(tracer.device)
+    for batch, tokens in zip(batches, every.split([len(batch.targets) for batch in batches]), strict=True):
+        if isinstance(observable, LogProb):
+            terms.append(GTerm(tokens, torch.ones(len(tokens), dtype=tracer.precision, device=tracer.device)))
+        else:
+            terms.append(observable.term(tracer.logits(batch, traced), tokens))
+    return terms
 
 
 def updated_side(tracer: Tracer, forward: Forward, scale: float = 1.0) -> exact.Side:

@@ -15,6 +15,8 @@ aligned.py   where cotangents stay in place            tile.py      kept by stre
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -31,21 +33,27 @@ from .strips import Strip, cells_of, make_strips
 from .tile import STEPS, Tile
 from .traced import SideTracer, TracedBatch
 
+Closed = dict[int, Float[Tensor, "M L"]]  # by part
 
-def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, progress: Progress | None = None) -> Coverage:
-    """F [M, L] into out, tile by tile; see Fill.
+
+def fill(
+    problem: Problem, out: Float[Tensor, "*parts M L"], *, memory: int = MEMORY, progress: Progress | None = None
+) -> Coverage:
+    """F [M, L] into out, tile by tile; see Fill. Of a problem in parts (Scope.parts) it is one matrix for each.
 
     Raises:
         Unsupported: a model, or sequences, that the structured engines do not cover.
 
     Cost: about a backward pass without weight gradients per token of both sides, and the inner products (budget.py counts).
+    Parts take the memory of their matrices and nothing else.
     """
     p = planned(problem)
     if len(p.observed) < len(p.updated):
-        p, out = p.transposed(), out.T
-    closed = readout_matrix(p)
+        p, out = p.transposed(), out.mT
+    out = out if p.parts is not None else out[None]
+    closed = _readout(p)
     if not p.plan.moves:
-        out.copy_(closed)
+        out.copy_(_with_readout(torch.zeros_like(out), closed))
         return p.plan.labels(p, {})
     if p.together:
         try:
@@ -59,16 +67,18 @@ def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, p
     return _fill(p, out, closed, memory, progress)
 
 
-def _fill(p: PlannedProblem, out: Tensor, closed: Tensor, memory: int, progress: Progress | None) -> Coverage:
+def _fill(
+    p: PlannedProblem, out: Float[Tensor, "parts M L"], closed: Closed, memory: int, progress: Progress | None
+) -> Coverage:
     """The readout's own part and the backbone's into out."""
-    tiling = Size.of(p).tiling(*p.singles, memory, p.together)
+    tiling = Size.of(p).tiling(*p.singles, max(1, memory - (out.nbytes if len(out) > 1 else 0)), p.together)
     sides, budget = _side_tracers(p, tiling), tiling.budget
     rules: Rules = {}
     tiles, done = len(tiling.kept_blocks) * len(tiling.streamed_blocks), 0
 
     def report(part: int, whole: int) -> None:
         if progress:
-            progress(int(out.shape[1] * (done + part / whole) / tiles), out.shape[1])
+            progress(int(out.shape[2] * (done + part / whole) / tiles), out.shape[2])
 
     for rows in tiling.kept_blocks:
         kept = _traced(sides[0], rows, with_calls=True)
@@ -79,12 +89,12 @@ def _fill(p: PlannedProblem, out: Tensor, closed: Tensor, memory: int, progress:
             both = _strips_of_both(p, tiling, mine)
             others = _traced(sides[1], [of for of in columns if not both or of[0] >= tiling.common], with_calls=False)
             theirs = both + make_strips(p.cuts, others, budget.graphs // 2, start=both[-1].where.stop if both else 0)
-            part = Tile(p.fused_plan, mine, theirs, budget, p.narrow, report if progress else None).fill(p.aligned)
+            tile = Tile(p.fused_plan, mine, theirs, budget, p.narrow, report if progress else None).fill(p.aligned)
             o, u = tiling.sides
             (m, c_m), (l, c_l) = _tokens(o, rows, mine), _tokens(u, columns, theirs)  # noqa: E741
+            found = tile[:, cells_of(mine)[:, None], cells_of(theirs)].to(out) * c_m.to(out)[:, None] * c_l.to(out)
             at = m[:, None], l
-            found = part[cells_of(mine)[:, None], cells_of(theirs)].to(out)
-            out[at] = closed[at] + found * c_m.to(out)[:, None] * c_l.to(out)
+            out[:, *at] = _with_readout(found, {part: F[at] for part, F in closed.items()})
             report(STEPS, STEPS)
             done += 1
     return p.fused_plan.labels(p, rules)
@@ -101,6 +111,22 @@ def _strips_of_both(p: PlannedProblem, tiling: Tiling, kept: list[Strip]) -> lis
     first = [id(strip.traced) for strip in kept]
     both = list(dict.fromkeys(first))[: tiling.common]
     return [strip for strip in kept if id(strip.traced) in both]
+
+
+def _readout(p: PlannedProblem) -> Closed:
+    """The readout's own force, by part: its weight and its bias may be in different ones."""
+    head = (p.tracer.readout.weight_name, p.tracer.readout.bias_name)
+    by_part: dict[int, dict[str, str]] = {}
+    for use, tensor in p.uses.items():
+        if use in head:
+            by_part.setdefault(0 if p.parts is None else p.parts.of[use], {})[use] = tensor
+    return {part: readout_matrix(replace(p, uses=uses)) for part, uses in by_part.items()}
+
+
+def _with_readout(F: Float[Tensor, "parts M L"], closed: Closed) -> Float[Tensor, "parts M L"]:
+    for part, readout in closed.items():
+        F[part] += readout.to(F)
+    return F
 
 
 def _side_tracers(p: PlannedProblem, tiling: Tiling) -> tuple[SideTracer, SideTracer]:

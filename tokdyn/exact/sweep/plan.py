@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
@@ -26,6 +26,7 @@ from ..modules.lookup import Lookup
 from ..modules.norms import Norm
 from ..modules.rotary import turned
 from ..modules.routes import Stack
+from ..parts import Parts
 from ..problem import Coverage, Problem
 from ..products import Direction
 from ..readout import LABEL as READOUT
@@ -51,6 +52,9 @@ class Plan:
         copied: moving modules whose outputs the model writes to in place.
         unused: calls on which the readout's input does not depend, each a module and which of its calls (DoRA runs an identity
             matrix through its adapters for a norm that counts as a constant).
+        part: module or fusion -> the part (Scope.parts) that its share counts in.
+        tied_part: the part of what a tied embedding does from lookup to readout and back.
+        n_parts: how many there are.
     """
 
     moves: dict[str, set[str]]
@@ -61,11 +65,23 @@ class Plan:
     fusions: tuple[Fusion, ...] = ()
     copied: frozenset[str] = frozenset()
     unused: frozenset[tuple[str, int]] = frozenset()
+    part: Mapping[str, int] = field(default_factory=dict)
+    tied_part: int = 0
+    n_parts: int = 1
 
     @property
     def names(self) -> list[str]:
         """The modules that move."""
         return list(self.moves)
+
+    def divided(self, parts: Parts) -> Plan:
+        """The plan with the part that each module's share counts in: no module holds more than one (Parts.rounds)."""
+        part = {module: parts.of[use] for use, module in self.module.items()}
+        return replace(self, part=part, tied_part=parts.tied or 0, n_parts=len(parts.names))
+
+    def part_of(self, name: str) -> int:
+        """The part of a module or fusion; 0 where F is not divided."""
+        return self.part.get(name, 0)
 
     def sizes(self, tracer: Tracer) -> dict[str, int]:
         """How many numbers move, by module and by fusion."""
@@ -110,12 +126,15 @@ class Plan:
     def fused(self, tracer: Tracer, batch: Batch, narrow: float) -> Plan:
         """The plan with linear layers fused where one elementwise product takes them all in, seen on a batch.
 
-        Layers with fewer inputs than `narrow`, of which directions are kept, stay by themselves.
+        Layers with fewer inputs than `narrow`, of which directions are kept, stay by themselves, and so do those of different
+        parts.
         """
         h, calls, given = self.unroll(tracer, batch)
         rules = self.rules([call.detached() for call in calls])
         fit = [name for name, rule in rules.items() if rule.can_fuse and not rule.prefers_direction(narrow)]
-        return replace(self, fusions=tuple(fusions(h, calls, given, fit)))
+        found = [of for of in fusions(h, calls, given, fit) if len({self.part_of(name) for name in of.modules}) == 1]
+        part = {**self.part, **{of.name: self.part_of(of.modules[0]) for of in found}}
+        return replace(self, fusions=tuple(found), part=part)
 
     def record(self, tracer: Tracer, batch: Batch) -> tuple[Tensor, list[Call]]:
         """Tracer.record at the moving modules, with one call in place of fused layers."""
@@ -278,8 +297,11 @@ def planned(problem: Problem) -> PlannedProblem:
     require_covered(problem, plan)
     plan = replace(plan, closed={name: form for name, form in closed.items() if form is not None})
     plan = replace(plan, unused=_unused(tracer, plan, calls, batches[0]))
+    if problem.parts is not None:
+        plan = plan.divided(problem.parts)
     together = all(rule.tells_sequences for rule in rules.values())
-    return PlannedProblem(tracer, problem.uses, problem.P, problem.observed, problem.updated, plan, together)
+    sides = problem.observed, problem.updated
+    return PlannedProblem(tracer, problem.uses, problem.P, *sides, plan, together, parts=problem.parts)
 
 
 def _require_beginnings(tracer: Tracer, batches: Sequence[Batch]) -> None:

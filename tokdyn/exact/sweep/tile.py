@@ -16,7 +16,7 @@ from ..modules.lookup import Lookup, tied_force
 from ..products import preconditioned
 from ..progress import Progress
 from .buffer import ScratchBuffer
-from .kept import CallsOf, Kept, flat, layout, parts_that_fit, pull_into, recalled, reserve
+from .kept import Block, CallsOf, Kept, flat, layout, parts_that_fit, pull_into, recalled, reserve
 from .plan import Plan, Rules
 from .strips import Budget, Found, Strip
 
@@ -48,12 +48,15 @@ class Tile:
 
     def __post_init__(self) -> None:
         like = self.kept[0].traced.cotangent
-        self.F = like.new_zeros(self.kept[-1].where.stop, self.streamed[-1].where.stop)
+        self.F = like.new_zeros(self.plan.n_parts, self.kept[-1].where.stop, self.streamed[-1].where.stop)
         self._kept_memory, self._scratch = ScratchBuffer(like.device), ScratchBuffer(like.device)
         self._kept: dict[Strip, Kept] = {}  # of the segment at hand
 
-    def fill(self, aligned: int) -> Float[Tensor, "M L"]:
-        """All segments, from the readout down; in the first `aligned` of them cotangents stay at their own positions."""
+    def fill(self, aligned: int) -> Float[Tensor, "parts M L"]:
+        """All segments, from the readout down; in the first `aligned` of them cotangents stay at their own positions.
+
+        A module's share goes to its part (Plan.part).
+        """
         depths = len(self.kept[0].cuts)
         rules = self.kept[-1].traced.rules
         for depth in range(aligned):
@@ -79,12 +82,12 @@ class Tile:
             for columns, group in groups(pulled, self.budget.group):
                 for strips, kept in sequences:
                     rules = strips[0].traced.rules
-                    self._add_inner_products(self.F[:, columns], kept, rules, group)
+                    self._add_inner_products(self.F[..., columns], kept, rules, group)
                     tied = self.plan.tied_lookup(rules)
                     if tied is not None and self.plan.lookup in kept:
-                        self._add_tied(self.F[:, columns], strips, tied, group)
+                        self._add_tied(self.F[self.plan.tied_part][:, columns], strips, tied, group)
                 if self.progress:
-                    self.progress(int(STEPS * (depth + columns.stop / self.F.shape[1]) / depths), STEPS)
+                    self.progress(int(STEPS * (depth + columns.stop / self.F.shape[2]) / depths), STEPS)
                 del group  # before the next one is pulled
             self._kept.clear()
             del sequences, reserved, kept
@@ -114,21 +117,28 @@ class Tile:
             sides.append(products)
         for name, left in sides[0].items():
             for o, u in zip(zip(*left, strict=True), zip(*sides[1][name], strict=True), strict=True):
-                add_outer_products(self.F, OuterProduct.joined(o), OuterProduct.joined(u))
+                add_outer_products(self.F[self.plan.part_of(name)], OuterProduct.joined(o), OuterProduct.joined(u))
 
     @torch.no_grad()
-    def _add_inner_products(self, F: Float[Tensor, "M b"], kept: Kept, rules: Rules, group: Group) -> None:
+    def _add_inner_products(self, parts: Float[Tensor, "parts M b"], kept: Kept, rules: Rules, group: Group) -> None:
         """Add a segment's share between the kept tokens of one batch and a group of streamed ones."""
         for name, blocks in kept.items():
-            rule = rules[name]
+            rule, F = rules[name], parts[self.plan.part_of(name)]
             if blocks[0].part is None:
                 right = self._directions(name, rule, group, F.shape[1], blocks[0].values.dtype)
                 F[blocks[0].where] += inner(blocks[0].values, right)
                 continue
             E = self._tangents(name, rule, group, F.shape[1], blocks[0].values.dtype)
-            for block in blocks:
-                found = inner(block.values, block.of(E).transpose(0, 1))
-                F[block.where].view(block.slots, block.sequences, -1).add_(found.transpose(0, 1))
+            tied = self.plan.tied_lookup({name: rule}) if name == self.plan.lookup else None
+            apart = tied is not None and self.plan.tied_part != self.plan.part_of(name)
+            if tied is not None and not apart:
+                _look_up(E, tied, group)
+            _meet(F, blocks, E)
+            if tied is not None and apart:
+                for e in (e for call in E for e in call):
+                    e.zero_()
+                _look_up(E, tied, group)
+                _meet(parts[self.plan.tied_part], blocks, E)
 
     def _directions(self, name: str, rule: Rule, group: Group, columns: int, dtype: torch.dtype) -> Float[Tensor, "b K"]:
         """P Ẇ of a group's tokens, flat."""
@@ -153,13 +163,6 @@ class Tile:
             else:
                 for e in (e for call in outs for e in call):
                     e.zero_()
-        tied = self.plan.tied_lookup({name: rule}) if name == self.plan.lookup else None
-        if tied is not None:
-            for at, strip, cells, _ in group:
-                for ids, (e,) in zip(tied.o_ids, E, strict=True):
-                    own = strip.traced
-                    residual, h = (strip.by_cell(x[strip.tokens])[cells] for x in (own.residual_at(ids), own.h))
-                    e[at] += tied.looked_up(residual, h, ids).view_as(e[at])
         return E
 
     @torch.no_grad()
@@ -174,6 +177,22 @@ class Tile:
                     own = strip.traced
                     h, residual = own.h[strip.tokens], own.residual_at(ids)[strip.tokens]
                     F[strip.where.start + strip.cells, columns] += tied_force(h, residual, steps[:, k]).T
+
+
+def _meet(F: Float[Tensor, "M b"], blocks: list[Block], E: list[list[Tensor]]) -> None:
+    """Add Σ_t δ_{m,t}·E_l(t) of one module."""
+    for block in blocks:
+        found = inner(block.values, block.of(E).transpose(0, 1))
+        F[block.where].view(block.slots, block.sequences, -1).add_(found.transpose(0, 1))
+
+
+def _look_up(E: list[list[Tensor]], rule: Lookup, group: Group) -> None:
+    """Add what the streamed tokens' step of the readout does at the lookups that share its weight."""
+    for at, strip, cells, _ in group:
+        for ids, (e,) in zip(rule.o_ids, E, strict=True):
+            own = strip.traced
+            residual, h = (strip.by_cell(x[strip.tokens])[cells] for x in (own.residual_at(ids), own.h))
+            e[at] += rule.looked_up(residual, h, ids).view_as(e[at])
 
 
 def groups(streamed: Iterable[tuple[Strip, Pulls]], size: int) -> Iterator[tuple[slice, Group]]:

@@ -52,7 +52,8 @@ const CONTEXTS = Side("contexts", {
 const VIEW = { unit: ETA === null ? "rate" : "step", net: true };
 const inUnit = (rate) => (VIEW.unit === "step" ? ETA * rate : rate);
 const changeInUnit = (nats) => (VIEW.unit === "step" || !finite(nats) ? nats : ETA === null ? null : nats / ETA);
-const unitName = () => (VIEW.unit === "step" ? "nats after the step" : "nats per unit lr");
+const WATCHED = RUN.watched;
+const unitName = () => `${WATCHED.unit} ${VIEW.unit === "step" ? "after the step" : "per unit lr"}`;
 
 /** Net force of each context on each observed token, summed in double precision. */
 const NET = MATRIX && netMatrix();

@@ -228,6 +228,7 @@ function Inspector(showInPanel) {
         ),
         h("p.place", of.place(index)),
         facts(rows),
+        partner >= 0 && side === "observed" && WhyCard(index, partner),
         HAS_FORCES && (side === "observed" ? movers(index) : moved(index)),
         side === "observed" && words(index),
       ].filter(Boolean),

@@ -62,12 +62,12 @@ function Scatter() {
     SVG(
       "text",
       { class: "axis-title", x: (L + W - 12) / 2, y: H - 8, "text-anchor": "middle" },
-      "predicted change, nats after the step",
+      `predicted change, ${WATCHED.unit} after the step`,
     ),
     SVG(
       "text",
       { class: "axis-title", transform: `translate(14 ${(12 + H - B) / 2}) rotate(-90)`, "text-anchor": "middle" },
-      "actual change, nats after the step",
+      `actual change, ${WATCHED.unit} after the step`,
     ),
   );
 
@@ -169,10 +169,10 @@ function verdict(points, verify) {
     h(
       "div",
       h("dt", "Typical error"),
-      h("dd", number(rms), h("span.unit", " nats")),
+      h("dd", number(rms), h("span.unit", ` ${WATCHED.unit}`)),
       h(
         "dd.say",
-        `root mean square over ${plural(points.length, "token")}${size ? `, ${percent(rms / size)} of a typical change of ${number(size)} nats` : ""}.`,
+        `root mean square over ${plural(points.length, "token")}${size ? `, ${percent(rms / size)} of a typical change of ${number(size)} ${WATCHED.unit}` : ""}.`,
       ),
     ),
   );
@@ -221,7 +221,7 @@ function residuals({ etas, residuals: errors }) {
       SVG(
         "text",
         { class: "axis-title", transform: `translate(12 ${(H - B) / 2}) rotate(-90)`, "text-anchor": "middle" },
-        "residual, nats (log)",
+        `residual, ${WATCHED.unit} (log)`,
       ),
     ),
     h("figcaption", "The dashed line falls with η². Points on it are second-order residuals."),

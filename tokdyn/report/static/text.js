@@ -1,10 +1,11 @@
 // The answers as running text: every token a button, its background the quantity chosen above the panel.
 // AnswerPanel is one function, since what it nests shares the panel's tokens and its choice of quantity as methods share a class.
 
+const WHAT = WATCHED.label === "log-probability" ? "log π(m)" : `the ${WATCHED.label} at m`;
 const MEASURES = {
   observed: {
-    actual: { name: "Actual", what: "Actual change of log π(m)", unit: unitName, value: MOVES.actual },
-    predicted: { name: "Predicted", what: "Predicted change of log π(m), Σ F", unit: unitName, value: MOVES.predicted },
+    actual: { name: "Actual", what: `Actual change of ${WHAT}`, unit: unitName, value: MOVES.actual },
+    predicted: { name: "Predicted", what: `Predicted change of ${WHAT}, Σ F`, unit: unitName, value: MOVES.predicted },
   },
   updated: {
     g: {
@@ -127,7 +128,7 @@ function AnswerPanel(side) {
               ? `c = ${signed(part[0])} each`
               : `Σ c = ${signed(sum)}`
             : `mean ‖G‖ ${number(part.reduce((a, b) => a + Math.abs(b), 0) / part.length)}`;
-      else net.textContent = `Σ ${signed(sum)} ${VIEW.unit === "step" ? "nats" : "nats per lr"}`;
+      else net.textContent = `Σ ${signed(sum)} ${WATCHED.unit}${VIEW.unit === "step" ? "" : " per lr"}`;
     }
   }
 

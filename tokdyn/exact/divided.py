@@ -1,0 +1,126 @@
+"""F in parts [N, M, L] by engines that make one matrix: the problem of each part alone, and the rest of a tied embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from . import finite_difference
+from .parts import Parts
+from .problem import MEMORY, Coverage, Fill, Problem, Reduction
+from .products import Direction, Uses, vjp
+from .progress import Progress, share
+from .sides import Side
+
+
+def problems(problem: Problem) -> Iterator[tuple[int, Problem]]:
+    """The problem of each part that has a parameter of its own: the same tokens, fewer uses that move."""
+    parts = _parts(problem)
+    for n in range(len(parts.names)):
+        uses = parts.uses(n, problem.uses)
+        if uses:
+            yield n, replace(problem, uses=uses, parts=None)
+
+
+def tied_uses(problem: Problem) -> tuple[dict[str, str], dict[str, str]] | None:
+    """The uses of a tied embedding, as lookup and as readout, where they are in different parts; None where they are not."""
+    parts, head = _parts(problem), problem.tracer.readout.weight_name
+    if head not in problem.uses or parts.tied is None or parts.tied == parts.of[head]:
+        return None
+    readout = {head: problem.uses[head]}
+    return {use: of for use, of in problem.uses.items() if of == problem.uses[head] and use != head}, readout
+
+
+@dataclass(frozen=True)
+class EachPart:
+    """A Fill of [N, M, L] or [N, M, G]: another Fill for each part. What is tied is the tensor's force without its uses'."""
+
+    fill: Fill
+
+    def __call__(
+        self, problem: Problem, out: Float[Tensor, "N M L"], *, memory: int = MEMORY, progress: Progress | None = None
+    ) -> Coverage:
+        """See Fill."""
+        coverage, N = Coverage(), len(out)
+        for n, part in problems(problem):
+            coverage |= self.fill(part, out[n], memory=memory, progress=share(progress, n, 1, N))
+        tied, parts = tied_uses(problem), _parts(problem)
+        if tied is not None:
+            F = [out.new_empty(out.shape[1:]) for _ in range(3)]
+            for uses, of in zip((tied[0] | tied[1], *tied), F, strict=True):
+                self.fill(replace(problem, uses=uses, parts=None), of, memory=memory, progress=None)
+            assert parts.tied is not None
+            out[parts.tied] = F[0] - F[1] - F[2]
+        return coverage
+
+
+def reduced(problem: Problem, over: Reduction, method: str) -> Tensor:
+    """Σ_l F of each part [N, M] ("update") or Σ_m F [N, L] ("observe"): a vjp of one side, a jvp over the other for each part.
+
+    method: "tangent", or "fd" with real steps for the jvp.
+    """
+    source, sink = (problem.updated, problem.observed) if over == "update" else (problem.observed, problem.updated)
+    of_use = by_use(problem, source)
+    if problem.P is not None:
+        of_use = {use: problem.P[problem.uses[use]] * step for use, step in of_use.items()}
+    jvp = finite_difference.jvp if method == "fd" else Problem.jvp
+    found = problem.tracer.readout.weight.new_zeros(_count(problem), len(sink), dtype=problem.tracer.precision)
+    for n, part in problems(problem):
+        found[n] = jvp(part, sink, _added(of_use, part.uses))
+    if (tied := tied_uses(problem)) is not None:  # the step of each use where the other is
+        direction = {"lookup": _total(of_use, tied[0]), "readout": _total(of_use, tied[1])}
+        crossed = dict.fromkeys(tied[0], "readout") | dict.fromkeys(tied[1], "lookup")
+        found[_parts(problem).tied] = jvp(replace(problem, uses=crossed, P=None, parts=None), sink, direction)
+    return found
+
+
+def both(problem: Problem) -> Tensor:
+    """Σ_m Σ_l F of each part [N]: <Σ_m J_mᵀ Γ_m, P Σ_l J_lᵀ Γ_l> over the part's parameters, two vjps in all."""
+    return inner_products(problem, by_use(problem, problem.observed), by_use(problem, problem.updated))
+
+
+def inner_products(problem: Problem, o: Direction, u: Direction) -> Tensor:
+    """<o, P u> of each part [N], from two directions by use."""
+    u = u if problem.P is None else {use: problem.P[problem.uses[use]] * step for use, step in u.items()}
+    found = problem.tracer.readout.weight.new_zeros(_count(problem), dtype=problem.tracer.precision)
+    whole = [(0, problem)] if problem.parts is None else problems(problem)
+    for n, part in whole:
+        a, b = _added(o, part.uses), _added(u, part.uses)
+        found[n] = sum(_inner(a[tensor], b[tensor]) for tensor in a)
+    if problem.parts is not None and (tied := tied_uses(problem)) is not None:
+        (lookup_o, lookup_u), (head_o, head_u) = ([_total(of, uses) for of in (o, u)] for uses in tied)
+        found[_parts(problem).tied] = _inner(lookup_o, head_u) + _inner(head_o, lookup_u)
+    return found
+
+
+def by_use(problem: Problem, side: Side) -> Direction:
+    """Σ_n J_nᵀ Γ_n of a side, of each use of a tensor by itself, without P."""
+    return vjp(problem.tracer, side, {use: use for use in problem.uses})
+
+
+def _added(of_use: Direction, uses: Uses) -> Direction:
+    """By tensor: the sum over its uses."""
+    tensors: dict[str, dict[str, str]] = {}
+    for use, tensor in uses.items():
+        tensors.setdefault(tensor, {})[use] = tensor
+    return {tensor: _total(of_use, of) for tensor, of in tensors.items()}
+
+
+def _total(of_use: Direction, uses: Iterable[str]) -> Tensor:
+    return sum((of_use[use] for use in list(uses)[1:]), of_use[next(iter(uses))])
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    return float((a.double() * b.double()).sum())
+
+
+def _count(problem: Problem) -> int:
+    return 1 if problem.parts is None else len(problem.parts.names)
+
+
+def _parts(problem: Problem) -> Parts:
+    assert problem.parts is not None
+    return problem.parts
