@@ -10,7 +10,10 @@ from typer.testing import CliRunner
 import tokdyn as td
 from tokdyn.cli import app
 from tokdyn.objectives import DPO, SFT
+from tokdyn.runs.by_sequence import BySequence
+from tokdyn.runs.contexts import Contexts
 from tokdyn.runs.explain import Explanation, kept, sentence, sums
+from tokdyn.runs.pairs import strongest
 from tokdyn.testing import random_chis, relative_error, tiny
 
 FP32 = 1e-5
@@ -167,8 +170,24 @@ def test_the_summary_and_the_page_say_why(run):
     assert why["text"] == made.explain().sentence
     page = (path / "report.html").read_text(encoding="utf-8")
     payload = json.loads(re.search(r'id="payload">(.*?)</script>', page, re.S)[1])
-    assert payload["cards"][0]["sentence"] == why["text"]
-    assert sum(x for _, x in payload["cards"][0]["layers"]) == pytest.approx(made.explain().facts["force"], rel=1e-5)
+    first = payload["cards"][0]
+    l = payload["contexts"]["updated"].index(first["x"])  # noqa: E741
+    card = made.explain(first["m"], l)
+    assert first["sentence"] == card.sentence
+    assert sum(x for _, x in first["layers"]) == pytest.approx(card.facts["force"], rel=1e-5)
+
+
+def test_why_is_said_of_the_headlines_push(run):
+    """Summed over what both answers of the pair say alike: the finding before it names the same tokens and the same force."""
+    *_, made, _ = run
+    titles = [finding["title"] for finding in made.about["findings"]]
+    at = titles.index("Why")
+    said, headline = made.explain(), made.about["findings"][at - 1]
+    assert titles[at - 1].startswith("The strongest net") and headline["text"].startswith(said.facts["updated"]["name"])
+    joined = Contexts.of(BySequence.of(made.tokens, made.matrix), made.about["sequences"]).alike_joined
+    assert said.facts["force"] == pytest.approx(float(joined.others.flatten()[joined.others.abs().argmax()]), rel=1e-4)
+    few = strongest(Contexts.of(BySequence.of(made.tokens, made.matrix), made.about["sequences"]), parts=1, count=1)
+    assert len(few) >= 1  # the headline's tokens, however few are wanted
 
 
 def test_the_command_line_prints_the_card(run):

@@ -47,10 +47,10 @@ class Cards:
             )
         run = self.contexts.run
         if m is None or l is None:
-            cell = self.strongest()
-            if cell is None:
+            card = self.strongest()
+            if card is None:
                 raise ValueError("no update token moves a token that stands elsewhere: say which pair, M and L")
-            m, l = cell[0], self.contexts.members[cell[1]][0]  # noqa: E741
+            return card
         for name, index, size in (("M", m, len(run.observed)), ("L", l, len(run.updated))):
             if not 0 <= index < size:
                 raise ValueError(f"{name} must lie in [0, {size}), got {index}")
@@ -61,10 +61,16 @@ class Cards:
             )
         return found
 
-    def strongest(self) -> tuple[int, int] | None:
-        """The observed token and the context whose net force from elsewhere is the largest; None where there is none."""
-        others = self.contexts.others
-        return divmod(int(others.abs().argmax()), others.shape[1]) if bool(others.any()) else None
+    def strongest(self) -> Explanation | None:
+        """The card of the strongest net force from elsewhere, that of the headline; None where there is none.
+
+        What both answers of a pair say alike, place by place, counts as one (Contexts.alike_joined).
+        """
+        contexts = self.contexts.alike_joined
+        if not bool(contexts.others.any()):
+            return None
+        m, x = divmod(int(contexts.others.abs().argmax()), contexts.others.shape[1])
+        return self.card(m, contexts.members[x])
 
     def strongest_net(self, n: int) -> Iterator[tuple[int, int, Explanation]]:
         """The n strongest net forces from elsewhere that were kept: m, context, card."""
@@ -76,7 +82,7 @@ class Cards:
                 yield m, x, card
 
     def card(self, m: int, members: list[int]) -> Explanation | None:
-        """The card of an observed token and update tokens behind one text; None where one of the pairs was not kept."""
+        """The card of an observed token and some update tokens together; None where one of the pairs was not kept."""
         kept = None if self.pairs is None else self.pairs.of(m, members)
         if kept is None:
             return None

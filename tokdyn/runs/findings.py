@@ -153,8 +153,7 @@ def _strongest(about: dict[str, Any], contexts: Contexts) -> Finding | None:
 
 def _why(cards: Cards) -> Finding | None:
     """The sentence of the strongest net push between different places."""
-    cell = cards.strongest()
-    card = None if cell is None else cards.card(cell[0], cards.contexts.members[cell[1]])
+    card = cards.strongest()
     return None if card is None else dict(title="Why", text=card.sentence)
 
 

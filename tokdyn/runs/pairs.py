@@ -45,8 +45,9 @@ class Pairs:
         if not at or any(k is None for k in at):
             return None
         rows = torch.tensor(at)
-        parts = self.parts[rows].double().sum(0).tolist()
-        readout, cosine, _ = self.kernel[rows[0]].tolist()  # of one context, one hidden state
+        by_token = self.parts[rows].double()
+        parts = by_token.sum(0).tolist()
+        readout, cosine, _ = self.kernel[rows[by_token.sum(1).abs().argmax()]].tolist()  # of one context, one hidden state
         product = float(self.kernel[rows, 2].double().sum())
         found = [(layer, kind, force) for (layer, kind), force in zip(self.names, parts, strict=True)]
         return found, {"readout": readout, "cosine": cosine, "product": product}
@@ -78,12 +79,14 @@ def strongest(contexts: Contexts, parts: int, count: int | None = None) -> Int[T
     wanted = max(LEAST, int(SHARE * M * L)) if count is None else count
     wanted = min(M * L, max(1, BYTES // (4 * max(1, parts))), wanted)
     found: dict[tuple[int, int], None] = {}
-    nets = contexts.others.abs().flatten()
-    for cell in nets.topk(min(len(nets), wanted)).indices.tolist():
-        m, x = divmod(cell, contexts.others.shape[1])
-        if len(found) + len(contexts.members[x]) > wanted // 2 or not nets[cell]:
-            break
-        found |= dict.fromkeys((m, l) for l in contexts.members[x])  # noqa: E741
+    for of, share in ((contexts.alike_joined, wanted // 4), (contexts, wanted // 2)):
+        nets = of.others.abs().flatten()
+        for cell in nets.topk(min(len(nets), wanted)).indices.tolist():
+            m, x = divmod(cell, of.others.shape[1])
+            new = [(m, l) for l in of.members[x] if (m, l) not in found]  # noqa: E741
+            if not nets[cell] or found and len(found) + len(new) > share:
+                break
+            found |= dict.fromkeys(new)
     for cell in F.abs().flatten().nan_to_num(0).topk(wanted).indices.tolist():
         if len(found) >= wanted:
             break
