@@ -86,11 +86,10 @@ test-kernels: install
 test-sanitized: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q $(SANITIZED)
 
-CASES := 20000 # of each of about 22 tests
-FUZZ := tests/ops/test_fuzz.py
+CASES := 1000000
 
 fuzz: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=30 -n 2 --fuzz $(CASES) $(FUZZ)
+	$(BIN)/python tests/fuzz.py --cases $(CASES)
 
 mutants: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --number 200 --markdown docs/mutants.md

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -30,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
     parser.addoption("--native", help="another build of tokdyn._C to test, e.g. one with sanitizers")
     parser.addoption("--fuzz", type=int, default=25, help="cases that Hypothesis makes up for each of its tests")
+    parser.addoption("--fuzz-count", help="a file that takes how many those were in all")
 
 
 @pytest.fixture
@@ -68,6 +70,13 @@ def limited(built: ModuleType, best: str) -> ModuleType:
             setattr(copy, name, with_default(function))
     copy.simd_levels = lambda: levels[: levels.index(best) + 1]
     return copy
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (path := session.config.getoption("--fuzz-count")) is not None:
+        from cases import made
+
+        Path(path).write_text(str(made[0]))
 
 
 def pytest_report_header(config: pytest.Config) -> str:

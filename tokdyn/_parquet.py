@@ -9,6 +9,7 @@ from typing import Any
 BATCH = 64  # rows that are decoded together
 SMALL = 1 << 26  # bytes that the rows of a batch may take as objects, at most, to be made together
 FEW = 1 << 22  # values of a column, in lists, that any part of a file may hold
+READING = (ValueError, OSError, MemoryError, OverflowError, NotImplementedError)  # what pyarrow raises of damaged files
 A_ROW = 64  # more of them, so many a row and a byte: bytes that are no list of lists pack a million nulls
 
 
@@ -38,8 +39,8 @@ def size(path: Path) -> int:
 
     try:
         return pq.read_metadata(path).num_rows
-    except (ValueError, OSError) as error:  # pyarrow does not name the file
-        raise ValueError(f"{path} is not a parquet file ({error})") from None
+    except READING as error:
+        raise _unreadable(path, error) from None
 
 
 def numbered(path: Path) -> Iterator[tuple[int, tuple[Batch, int]]]:
@@ -65,8 +66,13 @@ def numbered(path: Path) -> Iterator[tuple[int, tuple[Batch, int]]]:
                 for i in range(decoded.num_rows):
                     n += 1
                     yield n, (batch, i)
-    except (ValueError, OSError) as error:
-        raise error if str(error).startswith(str(path)) else ValueError(f"{path} is not a parquet file ({error})") from None
+    except READING as error:
+        raise error if str(error).startswith(str(path)) else _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: BaseException) -> ValueError:
+    """One sentence: pyarrow does not name the file, and says some things over several lines."""
+    return ValueError(f"{path} is not a parquet file ({' '.join(str(error).split())[:200]})")
 
 
 def _require_plausible(path: Path, about: Any) -> None:

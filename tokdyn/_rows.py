@@ -187,7 +187,7 @@ def _parquet_rows(path: Path) -> Rows:
         try:
             return batch.row(i)
         except (ValueError, OverflowError) as error:  # pyarrow's for texts that are not UTF-8, times out of range
-            raise ValueError(f"{path} row {n} cannot be read ({error})") from None
+            raise ValueError(f"{path} row {n} cannot be read ({' '.join(str(error).split())[:200]})") from None
 
     return Rows("row", _parquet.numbered(path), parse, _parquet.size(path))
 

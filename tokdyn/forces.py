@@ -32,6 +32,7 @@ from .runs import frames
 from .runs.explain import Explanation
 from .runs.folder import FORMAT, read_about, read_folder, require_finite, write_folder
 from .runs.notebook import forces_html
+from .runs.schema import require_forces
 from .runs.shards import Shards
 from .sequences import Chi
 
@@ -213,6 +214,8 @@ class Forces:
             table, tensors = shards.read_description()
         else:
             about, table, tensors = read_folder(Path(path))
+        whole = tensors if shards is None else tensors | {"matrix": shards}
+        require_forces(Path(path), about, table, whole)
         sides = []
         for side in ("updated", "observed"):
             rows = table.filter([value == side for value in table["side"].to_pylist()]).drop_columns(["side", "row"])

@@ -149,21 +149,41 @@ def read_folder(path: Path) -> tuple[dict[str, Any], Any, dict[str, Tensor]]:
         FileNotFoundError: the folder holds no run.
         ValueError: it was written by a later format, a file of it cannot be read (which, and why) or is not what was written.
     """
-    import pyarrow.parquet as pq
-    from safetensors.torch import load_file
-
     _find(path)
     about = read_about(path)
     if about["format"] > FORMAT:
         raise ValueError(f"{path} was written in format {about['format']}, this version reads up to {FORMAT}: update tokdyn")
     manifest.committed(path)
-    found: list[Any] = []
-    for name, reader in ((TOKENS, pq.read_table), (FORCES, load_file)):
-        try:
-            found.append(reader(path / name))
-        except Exception as error:
-            raise ValueError(f"{path / name} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    return about, found[0], found[1]
+    return about, read_table(path / TOKENS), read_tensors(path / FORCES)
+
+
+def read_table(file: Path, **options: Any) -> Any:
+    """A parquet file as a table (pyarrow); options are pyarrow's.
+
+    Raises:
+        ValueError: it cannot be read, and why.
+    """
+    import pyarrow.parquet as pq
+
+    return _read(file, lambda file: pq.read_table(file, **options))
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A safetensors file.
+
+    Raises:
+        ValueError: it cannot be read, and why.
+    """
+    from safetensors.torch import load_file
+
+    return _read(file, load_file)
+
+
+def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
+    try:
+        return reader(file)
+    except Exception as error:  # of many kinds, some of several lines
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
 def about_of(path: Path) -> dict[str, Any]:

@@ -11,17 +11,18 @@ Read while it is written: `Scan(folder)` sees the blocks that are whole.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from . import manifest
-from .folder import ABOUT, FORMAT
+from .folder import FORMAT, read_about, read_table
 from .frames import pandas
 from .notebook import scan_html
+from .schema import require_scan
 
 TOKENS, ROWS = "tokens.parquet", "rows.parquet"
 
@@ -42,17 +43,15 @@ class Scan:
             FileNotFoundError: it holds no scan. ValueError: a later format, or a file of it is missing or cut short.
         """
         self.path = Path(path)
-        if not (self.path / ABOUT).exists():
-            raise FileNotFoundError(f"{self.path} holds no run: {ABOUT} is missing")
-        try:
-            self.about: dict[str, Any] = json.loads((self.path / ABOUT).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self.path / ABOUT} cannot be read: {error}") from None
+        self.about = read_about(self.path)
         if self.about.get("kind") != "scan":
             raise ValueError(f"{self.path} holds a {self.about.get('kind')}, not a scan: read it with td.load")
-        if self.about.get("format", FORMAT + 1) > FORMAT:
-            raise ValueError(f"{self.path} was written in format {self.about.get('format')}: update tokdyn")
-        found = {int(commit.key): commit for commit in manifest.committed(self.path) if commit.key.isdigit()}
+        if self.about["format"] > FORMAT:
+            raise ValueError(f"{self.path} was written in format {self.about['format']}: update tokdyn")
+        require_scan(self.path, self.about)
+        found = {
+            int(commit.key): commit for commit in manifest.committed(self.path) if re.fullmatch(r"[0-9]{1,18}", commit.key)
+        }
         self.blocks = sorted(found.items())
 
     @property
@@ -85,10 +84,10 @@ class Scan:
 
     def each(self, table: str = TOKENS, columns: Sequence[str] | None = None) -> Iterator[Any]:
         """The token tables (or, with ROWS, the row tables) block by block (pyarrow): one block is held at a time."""
-        import pyarrow.parquet as pq
-
-        for _, commit in self.blocks:
-            yield pq.ParquetFile(commit.files[table]).read(columns=None if columns is None else list(columns))
+        for block, commit in self.blocks:
+            if table not in commit.files:
+                raise ValueError(f"{self.path} is damaged: block {block} has no {table}")
+            yield read_table(commit.files[table], columns=None if columns is None else list(columns))
 
     def tokens(self, columns: Sequence[str] | None = None) -> Any:
         """All update tokens as one table (pyarrow)."""

@@ -23,6 +23,8 @@ PROFILE: Mapping[str, Any] = {
     "seconds": {"*": NUMBER},
     "verify": f"?{OBJECT}",
 }
+FORCES_OF = {"coverage": {"*": TEXT}, "scope": TEXT, "method": TEXT, "reduce": f"?{TEXT}", "lr": f"?{NUMBER}"}
+SCAN = {"groups": [{"name": TEXT, "tokens": NUMBER}], "settings": {"rows": f"?{NUMBER}", "block": NUMBER}}
 COLUMNS = tuple("side row sequence position token token_id role group force predicted actual risers fallers c".split())
 
 
@@ -92,6 +94,65 @@ def require_profile(path: Path, about: Mapping[str, Any], tokens: Any, shapes: M
             raise ValueError(f"matrix must be [M, L]=[{M}, {L}], as the table has tokens, it is {list(shapes['matrix'])}")
     except ValueError as error:
         raise ValueError(f"{where}{error}") from None
+
+
+def require_forces(path: Path, about: Mapping[str, Any], tokens: Any, tensors: Mapping[str, Any]) -> None:
+    """Raise unless what was read from a folder of forces is some, and its parts fit one another.
+
+    Args:
+        path: the folder.
+        about: its run.json.
+        tokens: the token table (pyarrow).
+        tensors: what has a shape: c [L], and as far as there are any matrix [M, G], vector [M] or [L], groups [L].
+
+    Raises:
+        ValueError: what does not, and where.
+    """
+    where = f"{path / ABOUT}: "
+    try:
+        require(about, FORCES_OF, "")
+        where = f"{path / TOKENS} "
+        require_columns(tokens, ("side", "row"))
+        where, sides = f"{path / FORCES}: ", tokens["side"].to_pylist()
+        M, L = sides.count("observed"), sides.count("updated")
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for name in ("c", *({"groups"} & shapes.keys())):
+            if shapes.get(name) != (L,):
+                raise ValueError(f"{name} must be [L]=[{L}], as the table has updated tokens, it is {shapes.get(name)}")
+        matrix = shapes.get("matrix")
+        if matrix is not None and (matrix[:1] != (M,) or len(matrix) != 2 or ("groups" not in shapes and matrix[1] != L)):
+            raise ValueError(f"matrix must be [M, L]=[{M}, {L}], as the table has tokens, it is {list(matrix)}")
+        if shapes.get("vector", (M,)) not in ((M,), (L,)):
+            raise ValueError(f"vector must be [M]=[{M}] or [L]=[{L}], it is {list(shapes['vector'])}")
+        if matrix is None and "vector" not in shapes:
+            raise ValueError("it holds neither a matrix nor a vector")
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+
+
+def require_scan(path: Path, about: Mapping[str, Any]) -> None:
+    """Raise unless run.json is a scan's.
+
+    Raises:
+        ValueError: what it lacks.
+    """
+    try:
+        require(about, SCAN, "")
+        if about["settings"]["block"] < 1:
+            raise ValueError(f"settings.block must be at least 1, it is {about['settings']['block']}")
+    except ValueError as error:
+        raise ValueError(f"{path / ABOUT}: {error}") from None
+
+
+def require_shape(value: Any, where: str) -> tuple[int, int]:
+    """The shape of a matrix as JSON has it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in value):
+        raise ValueError(f"{where} must be two whole numbers, it is {_short(value)}")
+    return value[0], value[1]
 
 
 def _is_number(value: Any) -> bool:

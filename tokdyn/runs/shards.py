@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from . import manifest
-from .folder import ABOUT, FORCES, TOKENS, as_json
+from .folder import ABOUT, FORCES, TOKENS, as_json, read_table, read_tensors
+from .schema import require_shape
 
 NAME, DESCRIPTION = "matrix.safetensors", "description"
-ROWS = re.compile(r"rows (\d+):(\d+)")
+ROWS = re.compile(r"rows (\d{1,18}):(\d{1,18})")
 
 
 class Shards:
@@ -43,7 +44,7 @@ class Shards:
         if about is None or "shape" not in about:
             raise FileNotFoundError(f"{self.path} holds no sharded matrix: there is no manifest of one")
         self.about = about
-        self.shape = (int(about["shape"][0]), int(about["shape"][1]))
+        self.shape = require_shape(about["shape"], f"{self.path}: shape")
         self.blocks = self._blocks(manifest.committed(self.path))
 
     @classmethod
@@ -118,15 +119,14 @@ class Shards:
         Raises:
             FileNotFoundError: the matrix was interrupted before; its rows can be read all the same.
         """
-        import pyarrow.parquet as pq
-        from safetensors.torch import load_file
-
         found = [commit for commit in manifest.committed(self.path) if commit.key == DESCRIPTION]
         if not found:
             raise FileNotFoundError(
                 f"{self.path} holds rows of a matrix that was interrupted: go on with resume=True, or read them as Shards"
             )
-        return pq.read_table(found[0].files[TOKENS]), load_file(found[0].files[FORCES])
+        if not {TOKENS, FORCES} <= found[0].files.keys():
+            raise ValueError(f"{self.path} is damaged: what describes the matrix is not among its files")
+        return read_table(found[0].files[TOKENS]), read_tensors(found[0].files[FORCES])
 
     def copy_to(self, path: str | Path) -> Shards:
         """The same matrix in another new folder, copied file by file.

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..runs import manifest
-from ..runs.folder import ABOUT, PAGE, about_of, as_json, read_about, require_own, require_place
+from ..runs.folder import ABOUT, PAGE, about_of, as_json, read_about, read_table, require_own, require_place
 from .heartbeat import ALIVE
 from .steps import Step
 
@@ -30,7 +30,7 @@ TABLES = "tokens", "probe", "steps"
 RECORDS, SECONDS = 20, 30.0  # written out whichever comes first
 MOST = 400  # records that wait for a disk that is full; older ones are dropped, and said
 SAME = "model", "probe"  # entries of run.json that a resumed training must share
-KEY = re.compile(r"rank (\d+), life (\d+), steps (\d+) to (\d+)")
+KEY = re.compile(r"rank (\d{1,18}), life (\d{1,18}), steps (\d{1,18}) to (\d{1,18})")
 
 
 class Folder:
@@ -52,7 +52,7 @@ class Folder:
         self.dropped: list[int] = []
         self._patience, self._written = 1, time.monotonic()
         self.writer = manifest.Writer(path, f"{rank:05d}", fresh=not resume)
-        parts = [_part(commit) for commit in self.writer.commits]
+        parts = [_part(self.path, commit) for commit in self.writer.commits]
         self.life, self.last = 1 + max((p.life for p in parts), default=0), max((p.last for p in parts), default=0)
         self._write_about()
 
@@ -199,13 +199,16 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if about.get("kind") != "training" or about["format"] != FORMAT:
         raise ValueError(f"{path} holds {about.get('kind')} in format {about['format']}, not a training in format {FORMAT}")
     found: dict[str, list[Any]] = {name: [] for name in TABLES}
-    for commit, below in _counting(manifest.committed(path)):
+    for commit, below in _counting(path, manifest.committed(path)):
         for name in TABLES:
             if (file := commit.files.get(f"{name}.parquet")) is not None:
                 found[name].append(_rows(file, below))
-    return about, {
-        name: pa.concat_tables(parts, promote_options="permissive") if parts else None for name, parts in found.items()
-    }
+    try:
+        return about, {
+            name: pa.concat_tables(parts, promote_options="permissive") if parts else None for name, parts in found.items()
+        }
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"{path}: its tables do not fit one another ({' '.join(str(error).split())[:200]})") from error
 
 
 class _Part(NamedTuple):
@@ -217,16 +220,16 @@ class _Part(NamedTuple):
     last: int
 
 
-def _part(commit: manifest.Commit) -> _Part:
+def _part(path: Path, commit: manifest.Commit) -> _Part:
     key = KEY.fullmatch(commit.key)
     if key is None:
-        raise ValueError(f"a commit of writer {commit.writer} is no training's: {commit.key!r}")
+        raise ValueError(f"{path} is no training's folder, or damaged: writer {commit.writer} committed {commit.key[:100]!r}")
     return _Part(*map(int, key.groups()))
 
 
-def _counting(commits: list[manifest.Commit]) -> list[tuple[manifest.Commit, int | None]]:
+def _counting(path: Path, commits: list[manifest.Commit]) -> list[tuple[manifest.Commit, int | None]]:
     """The commits of a training with the step from which on a later life of the rank recorded anew, None for none."""
-    parts = [_part(commit) for commit in commits]
+    parts = [_part(path, commit) for commit in commits]
     found = []
     for commit, part in zip(commits, parts, strict=True):
         later = [other.first for other in parts if other.rank == part.rank and other.life > part.life]
@@ -242,9 +245,4 @@ def _rows(file: Path, below: int | None) -> Any:
     Raises:
         ValueError: the file cannot be read.
     """
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(file, filters=None if below is None else [("step", "<", below)])
-    except Exception as error:
-        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    return read_table(file, filters=None if below is None else [("step", "<", below)])
