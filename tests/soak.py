@@ -43,6 +43,7 @@ def main():
             if n % max(1, args.steps // 100) == 0:
                 gc.collect()
                 taken.append((n, tracemalloc.get_traced_memory()[0], resident()))
+                print("step {}: {} B, {} B".format(*taken[-1]), file=sys.stderr, flush=True)
         assert len(monitor.steps) == args.steps and monitor.steps[0].step == 1
     late = np.array([row for row in taken if row[0] > args.steps // 5], dtype=float)
     python, process = (np.polyfit(late[:, 0], late[:, i] / 1024, 1)[0] for i in (1, 2))
@@ -50,7 +51,7 @@ def main():
         f"{args.steps} steps with a probe, {time.process_time() - begin:.0f} s of a processor: a step leaves {python:.3f} KiB "
         f"in Python's memory, {process:.3f} KiB in the process ({late[0, 2] / 2**20:.0f} -> {late[-1, 2] / 2**20:.0f} MiB)"
     )
-    sys.exit(python >= 0.5 or process >= 0.5)
+    sys.exit(int(python >= 0.5 or process >= 0.5))
 
 
 if __name__ == "__main__":
