@@ -15,6 +15,7 @@ EXTRAS = {"accelerate": "trl", "datasets": "trl", "matplotlib": "studies", "pand
 METHODS = ("tangent", "naive", "none")  # of a profile
 UNITS = {"step": "nats after the step", "rate": "nats per unit learning rate"}
 PER = ("contexts", "tokens")
+BY = ("layer", "module", "kind")
 OBSERVABLE = r"log-prob|entropy|margin(:argmax|:rejected|:\d+)?|mass:\d+(,\d+)*|logit:\d+"
 OBSERVABLES = "log-prob, entropy, margin, margin:rejected, margin:TOKEN_ID, mass:ID,ID,… or logit:TOKEN_ID"
 
@@ -99,6 +100,17 @@ def check_observable(name: str) -> None:
     """
     if not re.fullmatch(OBSERVABLE, name):
         raise ValueError(f"observable must be {OBSERVABLES}, got {name!r}")
+
+
+def check_by(by: str | None) -> None:
+    """Refuse a word by which nothing is divided.
+
+    Raises:
+        ValueError: it is none of BY.
+    """
+    if by is not None and by not in BY:
+        words = ", ".join(f'"{name}"' for name in BY[:-1])
+        raise ValueError(f'by must be {words}, "{BY[-1]}" or name -> regular expression, got {by!r}')
 
 
 def check_view(unit: str, per: str) -> None:

@@ -9,6 +9,7 @@ from tokdyn.exact.scanning import Pulled, Row, packed
 from tokdyn.model import trace as tracing
 from tokdyn.model.trace import trace
 from tokdyn.objectives import DPO, GRPO, KTO, SFT, SimPO
+from tokdyn.observables import observable as as_observable
 from tokdyn.testing import float64, random_chis, relative_error, tiny, tiny_lora
 
 FP64 = 1e-11  # about 30 sums of 61 terms on the way of a gradient, each off by √61 · 1.1e-16 of its terms, with room
@@ -74,6 +75,23 @@ def test_scopes(scope):
         found, _, _ = scanned(model, rows, DPO(), scope=scope)
         for row in rows:
             assert relative_error(found[row.where], oracle(model, row, DPO(), scope=scope)) < FP64
+
+
+@pytest.mark.parametrize("observable, adam", [("log-prob", False), ("entropy", True)])
+def test_forces_are_divided_by_what_moves(observable, adam):
+    """A tied embedding's parts too; by layer, on what is watched, under an optimizer's P or none."""
+    model, rows = tiny("gpt2").double(), pairs(1)
+    optimizer = torch.optim.Adam(model.parameters(), eps=1e-3) if adam else None
+    group = {"chosen": GROUPS["chosen"]}
+    with float64():
+        with trace(model) as tracer:
+            scope = Scope.named(tracer, "full", "layer")
+            F, _ = Pulled.of(scope, group, as_observable(observable)).forces(packed(tracer, rows, DPO()), optimizer)
+        found = td.forces(model, rows[0].chis, group["chosen"], DPO(), reduce="observe", by="layer", observable=observable,
+                          optimizer=optimizer)  # fmt: skip
+    assert list(found.parts) == list(scope.parts.names) and "tied" in found.parts
+    for part, truth in zip(F, found.parts.values(), strict=True):
+        assert float((part[0] - truth).norm()) < FP64 * float(found.vector.norm())
 
 
 def test_an_adapter_alone_moves():

@@ -15,6 +15,7 @@ import tokdyn as td
 from tokdyn._rows import source
 from tokdyn.loading import load_tokenizer
 from tokdyn.objectives import DPO, SFT, DrGRPO
+from tokdyn.report.scan import render
 from tokdyn.runs import manifest
 from tokdyn.runs.scans import ROWS, Scan
 from tokdyn.sequences import context_numbers
@@ -96,6 +97,21 @@ def test_tables_hold_the_forces_of_every_row_alone(tmp_path):
             worst = [f"{n + 1} ({forces[n]:+.3g})" for n in sorted(range(3), key=forces.__getitem__) if forces[n] < 0]
             lower = f"{len(worst) / 3:.0%}"
             assert f"<td>{name}</td><td>{sum(forces) / 3:+.4g}</td><td>{lower}</td><td>{', '.join(worst)}</td>" in html
+
+
+def test_parts_have_columns_of_their_own_and_units_are_named(tmp_path):
+    scan = td.scan(tiny("llama"), pairs(2), GROUPS, DPO(), out=tmp_path / "scan", observable="entropy", by="layer")
+    tokens, sums = scan.tokens().to_pandas(), scan.rows().to_pandas()
+    assert scan.parts == ["embedding", "layer 0", "layer 1", "norms", "readout"] and scan.watched["label"] == "entropy"
+    for name in GROUPS:
+        parts = [f"force_{name} · {part}" for part in scan.parts]
+        whole, size = tokens[f"force_{name}"], tokens[parts].abs().sum(axis=1)
+        assert bool(((tokens[parts].sum(axis=1) - whole).abs() <= 1e-6 * size).all())  # a float32 sum of five
+        first = tokens[tokens.row == 0]
+        assert sums[parts[1]][0] == pytest.approx(float(first[parts[1]].sum()), abs=1e-6 * float(first[parts[1]].abs().sum()))
+    assert "mean entropy of a token" in render(scan)
+    with pytest.raises(ValueError, match="was begun with"):
+        td.scan(tiny("llama"), pairs(2), GROUPS, DPO(), out=tmp_path / "scan", observable="entropy", resume=True)
 
 
 def test_rows_may_come_from_anything(tmp_path, reader, tokenizer):

@@ -35,6 +35,8 @@ def scan(
     max_length: Annotated[int | None, typer.Option(min=2, help="longest sequence in tokens")] = None,
     truncate: Annotated[str, typer.Option(help="what --max-length cuts: end, of the answer; start, of the prompt")] = "end",
     memory: Annotated[str, typer.Option(help="what tangents may take, e.g. 2GiB")] = "4GiB",
+    observable: Annotated[str, typer.Option(help="log-prob, entropy, margin, mass:ID,…, logit:ID")] = "log-prob",
+    by: Annotated[str | None, typer.Option(help="also the forces by layer, module or kind of parameter")] = None,
     block: Annotated[int, typer.Option(min=1, help="rows that are written together: what a kill loses at most")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="go on with a scan that was begun there")] = False,
@@ -56,6 +58,8 @@ def scan(
         if truncate not in ("end", "start"):
             raise ValueError(f'--truncate must be "end" or "start", got {truncate!r}')
         arguments.scope_pattern(scope)
+        arguments.check_observable(observable)
+        arguments.check_by(by)
         for name, with_adapter in [(model, adapter), *([(reference, None)] if reference else [])]:
             find_model(name, with_adapter)
         paths = [DEMO_PAIRS if name == "demo" else Path(name) for name in data]
@@ -86,7 +90,7 @@ def scan(
             other = load_weights(reference, device) if reference else None
             asked: dict[str, Any] = dict(
                 tokenizer=tokenizer, scope=scope, optimizer=stepping, step_rows=step_rows, reference=other, memory=memory,
-                limit=rows, **length,
+                observable=observable, by=by, limit=rows, **length,
             )  # fmt: skip
             if dry_run:
                 stage("timing the first rows", 0, 0)

@@ -13,25 +13,33 @@ from .parts import Parts
 from .problem import MEMORY, Coverage, Fill, Problem, Reduction
 from .products import Direction, Uses, vjp
 from .progress import Progress, share
+from .scope import Scope
 from .sides import Side
 
 
 def problems(problem: Problem) -> Iterator[tuple[int, Problem]]:
     """The problem of each part that has a parameter of its own: the same tokens, fewer uses that move."""
-    parts = _parts(problem)
-    for n in range(len(parts.names)):
-        uses = parts.uses(n, problem.uses)
-        if uses:
-            yield n, replace(problem, uses=uses, parts=None)
+    for n, uses in _uses_of_each(problem):
+        yield n, replace(problem, uses=uses, parts=None)
 
 
-def tied_uses(problem: Problem) -> tuple[dict[str, str], dict[str, str]] | None:
+def tied_uses(scope: Scope) -> tuple[dict[str, str], dict[str, str]] | None:
     """The uses of a tied embedding, as lookup and as readout, where they are in different parts; None where they are not."""
-    parts, head = _parts(problem), problem.tracer.readout.weight_name
-    if head not in problem.uses or parts.tied is None or parts.tied == parts.of[head]:
+    parts, head = _parts(scope), scope.tracer.readout.weight_name
+    if head not in scope.uses or parts.tied is None or parts.tied == parts.of[head]:
         return None
-    readout = {head: problem.uses[head]}
-    return {use: of for use, of in problem.uses.items() if of == problem.uses[head] and use != head}, readout
+    readout = {head: scope.uses[head]}
+    return {use: of for use, of in scope.uses.items() if of == scope.uses[head] and use != head}, readout
+
+
+def steps(scope: Scope, of_use: Direction) -> Iterator[tuple[int, Uses, Direction]]:
+    """Of each part what moves in its tangent pass, and along what; of_use: P's step by use, or several above one another."""
+    for n, uses in _uses_of_each(scope):
+        yield n, uses, _added(of_use, uses)
+    parts, tied = _parts(scope), tied_uses(scope)
+    if tied is not None and parts.tied is not None:  # the step of each use where the other is
+        direction = {"lookup": _total(of_use, tied[0]), "readout": _total(of_use, tied[1])}
+        yield parts.tied, dict.fromkeys(tied[0], "readout") | dict.fromkeys(tied[1], "lookup"), direction
 
 
 @dataclass(frozen=True)
@@ -68,12 +76,8 @@ def reduced(problem: Problem, over: Reduction, method: str) -> Tensor:
         of_use = {use: problem.P[problem.uses[use]] * step for use, step in of_use.items()}
     jvp = finite_difference.jvp if method == "fd" else Problem.jvp
     found = problem.tracer.readout.weight.new_zeros(_count(problem), len(sink), dtype=problem.tracer.precision)
-    for n, part in problems(problem):
-        found[n] = jvp(part, sink, _added(of_use, part.uses))
-    if (tied := tied_uses(problem)) is not None:  # the step of each use where the other is
-        direction = {"lookup": _total(of_use, tied[0]), "readout": _total(of_use, tied[1])}
-        crossed = dict.fromkeys(tied[0], "readout") | dict.fromkeys(tied[1], "lookup")
-        found[_parts(problem).tied] = jvp(replace(problem, uses=crossed, P=None, parts=None), sink, direction)
+    for n, uses, direction in steps(problem, of_use):
+        found[n] = jvp(replace(problem, uses=uses, P=None, parts=None), sink, direction)
     return found
 
 
@@ -121,6 +125,14 @@ def _count(problem: Problem) -> int:
     return 1 if problem.parts is None else len(problem.parts.names)
 
 
-def _parts(problem: Problem) -> Parts:
-    assert problem.parts is not None
-    return problem.parts
+def _uses_of_each(scope: Scope) -> Iterator[tuple[int, dict[str, str]]]:
+    """Of each part that has a parameter of its own, the uses that move."""
+    parts = _parts(scope)
+    for n in range(len(parts.names)):
+        if uses := parts.uses(n, scope.uses):
+            yield n, uses
+
+
+def _parts(scope: Scope) -> Parts:
+    assert scope.parts is not None
+    return scope.parts

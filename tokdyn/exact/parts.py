@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .._arguments import check_by
 from ..model.trace import Tracer
 
 TIED, OTHER = "tied", "other"
 By = str | Mapping[str, str]
-NAMES = ("layer", "module", "kind")
+BOTH = "layer and kind"  # of a card
 SEPARATOR = " · "  # of layer and kind
 
 # last name of a projection's module -> what it is, inside attention and inside an MLP; as families of transformers call them
@@ -95,9 +96,9 @@ class Parts:
 def _naming(tracer: Tracer, uses: Mapping[str, str], by: By) -> Callable[[str], str]:
     """From the name of a use to that of its part."""
     if isinstance(by, str):
-        if by not in (*NAMES, "layer and kind"):
-            raise ValueError(f'by must be "layer", "module", "kind" or name -> regular expression, got {by!r}')
-        if by == "layer and kind":
+        if by != BOTH:
+            check_by(by)
+        if by == BOTH:
             return _both(_Layers(tracer, uses), _Kinds(tracer))
         known: dict[str, Callable[[str], str]] = {"layer": _Layers(tracer, uses), "module": _module, "kind": _Kinds(tracer)}
         return known[by]

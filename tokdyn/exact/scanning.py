@@ -3,7 +3,8 @@
     F[g,l] = <Σ_{m in g} J_mᵀ Γ_m, P J_lᵀ Γ_l> = <Γ_l, J_l (P ⊙ D_g)>
 
 D_g is a vjp, made once for each group; the update's tokens then take one forward pass and one tangent pass for each group, in
-batches of whole rows. Nothing grows with the number of rows, and no [M, L] exists.
+batches of whole rows. Nothing grows with the number of rows, and no [M, L] exists. In parts (Scope.parts) it is a forward and
+tangent passes for each.
 
     pulled = Pulled.of(scope, {"chosen": chis, …})
     for update in packed(tracer, rows, objective):
@@ -24,9 +25,11 @@ from torch.func import vmap
 from ..model.optimizer import preconditioner
 from ..model.trace import Tracer
 from ..objective import GTerm, Objective, Scores
+from ..observables import LogProb, Observable
 from ..ops import TokenStats
 from ..ops.rows import blocks
 from ..sequences import Batch, Chi
+from .divided import steps
 from .problem import MEMORY
 from .products import Direction, Uses, real_velocities, vjp, vjp_scored
 from .scope import Scope, select
@@ -140,7 +143,7 @@ class Pulled(Scope):
     Attributes:
         names: of the groups.
         sizes: how many tokens each has.
-        directions: D [G, *shape] by tensor.
+        directions: D [G, *shape] by tensor; by use where the scope is divided into parts.
     """
 
     names: tuple[str, ...]
@@ -148,29 +151,29 @@ class Pulled(Scope):
     directions: Direction
 
     @classmethod
-    def of(cls, scope: Scope, groups: Mapping[str, Sequence[Chi]]) -> Pulled:
-        """Pull each group back: one backward pass over all of them.
+    def of(cls, scope: Scope, groups: Mapping[str, Sequence[Chi]], observable: Observable = LogProb()) -> Pulled:  # noqa: B008
+        """Pull each group back, by what is watched at its tokens: one backward pass over all of them.
 
         Raises:
             ValueError: no group, or one without a scored token; ids outside the vocabulary; NaN logits.
         """
         if not groups:
             raise ValueError("there is no group to observe: give at least one, as {name: sequences}")
-        stacked, sizes = Direction(), list[int]()
+        stacked, sizes, uses = Direction(), list[int](), scope.uses if scope.parts is None else {use: use for use in scope.uses}
         for g, (name, chis) in enumerate(groups.items()):
             if not chis or not all(len(chi) for chi in chis):
                 raise ValueError(f"group {name!r} holds no sequence, or one without a scored token: leave that out")
-            direction, side = vjp_scored(scope.tracer, Observed.of(scope.tracer, chis), scope.uses)
+            direction, side = vjp_scored(scope.tracer, Observed.of(scope.tracer, chis, observable), uses)
             sizes.append(len(side))
             for tensor, x in direction.items():
                 stacked.setdefault(tensor, x.new_empty(len(groups), *x.shape))[g] = x
-        return cls(scope.tracer, scope.uses, scope.P, tuple(groups), tuple(sizes), stacked)
+        return cls(scope.tracer, scope.uses, scope.P, tuple(groups), tuple(sizes), stacked, parts=scope.parts)
 
     @torch.no_grad()
     def forces(
         self, update: Unscored, optimizer: torch.optim.Optimizer | None = None, memory: int = MEMORY
-    ) -> tuple[Float[Tensor, "G L"], ScoredSide]:
-        """Force of every token of an update on every group, and the update scored.
+    ) -> tuple[Float[Tensor, "*parts G L"], ScoredSide]:
+        """Force of every token of an update on every group, for each part where there are some, and the update scored.
 
         Args:
             update: in batches. It is scored on the way; where c depends on several batches, or under an optimizer, before.
@@ -180,19 +183,24 @@ class Pulled(Scope):
         directions, known = self.directions, None
         if optimizer is not None:
             P, known = self._step(update, optimizer)
-            directions = {tensor: P[tensor] * stacked for tensor, stacked in directions.items()}
+            tensor_of = self.uses if self.parts is not None else {tensor: tensor for tensor in directions}
+            directions = {name: P[tensor_of[name]] * stacked for name, stacked in directions.items()}
         elif not update.is_by_batch:
             known = update.score(self.tracer)
-        scored, parts = list[ScoredBatch](), list[Tensor]()
+        passes = [(0, self.uses, directions)] if self.parts is None else list(steps(self, directions))
+        scored, found = list[ScoredBatch](), list[Tensor]()
         for b, batch in enumerate(update.batches):
-            term, rates = None if known is None else known.terms[b], list[Tensor]()
-            for z, velocities in jvp_logits_each(self.tracer, batch, directions, self.uses, memory):
-                if term is None:
-                    scored.append(update.score_batch(b, z))
-                    term = scored[b].term
-                rates.append(work_each(term, z, velocities))
-            parts.append(torch.cat(rates))
-        return torch.cat(parts, 1), update.side(scored) if known is None else known
+            term = None if known is None else known.terms[b]
+            rates: list[list[Tensor]] = [[] for _ in (self.parts.names if self.parts is not None else "F")]
+            for part, uses, along in passes:
+                for z, velocities in jvp_logits_each(self.tracer, batch, along, uses, memory):
+                    if term is None:
+                        scored.append(update.score_batch(b, z))
+                        term = scored[b].term
+                    rates[part].append(work_each(term, z, velocities))
+            found.append(torch.stack([torch.cat(of) for of in rates]))
+        F = torch.cat(found, 2)
+        return F if self.parts is not None else F[0], update.side(scored) if known is None else known
 
     def _step(self, update: Unscored, optimizer: torch.optim.Optimizer) -> tuple[Direction, ScoredSide]:
         """P of the coming step on the mean of the rows' losses, whatever the scope, and the update scored."""

@@ -208,13 +208,19 @@ class Observed(Unscored):
     observable: Observable
 
     @classmethod
-    def of(cls, tracer: Tracer, chis: Sequence[Chi], asked: Asked | None = None) -> Observed:
-        """The sequences in batches, with what is asked about them: weights, observable; log-probs otherwise.
+    def of(
+        cls,
+        tracer: Tracer,
+        chis: Sequence[Chi],
+        observable: Observable = LogProb(),  # noqa: B008
+        weights: Float[Tensor, " M"] | None = None,
+        others: Sequence[Chi] = (),
+    ) -> Observed:
+        """The sequences in batches, what is watched at their tokens (others: the update's sequences), and their weights.
 
         Raises:
-            ValueError: ids outside the vocabulary, weights of another length.
+            ValueError: ids outside the vocabulary, weights of another length; see the observable's `tokens`.
         """
-        weights, observable = (None, LogProb()) if asked is None else (asked.weights, asked.observable)
         batches = tracer.batches(chis, BATCH)
         sizes = [len(batch.targets) for batch in batches]
         M = sum(sizes)
@@ -222,7 +228,7 @@ class Observed(Unscored):
         w = ones if weights is None else weights.to(tracer.device, tracer.precision)
         if w.shape != (M,):
             raise ValueError(f"weights must have shape [M]=({M},), one per observed token, got {list(w.shape)}")
-        tokens = observable.tokens(chis, () if asked is None else asked.update)
+        tokens = observable.tokens(chis, others)
         return cls(batches, chis, w.split(sizes), tokens.split(sizes), observable)
 
     @property
@@ -300,7 +306,8 @@ def gather(tracer: Tracer, asked: Asked) -> tuple[Observed, Update]:
             raise ValueError(f"{name} holds no scored token: give at least one sequence with a response")
         if not all(len(chi) for chi in chis):
             raise ValueError(f"sequence {[len(chi) for chi in chis].index(0)} of {name} holds no scored token: leave it out")
-    return Observed.of(tracer, observe, asked), Update(tracer.batches(update, BATCH), update, asked.objective)
+    observed = Observed.of(tracer, observe, asked.observable, asked.weights, asked.update)
+    return observed, Update(tracer.batches(update, BATCH), update, asked.objective)
 
 
 def _scores(objective: Objective, z: Float[Tensor, "N V"], stats: TokenStats) -> Scores:

@@ -29,12 +29,14 @@ def render(scan: Scan, found: Mapping[str, Totals] | None = None) -> str:
         scan: the folder.
         found: its totals, if they are known; they are read otherwise.
 
-    Forces are nats of a group's mean log-probability a token, per unit learning rate.
+    Forces are nats of a group's mean log-probability a token (or of what is watched, in its unit), per unit learning rate.
     """
     found = totals(scan) if found is None else found
     per = {name: 1 / max(1, n) for name, n in scan.tokens_of.items()}
     groups = [_group(scan, name, of, per[name]) for name, of in found.items()]
-    return assemble("scan.html.jinja", STYLES, (), {}, _prose(scan, found, per) | {"groups": groups, "best": BEST})
+    return assemble(
+        "scan.html.jinja", STYLES, (), {}, _prose(scan, found, per) | {"groups": groups, "best": BEST, "watched": scan.watched}
+    )
 
 
 def write(scan: Scan, found: Mapping[str, Totals] | None = None) -> Path:
@@ -73,7 +75,8 @@ def findings(scan: Scan, found: Mapping[str, Totals]) -> list[dict[str, str]]:
         lost = _share_of(of.row_forces, 0.1)
         made.append({
             "title": f"All rows together {verb} {spaced(name)}",
-            "text": f"Mean log-probability of a token {signed(change)} nats per unit learning rate, every row counted once; "
+            "text": f"Mean {scan.watched['label']} of a token {signed(change)} {scan.watched['unit']} per unit learning rate, "
+            "every row counted once; "
             f"{of.hurting:.0%} of the rows pull it down. Of the tokens' forces {left:.1%} is left when they are added up. The "
             f"tenth of the rows that hurts most makes up {lost:.0%} of all that pulls down.",
         })  # fmt: skip

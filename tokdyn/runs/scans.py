@@ -61,8 +61,19 @@ class Scan:
 
     @property
     def tokens_of(self) -> dict[str, int]:
-        """How many observed tokens each group has: a force is on the sum of their log-probabilities."""
+        """How many observed tokens each group has: a force is on the sum of their log-probabilities, or of what is watched."""
         return {group["name"]: int(group["tokens"]) for group in self.about["groups"]}
+
+    @property
+    def watched(self) -> dict[str, str]:
+        """Label and unit of what is watched at the observed tokens."""
+        found = self.about.get("observable") or {"label": "log-probability", "unit": "nats"}
+        return {"label": str(found["label"]), "unit": str(found["unit"])}
+
+    @property
+    def parts(self) -> list[str]:
+        """By what the forces are divided: beside "force_GROUP" there are the columns "force_GROUP · PART"; often nothing."""
+        return list(self.about.get("parts") or [])
 
     @property
     def size(self) -> int | None:

@@ -20,8 +20,10 @@ import torch
 from torch import nn
 
 from .._rows import Source, source
+from ..exact.parts import By
 from ..objective import Objective
 from ..objectives import DPO
+from ..observables import Function, Observable
 from ..runs import manifest
 from ..runs.folder import ABOUT, finite
 from ..runs.scans import ROWS, TOKENS, Scan
@@ -48,6 +50,8 @@ def scan(
     step_rows: int = 32,
     reference: nn.Module | None = None,
     memory: int | str = "4GiB",
+    observable: Observable | Function | str = "log-prob",
+    by: By | None = None,
     block: int = BLOCK,
     limit: int | None = None,
     shard: tuple[int, int] | None = None,
@@ -73,6 +77,8 @@ def scan(
         step_rows: see optimizer; a block holds whole steps.
         reference: model of log pi_ref where rows do not bring it; the policy itself when absent.
         memory: what tangents may take beside the model, its directions and a forward pass.
+        observable: what is watched at the observed tokens, as in `forces`; a force is then on its sum over a group.
+        by: how forces are divided by what moves, as in `forces`: the columns "force_GROUP · PART" beside "force_GROUP".
         block: rows that are written together: what a kill loses at most.
         limit: the first so many rows.
         shard: (i, n): of n processes the i-th, from 0, which takes every n-th block. All may run at once, into one folder.
@@ -90,8 +96,9 @@ def scan(
         FileExistsError: there is a folder already, and resume is False. ValueError: as `forces`; a folder that was begun with
             other rows, groups, parameters or settings (which is said); out of memory.
 
-    Cost: one backward pass over each group; a forward pass and a tangent pass a group for every batch of rows, and a backward
-    pass too under an optimizer; memory for a copy of the moving parameters for each group (two under an optimizer).
+    Cost: one backward pass over each group; a forward pass and a tangent pass a group for every batch of rows (for each part
+    with `by`), and a backward pass too under an optimizer; memory for a copy of the moving parameters for each group (two
+    under an optimizer).
     """
     groups = dict(observe) if isinstance(observe, Mapping) else {"observed": observe}
     settings = _settings(block, step_rows if optimizer is not None else None, limit, encoding)
@@ -110,7 +117,7 @@ def scan(
         of_rows = stack.enter_context(
             opened(
                 model, groups, objective, tokenizer=tokenizer, scope=scope, optimizer=optimizer, step_rows=step_rows,
-                reference=reference, memory=memory, **encoding,
+                reference=reference, memory=memory, observable=observable, by=by, **encoding,
             )
         )  # fmt: skip
         identity = of_rows.identity | {"data": table.about, "settings": settings | {"rows": table.size, "scope": scope}}

@@ -67,7 +67,7 @@ def estimate(
     Args:
         model, rows, observe, objective, limit: as in `scan`.
         sample: how many rows are done.
-        options: of `scan`: tokenizer, scope, optimizer, step_rows, reference, memory, max_length, truncate.
+        options: of `scan`: tokenizer, scope, optimizer, step_rows, reference, memory, observable, by, max_length, truncate.
 
     Raises:
         ValueError: as `scan`; none of the sampled rows can be used.

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from .. import data
 from .._arguments import size_in_bytes
 from ..exact import Scope
+from ..exact.parts import SEPARATOR, By
 from ..exact.products import way
 from ..exact.scanning import Pulled, Row, packed
 from ..exact.sides import referred
 from ..live import fingerprint
 from ..model.trace import Tracer, trace
 from ..objective import Objective
+from ..observables import Function, Observable
+from ..observables import observable as as_observable
 from ..record import model_facts, run_head
 from ..sequences import Chi, context_numbers
 
@@ -105,18 +108,26 @@ class Scanner:
         number = {id(row): n for n, row in zip(numbers, rows, strict=True)}
         row_of = torch.tensor([number[id(row)] for row in update.rows])[update.row_of()]
         order = torch.argsort(row_of, stable=True)
-        F, row_of, stats = F.cpu()[:, order], row_of[order], side.stats
+        F, row_of, stats = F.cpu()[..., order], row_of[order], side.stats
+        if self.pulled.parts is not None:
+            F = torch.cat([F.sum(0, keepdim=True), F])
         columns: dict[str, Any] = {"row": row_of.numpy()} | _places(rows)
         for name in ("log_prob", "entropy", "rank", "argmax"):
             columns[name] = getattr(stats, name).cpu()[order].numpy()
         columns["c"] = side.c.cpu()[order].numpy()
         sums = {n: dict[str, float]() for n in numbers}
         contexts = torch.from_numpy(columns["context"])
-        for g, name in enumerate(self.pulled.names):
-            columns[f"force_{name}"] = F[g].numpy()
-            for n, found in zip(numbers, _sums(F[g].double(), row_of, contexts), strict=True):
+        for name, of in zip(self._forces, F.flatten(0, -2), strict=True):
+            columns[f"force_{name}"] = of.numpy()
+            for n, found in zip(numbers, _sums(of.double(), row_of, contexts), strict=True):
                 sums[n] |= {f"{what}_{name}": value for what, value in found.items()}
         return columns, sums
+
+    @property
+    def _forces(self) -> list[str]:
+        """What the forces on each group are called, then those of each part on each group."""
+        parts = () if self.pulled.parts is None else self.pulled.parts.names
+        return [*self.pulled.names, *(f"{name}{SEPARATOR}{part}" for part in parts for name in self.pulled.names)]
 
     def _token_table(self, parts: list[dict[str, Any]]) -> Any:
         import numpy as np
@@ -126,7 +137,7 @@ class Scanner:
         kinds = dict(row=pa.int64(), sequence=pa.int32(), role=pa.string(), position=pa.int32(), token_id=pa.int32(),
                      token=pa.string(), context=pa.int32(), log_prob=wide, entropy=wide, rank=pa.int32(), argmax=pa.int32(),
                      c=wide)  # fmt: skip
-        kinds |= {f"force_{name}": wide for name in self.pulled.names}
+        kinds |= {f"force_{name}": wide for name in self._forces}
         columns = {}
         for name, kind in kinds.items():
             values = [part[name] for part in parts]
@@ -141,7 +152,7 @@ class Scanner:
 
         kinds = dict(row=pa.int64(), where=pa.string(), problem=pa.string(), note=pa.string(), prompt=pa.string(),
                      sequences=pa.int32(), tokens=pa.int32(), truncated=pa.int32())  # fmt: skip
-        kinds |= {f"{what}_{name}": pa.float64() for name in self.pulled.names for what in ("force", "size", "net")}
+        kinds |= {f"{what}_{name}": pa.float64() for name in self._forces for what in ("force", "size", "net")}
         lines = [head | dict(sums.get(head["row"], {})) for head in heads]
         return pa.table({name: pa.array([line.get(name) for line in lines], kind) for name, kind in kinds.items()})
 
@@ -189,6 +200,8 @@ def opened(
     step_rows: int = 32,
     reference: nn.Module | None = None,
     memory: int | str = "4GiB",
+    observable: Observable | Function | str = "log-prob",
+    by: By | None = None,
     **encoding: Any,
 ) -> Iterator[Scanner]:
     """The groups pulled back, ready for rows; arguments as in `scan`. The model is traced inside the block.
@@ -199,8 +212,8 @@ def opened(
     with contextlib.ExitStack() as stack:
         tracer = stack.enter_context(trace(model))
         other = None if reference is None or reference is model else stack.enter_context(trace(reference))
-        moving = Scope.named(tracer, scope)
-        pulled = Pulled.of(moving, groups)
+        moving, watched = Scope.named(tracer, scope, by), as_observable(observable)
+        pulled = Pulled.of(moving, groups, watched)
         listed = [
             {"name": name, "sequences": len(chis), "tokens": size, "ids": _digest(_content(chis))}
             for (name, chis), size in zip(groups.items(), pulled.sizes, strict=True)
@@ -208,6 +221,8 @@ def opened(
         identity = {
             "kind": "scan",
             "objective": objective.describe(),
+            "observable": watched.describe(),
+            "parts": None if moving.parts is None else list(moving.parts.names),
             "groups": listed,
             "parameters": _digest(fingerprint(tracer).numpy().tobytes()),
             "reference": None if other is None else _digest(fingerprint(other).numpy().tobytes()),
