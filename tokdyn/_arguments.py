@@ -15,7 +15,7 @@ EXTRAS = {"accelerate": "trl", "datasets": "trl", "matplotlib": "studies", "pand
 METHODS = ("tangent", "naive", "none")  # of a profile
 UNITS = {"step": "nats after the step", "rate": "nats per unit learning rate"}
 PER = ("contexts", "tokens")
-BY = ("layer", "module", "kind")
+BY = ("layer", "module", "kind", "expert")
 OBSERVABLE = r"log-prob|entropy|margin(:argmax|:rejected|:\d+)?|mass:\d+(,\d+)*|logit:\d+"
 OBSERVABLES = "log-prob, entropy, margin, margin:rejected, margin:TOKEN_ID, mass:ID,ID,… or logit:TOKEN_ID"
 

@@ -116,6 +116,38 @@ def test_what_is_transposed_and_tiled_counts_in_the_same_parts():
         assert float((back.parts[name].T - part).norm()) < FP32 * float(there.matrix.norm())
 
 
+@pytest.mark.parametrize(("over", "adam"), [("update", False), ("both", True)])
+def test_experts_of_a_stack_are_told_apart(over, adam):
+    """A stack is one tensor: an expert's part is the inner product of its own rows of the gradients; every way, and sums."""
+    model = tiny("qwen2_moe").double()
+    optimizer = torch.optim.Adam(model.parameters(), eps=1e-3) if adam else None
+    with float64(), trace(model) as tracer:
+        unscored = divided(tracer, "expert", optimizer=optimizer)
+        problem = unscored.scored()
+        names, stacks = problem.parts.names, problem.parts.experts
+        E = len(next(iter(stacks.values())))
+        assert len(names) == 2 * E + 1 and "layer 1 · expert 2" in names and "other" in names
+        expected = problem.empty().zero_()
+        rows, columns = (list(problem.vjp_each(side)) for side in (problem.observed, problem.updated))
+        for use, tensor in problem.uses.items():
+            P = torch.ones_like(tracer.params[use]) if problem.P is None else problem.P[tensor]
+            left, right = torch.stack([x[tensor] for x in rows]), torch.stack([x[tensor] * P for x in columns])
+            if use in stacks:
+                for e, part in enumerate(stacks[use]):
+                    expected[part] += left[:, e].flatten(1) @ right[:, e].flatten(1).T
+            else:
+                expected[problem.parts.of[use]] += left.flatten(1) @ right.flatten(1).T
+        with counted() as counts:
+            F = problem.empty()
+            choice.choose(problem, "tangent")(problem, F)
+        assert counts["sweep"] == E + 1 and not counts["per token"]  # the rest, and every number of an expert in both layers
+        assert relative_error(F, expected) < FP64
+        vector = choice.reduce(unscored, "tangent", over)[0]
+        assert float((vector - expected.sum(OVER[over])).norm()) < FP64 * float(expected.abs().sum())
+    with pytest.raises(ValueError, match="no parameter that moves belongs to an expert"):
+        td.forces(tiny("llama"), U, O, by="expert")
+
+
 def test_slow_ways_divide_as_well():
     """A tensor in two modules: one direction per token for each part; two layers that are one count as the first."""
     model = tiny("llama", tied=False).double()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,8 +20,33 @@ from .sides import Side
 
 def problems(problem: Problem) -> Iterator[tuple[int, Problem]]:
     """The problem of each part that has a parameter of its own: the same tokens, fewer uses that move."""
-    for n, uses in _uses_of_each(problem):
-        yield n, replace(problem, uses=uses, parts=None)
+    parts = _parts(problem)
+    for n in range(len(parts.names)):
+        if uses := parts.uses(n, problem.uses):
+            yield n, replace(problem, uses=uses, parts=None)
+
+
+def single_experts(problem: Problem) -> Iterator[tuple[list[int], Problem]]:
+    """The problem in some that tell no experts of a stack apart: the rest, then of each number the experts of all layers.
+
+    A stack is one tensor: of one expert it is moved alone by a P that is 0 for the others. Each comes with the indices of its
+    parts among the problem's.
+    """
+    parts, stacks = _parts(problem), _parts(problem).experts
+    rest = {use: tensor for use, tensor in problem.uses.items() if use not in stacks}
+    if rest:
+        index, own = parts.only({use: parts.of[use] for use in rest}, parts.tied)
+        yield index, replace(problem, uses=rest, parts=own)
+    for e in range(max(map(len, stacks.values()))):
+        held = {use: problem.uses[use] for use, of in stacks.items() if e < len(of) and use in problem.uses}
+        index, own = parts.only({use: stacks[use][e] for use in held})
+        P = {}
+        for use, tensor in held.items():
+            p = problem.tracer.params[use]
+            alone = torch.zeros(len(p), *[1] * (p.dim() - 1), dtype=p.dtype, device=p.device)
+            alone[e] = 1
+            P[tensor] = alone.expand_as(p) if problem.P is None else alone * problem.P[tensor]
+        yield index, replace(problem, uses=held, P=P, parts=own)
 
 
 def tied_uses(scope: Scope) -> tuple[dict[str, str], dict[str, str]] | None:
@@ -34,9 +60,11 @@ def tied_uses(scope: Scope) -> tuple[dict[str, str], dict[str, str]] | None:
 
 def steps(scope: Scope, of_use: Direction) -> Iterator[tuple[int, Uses, Direction]]:
     """Of each part what moves in its tangent pass, and along what; of_use: P's step by use, or several above one another."""
-    for n, uses in _uses_of_each(scope):
-        yield n, uses, _added(of_use, uses)
-    parts, tied = _parts(scope), tied_uses(scope)
+    parts = _parts(scope)
+    for n in range(len(parts.names)):
+        if uses := parts.uses(n, scope.uses):
+            yield n, uses, _added(_of_part(scope, of_use, uses, n), uses)
+    tied = tied_uses(scope)
     if tied is not None and parts.tied is not None:  # the step of each use where the other is
         direction = {"lookup": _total(of_use, tied[0]), "readout": _total(of_use, tied[1])}
         yield parts.tied, dict.fromkeys(tied[0], "readout") | dict.fromkeys(tied[1], "lookup"), direction
@@ -62,6 +90,24 @@ class EachPart:
                 self.fill(replace(problem, uses=uses, parts=None), of, memory=memory, progress=None)
             assert parts.tied is not None
             out[parts.tied] = F[0] - F[1] - F[2]
+        return coverage
+
+
+@dataclass(frozen=True)
+class ByExpert:
+    """A Fill of parts some of which are experts of a stack: another Fill once for the rest, and once for each number of one."""
+
+    fill: Fill
+
+    def __call__(
+        self, problem: Problem, out: Float[Tensor, "N M L"], *, memory: int = MEMORY, progress: Progress | None = None
+    ) -> Coverage:
+        """See Fill."""
+        coverage, each = Coverage(), list(single_experts(problem))
+        for k, (index, some) in enumerate(each):
+            F = out.new_empty(len(index), *out.shape[1:])
+            coverage |= self.fill(some, F, memory=memory, progress=share(progress, k, 1, len(each)))
+            out[index] = F
         return coverage
 
 
@@ -92,7 +138,8 @@ def inner_products(problem: Problem, o: Direction, u: Direction) -> Tensor:
     found = problem.tracer.readout.weight.new_zeros(_count(problem), dtype=problem.tracer.precision)
     whole = [(0, problem)] if problem.parts is None else problems(problem)
     for n, part in whole:
-        a, b = _added(o, part.uses), _added(u, part.uses)
+        mine = o if problem.parts is None else _of_part(problem, o, part.uses, n)
+        a, b = _added(mine, part.uses), _added(u, part.uses)
         found[n] = sum(_inner(a[tensor], b[tensor]) for tensor in a)
     if problem.parts is not None and (tied := tied_uses(problem)) is not None:
         (lookup_o, lookup_u), (head_o, head_u) = ([_total(of, uses) for of in (o, u)] for uses in tied)
@@ -125,12 +172,16 @@ def _count(problem: Problem) -> int:
     return 1 if problem.parts is None else len(problem.parts.names)
 
 
-def _uses_of_each(scope: Scope) -> Iterator[tuple[int, dict[str, str]]]:
-    """Of each part that has a parameter of its own, the uses that move."""
-    parts = _parts(scope)
-    for n in range(len(parts.names)):
-        if uses := parts.uses(n, scope.uses):
-            yield n, uses
+def _of_part(scope: Scope, of_use: Direction, uses: Uses, n: int) -> Direction:
+    """The steps of the uses of a part: of a stack of experts that of its own expert alone."""
+    found, experts = {use: of_use[use] for use in uses}, _parts(scope).experts
+    for use in uses:
+        if use in experts:
+            x = found[use]
+            axis, e = x.dim() - scope.tracer.params[use].dim(), experts[use].index(n)
+            found[use] = torch.zeros_like(x)
+            found[use].select(axis, e).copy_(x.select(axis, e))
+    return found
 
 
 def _parts(scope: Scope) -> Parts:

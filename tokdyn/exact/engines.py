@@ -42,11 +42,18 @@ def choose(problem: Problem, method: str, labels: Int[Tensor, " L"] | None = Non
         groups, tokens = int(labels.max()) + 1, sum(problem.shape)
         parts = 1 if problem.parts is None else len(problem.parts.names)
         if 2 * groups * parts <= tokens / (1 + FORWARD):  # a group costs a vjp and a jvp, a token of the sweep half a vjp
-            return grouped.PerGroup(labels) if problem.parts is None else divided.EachPart(grouped.PerGroup(labels))
-    in_blocks = fill is readout.fill
-    if problem.parts is not None:
-        fill = Merged(in_parts) if isinstance(fill, Merged) else divided.EachPart(fill)
-    return fill if labels is None else grouped.Summed(fill, labels, in_blocks)
+            return _for_parts(problem, grouped.PerGroup(labels))
+    made = _for_parts(problem, fill)
+    return made if labels is None else grouped.Summed(made, labels, in_blocks=fill is readout.fill)
+
+
+def _for_parts(problem: Problem, fill: Fill) -> Fill:
+    """A Fill of the whole as one of the problem's parts, where it has some."""
+    if problem.parts is None:
+        return fill
+    each: Fill = in_parts if isinstance(fill, Merged) else divided.EachPart(fill)
+    each = divided.ByExpert(each) if problem.parts.experts else each
+    return Merged(each) if isinstance(fill, Merged) else each
 
 
 def reduce(

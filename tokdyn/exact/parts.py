@@ -7,8 +7,8 @@ its step as a lookup does to the readout and back belongs to neither and is a pa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -34,6 +34,7 @@ MLP = {
     **dict.fromkeys(("down_proj", "w2", "c_proj", "fc2", "fc_out", "dense_4h_to_h"), "down"),
     **dict.fromkeys(("gate_up_proj",), "gate and up"),
 }
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 ADAPTER = re.compile(r"\.(?:base_layer|original_module|modules_to_save|(?:lora|hada|lokr|oft|ia3|vera|randlora)_)")
 
 
@@ -45,11 +46,13 @@ class Parts:
         names: of the parts, in the order of the model.
         of: use of a tensor -> its part, an index of `names`.
         tied: the part of what a tied embedding does from lookup to readout and back; None where it is not tied.
+        experts: use of a tensor that holds a stack of experts -> the part of each (`of` has the first); empty unless asked for.
     """
 
     names: tuple[str, ...]
     of: Mapping[str, int]
     tied: int | None = None
+    experts: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @classmethod
     def named(cls, tracer: Tracer, uses: Mapping[str, str], by: By) -> Parts:
@@ -58,10 +61,11 @@ class Parts:
         Args:
             tracer: the model.
             uses: what moves of it (scope.select).
-            by: "layer", "module", "kind", or name -> regular expression over parameter names; what none finds is "other".
+            by: "layer", "module", "kind", "expert" (what is of no expert is "other"), or name -> regular expression over
+                parameter names; what none finds is "other".
 
         Raises:
-            ValueError: another name, an expression that is not valid or finds nothing that moves.
+            ValueError: another name, an expression that is not valid or finds nothing that moves; no experts to tell apart.
         """
         name_of = _naming(tracer, uses, by)
         head, first = tracer.readout.weight_name, dict[str, str]()
@@ -69,18 +73,31 @@ class Parts:
             if use != head:
                 first.setdefault(tensor, use)
         named = {use: name_of(use if use == head else first[tensor]) for use, tensor in uses.items()}
-        names = dict.fromkeys(named.values())
+        stacks = {
+            use: [f"{named[use]}{e}" for e in range(n)] for use, n in (_stacks(tracer, uses) if by == "expert" else {}).items()
+        }
+        named |= {use: of[0] for use, of in stacks.items()}
+        names = dict.fromkeys(name for use, of in named.items() for name in stacks.get(use, [of]))
         tied = None
         if head in uses and uses[head] in first:
             lookup = named[first[uses[head]]]
             tied = lookup if lookup == named[head] else TIED
             names.setdefault(tied)
         index = {name: i for i, name in enumerate(names)}
-        return cls(tuple(names), {use: index[name] for use, name in named.items()}, None if tied is None else index[tied])
+        experts = {use: tuple(index[name] for name in of) for use, of in stacks.items()}
+        of = {use: index[name] for use, name in named.items()}
+        return cls(tuple(names), of, None if tied is None else index[tied], experts)
 
     def uses(self, part: int, among: Mapping[str, str]) -> dict[str, str]:
         """The uses of one part."""
-        return {use: tensor for use, tensor in among.items() if self.of[use] == part}
+        return {use: tensor for use, tensor in among.items() if part in self.experts.get(use, (self.of[use],))}
+
+    def only(self, of: Mapping[str, int], tied: int | None = None) -> tuple[list[int], Parts]:
+        """Some parts, of these uses: their indices here, and the partition of these uses."""
+        index = sorted({*of.values()} | ({tied} if tied is not None else set()))
+        place = {part: i for i, part in enumerate(index)}
+        names = tuple(self.names[part] for part in index)
+        return index, Parts(names, {use: place[part] for use, part in of.items()}, None if tied is None else place[tied])
 
     def rounds(self, among: Mapping[str, str], module: Mapping[str, str]) -> Iterator[dict[str, str]]:
         """The uses in sets that hold of no module more than one part, as few as that takes; module is that of each use."""
@@ -100,6 +117,8 @@ def _naming(tracer: Tracer, uses: Mapping[str, str], by: By) -> Callable[[str], 
             check_by(by)
         if by == BOTH:
             return _both(_Layers(tracer, uses), _Kinds(tracer))
+        if by == "expert":
+            return _expert(_Layers(tracer, uses), uses)
         known: dict[str, Callable[[str], str]] = {"layer": _Layers(tracer, uses), "module": _module, "kind": _Kinds(tracer)}
         return known[by]
     patterns = {}
@@ -122,6 +141,39 @@ def _naming(tracer: Tracer, uses: Mapping[str, str], by: By) -> Callable[[str], 
 def _both(layer: Callable[[str], str], kind: Callable[[str], str]) -> Callable[[str], str]:
     """Layer and kind in one name; the kind alone outside of layers."""
     return lambda use: kind(use) if layer(use) == kind(use) else f"{layer(use)}{SEPARATOR}{kind(use)}"
+
+
+def _expert(layer: _Layers, uses: Mapping[str, str]) -> Callable[[str], str]:
+    """The expert of a layer that a parameter belongs to, without its number where a tensor holds all; "other" outside.
+
+    Raises:
+        ValueError: nothing that moves belongs to one.
+    """
+    stacks = _stacks(layer.tracer, uses)
+
+    def named(use: str) -> str:
+        number = "" if use in stacks else found[1] if (found := EXPERT.search(use)) else None
+        if number is None:
+            return OTHER
+        return f"{layer(use)}{SEPARATOR}expert {number}" if layer.place(use) else f"expert {number}"
+
+    if all(named(use) == OTHER for use in uses):
+        raise ValueError(
+            'by="expert": no parameter that moves belongs to an expert; by="layer", "module" or "kind" divide others'
+        )
+    return named
+
+
+def _stacks(tracer: Tracer, uses: Mapping[str, str]) -> dict[str, int]:
+    """Uses of tensors that hold one matrix or bias of every expert one after the other, and how many those are."""
+    found = {}
+    for use in uses:
+        path, _, name = use.rpartition(".")
+        if "expert" in path.rpartition(".")[2].lower():
+            own = dict(tracer.model.get_submodule(path).named_parameters(recurse=False))
+            if name in own and len({len(p) for p in own.values()}) == 1 and any(p.dim() == 3 for p in own.values()):
+                found[use] = len(own[name])
+    return found
 
 
 def _module(use: str) -> str:
@@ -165,9 +217,10 @@ class _Layers:
 
     def __init__(self, tracer: Tracer, uses: Mapping[str, str]) -> None:
         self.tracer, self.kind = tracer, _Kinds(tracer)
-        self.lists = {found[0] for use in uses if (found := self._place(use)) is not None}
+        self.lists = {found[0] for use in uses if (found := self.place(use)) is not None}
 
-    def _place(self, use: str) -> tuple[str, str] | None:
+    def place(self, use: str) -> tuple[str, str] | None:
+        """The list of modules and the number there of the layer that a parameter is in; None outside of layers."""
         path = use.split(".")
         for i, word in enumerate(path[1:], 1):
             name = ".".join(path[:i])
@@ -176,7 +229,7 @@ class _Layers:
         return None
 
     def __call__(self, use: str) -> str:
-        found = self._place(use)
+        found = self.place(use)
         if found is None:
             return self.kind(use)
         return f"layer {found[1]}" if len(self.lists) == 1 else f"{found[0]} {found[1]}"

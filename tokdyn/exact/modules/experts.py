@@ -21,12 +21,14 @@ from .routes import Routes, Stack
 
 
 class Experts(Rule):
-    """Two matrices for each expert, with biases or without."""
+    """Two matrices for each expert, with biases or without; some experts may move alone (divided.single_experts)."""
 
     label = "outer product by expert"
 
     def __init__(self, calls: Sequence[Call], moves: set[str], P: Direction | None, stack: Stack) -> None:
         size = trained_elements(calls[0], moves)
+        self.alone = None if P is None else _alone(P)
+        P = P if self.alone is None else None
         super().__init__(calls, size, scratch=0 if P is None else size)
         self.stack, self.moves, self.P = stack, moves, P
         self.observed = [Routes.of(stack, call) for call in calls]
@@ -69,12 +71,15 @@ class Experts(Rule):
         for weight, bias, left, right, routes in self._factors(call, delta[0][None]):
             spans, rows = dict(routes.spans), number[routes.token]
             for e in range(len(self._parameter(weight))):
-                of = spans.get(e, slice(0, 0))
+                of = spans.get(e, slice(0, 0)) if self._moves(e) else slice(0, 0)
                 of = (rows[of] >= 0).nonzero().flatten() + of.start
                 a, d = right[of], left[of, 0]
                 pairs = ((weight, a), (bias, torch.ones_like(a[:, :1])))
                 found += [OuterProduct(x, d, rows[of]) for name, x in pairs if name in self.moves]
         return found
+
+    def _moves(self, e: int) -> bool:
+        return self.alone is None or e in self.alone
 
     def _parameter(self, name: str) -> Tensor:
         return self.observed[0].parameters[name]
@@ -97,7 +102,7 @@ class Experts(Rule):
             is_up = weight == self.stack.up
             inputs, out = (o.x[o.token], moved[0]) if is_up else (o.g, moved[1])
             for e, rows in routes.spans:
-                if e not in theirs:
+                if e not in theirs or not self._moves(e):
                     continue
                 d = left[rows].flatten(1)  # [r, b q]
                 at = out[theirs[e]].flatten(1)
@@ -130,6 +135,15 @@ class Experts(Rule):
         for e, rows in o.spans:
             torch.addmm(dy[rows].flatten(0, 1), dg[rows].flatten(0, 1), o.down[e].T, out=dy[rows].flatten(0, 1))
         return o.to_tokens(dy.mul_(o.weight[:, None, None]))
+
+
+def _alone(P: Direction) -> frozenset[int] | None:
+    """The experts that move under a P that is 1 for those and 0 for the others, expanded; None for another P."""
+    if any(any(p.stride()[1:]) for p in P.values()):
+        return None
+    numbers = torch.stack([p.flatten(1)[:, 0] for p in P.values()])
+    one = numbers[0].eq(1)
+    return frozenset(one.nonzero().flatten().tolist()) if bool((numbers == one.to(numbers)).all()) else None
 
 
 def add_gram_product(
