@@ -9,6 +9,7 @@ from typing import Any
 
 from ..model.unwrap import is_sharded
 from ..monitor import Monitor
+from ..observables import Function, Observable
 from ..sequences import Chi
 from ..training import distributed
 from ..training.step_folder import check_free
@@ -23,6 +24,7 @@ def attach(
     every: int = 1,
     probe_every: int | None = None,
     blame: str | Sequence[str] | None = None,
+    observable: Observable | Function | str = "log-prob",
     out: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -37,7 +39,8 @@ def attach(
 
     Args:
         trainer: a transformers.Trainer or one of TRL's.
-        probe, every, probe_every, blame, out, overwrite, resume, on_error: as in `Monitor`; out defaults to writing nothing.
+        probe, every, probe_every, blame, observable, out, overwrite, resume, on_error: as in `Monitor`; out defaults to writing
+            nothing.
         check: look at the first recorded step as `td.check` does, before its weights move. What is wrong or suspicious is one
             warning; `monitor.report` holds all findings. Costs one backward and one tangent pass over that step's answers, and
             a forward pass for each of eight rows.
@@ -61,8 +64,8 @@ def attach(
         check_free(Path(out), overwrite, resume)
     temperature = float(getattr(trainer, "temperature", None) or 1.0)
     monitor = Monitor(
-        None, probe=probe, every=every, probe_every=probe_every, blame=blame, temperature=temperature, out=out,
-        overwrite=overwrite, resume=resume, on_error=on_error, tokenizer=tokenizer_of(trainer),
+        None, probe=probe, every=every, probe_every=probe_every, blame=blame, observable=observable, temperature=temperature,
+        out=out, overwrite=overwrite, resume=resume, on_error=on_error, tokenizer=tokenizer_of(trainer),
     )  # fmt: skip
     looking = FirstLook(trainer, monitor) if check else None
     _wrap_methods(trainer, monitor, _callback(trainer, monitor, looking), looking)

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from ..runs.by_sequence import block_sums, sequence_names
-from ..runs.cards import LOG_PROB, Cards
+from ..runs.cards import Cards
 from ..runs.explain import sums
 from ..runs.pairs import Pairs
+from ..runs.watched import watched
 from .net import contexts_of, headline, net_sums, strongest
 from .text import count, day, facts, plain, show, to_json
 
@@ -105,7 +106,7 @@ def render(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None
     fits = matrix is None or matrix.size <= MATRIX_CELLS
     payload = {
         "eta": _eta(about),
-        "watched": _watched(about),
+        "watched": watched(about),
         "cards": _cards(about, tokens, matrix, pairs),
         "status": about.get("status"),
         "verify": about.get("verify"),
@@ -205,12 +206,6 @@ def _blocks(matrix: np.ndarray | None, rows: list[dict[str, Any]], columns: list
     return plain(block_sums(torch.from_numpy(matrix), of_row, of_column).tolist())
 
 
-def _watched(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return label and unit of what is watched at the observed tokens."""
-    found = {**LOG_PROB, **(about.get("observable") or {})}
-    return {"label": str(found["label"]), "unit": str(found["unit"])}
-
-
 def _cards(about: Mapping[str, Any], tokens: pa.Table, matrix: np.ndarray | None, pairs: Pairs | None) -> list[dict[str, Any]]:
     """Return the cards of the strongest net forces between different places: m, context, sentence, parts, kernel, texts."""
     if matrix is None or pairs is None:
@@ -262,7 +257,7 @@ def _prose(about: Mapping[str, Any], sides: Mapping[str, Any], matrix: np.ndarra
     )
     computed = None if matrix is None or not matrix.size else float(np.isfinite(matrix).mean())
     return {
-        "watched": _watched(about),
+        "watched": watched(about),
         "model": model.get("name") or "a model",
         "objective": name,
         "M": M,

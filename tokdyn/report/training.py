@@ -15,6 +15,7 @@ from typing import Any
 
 from ..runs.folder import PAGE
 from ..runs.manifest import replace
+from ..runs.watched import watched
 from ..steps import metrics, read
 from ..training.heartbeat import silent_since
 from .page import assemble
@@ -83,6 +84,7 @@ def render(about: Mapping[str, Any], tables: Mapping[str, Any], steps: Sequence[
     pushes = _forces_by_role(tokens)
     maps = token_maps(tables.get("tokens") if steps else tokens, steps, own_contexts(tables.get("probe")))
     payload = {"status": about.get("status"), "probe": curves, "steps": series, "pushes": pushes, "maps": maps}
+    payload["watched"] = watched(about)
     return assemble("training.html.jinja", STYLES, SCRIPTS, payload, _prose(about, curves, series, pushes, unexplained))
 
 
@@ -201,6 +203,7 @@ def _prose(
     return {
         "model": model.get("name") or "a model",
         "status": status,
+        "watched": watched(about),
         "written": _moment(about.get("written")),
         "silent": _moment(about.get("silent_since")),
         "refresh": REFRESH if status == "running" and not about.get("silent_since") else None,

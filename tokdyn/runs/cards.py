@@ -14,8 +14,8 @@ from .by_sequence import BySequence
 from .contexts import Contexts
 from .explain import Explanation, facts_of
 from .pairs import Pairs
+from .watched import watched
 
-LOG_PROB = {"label": "log-probability", "unit": "nats"}  # what runs watch that do not say what
 WHOLE = {"rising": "risers", "falling": "fallers"}  # what the whole step does to the vocabulary, which is what a run knows
 
 
@@ -90,7 +90,7 @@ class Cards:
         found: dict[str, Any] = {
             "force": sum(force for _, _, force in parts),
             "eta": self.about["settings"]["eta"],
-            "observable": self.about.get("observable") or LOG_PROB,
+            "observable": watched(self.about),
             "parts": parts,
             "kernel": kernel,
         }

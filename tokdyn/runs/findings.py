@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..sequences import visible
 from .by_sequence import BySequence
-from .cards import LOG_PROB, Cards
+from .cards import Cards
 from .contexts import Contexts
 from .pairs import Pairs
+from .watched import is_log_prob, watched
 
 Finding = dict[str, str]
 ROUNDING = 1e-6  # of the largest entry: what sums of float32 forces that cancel leave
@@ -50,10 +51,9 @@ def shown(token: str) -> str:
 
 def moves(about: dict[str, Any], force: float) -> str:
     """The verb of a force: what is watched rises or falls."""
-    label = (about.get("observable") or LOG_PROB)["label"]
-    if label == "log-probability":
+    if is_log_prob(about):
         return "lifts" if force > 0 else "lowers"
-    return f"{'raises' if force > 0 else 'lowers'} the {label} at"
+    return f"{'raises' if force > 0 else 'lowers'} the {watched(about)['label']} at"
 
 
 def _step(about: dict[str, Any], run: BySequence) -> Finding | None:
@@ -68,9 +68,9 @@ def _step(about: dict[str, Any], run: BySequence) -> Finding | None:
         if row["role"] in direction and (row["role"], row["group"]) in trained
     }
     wrong = [f"{name} {'rises' if name.startswith('rejected') else 'falls'}" for name, gain in gains.items() if gain < 0]
-    watched = about.get("observable") or LOG_PROB
-    if watched["label"] != "log-probability":
-        title = f"What the step does to the {watched['label']}"
+    of = watched(about)
+    if not is_log_prob(about):
+        title = f"What the step does to the {of['label']}"
     elif wrong:
         title = f"Against its purpose, {' and '.join(wrong)}"
     elif gains:
@@ -79,7 +79,7 @@ def _step(about: dict[str, Any], run: BySequence) -> Finding | None:
         title = "What the step does to each answer"
     return dict(
         title=title,
-        text=f"Change of {watched['label']} after a step of {about['settings']['eta']:.3g}, in {watched['unit']}: {changed}.",
+        text=f"Change of {of['label']} after a step of {about['settings']['eta']:.3g}, in {of['unit']}: {changed}.",
     )
 
 
@@ -101,7 +101,7 @@ def _still(run: BySequence) -> list[Finding]:
 
 def _balance(about: dict[str, Any], contexts: Contexts) -> Finding | None:
     """The observed sequence on which most force cancels, with the two groups of tokens that pull and push it hardest."""
-    table, eta, unit = contexts.forces(), about["settings"]["eta"], (about.get("observable") or LOG_PROB)["unit"]
+    table, eta, unit = contexts.forces(), about["settings"]["eta"], watched(about)["unit"]
     best: tuple[float, str] | None = None
     for name, forces in table.items():
         lift, press = sum(f for f in forces.values() if f > 0), sum(f for f in forces.values() if f < 0)
@@ -140,7 +140,7 @@ def _strongest(about: dict[str, Any], contexts: Contexts) -> Finding | None:
     share = 100 * abs(force) / float(others[m].abs().sum())
     text = (
         f"{contexts.name(x)} {moves(about, force)} {shown(a['token'])} {run.place(a)}: {signed(eta * force)} "
-        f"{(about.get('observable') or LOG_PROB)['unit']} in this step, {share:.0f}% of the net force on it from elsewhere."
+        f"{watched(about)['unit']} in this step, {share:.0f}% of the net force on it from elsewhere."
     )
     if contexts.own[m] >= 0:
         text += f" What is trained in its own place does {signed(eta * contexts.itself(m))}."

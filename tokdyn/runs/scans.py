@@ -23,6 +23,7 @@ from .folder import FORMAT, read_about, read_table
 from .frames import pandas
 from .notebook import scan_html
 from .schema import require_scan
+from .watched import watched
 
 TOKENS, ROWS = "tokens.parquet", "rows.parquet"
 
@@ -67,8 +68,7 @@ class Scan:
     @property
     def watched(self) -> dict[str, str]:
         """Label and unit of what is watched at the observed tokens."""
-        found = self.about.get("observable") or {"label": "log-probability", "unit": "nats"}
-        return {"label": str(found["label"]), "unit": str(found["unit"])}
+        return watched(self.about)
 
     @property
     def parts(self) -> list[str]:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .._arguments import UNITS, check_view
 from .by_sequence import BySequence, Row
-from .cards import LOG_PROB
 from .contexts import Contexts
 from .findings import shown
 from .table import Listing
@@ -40,10 +39,10 @@ def summary(
     check_view(unit, per)
     run, eta = BySequence.of(tokens, matrix), about["settings"]["eta"]
     contexts = Contexts.of(run, about["sequences"]) if per == "contexts" and run.matrix is not None else None
-    watched = about.get("observable") or LOG_PROB
-    named = UNITS[unit].replace("nats", watched["unit"])
-    if watched["label"] != LOG_PROB["label"]:
-        named = f"{watched['label']}, {named}"
+    of = watched(about)
+    named = UNITS[unit].replace("nats", of["unit"])
+    if not is_log_prob(about):
+        named = f"{of['label']}, {named}"
     view = _View(run, contexts, 1.0 if eta is None else eta, unit, named)
     constants = ", ".join(f"{k}={v}" for k, v in about["objective"]["arguments"].items())
     parts: list[Any] = [

@@ -133,8 +133,8 @@ function StepScatter(figure) {
     x: span,
     y: span,
     right: 14,
-    xTitle: "predicted change, nats",
-    yTitle: "actual change, nats",
+    xTitle: `predicted change, ${RUN.watched.unit}`,
+    yTitle: `actual change, ${RUN.watched.unit}`,
     label: `Predicted against actual change, ${plural(known.length, "point")}`,
   });
   svg.append(SVG("line", { class: "identity", x1: px(span[0]), y1: py(span[0]), x2: px(span[1]), y2: py(span[1]) }));
@@ -145,8 +145,8 @@ function StepScatter(figure) {
         h("div.tip-token", say(type.name)),
         h("div.tip-place", `step ${step}`),
         facts([
-          ["predicted", `${signed(x)} nats`],
-          ["actual", `${signed(y)} nats`],
+          ["predicted", `${signed(x)} ${RUN.watched.unit}`],
+          ["actual", `${signed(y)} ${RUN.watched.unit}`],
         ]),
       ]),
     );

@@ -34,8 +34,8 @@ function Pushes() {
     LineChart(figure, {
       title: `Forces on the ${say(group.name)} answers`,
       series,
-      yTitle: "nats in the step",
-      unit: "nats",
+      yTitle: `${RUN.watched.unit} in the step`,
+      unit: RUN.watched.unit,
       zero: true,
       format: signed,
     });
@@ -79,7 +79,7 @@ function TokenMaps() {
   function draw() {
     const map = net && RUN.maps[at].net ? { ...RUN.maps[at], ...RUN.maps[at].net } : RUN.maps[at];
     const scale = Scale(map.values.flat().filter(finite));
-    legend(section.querySelector(".legend"), scale, "What the token did in this step", "nats on all answers of the row");
+    legend(section.querySelector(".legend"), scale, "What the token did in this step", `${RUN.watched.unit} on all answers of the row`);
     holder.replaceChildren(
       ...map.sequences.map((sequence) => block(map, sequence, scale)),
       map.left_out ? h("p.note", `${plural(map.left_out, "token")} more of this step's batch are left out of the page.`) : "",
@@ -162,7 +162,7 @@ function TokenMaps() {
         h("div.tip-place", `step ${map.step}, on the ${say(map.groups[g])} answers`),
         facts(
           [
-            ["force", `${signed(value)} nats in the step${map.own && map.own[g][i] ? ", on itself: a watched answer stands here" : ""}`],
+            ["force", `${signed(value)} ${RUN.watched.unit} in the step${map.own && map.own[g][i] ? ", on itself: a watched answer stands here" : ""}`],
             ["weight c", `${signed(map.c[i])}, ${pulled(map, i)}`],
             finite(map.pull[i]) && ["size of its pull", `${number(map.pull[i])} = ‖G‖`],
             finite(map.log_prob[i]) && ["its log-prob", `${number(map.log_prob[i])} nats (${probability(Math.exp(map.log_prob[i]))})`],

@@ -18,10 +18,10 @@ function curves() {
     points: seen(type, points(RUN.probe.steps, type.path)),
   }));
   LineChart(document.querySelector("#curves .actual"), {
-    title: "Mean log-probability of a token",
+    title: `Mean ${RUN.watched.label} of a token`,
     series: [...(predictions ? predicted : []), ...shown.map((type) => ({ ...style(type), points: seen(type, actualPath(type)) }))],
-    yTitle: fromStart ? "change, nats per token" : "nats per token",
-    unit: "nats",
+    yTitle: `${fromStart ? "change, " : ""}${RUN.watched.unit} per token`,
+    unit: RUN.watched.unit,
     level: fromStart ? 0 : null,
     format: fromStart ? signed : number,
   });
