@@ -13,6 +13,7 @@ from .by_sequence import BySequence, Row
 from .contexts import Contexts
 from .findings import shown
 from .table import Listing
+from .watched import is_log_prob, watched
 
 MOVERS = 5  # tokens that are listed
 COLUMNS = 8  # groups of updated tokens that a terminal has room for
