@@ -234,3 +234,4 @@ def test_both_is_one_number_from_two_backward_passes():
     assert abs(float(plain.vector) - float((w @ F).sum())) < scale
     assert abs(float(parts.vector) - float(plain.vector)) < scale
     assert parts.to_dataframe()["part"].tolist() == ["force", *parts.parts]
+    assert "layer 1" in parts._repr_html_() and f"{float(parts.vector):+.4g}" in parts._repr_html_()

@@ -6,7 +6,7 @@ Blue lifts, orange lowers, on white in every theme, as on the pages. All text is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -15,15 +15,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..sequences import visible
+from .watched import is_log_prob, watched
 
 SIDE = 64  # rows and columns of a drawn matrix; a larger one is drawn as sums of blocks
 STRONGEST = 5
-RATE = "nats per unit learning rate"
+
+
+def _rate(about: Mapping[str, Any]) -> str:
+    """The unit of forces, and on what they are where that is no log-probability."""
+    of = "" if is_log_prob(about) else f" of the {watched(about)['label']}"
+    return f"{watched(about)['unit']}{of} per unit learning rate"
 
 
 def forces_html(forces: Any) -> str:
     """Of `Forces`: the matrix and the strongest pairs, or the tokens of a reduction."""
-    what = f"Forces, scope {forces.scope}, {RATE}"
+    what = f"Forces, scope {forces.scope}, {_rate({'observable': forces.observable})}"
+    if forces.reduce == "both":
+        parts = [(name, f"{float(part):+.4g}") for name, part in (forces.parts or {}).items()]
+        return page(f"{what}: the whole step on all that is observed, {float(forces.vector):+.4g}.",
+                    rows_html(("part", "force"), parts) if parts else "")  # fmt: skip
     if forces.vector is not None:
         table = forces.observed if forces.reduce == "update" else forces.updated
         told = "the whole step on each observed token" if forces.reduce == "update" else "each update token on what is observed"
@@ -65,7 +75,7 @@ def run_html(run: Any) -> str:
     eta = about["settings"].get("eta")
     title = f"{about['objective']['name']} on {about['model']['name']}" + (f", eta = {eta:.3g}" if eta else ", no step")
     changes = [row["force"] if row["actual"] is None else row["actual"] for row in rows]
-    unit = RATE if eta is None else "nats after the step"
+    unit = _rate(about) if eta is None else _rate(about).replace("per unit learning rate", "after the step")
     findings = "".join(f"<li><b>{escape(each['title'])}.</b> {escape(each['text'])}</li>" for each in about["findings"])
     place = [f"<p>Page: {escape(str(run.path))}/report.html</p>"] if run.path else []
     of = [row["sequence"] for row in rows]
@@ -103,7 +113,7 @@ def scan_html(scan: Any) -> str:
     whole = "" if scan.size is None else f" of {scan.size:,}"
     return page(
         f"{scan.about['objective']['name']} on {scan.about['model']['name']}: {len(numbers):,}{whole} rows, {tokens:,} update "
-        f"tokens. Force of a row on the mean log-probability of a group, {RATE}.",
+        f"tokens. Force of a row on the mean {scan.watched['label']} of a group, {_rate(scan.about)}.",
         rows_html(("group", "mean", "rows that lower it", "lower it most"), rows),
     )
 
