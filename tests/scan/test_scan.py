@@ -102,11 +102,12 @@ def test_tables_hold_the_forces_of_every_row_alone(tmp_path):
 def test_parts_have_columns_of_their_own_and_units_are_named(tmp_path):
     scan = td.scan(tiny("llama"), pairs(2), GROUPS, DPO(), out=tmp_path / "scan", observable="entropy", by="layer")
     tokens, sums = scan.tokens().to_pandas(), scan.rows().to_pandas()
-    assert scan.parts == ["embedding", "layer 0", "layer 1", "norms", "readout"] and scan.watched["label"] == "entropy"
+    assert scan.parts == ["embedding", "layer 0", "layer 1", "norms", "readout", "tied"]
+    assert scan.watched == {"label": "entropy", "unit": "nats"}
     for name in GROUPS:
         parts = [f"force_{name} · {part}" for part in scan.parts]
         whole, size = tokens[f"force_{name}"], tokens[parts].abs().sum(axis=1)
-        assert bool(((tokens[parts].sum(axis=1) - whole).abs() <= 1e-6 * size).all())  # a float32 sum of five
+        assert bool(((tokens[parts].sum(axis=1) - whole).abs() <= 1e-6 * size).all())  # a float32 sum of six
         first = tokens[tokens.row == 0]
         assert sums[parts[1]][0] == pytest.approx(float(first[parts[1]].sum()), abs=1e-6 * float(first[parts[1]].abs().sum()))
     assert "mean entropy of a token" in render(scan)

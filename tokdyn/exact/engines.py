@@ -124,26 +124,40 @@ def in_parts(
     The sweep meets the two sides module by module, so a part costs it nothing but its matrix; by tangents, or by one direction
     a token, each part is a matrix of its own.
     """
-    whole = replace(problem, parts=None)
-    assert problem.parts is not None
+    parts, doubtful = problem.parts, bool(problem.tracer.why_not_tangents(problem.uses))
+    assert parts is not None
     try:
-        p = planned(whole)
-        rounds = list(problem.parts.rounds(problem.uses, p.plan.module))
-        p = p.transposed() if len(p.observed) < len(p.updated) else p
-        if problem.tracer.why_not_tangents(problem.uses) or _sweeps(p, memory, len(rounds) / len(out)):
-            coverage = Coverage()
-            for n, uses in enumerate(rounds):
-                F = torch.zeros_like(out) if n else out
-                part = replace(problem, uses=uses)
-                coverage |= sweep.fill(part, F, memory=memory, progress=share(progress, n, 1, len(rounds)))
-                if n:
-                    out += F
-            if problem.tracer.why_not_tangents(problem.uses):
-                _require_sum(whole, out.sum(0))
+        p, F = planned(replace(problem, parts=None)), out
+        rounds = list(parts.rounds(problem.uses, p.plan.module))
+        if len(rounds) == 1:
+            p = replace(p, plan=p.plan.divided(parts), parts=parts)
+        if len(p.observed) < len(p.updated):  # as both engines take it; weighed as they take it
+            p, F = p.transposed(), out.mT
+        if doubtful or _sweeps(p, memory, len(rounds) / len(out)):
+            if len(rounds) == 1:
+                coverage = sweep.fill(p, F, memory=memory, progress=progress)
+            else:
+                coverage = _in_rounds(problem, out, rounds, memory=memory, progress=progress)
+            if doubtful:
+                _require_sum(replace(problem, parts=None), out.sum(0))
             return coverage
     except (Unsupported, NotImplementedError):
         pass  # `structured` says why of each part
     return divided.EachPart(structured)(problem, out, memory=memory, progress=progress)
+
+
+def _in_rounds(
+    problem: Problem, out: Float[Tensor, "N M L"], rounds: list[dict[str, str]], *, memory: int, progress: Progress | None
+) -> Coverage:
+    """Parts of which some share a module: a sweep for each set of uses (Parts.rounds), added up."""
+    coverage = Coverage()
+    for n, uses in enumerate(rounds):
+        F = torch.zeros_like(out) if n else out
+        of = share(progress, n, 1, len(rounds))
+        coverage |= sweep.fill(replace(problem, uses=uses), F, memory=memory, progress=of)
+        if n:
+            out += F
+    return coverage
 
 
 def _first_line(error: Exception) -> str:
