@@ -123,7 +123,7 @@ def reduced(problem: Problem, over: Reduction, method: str) -> Tensor:
     jvp = finite_difference.jvp if method == "fd" else Problem.jvp
     found = problem.tracer.readout.weight.new_zeros(_count(problem), len(sink), dtype=problem.tracer.precision)
     for n, uses, direction in steps(problem, of_use):
-        found[n] = jvp(replace(problem, uses=uses, P=None, parts=None), sink, direction)
+        found[n] = jvp(replace(problem, uses=dict(uses), P=None, parts=None), sink, direction)
     return found
 
 

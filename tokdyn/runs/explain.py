@@ -270,14 +270,8 @@ def _lines(facts: Facts) -> list[tuple[str, str]]:
         lines.append(("", f"cosine of the two tokens' gradients {facts['gradient_cosine']:.3f}"))
     for of, name in ((0, "by layer"), (1, "by kind")):
         for i, (part, force) in enumerate(sums(facts["parts"], of).items()):
-            lines.append(
-                (
-                    name if i == 0 else "",
-                    f"{part:<24} {_signed(force):>10} {unit}/lr {100 * force / facts['force']:5.0f}%"
-                    if facts["force"]
-                    else part,
-                )
-            )
+            share = f" {round(100 * force / facts['force']):4}%" if facts["force"] else ""
+            lines.append((name if i == 0 else "", f"{part:<24} {_signed(force):>10} {unit}/lr{share}"))
     if facts.get("texts"):
         lines += [("observed", facts["texts"]["observed"]), ("update", facts["texts"]["updated"])]
     shared = facts.get("shared")

@@ -71,8 +71,8 @@ class Experts(Rule):
         for weight, bias, left, right, routes in self._factors(call, delta[0][None]):
             spans, rows = dict(routes.spans), number[routes.token]
             for e in range(len(self._parameter(weight))):
-                of = spans.get(e, slice(0, 0)) if self._moves(e) else slice(0, 0)
-                of = (rows[of] >= 0).nonzero().flatten() + of.start
+                span = spans.get(e, slice(0, 0)) if self._moves(e) else slice(0, 0)
+                of = (rows[span] >= 0).nonzero().flatten() + span.start
                 a, d = right[of], left[of, 0]
                 pairs = ((weight, a), (bias, torch.ones_like(a[:, :1])))
                 found += [OuterProduct(x, d, rows[of]) for name, x in pairs if name in self.moves]
