@@ -64,12 +64,14 @@ def test_other_objectives_data_forms_and_a_model_folder(tmp_path):
     (tmp_path / "chat.jsonl").write_text(json.dumps(chat) + "\n")
     for objective, options in (
         ("sft", ["--data", tmp_path / "chat.jsonl", "--model", tmp_path / "model"]),
-        ("grpo", ["--set", "clip=0.1"]),
+        ("grpo", ["--set", "clip=0.1", "--observable", "entropy", "--pairs", 3]),
         ("simko", []),
     ):
         result = call(*RUN, "--objective", objective, *options, "--out", tmp_path / objective)
         assert result.exit_code == 0, result.output + result.stderr
         assert td.load(tmp_path / objective).about["objective"]["name"].lower() == objective
+    made = td.load(tmp_path / "grpo")
+    assert made.about["observable"]["name"] == "Entropy" and len(made.pairs.index) == 3
 
 
 def test_doctor_says_what_is_there():
@@ -100,6 +102,7 @@ def test_bad_data_is_named_by_file_and_line(tmp_path, text, words):
     [
         (["--objective", "dop"], ["unknown objective 'dop'", "DPO"]),
         (["--set", "beta=much"], ["NAME=NUMBER"]),
+        (["--observable", "entropie"], ["observable must be log-prob, entropy"]),
         (["--set", "beta=nan"], ["beta must be a finite number"]),
         (["--objective", "ipo", "--set", "beta=0"], ["beta must be positive"]),
         (["--objective", "simko", "--set", "n_candidates=2.5"], ["n_candidates must be a finite whole number"]),

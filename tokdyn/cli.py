@@ -58,6 +58,7 @@ def profile(
     observable: Annotated[
         str, typer.Option(help="what is watched: log-prob, entropy, margin, mass:ID,…, logit:ID")
     ] = "log-prob",
+    pairs: Annotated[int | None, typer.Option(min=1, help="strongest pairs to explain; 2,000 or 10 % when absent")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="longest sequence in tokens")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/profile"),
@@ -104,7 +105,7 @@ def profile(
             other = load_weights(reference, device) if reference else None
             run = td.profile(
                 lm, update, observe, loss, tokenizer=tokenizer, eta=eta, scope=scope, method=method, memory=memory,
-                reference=other, observable=observable, out=out, overwrite=overwrite, stage=stage,
+                reference=other, observable=observable, pairs=pairs, out=out, overwrite=overwrite, stage=stage,
                 about={"model": {"name": model} | ({"adapter": adapter} if adapter else {}),
                        "data": {"path": data, "rows": total, "used": len(table)}},
             )  # fmt: skip
@@ -123,7 +124,7 @@ def profile(
 def _checked(
     *, objective: str, set_: list[str] | None, eta: float | None, method: str, memory: str, scope: str, unit: str, per: str,
     model: str, adapter: str | None, reference: str | None, data: str, out: Path, overwrite: bool, device: str, rows: int,
-    held_out: int, skip: int, **_: Any,
+    held_out: int, skip: int, observable: str, **_: Any,
 ) -> tuple[Any, list[Any], int]:  # fmt: skip
     """The loss and the rows of a profile, and how many the file has; what can be refused without torch is refused first."""
     from . import _arguments as arguments
@@ -133,6 +134,7 @@ def _checked(
     arguments.objective_name(objective, arguments.objective_names())
     chosen = arguments.constants(set_ or [])
     arguments.check_eta(eta)
+    arguments.check_observable(observable)
     arguments.check_method(method)
     arguments.size_in_bytes(memory)
     arguments.scope_pattern(scope)

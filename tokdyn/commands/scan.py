@@ -78,7 +78,7 @@ def scan(
         about: dict[str, Any] = {
             "model": {"name": model} | ({"adapter": adapter} if adapter else {}),
             "probe": {"path": str(watched), "rows": probe_rows, "kinds": kind},
-            "given": {"reference": reference, "optimizer": optimizer, "device": device},
+            "given": {"reference": reference, "optimizer": optimizer, "device": device, "observable": observable},
         }
         with progress() as stage:
             stage(f"loading {model}", 0, 0)
@@ -163,7 +163,8 @@ def profile_row(
         other = load_weights(given["reference"], given["device"]) if given["reference"] else None
         run = td.profile(
             lm, update, watched, loss, tokenizer=tokenizer, eta=eta, scope=settings["scope"], method=method, memory=memory,
-            reference=other, out=found.path / "profiles" / f"row-{row:07d}", overwrite=overwrite, stage=stage,
+            reference=other, observable=given.get("observable", "log-prob"), overwrite=overwrite, stage=stage,
+            out=found.path / "profiles" / f"row-{row:07d}",
             about={"model": model, "data": {"path": where, "rows": 1, "used": 1}},
         )  # fmt: skip
     out_console.print(summary(run.about, run.tokens, run.matrix, unit=unit, per=per))
