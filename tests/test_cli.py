@@ -42,13 +42,14 @@ def refused(result, *words):
 
 
 def test_main_job_on_the_demo_model(tmp_path):
-    result = call("profile", "--rows", 1, "--held-out", 0, "--skip", 4, "--out", tmp_path / "run")
+    result = call("profile", "--rows", 1, "--held-out", 0, "--skip", 4, "--pairs", 40, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output + result.stderr
     written = {"run.json", "tokens.parquet", "forces.safetensors", "report.html", "run.yaml", "manifest-0.json"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == written
     run = td.load(tmp_path / "run")
     assert run.about["status"] == "complete" and 1.8 < run.about["verify"]["order"] < 2.2
     assert run.about["checks"]["row sums of the matrix against the tangent pass"] < 1e-4
+    assert len(run.pairs.index) == 40 and "Why." in result.output
     spelled = "".join(r["token"] for r in run.tokens.to_pylist() if r["side"] == "updated" and r["role"] == "chosen")
     assert spelled == json.loads(DEMO_PAIRS.read_text().splitlines()[4])["chosen"] + "<|endoftext|>"
     assert "chosen 1" in result.output and "order" in result.output
@@ -64,14 +65,13 @@ def test_other_objectives_data_forms_and_a_model_folder(tmp_path):
     (tmp_path / "chat.jsonl").write_text(json.dumps(chat) + "\n")
     for objective, options in (
         ("sft", ["--data", tmp_path / "chat.jsonl", "--model", tmp_path / "model"]),
-        ("grpo", ["--set", "clip=0.1", "--observable", "entropy", "--pairs", 3]),
+        ("grpo", ["--set", "clip=0.1", "--observable", "entropy"]),
         ("simko", []),
     ):
         result = call(*RUN, "--objective", objective, *options, "--out", tmp_path / objective)
         assert result.exit_code == 0, result.output + result.stderr
         assert td.load(tmp_path / objective).about["objective"]["name"].lower() == objective
-    made = td.load(tmp_path / "grpo")
-    assert made.about["observable"]["name"] == "Entropy" and len(made.pairs.index) == 3
+    assert td.load(tmp_path / "grpo").about["observable"]["name"] == "Entropy"
 
 
 def test_doctor_says_what_is_there():
