@@ -114,7 +114,7 @@ def folders(tmp_path_factory):
     model, (chosen, rejected) = tiny("llama"), random_chis([(3, 3), (3, 2)], seed=3)
     pair = [dataclasses.replace(chosen, role="chosen", group=0), dataclasses.replace(rejected, role="rejected", group=0)]
     td.profile(model, pair, pair, td.objectives.DPO(), k=2, out=place / "profile")
-    td.forces(model, pair, pair).save(place / "forces")
+    td.forces(model, pair, pair, by="layer").save(place / "forces")
     td.forces(model, pair, pair, out=place / "shards")
     train(sft, steps=1, out=place / "training")
     td.scan(model, [pair, pair], {"watched": pair}, td.objectives.DPO(), out=place / "scan", block=1)

@@ -223,9 +223,8 @@ class Forces:
             sides.append(rows.drop_columns([name for name in other if name in rows.column_names]))
         parts: dict[str, Tensor | Shards] | None = None
         if about.get("parts"):
-            inside = None if shards is None else shards.about[PARTS]
             parts = {
-                name: tensors[f"part {name}"] if inside is None else Shards(Path(path) / inside[name])
+                name: tensors[f"part {name}"] if shards is None else Shards(Path(path) / _folder(shards, name))
                 for name in about["parts"]
             }
         asked = about["coverage"], about["scope"], about["method"], about["reduce"]
@@ -370,6 +369,18 @@ def _columns(problem: Problem, groups: Any, labels: Tensor | None) -> tuple[Prob
         return problem, labels
     merged = by_context(problem.updated, labels)
     return Problem(problem.tracer, problem.uses, problem.P, problem.observed, merged, parts=problem.parts), None
+
+
+def _folder(shards: Shards, name: str) -> str:
+    """Where inside the folder of a matrix one of its parts lies.
+
+    Raises:
+        ValueError: its record does not say.
+    """
+    try:
+        return str(shards.about[PARTS][name])
+    except (KeyError, TypeError):
+        raise ValueError(f"{shards.path} is damaged: its record names no folder of the part {name!r}") from None
 
 
 def _whole(part: Tensor | Shards) -> Tensor:

@@ -221,7 +221,7 @@ def test_parts_of_pairs_groups_and_folders(tmp_path):
             td.forces(model, pair, O, DPO(), by=by)
 
 
-def test_both_is_one_number_from_two_backward_passes():
+def test_both_is_one_number_from_two_backward_passes(tmp_path):
     """Σ_m w_m Σ_l F, with and without parts, and no tangent pass."""
     model = tiny("gemma2")
     w = torch.linspace(-1, 2, 5)
@@ -234,4 +234,6 @@ def test_both_is_one_number_from_two_backward_passes():
     assert abs(float(plain.vector) - float((w @ F).sum())) < scale
     assert abs(float(parts.vector) - float(plain.vector)) < scale
     assert parts.to_dataframe()["part"].tolist() == ["force", *parts.parts]
+    parts.save(tmp_path / "both")
+    assert td.load(tmp_path / "both").parts == parts.parts and torch.equal(td.load(tmp_path / "both").vector, parts.vector)
     assert "layer 1" in parts._repr_html_() and f"{float(parts.vector):+.4g}" in parts._repr_html_()

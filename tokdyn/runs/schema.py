@@ -22,8 +22,11 @@ PROFILE: Mapping[str, Any] = {
     "checks": {"*": f"?{NUMBER}"},
     "seconds": {"*": NUMBER},
     "verify": f"?{OBJECT}",
+    "observable": f"?{OBJECT}",
+    "pairs": f"?{OBJECT}",
 }
-FORCES_OF = {"coverage": {"*": TEXT}, "scope": TEXT, "method": TEXT, "reduce": f"?{TEXT}", "lr": f"?{NUMBER}"}
+FORCES_OF = {"coverage": {"*": TEXT}, "scope": TEXT, "method": TEXT, "reduce": f"?{TEXT}", "lr": f"?{NUMBER}",
+             "observable": f"?{OBJECT}"}  # fmt: skip
 SCAN = {"groups": [{"name": TEXT, "tokens": NUMBER}], "settings": {"rows": f"?{NUMBER}", "block": NUMBER}}
 COLUMNS = tuple("side row sequence position token token_id role group force predicted actual risers fallers c".split())
 
@@ -92,8 +95,23 @@ def require_profile(path: Path, about: Mapping[str, Any], tokens: Any, shapes: M
             raise ValueError(f"vector must be [M]=[{M}], as the table has observed tokens, it is {list(shapes['vector'])}")
         if shapes.get("matrix", (M, L)) != (M, L):
             raise ValueError(f"matrix must be [M, L]=[{M}, {L}], as the table has tokens, it is {list(shapes['matrix'])}")
+        _require_pairs(about, shapes)
     except ValueError as error:
         raise ValueError(f"{where}{error}") from None
+
+
+def _require_pairs(about: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise unless the pairs that a profile keeps, if it does, are named in its record and fit one another."""
+    if "pairs" not in shapes:
+        return
+    names = (about.get("pairs") or {}).get("parts")
+    named = isinstance(names, list) and all(isinstance(of, list) and len(of) == 2 for of in names)
+    if not named:
+        raise ValueError(f"pairs are kept, and {ABOUT} does not say by pairs.parts which layer and kind their numbers are of")
+    K = shapes["pairs"][:1]
+    for name, shape in (("pairs", (*K, 2)), ("pairs.parts", (*K, len(names))), ("pairs.kernel", (*K, 3))):
+        if shapes.get(name) != shape:
+            raise ValueError(f"{name} must be {list(shape)}, it is {list(shapes.get(name, ()))}")
 
 
 def require_forces(path: Path, about: Mapping[str, Any], tokens: Any, tensors: Mapping[str, Any]) -> None:
@@ -122,12 +140,24 @@ def require_forces(path: Path, about: Mapping[str, Any], tokens: Any, tensors: M
         matrix = shapes.get("matrix")
         if matrix is not None and (matrix[:1] != (M,) or len(matrix) != 2 or ("groups" not in shapes and matrix[1] != L)):
             raise ValueError(f"matrix must be [M, L]=[{M}, {L}], as the table has tokens, it is {list(matrix)}")
-        if shapes.get("vector", (M,)) not in ((M,), (L,)):
-            raise ValueError(f"vector must be [M]=[{M}] or [L]=[{L}], it is {list(shapes['vector'])}")
+        if shapes.get("vector", (M,)) not in ((M,), (L,), ()):
+            raise ValueError(f"vector must be [M]=[{M}] or [L]=[{L}] or one number, it is {list(shapes['vector'])}")
         if matrix is None and "vector" not in shapes:
             raise ValueError("it holds neither a matrix nor a vector")
+        _require_parts(about, shapes, sharded=bool(about.get("sharded")))
     except ValueError as error:
         raise ValueError(f"{where}{error}") from None
+
+
+def _require_parts(about: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], sharded: bool) -> None:
+    """Raise unless the parts of forces, if they are divided, are there and of the shape of the whole."""
+    names = about.get("parts")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"parts must be a list of texts, it is {_short(names)}")
+    whole = shapes.get("matrix", shapes.get("vector"))
+    for name in names or []:
+        if not sharded and shapes.get(f"part {name}") != whole:
+            raise ValueError(f"part {name} must be {list(whole or ())}, it is {list(shapes.get(f'part {name}', ()))}")
 
 
 def require_scan(path: Path, about: Mapping[str, Any]) -> None:
