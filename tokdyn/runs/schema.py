@@ -105,8 +105,7 @@ def _require_pairs(about: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     if "pairs" not in shapes:
         return
     names = (about.get("pairs") or {}).get("parts")
-    named = isinstance(names, list) and all(isinstance(of, list) and len(of) == 2 for of in names)
-    if not named:
+    if not isinstance(names, list) or not all(isinstance(of, list) and len(of) == 2 for of in names):
         raise ValueError(f"pairs are kept, and {ABOUT} does not say by pairs.parts which layer and kind their numbers are of")
     K = shapes["pairs"][:1]
     for name, shape in (("pairs", (*K, 2)), ("pairs.parts", (*K, len(names))), ("pairs.kernel", (*K, 3))):
