@@ -119,7 +119,7 @@ def test_what_is_transposed_and_tiled_counts_in_the_same_parts():
 @pytest.mark.parametrize(("over", "adam"), [("update", False), ("both", True)])
 def test_experts_of_a_stack_are_told_apart(over, adam):
     """A stack is one tensor: an expert's part is the inner product of its own rows of the gradients; every way, and sums."""
-    model = tiny("qwen2_moe", tied=False).double()
+    model = tiny("qwen2_moe", tied=False, num_experts=3).double()
     optimizer = torch.optim.Adam(model.parameters(), eps=1e-3) if adam else None
     with float64(), trace(model) as tracer:
         unscored = divided(tracer, "expert", optimizer=optimizer)

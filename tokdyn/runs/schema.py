@@ -133,15 +133,14 @@ def require_forces(path: Path, about: Mapping[str, Any], tokens: Any, tensors: M
         where, sides = f"{path / FORCES}: ", tokens["side"].to_pylist()
         M, L = sides.count("observed"), sides.count("updated")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        for name in ("c", *({"groups"} & shapes.keys())):
-            if shapes.get(name) != (L,):
-                raise ValueError(f"{name} must be [L]=[{L}], as the table has updated tokens, it is {shapes.get(name)}")
-        matrix = shapes.get("matrix")
-        if matrix is not None and (matrix[:1] != (M,) or len(matrix) != 2 or ("groups" not in shapes and matrix[1] != L)):
-            raise ValueError(f"matrix must be [M, L]=[{M}, {L}], as the table has tokens, it is {list(matrix)}")
+        of_tokens = shapes.get("groups", (L,))  # where columns are groups, the table has a row for each of those
+        if len(of_tokens) != 1 or shapes.get("c") != of_tokens:
+            raise ValueError(f"c must be [L]={list(of_tokens)}, one number a token of the update, it is {shapes.get('c')}")
+        if shapes.get("matrix", (M, L)) != (M, L):
+            raise ValueError(f"matrix must be [{M}, {L}], as the table has rows, it is {list(shapes['matrix'])}")
         if shapes.get("vector", (M,)) not in ((M,), (L,), ()):
             raise ValueError(f"vector must be [M]=[{M}] or [L]=[{L}] or one number, it is {list(shapes['vector'])}")
-        if matrix is None and "vector" not in shapes:
+        if not {"matrix", "vector"} & shapes.keys():
             raise ValueError("it holds neither a matrix nor a vector")
         _require_parts(about, shapes, sharded=bool(about.get("sharded")))
     except ValueError as error:
