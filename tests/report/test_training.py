@@ -191,6 +191,18 @@ def test_findings_say_what_the_numbers_say(html):
     assert "This is squeezing" in Tags(training.render(about, tables | {"probe": pa.Table.from_pylist(falling)})).words
 
 
+def test_a_training_whose_entropy_was_watched_says_so():
+    """Curves and findings are of what was watched; nothing is concluded from falling answers."""
+    about, tables = synthetic()
+    falling = [row | {"after": row["before"] - 1.0} for row in tables["probe"].to_pylist()]
+    watched = {"observable": {"name": "Entropy", "arguments": {}, "label": "entropy", "unit": "nats"}}
+    html = training.render(about | watched, tables | {"probe": pa.Table.from_pylist(falling)})
+    words = Tags(html).words
+    assert "What is watched is the entropy at each token of the probe" in words and "mean entropy of a token" in words
+    assert "squeezing." not in words and "mean log-probability of a token" not in words
+    assert payload_of(html)["watched"] == {"label": "entropy", "unit": "nats"}
+
+
 # ---------------------------------------------------------------- what must not happen
 
 

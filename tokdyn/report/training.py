@@ -15,7 +15,7 @@ from typing import Any
 
 from ..runs.folder import PAGE
 from ..runs.manifest import replace
-from ..runs.watched import watched
+from ..runs.watched import is_log_prob, watched
 from ..steps import metrics, read
 from ..training.heartbeat import silent_since
 from .page import assemble
@@ -212,7 +212,7 @@ def _prose(
         "details": [str(item) for item in details if item],
         "problems": problems[:5],
         "more_problems": max(0, len(problems) - 5),
-        "findings": _findings(curves, series, pushes),
+        "findings": _findings(about, curves, series, pushes),
         "version": versions.get("tokdyn") or "",
         "unexplained": ("steps " if len(unexplained) > 1 else "step ") * bool(unexplained)
         + ", ".join(f"{step:,}" for step in unexplained[:8])
@@ -234,9 +234,11 @@ def _moment(iso: Any) -> str:
     return str(iso or "").replace("T", " ").replace("+00:00", " UTC")
 
 
-def _findings(curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapping[str, Any]) -> list[dict[str, str]]:
+def _findings(
+    about: Mapping[str, Any], curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapping[str, Any]
+) -> list[dict[str, str]]:
     """What a reader should know first, in whole sentences with their numbers."""
-    found = []
+    found, of = [], watched(about)
     moved, top = {}, {}
     for kind in curves["types"]:
         before, after, argmax = (_first_and_last(kind[key]) for key in ("before", "after", "argmax"))
@@ -251,7 +253,7 @@ def _findings(curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapp
         if worst != best:
             title += f", {_spaced(worst)} {'fell most' if moved[worst] < 0 else 'rose least'}"
         listed = ", ".join(f"{_spaced(name)} {signed(moved[name])}" for name in order)
-        text = f"Change of the mean log-probability of a token over the training, nats: {listed}."
+        text = f"Change of the mean {of['label']} of a token over the training, {of['unit']}: {listed}."
         found.append({"title": title[0].upper() + title[1:], "text": text})
     name = "rejected" if "rejected" in top else next(iter(top), None)
     if name is not None:
@@ -260,7 +262,7 @@ def _findings(curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapp
             f"Where the {_spaced(name)} answers stand, the log-probability of what the model itself would say first changed by "
             f"{signed(top[name])} nats on average."
         )
-        if rises and len(answers) == 2 and max(answers) < 0:
+        if is_log_prob(about) and rises and len(answers) == 2 and max(answers) < 0:
             text += (
                 " Chosen and rejected answers both fell meanwhile: the probability that was pushed away went to what the model "
                 "would have said anyway. This is squeezing."
@@ -272,7 +274,7 @@ def _findings(curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapp
         found.append(
             {
                 "title": f"What moved the {_spaced(group['name'])} answers",
-                "text": f"Nats on all of them in the {len(pushes['steps'])} steps that were looked at, by the gradient of the "
+                "text": f"{of['unit'].capitalize()} on all of them in the {len(pushes['steps'])} steps that were looked at, by the gradient of the "
                 f"step itself: {pulls}, together {signed(sum(totals.values()))}.",
             }
         )
