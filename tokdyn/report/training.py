@@ -274,8 +274,8 @@ def _findings(
         found.append(
             {
                 "title": f"What moved the {_spaced(group['name'])} answers",
-                "text": f"{of['unit'].capitalize()} on all of them in the {len(pushes['steps'])} steps that were looked at, by the "
-                f"gradient of the step itself: {pulls}, together {signed(sum(totals.values()))}.",
+                "text": f"{of['unit'].capitalize()} on all of them in the {len(pushes['steps'])} steps that were looked at, by "
+                f"the gradient of the step itself: {pulls}, together {signed(sum(totals.values()))}.",
             }
         )
     ratios = [x for x in series["linearity"] if x is not None and math.isfinite(x)]
