@@ -40,6 +40,18 @@ def fuzz_cases(request: pytest.FixtureRequest) -> int:
     return request.config.getoption("--fuzz")
 
 
+@pytest.fixture(scope="session")
+def tokenizer_of_words():
+    """The tokenizer of the tests of real trainers: a word is a token."""
+    return importlib.import_module("trainers").word_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_of_words(tokenizer_of_words, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of their model, which nobody writes to."""
+    return importlib.import_module("trainers").save_model(tmp_path_factory.mktemp("model"), tokenizer_of_words)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if (path := config.getoption("--native")) is not None:
         spec = importlib.util.spec_from_file_location("tokdyn._C", path)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from trainers import PAIRS, save_model, settings, word_tokenizer
+from trainers import PAIRS, settings
 
 import tokdyn as td
 
@@ -12,24 +12,17 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    datasets.disable_progress_bars()
-    tokenizer = word_tokenizer()
-    return tokenizer, save_model(tmp_path_factory.mktemp("model"), tokenizer)
-
-
 def load(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def dpo(parts, tmp_path_factory):
+def dpo(tokenizer_of_words, model_of_words, tmp_path_factory):
     """Two accumulated batches of pairs, and a policy away from its reference."""
-    tokenizer, folder = parts
+    datasets.disable_progress_bars()
     data = datasets.Dataset.from_list([{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS])
     args = trl.DPOConfig(**settings(tmp_path_factory.mktemp("dpo"), gradient_accumulation_steps=2, beta=0.3))
-    trainer = trl.DPOTrainer(model=load(folder), args=args, train_dataset=data, processing_class=tokenizer)
+    trainer = trl.DPOTrainer(model=load(model_of_words), args=args, train_dataset=data, processing_class=tokenizer_of_words)
     with torch.no_grad():
         trainer.model.model.norm.weight.mul_(1.1)
     return trainer
@@ -62,9 +55,8 @@ def test_two_losses_are_added_with_their_weights(dpo):
 
 
 @pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
-def test_c_of_a_policy_gradient_is_that_of_its_objective(parts, tmp_path, kind):
+def test_c_of_a_policy_gradient_is_that_of_its_objective(tokenizer_of_words, model_of_words, tmp_path, kind):
     """With TRL's own weights of tokens, over two accumulated batches of responses of unequal length."""
-    tokenizer, folder = parts
     level = "sequence" if kind == "luspo" else "token"
     known = trl.GRPOConfig.__dataclass_fields__
     if kind in ("luspo", "vespo") and "vespo_k_pos" not in known:
@@ -79,7 +71,7 @@ def test_c_of_a_policy_gradient_is_that_of_its_objective(parts, tmp_path, kind):
 
     data = datasets.Dataset.from_list([{"prompt": p} for p, _, _ in PAIRS])
     trainer = trl.GRPOTrainer(
-        model=load(folder), args=args, train_dataset=data, reward_funcs=reward, processing_class=tokenizer
+        model=load(model_of_words), args=args, train_dataset=data, reward_funcs=reward, processing_class=tokenizer_of_words
     )
     found = scale_of(trainer)
     assert found.level == "fine" and kind in found.what and found.number == pytest.approx(1, abs=1e-3), str(found)

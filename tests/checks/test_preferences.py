@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from trainers import PAIRS, save_model, settings, word_tokenizer
+from trainers import PAIRS, settings
 
 import tokdyn as td
 
@@ -13,22 +13,12 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"), tokenizer)
-
-
 @pytest.fixture
-def build(tokenizer, folder, tmp_path):
+def build(tokenizer_of_words, model_of_words, tmp_path):
     datasets.disable_progress_bars()
 
     def load():
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return transformers.AutoModelForCausalLM.from_pretrained(model_of_words, dtype=torch.float32)
 
     def make(rows=PAIRS, change=None, lora=None, **options):
         model, more = load(), {}
@@ -39,7 +29,7 @@ def build(tokenizer, folder, tmp_path):
         data = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in rows]
         args = trl.DPOConfig(**settings(tmp_path / "out", max_steps=1, **options))
         made = trl.DPOTrainer(
-            model=model, args=args, train_dataset=datasets.Dataset.from_list(data), processing_class=tokenizer, **more
+            model=model, args=args, train_dataset=datasets.Dataset.from_list(data), processing_class=tokenizer_of_words, **more
         )
         with torch.no_grad():
             if change == "other model":
@@ -83,7 +73,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_displacement_is_what_a_real_step_does(build, tokenizer, case):
+def test_displacement_is_what_a_real_step_does(build, tokenizer_of_words, case):
     """The predicted change of log pi(chosen) is that of an SGD step up to its second order; a fall is named with its tokens."""
     lr = 1e-4  # the second order is 3e-3 of the first there, the last digits of log pi as much
     trainer = build(
@@ -92,7 +82,7 @@ def test_displacement_is_what_a_real_step_does(build, tokenizer, case):
     report = td.check(trainer)
     (finding,) = [f for f in report if f.check == "displacement"]
     question, chosen, _ = ROWS[case][0]
-    probe = [td.encode(tokenizer, question, chosen)]
+    probe = [td.encode(tokenizer_of_words, question, chosen)]
     monitor = td.attach(trainer, probe=probe, on_error="raise")
     trainer.train()
     actual = monitor.steps[0].actual

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from trainers import PAIRS, save_model, settings, word_tokenizer
+from trainers import PAIRS, settings
 
 import tokdyn as td
 from tokdyn.integrations.intervene import protect, reweight, sequences_of, train_with
@@ -19,23 +19,13 @@ EPS = torch.finfo(torch.float32).eps
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"), tokenizer)
-
-
 @pytest.fixture
-def build(tokenizer, folder, tmp_path):
+def build(tokenizer_of_words, model_of_words, tmp_path):
     datasets.disable_progress_bars()
 
     def make(kind, lora=None, rows=None, **options):
         transformers.set_seed(0)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(model_of_words, dtype=torch.float32)
         shared = settings(tmp_path / "out", **options)
         rows = (
             rows
@@ -45,7 +35,9 @@ def build(tokenizer, folder, tmp_path):
                 "grpo": [{"prompt": p} for p, _, _ in PAIRS],
             }[kind]
         )
-        more = dict(model=model, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(rows), peft_config=lora)
+        more = dict(
+            model=model, processing_class=tokenizer_of_words, train_dataset=datasets.Dataset.from_list(rows), peft_config=lora
+        )
         if kind == "sft":
             return trl.SFTTrainer(args=trl.SFTConfig(**shared), **more)
         if kind == "dpo":
@@ -61,8 +53,8 @@ def build(tokenizer, folder, tmp_path):
 
 
 @pytest.fixture
-def probe(tokenizer):
-    return [td.encode(tokenizer, PAIRS[0][0], PAIRS[0][1]), td.encode(tokenizer, PAIRS[2][0], PAIRS[2][2])]
+def probe(tokenizer_of_words):
+    return [td.encode(tokenizer_of_words, PAIRS[0][0], PAIRS[0][1]), td.encode(tokenizer_of_words, PAIRS[2][0], PAIRS[2][2])]
 
 
 def logged(trainer):
@@ -111,7 +103,7 @@ def test_the_weights_reach_the_tokens_they_are_for(build, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batches_are_read_as_the_model_reads_them(build, tokenizer, kind):
+def test_batches_are_read_as_the_model_reads_them(build, tokenizer_of_words, kind):
     """Sequences of a batch, padding undone: prompts and answers of the data, answers scored, roles and advantages."""
     trainer, seen = build(kind, max_steps=1), []
     original = trainer.compute_loss
@@ -124,12 +116,15 @@ def test_batches_are_read_as_the_model_reads_them(build, tokenizer, kind):
     trainer.train()
     chis, grid, (rows, columns) = seen[0]
     assert len(rows) == len(columns) == sum(len(chi) for chi in chis) and len(chis) == (8 if kind == "dpo" else 4)
-    texts = {tuple(tokenizer(p)["input_ids"]): (tokenizer(c)["input_ids"], tokenizer(r)["input_ids"]) for p, c, r in PAIRS}
+    texts = {
+        tuple(tokenizer_of_words(p)["input_ids"]): (tokenizer_of_words(c)["input_ids"], tokenizer_of_words(r)["input_ids"])
+        for p, c, r in PAIRS
+    }
     for chi in chis:
         prompt, answer = tuple(chi.ids[~chi.scored].tolist()), chi.ids[chi.scored].tolist()
         assert prompt in texts and chi.ids.tolist() == [*prompt, *answer]
         if kind != "grpo":
-            assert answer == [*texts[prompt][chi.role == "rejected"], tokenizer.eos_token_id]
+            assert answer == [*texts[prompt][chi.role == "rejected"], tokenizer_of_words.eos_token_id]
     if kind == "dpo":
         assert [chi.role for chi in chis] == ["chosen"] * 4 + ["rejected"] * 4
         assert [chi.group for chi in chis] == [*range(4)] * 2
@@ -177,14 +172,14 @@ def test_simko_trains_in_a_grpo_trainer_and_differs_from_grpo(build):
     assert float((found["simko"][0, 1] - found["grpo"][0, 1]).abs()) > 1e-4  # another gradient
 
 
-def test_llds_trains_on_the_trainers_old_and_reference_log_probs(build, folder):
+def test_llds_trains_on_the_trainers_old_and_reference_log_probs(build, model_of_words):
     """Two iterations on each of two rollouts, with KL: loss and c are the objective's on log-probs gathered beside the trainer.
 
     pi_old is the policy at the rollout, one step ago in every second step, and pi_ref the model that training started from.
     """
     T, objective = 0.7, LLDS(clip=0.1, beta=0.3, lam=12.0)
     trainer, batches = build("grpo", max_steps=4, num_iterations=2, beta=0.3, temperature=T, learning_rate=0.02), []
-    start = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    start = transformers.AutoModelForCausalLM.from_pretrained(model_of_words, dtype=torch.float32)
     train_with(trainer, objective)
     ours = trainer.compute_loss
 
@@ -228,7 +223,7 @@ def test_llds_trains_on_the_trainers_old_and_reference_log_probs(build, folder):
     assert abs(float(expected(3, swapped=True)[0]) - losses[3]) > 0.01
 
 
-def test_extended_sft_trains_both_answers(build, tokenizer):
+def test_extended_sft_trains_both_answers(build, tokenizer_of_words):
     """Every answer of every pair is a completion with c = 1/N, and the loss is the mean of -log pi over all their tokens."""
     pairs = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS]
     trainer = build("sft", rows=both_answers(pairs), max_steps=1, per_device_train_batch_size=2 * len(pairs))
@@ -239,7 +234,9 @@ def test_extended_sft_trains_both_answers(build, tokenizer):
     for row in step.tokens.to_pylist():
         rows.setdefault(row["sequence"], []).append(row["token_id"])
     answers = [
-        tokenizer(pair[name])["input_ids"] + [tokenizer.eos_token_id] for pair in pairs for name in ("chosen", "rejected")
+        tokenizer_of_words(pair[name])["input_ids"] + [tokenizer_of_words.eos_token_id]
+        for pair in pairs
+        for name in ("chosen", "rejected")
     ]
     assert sorted(rows.values()) == sorted(answers)
     torch.testing.assert_close(step.c, torch.full_like(step.c, 1 / len(step.c)), rtol=1e3 * EPS, atol=0)
@@ -377,7 +374,7 @@ def test_nthr_in_a_grpo_trainer(build):
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "tokenizer_of_words"),
     [
         (lambda: reweight(object(), lambda m, c: None), "needs a transformers.Trainer, got object without train"),
         (lambda: protect(object(), []), "the probe is empty"),
@@ -385,8 +382,8 @@ def test_nthr_in_a_grpo_trainer(build):
         (lambda: sequences_of(object(), {"pixels": 1}), "which tokens of this batch are scored is unknown: it has pixels"),
     ],
 )  # fmt: skip
-def test_mistakes_say_what_to_do(call, words):
-    with pytest.raises(ValueError, match=words):
+def test_mistakes_say_what_to_do(call, tokenizer_of_words):
+    with pytest.raises(ValueError, match=tokenizer_of_words):
         call()
 
 

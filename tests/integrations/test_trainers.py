@@ -3,7 +3,7 @@
 import pytest
 import torch
 from packaging.version import Version
-from trainers import PAIRS, save_model, settings, word_tokenizer
+from trainers import PAIRS, settings
 
 import tokdyn as td
 from tokdyn import steps as records
@@ -18,23 +18,13 @@ transformers = pytest.importorskip("transformers")
 EPS = torch.finfo(torch.float32).eps
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer, tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"), tokenizer)
-
-
 @pytest.fixture
-def build(tokenizer, folder, tmp_path):
+def build(tokenizer_of_words, model_of_words, tmp_path):
     datasets.disable_progress_bars()
 
     def make(kind, *, lora=False, rows=PAIRS, **options):
         transformers.set_seed(0)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(model_of_words, dtype=torch.float32)
         shared = settings(tmp_path / "out", **options)
         peft = None
         if lora:
@@ -42,7 +32,7 @@ def build(tokenizer, folder, tmp_path):
 
             peft = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         if kind == "trainer":
-            texts = [tokenizer(p + c, padding="max_length", max_length=14)["input_ids"] for p, c, _ in rows]
+            texts = [tokenizer_of_words(p + c, padding="max_length", max_length=14)["input_ids"] for p, c, _ in rows]
             data = datasets.Dataset.from_list([{"input_ids": x, "labels": [-100] * 3 + x[3:]} for x in texts])
             return transformers.Trainer(
                 model=model if peft is None else get_peft_model(model, peft),
@@ -50,7 +40,7 @@ def build(tokenizer, folder, tmp_path):
                 train_dataset=data,
                 data_collator=lambda rows: {k: torch.tensor([row[k] for row in rows]) for k in rows[0]},
             )
-        more = dict(model=model, processing_class=tokenizer, peft_config=peft)
+        more = dict(model=model, processing_class=tokenizer_of_words, peft_config=peft)
         if kind == "sft":
             data = [{"prompt": p, "completion": c} for p, c, _ in rows]
             return trl.SFTTrainer(args=trl.SFTConfig(**shared), train_dataset=datasets.Dataset.from_list(data), **more)
@@ -72,9 +62,12 @@ def build(tokenizer, folder, tmp_path):
 
 
 @pytest.fixture
-def probe(tokenizer):
+def probe(tokenizer_of_words):
     question, good, bad = PAIRS[0]
-    return {"chosen": [td.encode(tokenizer, question, good)], "rejected": [td.encode(tokenizer, question, bad)]}
+    return {
+        "chosen": [td.encode(tokenizer_of_words, question, good)],
+        "rejected": [td.encode(tokenizer_of_words, question, bad)],
+    }
 
 
 def logged(trainer):
