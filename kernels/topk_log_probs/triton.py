@@ -176,8 +176,8 @@ def _select_kernel(
     if last:
         m = tl.load(SUMS + row)
         s = tl.load(SUMS + T + row)
-        lse = tl.where(s != s, s, tl.where(tl.abs(m) == float("inf"), m, m + tl.log(s)))
-        tl.store(VALUES + row * k + o, _value(best) - lse, mask=o < k)
+        log_S = tl.where(s != s, s, tl.where(tl.abs(m) == float("inf"), 0.0, tl.log(s)))
+        tl.store(VALUES + row * k + o, (_value(best) - m) - log_S, mask=o < k)
         tl.store(IDS + row * k + o, _id(best).to(tl.int64), mask=o < k)
 
 

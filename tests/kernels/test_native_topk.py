@@ -46,6 +46,14 @@ def test_of_equal_logits_the_lower_id_comes_first(dtype: torch.dtype, k: int):
     check(random_logits(50, 5000, dtype).float().round().to(dtype), k)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e30, 3e38])
+def test_large_logits_keep_their_digits(offset: float):
+    """Four equal logits are log ¼ each, however large, in the specification too."""
+    logits = torch.full((2, 4), offset)
+    for values, _ in (reference.topk_log_probs(logits, 3), *(cpp.topk_log_probs(logits, 3, simd=simd) for simd in LEVELS)):
+        torch.testing.assert_close(values, torch.full((2, 3), -math.log(4.0)), rtol=4 * EPS, atol=0.0)
+
+
 @pytest.mark.parametrize("descending", [False, True])
 def test_sorted_rows(descending: bool):
     """Ascending logits make every column a candidate, descending ones none after the first k."""

@@ -57,6 +57,12 @@ def test_ties_take_the_lower_id(check):
     check(random_logits(2, 2100).round(), 40)
 
 
+def test_large_logits_keep_their_digits():
+    for offset in (1e4, -1e30):
+        values, _ = triton.topk_log_probs(torch.full((1, 4), offset), 3)
+        torch.testing.assert_close(values, torch.full((1, 3), -math.log(4.0)), rtol=4 * EPS, atol=0.0)
+
+
 def test_rows_with_infinities_and_nan(check):
     logits = random_logits(6, 1003)
     logits[0, 5] = logits[0, 900] = math.nan
