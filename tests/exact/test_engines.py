@@ -190,6 +190,15 @@ def test_sides_may_be_exchanged(scope):
     assert relative_error(back.T, there) < FP32
 
 
+@pytest.mark.parametrize("scope", [r"layers\.0\.", r"layers\.1\.mlp", r"model\.norm\."])
+def test_segments_in_which_nothing_moves_say_nothing_of_a_side_with_itself(scope):
+    """What was kept of a side serves the other too where both are the same texts, also where there is nothing to keep."""
+    model = tiny("qwen2")
+    assert (
+        relative_error(forces(model, U, U, scope=scope).matrix, forces(model, U, U, scope=scope, method="naive").matrix) < FP32
+    )
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_the_local_rule_agrees_with_the_special_ones(family, engine, monkeypatch):

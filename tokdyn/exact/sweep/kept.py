@@ -147,12 +147,12 @@ def reserve(layouts: list[Kept], buffer: ScratchBuffer, dtype: torch.dtype) -> l
 @torch.no_grad()
 def pull_into(strips: list[Strip], depth: int, kept: Kept) -> dict[Strip, CallsOf]:
     """Pull the kept tokens of one batch through a segment and write what is to be kept; returns the modules' calls."""
-    seen: dict[Strip, CallsOf] = {}
+    seen: dict[Strip, CallsOf] = {strip: {} for strip in strips}  # empty where nothing of the segment moves
     for strip in strips:
         require_same_prefix(strip, depth)
         for where, found in strip.pull(depth):
             for name, (calls, delta) in found.items():
-                seen.setdefault(strip, {})[name] = calls
+                seen[strip][name] = calls
                 rule = strip.traced.rules[name]
                 for block in kept[name]:
                     if block.first <= where.start:
