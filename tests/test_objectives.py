@@ -10,6 +10,7 @@ from torch import sigmoid
 from tokdyn import Chi, dynamics
 from tokdyn import objectives as td
 from tokdyn.objectives import Scores
+from tokdyn.objectives.parts import log1mexp
 
 ALL = [
     td.SFT(), td.SFT(label_smoothing=0.1), td.DPO(beta=0.3), td.CDPO(beta=0.3, epsilon=0.2), td.IPO(beta=0.4),
@@ -569,3 +570,13 @@ def test_that_sequences_do_not_meet_is_not_inherited():
     }
     assert [name for name, kind in kinds.items() if kind.by_sequence] == ["said again"]
     assert Parts.by_sequence and not td.DPO.by_sequence and td.PPO.by_sequence
+
+
+def test_log1mexp_keeps_its_digits_and_its_gradient():
+    """log(1 - e^x) from next to 0 to far below it: a branch that is not taken leaves neither a value nor a gradient."""
+    x = torch.tensor([-1e-30, -1e-6, -0.3, -0.69, -0.7, -5.0, -15.0], requires_grad=True)
+    value, eps = log1mexp(x), torch.finfo(torch.float32).eps
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    exact = x.detach().double()  # a few rounded functions of well-conditioned arguments each
+    torch.testing.assert_close(value.double(), (-exact.expm1()).log(), rtol=8 * eps, atol=0.0)
+    torch.testing.assert_close(slope.double(), -1 / (-exact).expm1(), rtol=8 * eps, atol=0.0)

@@ -227,11 +227,11 @@ class Forces:
                 name: tensors[f"part {name}"] if shards is None else Shards(Path(path) / _folder(shards, name))
                 for name in about["parts"]
             }
-        asked = about["coverage"], about["scope"], about["method"], about.get("reduce")
         reduced = tensors.get("matrix"), tensors.get("vector"), tensors["c"]
         observable = about.get("observable") or LogProb().describe()
         return cls(
-            *reduced, sides[1], sides[0], *asked, tensors.get("groups"), shards, about.get("lr"), parts, observable,
+            *reduced, sides[1], sides[0], about["coverage"], about["scope"], about["method"], about.get("reduce"),
+            tensors.get("groups"), shards, about.get("lr"), parts, observable,
         )  # fmt: skip
 
 
