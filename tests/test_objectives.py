@@ -9,6 +9,7 @@ from torch import sigmoid
 
 from tokdyn import Chi, dynamics
 from tokdyn import objectives as td
+from tokdyn.objective import GTerm
 from tokdyn.objectives import Scores
 from tokdyn.objectives.parts import log1mexp
 
@@ -580,3 +581,13 @@ def test_log1mexp_keeps_its_digits_and_its_gradient():
     exact = x.detach().double()  # a few rounded functions of well-conditioned arguments each
     torch.testing.assert_close(value.double(), (-exact.expm1()).log(), rtol=8 * eps, atol=0.0)
     torch.testing.assert_close(slope.double(), -1 / (-exact).expm1(), rtol=8 * eps, atol=0.0)
+
+
+def test_terms_are_joined_and_what_only_some_have_is_zero_for_the_others():
+    one = GTerm(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
+    other = GTerm(torch.tensor([2]), torch.tensor([3.0]), v=torch.tensor([0.5]))
+    found = GTerm.joined([one, other])
+    assert found.targets.tolist() == [0, 1, 2] and found.c.tolist() == [1.0, 2.0, 3.0]
+    assert found.v.tolist() == [0.0, 0.0, 0.5] and found.uniform is None
+    with pytest.raises(ValueError, match="terms of one temperature can be joined, got .0.5, 1.0."):
+        GTerm.joined([one, GTerm(one.targets, one.c, temperature=0.5)])
