@@ -37,15 +37,15 @@ PLACES = {
     "alone": [(tile.Tile, "_add_aligned")],  # segments in which every cotangent stays at its own position
     "mixed": [(tile.Tile, "_add_segment")],  # segments in which it does not
     "part": [(tile, "reserve")],  # of what is kept of a mixed segment
-    "whole graph": [(segments.Cuts, "whole")],  # all segments of a strip in one forward pass
+    "whole graph": [(segments.Cuts, "taken")],  # all segments of a strip in one forward pass
     "some segments": [(segments.Cuts, "segments")],  # a graph of a few of them
     "direction": [(linear.Linear, "direction")],  # a linear layer's direction, written down
     "inner products": [(linear.Linear, "_gram")],  # of a linear layer's inputs
-    "joint": [(fused.Fused, "tangent_into"), (fused.Fused, "outer_products")],  # layers fused by an elementwise product
+    "joint": [(fused.Fused, "of_term"), (fused.Fused, "outer_products")],  # layers fused by an elementwise product
     "norm": [(norms._Pulled, "apply")],  # the derivative of a norm, and of a rotary embedding, in closed form
     "rotary": [(rotary._Turned, "apply")],
     "lookup on readout": [(tile, "tied_force"), (tangents, "tied_force")],  # the two cross terms of a tied embedding
-    "readout on lookup": [(lookup.Lookup, "looked_up")],
+    "readout on lookup": [(lookup.Lookup, "steps_of_readout")],
 }
 WAYS = {"sweep", "tangents", "per token"}
 

@@ -27,7 +27,7 @@ def case(request):
     """A tracer, a batch of two sequences, the innermost modules with parameters, and the name of the second block."""
     with float64(), trace(tiny(request.param).double()) as tracer:
         batch = tracer.batches(random_chis([(3, 4), (2, 3)], seed=1))[0]
-        names = sorted({chain[-1] for chains in tracer.usage([batch]).values() for chain in chains})
+        names = sorted({chain[-1] for chains in tracer.usage([batch])[0].values() for chain in chains})
         yield tracer, batch, names, BLOCKS[request.param]
 
 

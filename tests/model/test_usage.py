@@ -9,7 +9,7 @@ from tokdyn.testing import random_chis, tiny
 
 def usage(model):
     with trace(model) as tracer:
-        return tracer.usage(tracer.batches(random_chis([(3, 4), (2, 2)], seed=1)))
+        return tracer.usage(tracer.batches(random_chis([(3, 4), (2, 2)], seed=1)))[0]
 
 
 class Reads(nn.Module):

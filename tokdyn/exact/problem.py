@@ -50,6 +50,11 @@ class Problem(Scope):
         """(M, L)."""
         return len(self.observed), len(self.updated)
 
+    @property
+    def hidden(self) -> tuple[Float[Tensor, "M d"], Float[Tensor, "L d"]]:
+        """The readout's input at the tokens of both sides: a forward pass over each."""
+        return self.observed.hidden(self.tracer), self.updated.hidden(self.tracer)
+
     @cached_property
     def readout_is_closed(self) -> bool:
         """Whether the readout alone moves and is what its formula says (one forward pass, made once)."""

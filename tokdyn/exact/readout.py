@@ -52,7 +52,7 @@ def readout_matrix(problem: Problem, reduce: Reduction | None = None) -> Tensor:
     if operators and all(of.is_plain for of in o.terms):
         term = GTerm.joined(u.terms).to(tracer.device)
         y, c = (torch.cat(of).to(tracer.device) for of in zip(*((of.targets, of.c) for of in o.terms), strict=True))
-        h_o, h_u = hidden(tracer, o), hidden(tracer, u)
+        h_o, h_u = problem.hidden
 
         def forces(rows: slice | Tensor, reduce: str | None) -> Tensor:
             return ops.readout_forces(
@@ -68,11 +68,6 @@ def readout_matrix(problem: Problem, reduce: Reduction | None = None) -> Tensor:
         return torch.stack([c[rows] @ forces(rows, None) for rows in some]).sum(0)
     F = torch.cat([torch.cat([_dense(problem, x, y) for y in _rows(tracer, u)], 1) for x in _rows(tracer, o)])
     return F if reduce is None else F.sum({"update": 1, "observe": 0}[reduce])
-
-
-def hidden(tracer: Tracer, side: Side) -> Float[Tensor, "N d"]:
-    """The readout's input at all tokens of a side."""
-    return torch.cat([tracer.hidden(batch) for batch in side.batches]).to(tracer.precision)
 
 
 class Rows(NamedTuple):

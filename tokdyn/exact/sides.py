@@ -80,6 +80,10 @@ class Side:
             yield Side(singles.batches[start:stop], singles.terms[start:stop])
             start = stop
 
+    def hidden(self, tracer: Tracer) -> Float[Tensor, "N d"]:
+        """The readout's input at all tokens."""
+        return torch.cat([tracer.hidden(batch) for batch in self.batches]).to(tracer.precision)
+
     def ids(self, device: torch.device) -> Int[Tensor, " I"]:
         """All ids that the sequences hold, each once and in order."""
         return torch.cat([batch.ids.flatten() for batch in self.batches]).unique().to(device)

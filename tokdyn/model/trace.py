@@ -26,7 +26,7 @@ from ..ops import TokenStats, token_stats
 from ..sequences import Batch, Chi, collate
 from . import checks
 from .calls import Call, floats, map_floats
-from .forward_ad import traceable
+from .forward_ad import traceable, with_modes
 from .hooks import hooked
 from .readout import output_embeddings, traced_readout
 from .remembered import found_before
@@ -240,19 +240,20 @@ class Tracer:
             return self.hidden(batch)
 
     @torch.no_grad()
-    def usage(self, batches: Iterable[Batch]) -> dict[str, set[Chain]]:
-        """How the parameters are used below the readout: by first name, the chains of running modules that contain it.
+    def usage(self, batches: Iterable[Batch]) -> tuple[dict[str, set[Chain]], list[Float[Tensor, "N d"]]]:
+        """How the parameters are used below the readout, and the readout's input of each batch.
 
-        A chain goes from the model inwards, one for each use. Its last module owns the parameter, or is one around the owner
-        that reads the weight without calling its module (Mamba's convolution).
+        By first name the chains of running modules that contain a parameter: a chain goes from the model inwards, one for each
+        use. Its last module owns the parameter, or is one around the owner that reads the weight without calling its module
+        (Mamba's convolution).
         """
+        hidden: list[Tensor] = []
 
         def forward() -> None:
-            for batch in batches:
-                self.hidden(batch)
+            hidden.extend(self.hidden(batch) for batch in batches)
 
         found = parameter_uses(self.model, self.owner, forward)
-        return {name: {chain for chain in chains if chain[-1] != self._head_name} for name, chains in found.items()}
+        return {name: {chain for chain in chains if chain[-1] != self._head_name} for name, chains in found.items()}, hidden
 
     def _run(self, batch: Batch, params: Parameters | None, hook: Any) -> Tensor:
         handle = self._head.register_forward_pre_hook(hook)
@@ -262,7 +263,8 @@ class Tracer:
             options: dict[str, Any] = dict(use_cache=False)
             if batch.position_ids is not None:
                 options["position_ids"] = batch.position_ids.to(self.device)
-            out = functional_call(self.model, swapped, (ids,), options, tie_weights=False)
+            with with_modes():
+                out = functional_call(self.model, swapped, (ids,), options, tie_weights=False)
             return out.logits if hasattr(out, "logits") else out[0]
         except IndexError as error:
             T, most = batch.ids.shape[1], getattr(getattr(self.model, "config", None), "max_position_embeddings", None)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ...model.calls import Call, floats
+from ...model.forward_ad import with_modes
 from ..products import Direction
 
 Outputs = list[list[Tensor]]  # per call, per tensor it returns: [b, *shape]
@@ -86,11 +87,24 @@ class Rule(ABC):
     def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:
         """E [b B, *output] at the output of each observed call, from the updated calls and the cotangents at their outputs."""
 
+    def direction_into(self, calls: Sequence[Call], delta: Outputs, out: Float[Tensor, "c size"]) -> None:
+        """`direction` written where it is wanted, as `flat` lays it out."""
+        out.copy_(flat(self.direction(calls, delta)))
+
     def tangent_into(self, calls: Sequence[Call], delta: Outputs, outs: Outputs) -> None:
         """`tangent` written where it is wanted."""
         for tangents, of in zip(self.tangent(calls, delta), outs, strict=True):
             for tangent, out in zip(tangents, of, strict=True):
                 out.copy_(tangent)
+
+    @property
+    def terms(self) -> Sequence[tuple[Rule, Tensor | None]]:
+        """Rules and slopes A_i (None for 1) with E = Σ_i A_i ⊙ E_i. <δ, A ⊙ E> = <A ⊙ δ, E>, and there are fewer δ than E."""
+        return [(self, None)]
+
+    def of_term(self, i: int, calls: Sequence[Call], delta: Outputs) -> tuple[Sequence[Call], Outputs]:
+        """What the rule of term i takes E_i from."""
+        return calls, delta
 
     def outer_products(
         self, call: Call, delta: Sequence[Float[Tensor, "T ..."]], at: Int[Tensor, " N"], preconditioned: bool
@@ -106,6 +120,11 @@ class Rule(ABC):
         return []
 
 
+def flat(direction: Direction) -> Float[Tensor, "n K"]:
+    """The numbers of a batch of directions, parameters side by side in alphabetic order."""
+    return cat([direction[name].flatten(1) for name in sorted(direction)], 1)
+
+
 def own_parameters(call: Call) -> dict[str, Tensor]:
     """The parameters that belong to a call's module itself."""
     return {name: p.detach() for name, p in call.module.named_parameters(recurse=False)}
@@ -118,7 +137,12 @@ def trained_elements(call: Call, moves: set[str]) -> int:
 
 def as_function(call: Call) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
     """What a call returns as a function of the module's parameters, named from the module."""
-    return lambda own: tuple(floats(functional_call(call.module, own, call.args, call.kwargs)))
+
+    def returned(own: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        with with_modes():
+            return tuple(floats(functional_call(call.module, own, call.args, call.kwargs)))
+
+    return returned
 
 
 def flat_inputs(calls: Sequence[Call]) -> Float[Tensor, "B S p"]:

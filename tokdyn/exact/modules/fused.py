@@ -44,21 +44,20 @@ class Fused(Rule):
 
     def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:
         """See Rule."""
-        E = [[delta[0][0].new_empty(len(delta[0][0]) * calls[0].sequences, *self.shapes[0][0])]]
-        self.tangent_into(calls, delta, E)
-        return E
+        of = (rule.tangent(*self.of_term(i, calls, delta))[0][0] * A for i, (rule, A) in enumerate(self.terms))
+        return [[sum(of, delta[0][0].new_zeros(()))]]
 
-    def tangent_into(self, calls: Sequence[Call], delta: Outputs, outs: Outputs) -> None:
-        """See Rule."""
-        (whole,), ((d,),), ((E,),) = calls, delta, outs
+    @property
+    def terms(self) -> Sequence[tuple[Rule, Tensor]]:
+        """See Rule: the layers, with ∂w/∂y_i on the observed side."""
+        return list(zip(self.parts, self.slopes, strict=True))
+
+    def of_term(self, i: int, calls: Sequence[Call], delta: Outputs) -> tuple[Sequence[Call], Outputs]:
+        """See Rule: δ_i = A_i ⊙ δ."""
+        (whole,), ((d,),) = calls, delta
         assert isinstance(whole, FusedCall)
-        for i, (rule, (call, A), slope) in enumerate(zip(self.parts, whole.parts, self.slopes, strict=True)):
-            part = E if i == 0 else torch.empty_like(E)
-            rule.tangent_into([call], [[A * d]], [[part]])
-            if i == 0:
-                E *= slope
-            else:
-                E.addcmul_(part, slope)
+        call, A = whole.parts[i]
+        return [call], [[A * d]]
 
     def outer_products(
         self, call: Call, delta: Sequence[Float[Tensor, "T ..."]], at: Int[Tensor, " N"], preconditioned: bool

@@ -69,8 +69,10 @@ class Gain(Rule):
 @torch.no_grad()
 def _normalised(call: Call) -> Tensor:
     """∂output/∂weight of a module that is elementwise affine in its weight, in the layout of its output: f(1) - f(0)."""
-    f, nothing = as_function(call), {name: torch.zeros_like(p) for name, p in own_parameters(call).items()}
-    return f(nothing | {"weight": torch.ones_like(nothing["weight"])})[0] - f(nothing)[0]
+    if "normalised" not in call.memo:
+        f, nothing = as_function(call), {name: torch.zeros_like(p) for name, p in own_parameters(call).items()}
+        call.memo["normalised"] = f(nothing | {"weight": torch.ones_like(nothing["weight"])})[0] - f(nothing)[0]
+    return call.memo["normalised"]  # type: ignore[no-any-return]
 
 
 def is_gain(call: Call) -> bool:

@@ -50,16 +50,34 @@ class Linear(Rule):
         a, d = flat_inputs(calls), flat_cotangents(calls, delta)
         found = {}
         if "weight" in self.moves:
-            b, B, _, q = d.shape
-            W = d.new_empty(b, B, *((a.shape[2], q) if self.is_transposed else (q, a.shape[2])))
-            for k, x in enumerate(a):  # a batched product of one factor expanded over b would copy it
-                x = x.expand(b, *x.shape)
-                left, right = (x.mT, d[:, k]) if self.is_transposed else (d[:, k].mT, x)
-                torch.bmm(left, right, out=W[:, k])
+            W = d.new_empty(*d.shape[:2], *self._shape(a, d))
+            self._weight_into(a, d, W)
             found["weight"] = W.flatten(0, 1)
         if "bias" in self.moves:
             found["bias"] = d.sum(2).flatten(0, 1)
         return found
+
+    def direction_into(self, calls: Sequence[Call], delta: Outputs, out: Float[Tensor, "c size"]) -> None:
+        """See Rule."""
+        a, d = flat_inputs(calls), flat_cotangents(calls, delta)
+        if a.dtype != out.dtype or d.dtype != out.dtype:
+            return super().direction_into(calls, delta, out)
+        rows, start = out.unflatten(0, d.shape[:2]), 0
+        if "bias" in self.moves:  # the first in alphabetic order
+            torch.sum(d, 2, out=rows[..., : (start := d.shape[3])])
+        if "weight" in self.moves:
+            self._weight_into(a, d, rows[..., start:].unflatten(-1, self._shape(a, d)))
+
+    def _shape(self, a: Float[Tensor, "B S p"], d: Float[Tensor, "b B S q"]) -> tuple[int, int]:
+        """Of the weight."""
+        return (a.shape[2], d.shape[3]) if self.is_transposed else (d.shape[3], a.shape[2])
+
+    def _weight_into(self, a: Float[Tensor, "B S p"], d: Float[Tensor, "b B S q"], W: Float[Tensor, "b B ..."]) -> None:
+        """Σ_s δ_s a_sᵀ of each token."""
+        for k, x in enumerate(a):  # a batched product of one factor expanded over b would copy it
+            x = x.expand(len(d), *x.shape)
+            left, right = (x.mT, d[:, k]) if self.is_transposed else (d[:, k].mT, x)
+            torch.bmm(left, right, out=W[:, k])
 
     def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:
         """See Rule."""
@@ -84,9 +102,18 @@ class Linear(Rule):
         other = any(out.dtype != x.dtype for x, (out,) in zip(self.observed_inputs, outs, strict=True))
         if self.P is not None or "weight" not in self.moves or other:
             return super().tangent_into(calls, delta, outs)
-        a, d = flat_inputs(calls), flat_cotangents(calls, delta)
-        for x, (out,) in zip(self.observed_inputs, outs, strict=True):
-            self._moved_by_gram(a, d, x, out.view(*d.shape[:2], len(x), -1))
+        d = flat_cotangents(calls, delta)
+        for grams, (out,) in zip(self._grams(calls), outs, strict=True):
+            for k, gram in enumerate(grams):
+                torch.bmm(gram.expand(len(d), -1, -1), d[:, k], out=out.view(*d.shape[:2], len(gram), -1)[:, k])
+
+    def _grams(self, calls: Sequence[Call]) -> list[list[Float[Tensor, "N S"]]]:
+        """S for each observed call and each updated sequence, made once for these calls."""
+        known = calls[0].memo.get("grams")
+        if known is None or known[0] is not self:
+            a = flat_inputs(calls)
+            known = calls[0].memo["grams"] = self, [[self._gram(x, inputs) for inputs in a] for x in self.observed_inputs]
+        return known[1]  # type: ignore[no-any-return]
 
     def outer_products(
         self, call: Call, delta: Sequence[Float[Tensor, "T ..."]], at: Int[Tensor, " N"], preconditioned: bool
@@ -100,16 +127,12 @@ class Linear(Rule):
         if "weight" not in self.moves:
             return d.sum(2).flatten(0, 1)[:, None]
         if S * N <= 3 * (S + N) * p:  # S costs (p + b q) S N; a written direction b p q (S + N)
-            return self._moved_by_gram(a, d, x, d.new_empty(*d.shape[:2], N, d.shape[3])).flatten(0, 1)
+            E = d.new_empty(*d.shape[:2], N, d.shape[3])
+            for k, inputs in enumerate(a):
+                torch.bmm(self._gram(x, inputs).expand(len(d), -1, -1), d[:, k], out=E[:, k])
+            return E.flatten(0, 1)
         moved = torch.matmul(x, torch.matmul(a.mT, d)).flatten(0, 1)
         return moved + d.sum(2).flatten(0, 1)[:, None] if "bias" in self.moves else moved
-
-    def _moved_by_gram(
-        self, a: Float[Tensor, "B S p"], d: Float[Tensor, "b B S q"], x: Float[Tensor, "N p"], out: Float[Tensor, "b B N q"]
-    ) -> Tensor:
-        for k, inputs in enumerate(a):
-            torch.bmm(self._gram(x, inputs).expand(len(d), -1, -1), d[:, k], out=out[:, k])
-        return out
 
     def _gram(self, x: Float[Tensor, "N p"], a: Float[Tensor, "S p"]) -> Float[Tensor, "N S"]:
         gram = x @ a.T

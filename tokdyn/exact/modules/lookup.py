@@ -47,21 +47,40 @@ class Lookup(Rule):
         return ids, d if self.P is None else d * self.P["weight"][ids]
 
     def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:
-        """See Rule: the steps added up by row, then looked up."""
+        """See Rule."""
+        E = [[delta[0][0].new_empty(len(delta[0][0]) * calls[0].sequences, *shape)] for (shape,) in self.shapes]
+        self.tangent_into(calls, delta, E)
+        return E
+
+    def tangent_into(self, calls: Sequence[Call], delta: Outputs, outs: Outputs) -> None:
+        """See Rule."""
         ids, d = self.rows(calls, delta)
-        E = [d.new_empty(*d.shape[:2], len(x), d.shape[3]) for x in self.o_ids]
+        for x, (out,) in zip(self.o_ids, outs, strict=True):
+            self._moved(x, ids, d, out.view(*d.shape[:2], len(x), -1))
+
+    def _moved(
+        self, x: Int[Tensor, " N"], ids: Int[Tensor, "B S"], d: Float[Tensor, "b B S q"], out: Float[Tensor, "b B N q"]
+    ) -> None:
+        """E at the ids x, with S as the Gram matrix of a linear layer: no size depends on which ids there are."""
         for k, own in enumerate(ids):
-            known, row = own.unique(return_inverse=True)
-            moved = d.new_zeros(len(d), len(known) + 1, d.shape[3]).index_add_(1, row, d[:, k])  # the last one stays at rest
-            for x, e in zip(self.o_ids, E, strict=True):
-                at = torch.searchsorted(known, x).clamp(max=len(known) - 1)
-                e[:, k] = moved[:, torch.where(known[at] == x, at, len(known))] * self.scale
-        return [[e.reshape(-1, *shape)] for e, (shape,) in zip(E, self.shapes, strict=True)]
+            same = x[:, None].eq(own).to(d.dtype) * self.scale
+            torch.bmm(same.expand(len(d), -1, -1), d[:, k], out=out[:, k])
+
+    def steps_of_readout(self, residual: Float[Tensor, "n S"], ids: Int[Tensor, " S"]) -> Float[Tensor, "n S"]:
+        """What a step residual hᵀ of a tied readout does to the lookups at `ids`, without the factor h."""
+        return residual * (ids.ne(self.padding).to(residual.dtype) * self.scale)
 
     def looked_up(self, residual: Float[Tensor, "b S"], h: Float[Tensor, "b d"], ids: Int[Tensor, " S"]) -> Tensor:
         """What a step residual hᵀ of a tied readout does to the lookups at `ids`, [b, S, d]."""
-        found = (residual * (ids.ne(self.padding).to(residual.dtype) * self.scale))[..., None] * h[:, None]
+        found = self.steps_of_readout(residual, ids)[..., None] * h[:, None]
         return found if self.P is None else found * self.P["weight"][ids]
+
+    def readout_force(
+        self, h: Float[Tensor, "n d"], residual: Float[Tensor, "n S"], ids: Int[Tensor, " S"], delta: Float[Tensor, "k S d"]
+    ) -> Float[Tensor, "k n"]:
+        """<δ, what steps residual hᵀ of a tied readout do> at the lookups of `ids`, k cotangents δ there and n steps."""
+        steps = self.steps_of_readout(residual, ids)
+        return tied_force(h, steps, delta if self.P is None else delta * self.P["weight"][ids])
 
 
 def tied_force(h: Float[Tensor, "n d"], residual: Float[Tensor, "n S"], rows: Float[Tensor, "k S d"]) -> Float[Tensor, "k n"]:

@@ -29,7 +29,7 @@ from .budget import Size, Tiling, Tokens
 from .kept import parts_that_fit
 from .plan import PlannedProblem, Rules, planned
 from .stacks import Stacked
-from .strips import Strip, cells_of, make_strips
+from .strips import Budget, Strip, cells_of, in_one_graph, make_strips
 from .tile import STEPS, Tile
 from .traced import SideTracer, TracedBatch
 
@@ -81,13 +81,14 @@ def _fill(
             progress(int(out.shape[2] * (done + part / whole) / tiles), out.shape[2])
 
     for rows in tiling.kept_blocks:
-        kept = _traced(sides[0], rows, with_calls=True)
+        kept = _traced(p, sides[0], rows, budget, with_calls=True)
         for traced, _ in kept:
             rules |= traced.rules
         for columns in tiling.streamed_blocks:
             mine = make_strips(p.cuts, kept, budget.graphs // 2, budget.strip)
             both = _strips_of_both(p, tiling, mine)
-            others = _traced(sides[1], [of for of in columns if not both or of[0] >= tiling.common], with_calls=False)
+            apart = [of for of in columns if not both or of[0] >= tiling.common]
+            others = _traced(p, sides[1], apart, budget, with_calls=False)
             theirs = both + make_strips(p.cuts, others, budget.graphs // 2, start=both[-1].where.stop if both else 0)
             tile = Tile(p.fused_plan, mine, theirs, budget, p.narrow, report if progress else None).fill(p.aligned)
             o, u = tiling.sides
@@ -136,9 +137,14 @@ def _side_tracers(p: PlannedProblem, tiling: Tiling) -> tuple[SideTracer, SideTr
     return o, u
 
 
-def _traced(side: SideTracer, block: Tokens, with_calls: bool) -> list[tuple[TracedBatch, slice]]:
-    """The batches of a block, each with its slots in the block."""
-    return [(side(b, with_calls), slots) for b, slots in block]
+def _traced(
+    p: PlannedProblem, side: SideTracer, block: Tokens, budget: Budget, with_calls: bool
+) -> list[tuple[TracedBatch, slice]]:
+    """The batches of a block, each with its slots in the block; with their graphs where `make_strips` takes those whole."""
+    batches, longest = [side.side.batches[b] for b, _ in block], budget.strip if with_calls else None
+    whole = all(slots == slice(0, batch.slots) for batch, (_, slots) in zip(batches, block, strict=True))
+    whole = whole and in_one_graph(p.cuts, batches, p.tracer.dtype.itemsize, budget.graphs // 2, longest)
+    return [(side(b, with_calls, p.cuts.keys if whole else None), slots) for b, slots in block]
 
 
 def _tokens(side: Stacked, block: Tokens, strips: list[Strip]) -> tuple[Tensor, Tensor]:

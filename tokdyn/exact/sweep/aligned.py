@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,19 +10,18 @@ from torch import Tensor
 
 from ...sequences import Batch
 from ..modules.base import Rule
-from .segments import Cuts
+from .segments import Segment
 
 
 @torch.no_grad()
-def aligned_depths(cuts: Cuts, batch: Batch, rules: Mapping[str, Rule]) -> int:
+def aligned_depths(segments: Sequence[Segment], batch: Batch, rules: Mapping[str, Rule]) -> int:
     """How many segments from the readout down are such, seen on random cotangents.
 
     Args:
-        cuts: where the backbone is cut.
+        segments: of the backbone, on `batch`.
         batch: some tokens of the longest sequence there is: in one of a single token there is nowhere else to go.
         rules: of the modules; those of such a segment give outer products, are called once and return a row for each position.
     """
-    _, segments = cuts.whole(batch)
     N, T = len(batch.rows), batch.ids.shape[1]
     top = segments[0].top
     cotangent = top.new_zeros(N, *top.shape)

@@ -13,7 +13,6 @@ from torch import Tensor
 from ...model.calls import Call
 from ..errors import Unsupported
 from ..modules.base import Outputs, cat
-from ..products import Direction
 from .buffer import ScratchBuffer
 from .segments import DIFFERENT_MODULES
 from .strips import Found, Strip
@@ -56,6 +55,10 @@ class Block:
         found = outputs[call][output][(slice(None), *part)]
         return found.flatten(2) if self.sequences > 1 else found.flatten(1)[:, None]
 
+    def rows(self, F: Float[Tensor, "M b"]) -> Float[Tensor, "slots B b"]:
+        """Its rows of a matrix."""
+        return F[self.where].view(self.slots, self.sequences, -1)
+
     def with_values(self, values: Float[Tensor, "C size"]) -> Block:
         """The same block with memory for its numbers."""
         return replace(self, values=values if self.part is None else values.view(self.sequences, self.slots, self.size))
@@ -67,13 +70,14 @@ class Block:
         found, shape = self.values[:, start:stop].transpose(0, 1), [of.stop - of.start for of in self.part[2]]
         return found.unflatten(-1, shape[1:]) if self.sequences > 1 else found[:, 0].unflatten(-1, shape)
 
-    def write(self, where: slice, values: Tensor) -> None:
-        """Put a chunk's numbers into its cells: [b, size] of directions, [b, B, size] of cotangents."""
+    def cells(self, where: slice) -> Float[Tensor, "c size"]:
+        """The directions of some cells."""
+        return self.values[where.start - self.first : where.stop - self.first]
+
+    def write(self, where: slice, values: Float[Tensor, "b B size"]) -> None:
+        """Put a chunk's cotangents into its cells."""
         start, stop = where.start - self.first, where.stop - self.first
-        if self.part is None:
-            self.values[start:stop] = values
-        else:
-            self.values[:, start // self.sequences : stop // self.sequences] = values.transpose(0, 1)
+        self.values[:, start // self.sequences : stop // self.sequences] = values.transpose(0, 1)
 
 
 Kept = dict[str, list[Block]]  # by module
@@ -155,8 +159,10 @@ def pull_into(strips: list[Strip], depth: int, kept: Kept) -> dict[Strip, CallsO
                 seen[strip][name] = calls
                 rule = strip.traced.rules[name]
                 for block in kept[name]:
-                    if block.first <= where.start:
-                        block.write(where, flat(rule.direction(calls, delta)) if block.part is None else block.of(delta))
+                    if block.part is None:
+                        rule.direction_into(calls, delta, block.cells(where))
+                    elif block.first <= where.start:
+                        block.write(where, block.of(delta))
     return seen
 
 
@@ -201,11 +207,6 @@ def require_same_prefix(strip: Strip, depth: int) -> None:
         for x in call.outputs:
             begin = next(whole[call.name], x.new_empty(0))
             require_beginning(call.name, begin, x, "the beginning of a sequence than for all of it")
-
-
-def flat(direction: Direction) -> Float[Tensor, "n K"]:
-    """The numbers of a batch of directions, parameters side by side in alphabetic order."""
-    return cat([direction[name].flatten(1) for name in sorted(direction)], 1)
 
 
 def _new_positions(before: torch.Size | None, shape: torch.Size) -> list[tuple[slice, ...]]:

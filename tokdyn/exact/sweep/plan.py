@@ -17,7 +17,7 @@ from ...sequences import Batch
 from ..errors import NotReplayable, Unsupported
 from ..graph import depth_of, depths
 from ..modules.base import Rule
-from ..modules.choose import rule_for
+from ..modules.choose import Kind, kind_of
 from ..modules.experts import Experts
 from ..modules.fused import Fused, Fusion
 from ..modules.gain import Gain
@@ -33,7 +33,7 @@ from ..readout import LABEL as READOUT
 from ..sides import Side
 from .aligned import aligned_depths
 from .fuse import fusions
-from .segments import Cuts
+from .segments import Cuts, Outline
 
 Rules = dict[str, Rule]  # by module, or by fusion
 
@@ -55,6 +55,7 @@ class Plan:
         part: module or fusion -> the part (Scope.parts) that its share counts in.
         tied_part: the part of what a tied embedding does from lookup to readout and back.
         n_parts: how many there are.
+        kinds: of rules, by module; one that is not here is looked at when it is met.
     """
 
     moves: dict[str, set[str]]
@@ -68,6 +69,7 @@ class Plan:
     part: Mapping[str, int] = field(default_factory=dict)
     tied_part: int = 0
     n_parts: int = 1
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -98,10 +100,7 @@ class Plan:
             Unsupported: the readout's weight is tied to something other than a lookup.
             NotReplayable: a module cannot be called by itself.
         """
-        of: dict[str, list[Call]] = {}
-        for call in calls:
-            of.setdefault(call.name, []).append(call)
-        rules = {name: self._rule(mine) for name, mine in of.items()}
+        rules = {name: self._rule(mine) for name, mine in by_module(calls).items()}
         self.tied_lookup(rules)
         return rules
 
@@ -118,10 +117,13 @@ class Plan:
             raise Unsupported(f"the readout's weight is tied to {self.lookup}, which is no plain lookup")
         return rule
 
+    @torch.no_grad()
     def _rule(self, calls: list[Call]) -> Rule:
         if isinstance(calls[0], FusedCall):
             return Fused(calls[0], [Linear([of], self.moves[of.name]) for of, _ in calls[0].parts])
-        return rule_for(calls, self.moves[calls[0].name], self.P.get(calls[0].name))
+        name = calls[0].name
+        kind = self.kinds.get(name) or kind_of(calls, self.moves[name])
+        return kind(calls, self.moves[name], self.P.get(name))
 
     def fused(self, tracer: Tracer, batch: Batch, narrow: float) -> Plan:
         """The plan with linear layers fused where one elementwise product takes them all in, seen on a batch.
@@ -202,10 +204,16 @@ class PlannedProblem(Problem):
 
     plan: Plan
     together: bool = True  # whether sequences may stand side by side in a batch
+    seen: tuple[Tensor, Tensor] | None = None  # the readout's input on both sides, from the passes that made the plan
 
     def transposed(self) -> PlannedProblem:
         """The problem of Fᵀ, by the same plan."""
-        return replace(self, observed=self.updated, updated=self.observed)
+        return replace(self, observed=self.updated, updated=self.observed, seen=self.seen and self.seen[::-1])
+
+    @property
+    def hidden(self) -> tuple[Tensor, Tensor]:
+        """See Problem."""
+        return self.seen or super().hidden
 
     def apart(self) -> PlannedProblem:
         """The problem with one sequence at a time."""
@@ -245,22 +253,39 @@ class PlannedProblem(Problem):
         """The plan with fused layers, as the sweep takes them."""
         return self.plan.fused(self.tracer, self.longest, self.narrow)
 
-    @cached_property
+    @property
     def rules(self) -> Rules:
         """The rules of the fused plan, on the longest sequence."""
-        return self.fused_plan.rules(self.fused_plan.used(self.fused_plan.record(self.tracer, self.longest)[1]))
+        return self._looked_at[0]
 
-    @cached_property
+    @property
     def cuts(self) -> Cuts:
         """Where the backbone is cut: of all sequences alike, or of the longest, which the others are then compared with."""
-        every = [self.longest] if self.together else self._every
-        shortest = min(self._every, key=lambda batch: batch.ids.shape[1])
-        return Cuts.of(partial(self.fused_plan.unroll, self.tracer), every, shortest)
+        return self._looked_at[1]
 
-    @cached_property
+    @property
     def aligned(self) -> int:
         """How many segments keep a token's cotangent at its own position."""
-        return aligned_depths(self.cuts, self.longest, self.rules)
+        return self._looked_at[2]
+
+    @cached_property
+    def _looked_at(self) -> tuple[Rules, Cuts, int]:
+        """Rules, cuts and aligned segments, of one graph of the longest sequence."""
+        unroll = partial(self.fused_plan.unroll, self.tracer)
+        graph = unroll(self.longest)
+        rules = self.fused_plan.rules(self.fused_plan.used([call.detached() for call in graph.calls]))
+        shortest = min(self._every, key=lambda batch: batch.ids.shape[1])
+        outlines = {self.longest.ids.shape: Outline.of(*graph)}
+        cuts = Cuts.of(unroll, [self.longest] if self.together else self._every, shortest, outlines)
+        return rules, cuts, aligned_depths(cuts.divided(graph), self.longest, rules)
+
+
+def by_module(calls: Sequence[Call]) -> dict[str, list[Call]]:
+    """The calls of each module."""
+    found: dict[str, list[Call]] = {}
+    for call in calls:
+        found.setdefault(call.name, []).append(call)
+    return found
 
 
 def planned(problem: Problem) -> PlannedProblem:
@@ -276,17 +301,19 @@ def planned(problem: Problem) -> PlannedProblem:
     if isinstance(problem, PlannedProblem):
         return problem
     tracer, batches = problem.tracer, [*problem.observed.batches, *problem.updated.batches]
-    error = tracer.readout_residual(batches[0])
+    one = batches[0].alone(int(batches[0].rows[0]) // batches[0].ids.shape[1])
+    error = tracer.readout_residual(one)
     if error > tracer.readout_bound:
         raise Unsupported(f"the logits differ by {error:.0e} from softcap(scale (W h + b)), the readout's formula")
     if tracer.found.selects:
         _require_beginnings(tracer, batches)
-    seen, not_replayable = tracer.usage(batches), set[str]()
+    (seen, hidden), not_replayable = tracer.usage(batches), set[str]()
     while True:
         plan = _assign_modules(problem, seen, not_replayable)
         try:
-            plan = replace(plan, copied=tracer.overwritten(batches[0], plan.names))
-            calls = tracer.record(batches[0], plan.names, plan.copied)[1]
+            plan = replace(plan, copied=tracer.overwritten(one, plan.names))
+            calls = tracer.record(one, plan.names, plan.copied)[1]
+            plan = replace(plan, kinds={name: kind_of(of, plan.moves[name]) for name, of in by_module(calls).items()})
             rules = plan.rules(calls)
             closed = {call.name: _closed_form(rules[call.name], call) for call in calls}
             break
@@ -296,12 +323,14 @@ def planned(problem: Problem) -> PlannedProblem:
             not_replayable.add(stuck.name)
     require_covered(problem, plan)
     plan = replace(plan, closed={name: form for name, form in closed.items() if form is not None})
-    plan = replace(plan, unused=_unused(tracer, plan, calls, batches[0]))
+    plan = replace(plan, unused=_unused(tracer, plan, calls, one))
     if problem.parts is not None:
         plan = plan.divided(problem.parts)
     together = all(rule.tells_sequences for rule in rules.values())
+    n, wide = len(problem.observed.batches), tracer.precision
+    h = torch.cat(hidden[:n]).to(wide), torch.cat(hidden[n:]).to(wide)
     sides = problem.observed, problem.updated
-    return PlannedProblem(tracer, problem.uses, problem.P, *sides, plan, together, parts=problem.parts)
+    return PlannedProblem(tracer, problem.uses, problem.P, *sides, plan, together, h, parts=problem.parts)
 
 
 def _require_beginnings(tracer: Tracer, batches: Sequence[Batch]) -> None:

@@ -11,13 +11,12 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...model.calls import Call
-from ...model.unroll import Place
+from ...model.unroll import Place, Unrolled
 from ...sequences import Batch
 from ..errors import Unsupported
 from ..graph import batched_vjp, depth_of, depths, node_of
@@ -141,7 +140,7 @@ class Segment:
 class Cuts:
     """Where a backbone is cut. A segment's graph is made when it is wanted, by a forward pass that stops behind it."""
 
-    unroll: Callable[..., tuple[Tensor, list[Call], dict[Place, Tensor]]]  # of a batch, from one place to another
+    unroll: Callable[..., Unrolled]  # of a batch, from one place to another
     keys: tuple[Place, ...]  # from the readout down
     tried: Batch  # a short text, on which it is seen where a graph may begin
     widths: tuple[float, ...] = ()  # by segment, elements of its modules' outputs for a position of the longest sequence
@@ -149,9 +148,18 @@ class Cuts:
     ends: dict[int, bool] = field(default_factory=dict)  # by cut: whether a graph may end there and the next begin
 
     @classmethod
-    def of(cls, unroll: Callable[..., Any], batches: Sequence[Batch], shortest: Batch) -> Cuts:
-        """The places that all these batches share; on the beginning of the shortest one it is tried where a graph may begin."""
-        whole = cls(unroll, (), tried := shortest.upto(slice(0, TRIED)))
+    def of(
+        cls,
+        unroll: Callable[..., Unrolled],
+        batches: Sequence[Batch],
+        shortest: Batch,
+        outlines: dict[torch.Size, Outline] | None = None,
+    ) -> Cuts:
+        """The places that all these batches share; on the beginning of the shortest one it is tried where a graph may begin.
+
+        outlines: those that are known, by shape.
+        """
+        whole = cls(unroll, (), tried := shortest.upto(slice(0, TRIED)), outlines=outlines or {})
         keys = common_cuts([whole.outline(batch) for batch in batches])
         longest = max(batches, key=lambda batch: batch.ids.numel())
         widths = (sum(of) / longest.ids.numel() for of in whole.outline(longest).sizes(keys))
@@ -191,9 +199,15 @@ class Cuts:
 
     def whole(self, batch: Batch) -> tuple[Outline, list[Segment]]:
         """All segments of a sequence in one graph, with their outline."""
-        h, calls, given = self.unroll(batch, self.keys)
-        outline = self._fitting(Outline.of(h, calls, given))
-        return outline, self._divided(h, calls, given, 0, len(self))[0]
+        return self.taken(self.unroll(batch, self.keys))
+
+    def taken(self, graph: Unrolled) -> tuple[Outline, list[Segment]]:
+        """All segments of a graph that somebody has made, with their outline."""
+        return self._fitting(Outline.of(*graph)), self.divided(graph)
+
+    def divided(self, graph: Unrolled) -> list[Segment]:
+        """All segments of a whole graph."""
+        return self._divided(*graph, 0, len(self))[0]
 
     def segments(self, batch: Batch, start: int, stop: int) -> list[Segment]:
         """Some of them on a sequence, from the readout down, in one graph.

@@ -153,6 +153,18 @@ def in_strips(slots: int, longest: int | None = None) -> list[slice]:
     return [slice(a, min(a + length, slots)) for a in range(0, slots, length)]
 
 
+def in_one_graph(cuts: Cuts, batches: Sequence[Batch], item: int, graphs: int, longest: int | None = None) -> bool:
+    """Whether each of the batches is one strip, and the graphs of all fit into so many bytes (`make_strips`)."""
+    return _bytes_of_graphs(cuts, batches, item, sum) <= graphs and all(
+        len(in_strips(batch.slots, longest)) == 1 for batch in batches
+    )
+
+
+def _bytes_of_graphs(cuts: Cuts, batches: Sequence[Batch], item: int, how: Callable[[tuple[float, ...]], float]) -> float:
+    """Of the segments of all the batches together."""
+    return SAVED * item * sum(batch.ids.numel() for batch in batches) * how(cuts.widths)
+
+
 def make_strips(
     cuts: Cuts, blocks: Sequence[tuple[TracedBatch, slice]], graphs: int, longest: int | None = None, start: int = 0
 ) -> list[Strip]:
@@ -171,18 +183,19 @@ def make_strips(
         parts = [slice(a + of.start, a + of.stop) for of in in_strips(slots.stop - a, longest)]
         cut += [(traced, part, traced.batch.upto(part)) for part in parts]
 
-    def size(traced: TracedBatch, batch: Batch, how: Callable[[tuple[float, ...]], float]) -> float:
-        return SAVED * traced.dtype.itemsize * batch.ids.numel() * how(cuts.widths)
-
-    fit = sum(size(traced, batch, sum) for traced, _, batch in cut) <= graphs
-    at_once = max(1, graphs // max(1, int(sum(size(traced, batch, max) for traced, _, batch in cut))))
+    item = blocks[0][0].dtype.itemsize if blocks else 1
+    fit = _bytes_of_graphs(cuts, [batch for _, _, batch in cut], item, sum) <= graphs
+    at_once = max(1, graphs // max(1, int(_bytes_of_graphs(cuts, [batch for _, _, batch in cut], item, max))))
     found = []
     for traced, part, batch in cut:
         device, B = traced.cotangent.device, len(batch.ids)
         where = slice(start, start + (part.stop - part.start) * B)
         tokens = ((traced.batch.slot >= part.start) & (traced.batch.slot < part.stop)).nonzero().squeeze(1)
         cells = (traced.batch.slot[tokens] - part.start) * B + batch.rows // batch.ids.shape[1]
-        outline, made = cuts.whole(batch) if fit else (cuts.outline(batch), [])
+        if fit and traced.graph and batch.ids.shape == traced.batch.ids.shape:
+            outline, made = cuts.taken(traced.graph.pop())
+        else:
+            outline, made = cuts.whole(batch) if fit else (cuts.outline(batch), [])
         aligned = traced.cotangent[tokens].to(traced.dtype)
         found.append(
             Strip(

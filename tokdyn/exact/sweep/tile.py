@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ... import ops
-from ..modules.base import OuterProduct, Rule, cat
+from ...model.calls import Call
+from ...model.forward_ad import without_modes
+from ..modules.base import OuterProduct, Outputs, Rule, cat, flat
 from ..modules.lookup import Lookup, tied_force
 from ..products import preconditioned
 from ..progress import Progress
 from .buffer import ScratchBuffer
-from .kept import Block, CallsOf, Kept, flat, layout, parts_that_fit, pull_into, recalled, reserve
+from .kept import Block, CallsOf, Kept, layout, parts_that_fit, pull_into, recalled, reserve
 from .plan import Plan, Rules
 from .strips import Budget, Found, Strip
 
+PIECE = 32 << 20  # bytes of kept cotangents that are taken times a slope at once
 STEPS = 1000  # of a tile, in which its progress is told
 
 Pulls = Iterator[tuple[slice, Found]]
+Streamed = tuple[slice, tuple[Sequence[Call], Outputs] | None]  # place in the group, what E is made of
 Group = list[tuple[slice, Strip, slice, Found]]  # chunks of streamed cells: place in the group, strip, place in the strip
 
 
@@ -52,6 +56,7 @@ class Tile:
         self._kept_memory, self._scratch = ScratchBuffer(like.device), ScratchBuffer(like.device)
         self._kept: dict[Strip, Kept] = {}  # of the segment at hand
 
+    @without_modes()
     def fill(self, aligned: int) -> Float[Tensor, "parts M L"]:
         """All segments, from the readout down; in the first `aligned` of them cotangents stay at their own positions.
 
@@ -128,38 +133,38 @@ class Tile:
                 right = self._directions(name, rule, group, F.shape[1], blocks[0].values.dtype)
                 F[blocks[0].where] += inner(blocks[0].values, right)
                 continue
-            E = self._tangents(name, rule, group, F.shape[1], blocks[0].values.dtype)
-            tied = self.plan.tied_lookup({name: rule}) if name == self.plan.lookup else None
-            apart = tied is not None and self.plan.tied_part != self.plan.part_of(name)
-            if tied is not None and not apart:
-                _look_up(E, tied, group)
-            _meet(F, blocks, E)
-            if tied is not None and apart:
-                for e in (e for call in E for e in call):
-                    e.zero_()
-                _look_up(E, tied, group)
-                _meet(parts[self.plan.tied_part], blocks, E)
+            for i, (term, slope) in enumerate(rule.terms):
+                of = [(at, rule.of_term(i, *found[name]) if name in found else None) for at, _, _, found in group]
+                E = self._tangents(term, of, F.shape[1], blocks[0].values.dtype)
+                for block in blocks:
+                    _meet(block.rows(F), block, E, slope)
+            if (tied := self.plan.tied_lookup(rules)) is not None and name == self.plan.lookup:
+                for block in blocks:
+                    _add_looked_up(block.rows(parts[self.plan.tied_part]), block, tied, group)
 
     def _directions(self, name: str, rule: Rule, group: Group, columns: int, dtype: torch.dtype) -> Float[Tensor, "b K"]:
         """P Ẇ of a group's tokens, flat."""
         (right,) = self._scratch.arrays([(columns, rule.size)], dtype)
         for at, strip, cells, found in group:
             if strip in self._kept:
-                block = self._kept[strip][name][0]
-                first = strip.where.start - block.first
-                right[at] = block.values[first + cells.start : first + cells.stop]
+                start = strip.where.start
+                right[at] = self._kept[strip][name][0].cells(slice(start + cells.start, start + cells.stop))
+            elif name not in found:
+                right[at] = 0
+            elif (P := self.plan.P.get(name)) is not None:
+                right[at] = flat(preconditioned(rule.direction(*found[name]), P))
             else:
-                right[at] = flat(preconditioned(rule.direction(*found[name]), self.plan.P.get(name))) if name in found else 0
+                rule.direction_into(*found[name], right[at])
         return right
 
-    def _tangents(self, name: str, rule: Rule, group: Group, columns: int, dtype: torch.dtype) -> list[list[Tensor]]:
+    def _tangents(self, rule: Rule, of: Sequence[Streamed], columns: int, dtype: torch.dtype) -> Outputs:
         """E of a group's tokens at each output of each observed call."""
         arrays = self._scratch.arrays([(columns, shape.numel()) for call in rule.shapes for shape in call], dtype)
         E = [[next(arrays).view(-1, *shape) for shape in call] for call in rule.shapes]
-        for at, _, _, found in group:
+        for at, streamed in of:
             outs = [[e[at] for e in call] for call in E]
-            if name in found:
-                rule.tangent_into(*found[name], outs)
+            if streamed is not None:
+                rule.tangent_into(*streamed, outs)
             else:
                 for e in (e for call in outs for e in call):
                     e.zero_()
@@ -179,20 +184,28 @@ class Tile:
                     F[strip.where.start + strip.cells, columns] += tied_force(h, residual, steps[:, k]).T
 
 
-def _meet(F: Float[Tensor, "M b"], blocks: list[Block], E: list[list[Tensor]]) -> None:
-    """Add Σ_t δ_{m,t}·E_l(t) of one module."""
-    for block in blocks:
-        found = inner(block.values, block.of(E).transpose(0, 1))
-        F[block.where].view(block.slots, block.sequences, -1).add_(found.transpose(0, 1))
+def _meet(F: Float[Tensor, "slots B b"], block: Block, E: Outputs, slope: Tensor | None) -> None:
+    """Add Σ_t δ_{m,t}·(A ⊙ E_l)(t) of one module, as <A ⊙ δ, E>: the kept cotangents are fewer than the tangents."""
+    right = block.of(E).transpose(0, 1)
+    if slope is None:
+        F.add_(inner(block.values, right).transpose(0, 1))
+        return
+    A, step = block.of([[slope[None]]])[0], max(1, PIECE // (block.size * block.values.itemsize))
+    for k, a in product(range(block.sequences), range(0, block.slots, step)):
+        F[a : a + step, k] += inner(block.values[k, a : a + step] * A[k], right[k])
 
 
-def _look_up(E: list[list[Tensor]], rule: Lookup, group: Group) -> None:
-    """Add what the streamed tokens' step of the readout does at the lookups that share its weight."""
+def _add_looked_up(F: Float[Tensor, "slots B b"], block: Block, rule: Lookup, group: Group) -> None:
+    """Add what the readout's step of streamed tokens does at the lookups of kept ones that share its weight."""
+    assert block.part is not None
+    call, _, part = block.part
+    every = rule.o_ids[call].view(block.sequences, -1)[:, part[-2]]
     for at, strip, cells, _ in group:
-        for ids, (e,) in zip(rule.o_ids, E, strict=True):
-            own = strip.traced
-            residual, h = (strip.by_cell(x[strip.tokens])[cells] for x in (own.residual_at(ids), own.h))
-            e[at] += rule.looked_up(residual, h, ids).view_as(e[at])
+        own = strip.traced
+        h = strip.by_cell(own.h[strip.tokens])[cells]
+        for k, ids in enumerate(every):
+            residual = strip.by_cell(own.residual_at(ids)[strip.tokens])[cells]
+            F[:, k, at] += rule.readout_force(h, residual, ids, block.values[k].unflatten(-1, (len(ids), -1)))
 
 
 def groups(streamed: Iterable[tuple[Strip, Pulls]], size: int) -> Iterator[tuple[slice, Group]]:

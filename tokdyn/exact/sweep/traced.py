@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...model.calls import Call
 from ...model.trace import Tracer
+from ...model.unroll import Place, Unrolled
 from ...sequences import Batch
 from ..errors import Unsupported
 from ..readout import forces_at_readout
@@ -32,6 +33,7 @@ class TracedBatch:
         dtype: of the backbone.
         calls: of the moving modules; empty where they were not asked for.
         rules: of the moving modules, from these calls as the observed side's.
+        graph: its graph, if one was made on the way; whoever takes it empties the list.
     """
 
     batch: Batch
@@ -43,6 +45,7 @@ class TracedBatch:
     dtype: torch.dtype
     calls: Sequence[Call]
     rules: Rules
+    graph: list[Unrolled]
 
     def residual_at(self, ids: Int[Tensor, " S"]) -> Float[Tensor, "N S"]:
         """Γ at the logits of these ids."""
@@ -67,10 +70,14 @@ class SideTracer:
     used: bool = False
 
     @torch.no_grad()
-    def __call__(self, b: int, with_calls: bool) -> TracedBatch:
-        """Batch b; the logits exist for some rows at a time."""
+    def __call__(self, b: int, with_calls: bool, places: Sequence[Place] | None = None) -> TracedBatch:
+        """Batch b; the logits exist for some rows at a time. With places its graph is kept, which may be cut there."""
         batch, term = self.side.batches[b], self.side.terms[b]
-        h, calls = self.plan.record(self.tracer, batch) if with_calls else (self.tracer.hidden(batch), [])
+        graph = [] if places is None else [self.plan.unroll(self.tracer, batch, places)]
+        if graph:
+            h, calls = graph[0].hidden.detach(), [call.detached() for call in graph[0].calls] if with_calls else []
+        else:
+            h, calls = self.plan.record(self.tracer, batch) if with_calls else (self.tracer.hidden(batch), [])
         calls = self.plan.used(calls) if self.used else calls
         weight = self.tracer.readout.weight.to(self.tracer.precision)
         ids, parts = self.ids if self.plan.lookup is not None else self.ids[:0], []
@@ -78,9 +85,11 @@ class SideTracer:
             parts.append((part.pulled @ weight, part.pulled[:, ids]))
         cotangent, residual = (torch.cat(of) for of in zip(*parts, strict=True))
         where, rules = self.side.where[b].to(h.device), self.plan.rules(calls) if with_calls else {}
-        if self.used:
+        if self.used and len(batch.ids) > 1:
+            if not all(rule.tells_sequences for rule in rules.values()):
+                raise Unsupported("a module does not tell the sequences of a batch apart")
             self._require_alone(batch, h, calls)
-        return TracedBatch(batch, h.to(cotangent.dtype), cotangent, ids, residual, where, h.dtype, calls, rules)
+        return TracedBatch(batch, h.to(cotangent.dtype), cotangent, ids, residual, where, h.dtype, calls, rules, graph)
 
     def _require_alone(self, batch: Batch, h: Float[Tensor, "N d"], calls: Sequence[Call]) -> None:
         """Raise unless the sequence with the most padding gives alone what it gives in the batch.
@@ -89,8 +98,6 @@ class SideTracer:
             Unsupported: a module returns something else: sequences meet in it, or padding counts.
         """
         T, row = batch.ids.shape[1], batch.rows // batch.ids.shape[1]
-        if len(batch.ids) == 1:
-            return
         ends = (batch.rows % T)[row.diff(append=row.new_tensor([-1])) != 0]  # of each sequence, where its last token is scored
         k = int(ends.argmin())
         h_alone, own = self.plan.record(self.tracer, batch.alone(k)) if calls else (self.tracer.hidden(batch.alone(k)), [])
