@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -104,14 +105,17 @@ class Strip:
 
     def spread(self, chunk: int) -> None:
         """From one cotangent for all tokens to one for each slot, at most `chunk` times a sequence of them in one tensor."""
-        whole, slot = self.aligned, self.cells // self.sequences
+        whole, slot = self.aligned, self.batch.slot
         # before the first segment there are only the tokens
-        where = torch.arange(len(self.cells), device=whole.device) if whole.dim() == 2 else self.positions
-        count = self.slots.stop - self.slots.start
-        for part in torch.arange(count).tensor_split(-(-count // max(1, chunk // self.sequences))):
-            mine = ((slot >= part[0]) & (slot <= part[-1])).nonzero().squeeze(1)
-            alone = whole.new_zeros(len(part), *whole.shape)
-            alone.flatten(1, -2)[slot[mine] - part[0], where[mine]] = whole.flatten(0, -2)[where[mine]]
+        where = torch.arange(len(slot)) if whole.dim() == 2 else self.batch.rows
+        order, count = slot.argsort(stable=True), self.slots.stop - self.slots.start
+        first = torch.searchsorted(slot[order], torch.arange(count + 1)).tolist()  # in that order, of each slot
+        parts = -(-count // max(1, chunk // self.sequences))
+        for a, z in pairwise(count * i // parts for i in range(parts + 1)):
+            mine = order[first[a] : first[z]]
+            at, rows = (x.to(whole.device) for x in (where[mine], slot[mine] - a))
+            alone = whole.new_zeros(z - a, *whole.shape)
+            alone.flatten(1, -2)[rows, at] = whole.flatten(0, -2)[at]
             self.cotangents.append(alone)
         self.aligned = whole.new_empty(0)
 
