@@ -14,7 +14,7 @@ from .divided import by_use, inner_products
 from .parts import SEPARATOR, Parts
 from .problem import Problem
 from .products import Direction
-from .readout import hidden, readout_matrix
+from .readout import readout_matrix
 
 
 def layers_and_kinds(problem: Problem) -> Parts:
@@ -61,7 +61,7 @@ def look(problem: Problem, m: int, weights: Float[Tensor, " L"]) -> dict[str, An
 @torch.no_grad()
 def kernels(problem: Problem, index: Int[Tensor, "K 2"]) -> Float[Tensor, "K 3"]:
     """h_m·h_l, the cosine of h_m and h_l, and <g_m, γ_l> of the forces at W h + b, for some pairs (m, l)."""
-    h_o, h_u = hidden(problem.tracer, problem.observed), hidden(problem.tracer, problem.updated)
+    h_o, h_u = problem.hidden
     m, l = index.to(h_o.device).unbind(1)  # noqa: E741
     head = problem.tracer.readout.weight_name
     alone = replace(problem, uses={head: problem.tracer.owner[head]}, P=None, parts=None)
