@@ -11,10 +11,15 @@ ELEMENTS = 1 << 20  # most scores of all tangents at a time: a block of queries 
 ROWS = 32  # fewest queries of a block
 
 
+def on_host(x: Tensor) -> bool:
+    """Whether the host can read a number of x without waiting for a device."""
+    return x.device.type == "cpu"
+
+
 def blocks(
     q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None, n: int = 1, rows: int | None = None
 ) -> Iterator[tuple]:
-    """Yield blocks of queries: (rows, keys, P, slope) with P [B, Hk, G, t, s] over the keys that the block can see.
+    """Yield blocks of queries: (rows, keys, P, slope) with P [B, Hk, G, t, s] over the keys that the block can see, or all.
 
     A block has `rows` queries, or as many as keep the scores of n tangents below ELEMENTS.
     slope is d(capped score)/d(q·k): `scale` without a cap.
@@ -27,8 +32,9 @@ def blocks(
         seen = None
         if mask is not None:
             seen = mask[..., queries, :]
-            used = seen.flatten(0, -2).any(0).nonzero()
-            keys = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
+            if on_host(seen):
+                used = seen.flatten(0, -2).any(0).nonzero()
+                keys = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
             seen = seen[:, :, None, :, keys]
         s = (q[..., queries, :] * scale) @ k[:, :, None, keys].mT
         slope: Tensor | float = scale
@@ -38,7 +44,7 @@ def blocks(
         if seen is not None:
             s = s.masked_fill(~seen, torch.finfo(s.dtype).min)
         P = s.softmax(-1)
-        if seen is not None and not bool((some := seen.any(-1, keepdim=True)).all()):
+        if seen is not None and not (on_host(some := seen.any(-1, keepdim=True)) and bool(some.all())):
             P = P * some  # a query that sees no key gets 0, not a mean of all values
         yield queries, keys, P, slope
 

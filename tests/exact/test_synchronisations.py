@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tokdyn.exact.sweep import fill, strips
 from tokdyn.exact.sweep.budget import Size
 from tokdyn.exact.sweep.tile import Tile
-from tokdyn.model import attention
+from tokdyn.kernels.tangent_attention import reference
 from tokdyn.model.trace import trace
 from tokdyn.testing import random_chis, tiny
 
@@ -49,7 +49,7 @@ def reads(tokens, family, monkeypatch):
         patch.setattr(Tile, "fill", counted)
         patch.setattr(strips.Strip, "pull", pulled)
         patch.setattr(torch.Tensor, "tolist", lambda x: found.seen.update(["tolist"]) or tolist(x))
-        patch.setattr(attention, "_on_host", lambda x: False)  # as on a GPU
+        patch.setattr(reference, "on_host", lambda x: False)  # as on a GPU
         with trace(tiny(family)) as tracer:
             p = planned(tracer, random_chis([(3, tokens)], seed=1), random_chis([(3, tokens)], seed=2))
             fill(p, p.empty())

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.tangent_attention import reference as form
 from ..ops import attention, cotangent_attention, tangent_attention
 
 ATTENTION = "tokdyn"
@@ -119,16 +120,11 @@ def _nonzero_queries(do: Tensor) -> slice:
     A model's last attention has cotangents at the scored tokens alone. Where the host would have to wait for the answer, it is
     all of them.
     """
-    if not _on_host(do):
+    if not form.on_host(do):
         return slice(0, do.shape[-2])
     others = [dim for dim in range(do.dim()) if dim != do.dim() - 2]
     nonzero = (do.amax(others).ne(0) | do.amin(others).ne(0)).nonzero()
     return slice(int(nonzero[0]), int(nonzero[-1]) + 1) if len(nonzero) else slice(0, 1)
-
-
-def _on_host(x: Tensor) -> bool:
-    """Whether reading a number of x costs no wait."""
-    return x.device.type == "cpu"
 
 
 def _one_by_one(function: Any, info: Any, dims: Any, inputs: tuple[Any, ...]) -> Any:
