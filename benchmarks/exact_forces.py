@@ -147,6 +147,13 @@ def machine() -> str:
     return platform.processor() or platform.machine()
 
 
+def simd() -> str:
+    """The vector instructions that torch's own kernels take here."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python and the compared packages; None for one that is not installed."""
     found: dict[str, str | None] = dict(python=platform.python_version())
@@ -240,12 +247,14 @@ def main() -> None:
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
     if os.name == "posix":  # import once; every side is a fork of that
         context.set_forkserver_preload(["torch", "tokdyn.testing", "transformers.models.qwen2.modeling_qwen2"])
-    about = dict(machine=machine(), threads=args.threads, dtype="float32", versions=versions())
+    about = dict(machine=machine(), simd=simd(), threads=args.threads, dtype="float32", versions=versions())
     busy = [os.getloadavg()[0]]
     rows, said, fits = measured(context, args)
     busy.append(os.getloadavg()[0])
     packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    print(f"{about['machine']}, {args.threads} threads, float32; load average {busy[0]:.1f} before, {busy[1]:.1f} after")
+    print(
+        f"{about['machine']}, {about['simd']}, {args.threads} threads, float32; load average {busy[0]:.1f} before, {busy[1]:.1f} after"
+    )
     print(packages)
     print(table(rows))
     print(*said, sep="\n")
