@@ -210,7 +210,8 @@ def compare(context: Any, shape: Shape | Demo, args: argparse.Namespace) -> tupl
     share = flops and flops / rate / ours[time]
     theirs |= dict(ratio=theirs[time] / ours[time], share=None)
     ours |= dict(error=error, share=share)
-    said = f"{shape.name}: one gradient per token takes {theirs['ratio']:.2f}x the {'processor ' if args.threads == 1 else ''}time, relative error {error:.1e}"
+    clock = "processor time" if args.threads == 1 else "time"
+    said = f"{shape.name}: one gradient per token takes {theirs['ratio']:.2f}x the {clock}, relative error {error:.1e}"
     if share is not None:
         said += f"; {flops / 1e9:.3g} GFLOP counted, at {share:.1%} of a {SQUARE}² product's {rate / 1e9:.0f} GFLOP/s"
     return [theirs, ours], said
