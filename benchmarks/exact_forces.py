@@ -252,9 +252,8 @@ def main() -> None:
     rows, said, fits = measured(context, args)
     busy.append(os.getloadavg()[0])
     packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    print(
-        f"{about['machine']}, {about['simd']}, {args.threads} threads, float32; load average {busy[0]:.1f} before, {busy[1]:.1f} after"
-    )
+    print(f"{about['machine']}, {about['simd']}, {args.threads} threads, float32")
+    print(f"load average {busy[0]:.1f} before, {busy[1]:.1f} after")
     print(packages)
     print(table(rows))
     print(*said, sep="\n")
