@@ -124,7 +124,8 @@ class Demo(NamedTuple):
 
 SHAPES: dict[str, list[Shape | Demo]] = {
     "pairs": [Shape("pairs", 30, 18, 8, 512, held_out=4, shared=6)],
-    "wide": [Shape("wide", 30, 18, 8, width) for width in (512, 1024)],
+    "wide": [Shape("wide", 30, 18, 8, 512)],
+    "wider": [Shape("wider", 30, 18, 8, 1024)],
     "small": [Shape("small", 40, 24, 8, 128)],
     "text": [Shape("text", 1, 256, 1, 256, layers=4, vocabulary=V) for V in (2048, 32768)],
     "experts": [Shape("experts", 1, 50, 2, 512, family) for family in ("deepseek_v3", "qwen3_moe")],
