@@ -87,7 +87,9 @@ def stages(python: str, scratch: Path) -> list[Stage]:
     ]
     for phase, (name, ops) in enumerate(OPERATORS.items(), 3):  # apart, so that one that takes too long takes no other with it
         found.append(Stage(f"operators: {name}", phase, [*bench, *figures(f"{name}.json"), *ops], 80, shown, f"{name}.json"))
-    return [*found, Stage("exact forces", 9, [*exact, *figures("exact.json")], 100, makes="exact.json")]
+    found.append(Stage("exact forces", 9, [*exact, *figures("exact.json")], 100, makes="exact.json"))
+    rows = [*exact, "--rows", "pairs", "experts", *figures("rows.json")]
+    return [*found, Stage("exact forces: pairs, experts", 10, rows, 120, makes="rows.json")]
 
 
 def missing(stage: Stage) -> str:
@@ -207,10 +209,11 @@ def page(result: dict[str, Any]) -> str:
             "",
             markdown(merged).replace("# tokdyn bench", "## Operators: tokdyn bench").replace("\n## Held", "\n### Held"),
         ]
-    if exact := result["figures"].get("exact forces"):
+    for name in (name for name in result["figures"] if name.startswith("exact forces")):
+        exact = result["figures"][name]
         lines += [
             "",
-            "## Exact forces",
+            f"## {name.capitalize()}",
             "",
             exact["about"],
             "",

@@ -36,7 +36,15 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_file_and_option_of_its_commands_is_there():
     done = script("--dry-run")
     assert done.returncode == 0 and "every file and option is there" in done.stdout, done.stdout + done.stderr
-    for stage in ("build", "tests", "memcheck", "machine code", "operators: attention", "exact forces"):
+    for stage in (
+        "build",
+        "tests",
+        "memcheck",
+        "machine code",
+        "operators: attention",
+        "exact forces",
+        "exact forces: pairs, experts",
+    ):
         assert f"{stage} (at most" in done.stdout
 
 
@@ -98,9 +106,11 @@ def test_the_page_holds_the_figures(gpu):
 
 def test_exact_forces_on_a_small_model_of_that_shape(tmp_path):
     command = [sys.executable, BENCHMARKS / "exact_forces_gpu.py", "--quick", "--device", "cpu", "--json", tmp_path / "e.json"]
+    command += ["--rows", "matrix", "reduction", "pairs", "experts"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "e.json").read_text())
     exact, rounded, *timed = found["rows"]
     assert exact["error"] < 1e-5 < rounded["error"] < 0.1
-    assert [row["what"] for row in timed] == ["matrix 12 x 12", "reduction over 24 tokens"]
+    names = ["matrix 12 x 12", "reduction over 24 tokens", "experts: 8 x 8 tokens", "pairs: 48 x 32 tokens"]
+    assert [row["what"] for row in timed] == names

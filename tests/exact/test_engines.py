@@ -15,6 +15,7 @@ from tokdyn.exact.naive import fill as naive_fill
 from tokdyn.exact.sweep import budget, plan, segments, strips
 from tokdyn.model.calls import Call
 from tokdyn.model.trace import Tracer, trace
+from tokdyn.model.usage import parameter_uses
 from tokdyn.objectives import GRPO, PPO, SFT, SimKO
 from tokdyn.testing import FAMILIES, float64, random_chis, relative_error, tiny, tiny_lora
 
@@ -242,9 +243,12 @@ def test_a_tensor_in_two_modules_takes_the_slower_exact_way_and_says_so():
 
 def test_a_weight_that_no_module_was_seen_to_use_is_not_left_out(monkeypatch):
     """A kernel of somebody's own may take a weight out of sight; its gradient tells."""
-    seen = Tracer.usage
     hidden = "model.norm.weight"
-    monkeypatch.setattr(Tracer, "usage", lambda *of: {name: by for name, by in seen(*of).items() if name != hidden})
+
+    def unseen(*of):
+        return {name: by for name, by in parameter_uses(*of).items() if name != hidden}
+
+    monkeypatch.setattr("tokdyn.model.trace.parameter_uses", unseen)
     naive, fast, _ = matrices(tiny("llama", tied=False), slow=f"no module was seen to use {hidden}")
     assert relative_error(fast, naive) < FP32
 
