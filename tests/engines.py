@@ -39,7 +39,7 @@ PLACES = {
     "part": [(tile, "reserve")],  # of what is kept of a mixed segment
     "whole graph": [(segments.Cuts, "taken")],  # all segments of a strip in one forward pass
     "some segments": [(segments.Cuts, "segments")],  # a graph of a few of them
-    "direction": [(linear.Linear, "direction")],  # a linear layer's direction, written down
+    "direction": [(linear.Linear, "_weight_into")],  # a linear layer's direction, written down
     "inner products": [(linear.Linear, "_gram")],  # of a linear layer's inputs
     "joint": [(fused.Fused, "of_term"), (fused.Fused, "outer_products")],  # layers fused by an elementwise product
     "norm": [(norms._Pulled, "apply")],  # the derivative of a norm, and of a rotary embedding, in closed form
