@@ -7,7 +7,7 @@
     python benchmarks/exact_forces.py --peer none --reduction --batch 8   reduce= against one forward and backward pass
     python benchmarks/exact_forces.py --peer none --by layer kind         the matrix in parts against the plain one
     python benchmarks/exact_forces.py --peer none --scaling               cost against length and width, memory against length
-    python benchmarks/exact_forces.py --shape pairs wide wider small text experts demo     the shapes of exact_forces_shapes.py
+    python benchmarks/exact_forces.py --shape pairs wide small experts   the shapes of exact_forces_shapes.py, one or several
     python benchmarks/exact_forces.py --quick [...]                       any of these at a small size, to see that it runs
 
 Qwen2 shape, tied, random weights, float32, on the CPU. Every side runs in a process of its own; after a warm-up of eight tokens

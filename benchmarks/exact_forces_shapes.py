@@ -128,7 +128,8 @@ SHAPES: dict[str, list[Shape | Demo]] = {
     "wider": [Shape("wider", 30, 18, 8, 1024)],
     "small": [Shape("small", 40, 24, 8, 128)],
     "text": [Shape("text", 1, 256, 1, 256, layers=4, vocabulary=V) for V in (2048, 32768)],
-    "experts": [Shape("experts", 1, 50, 2, 512, family) for family in ("deepseek_v3", "qwen3_moe")],
+    "experts": [Shape("experts", 1, 50, 2, 512, "deepseek_v3")],
+    "qwen-experts": [Shape("qwen-experts", 1, 50, 2, 512, "qwen3_moe")],
     "demo": [Demo()],
 }
 

@@ -26,13 +26,13 @@ def test_exact_forces_runs_and_both_sides_agree(tmp_path):
 
 
 def test_every_shape_runs_and_both_sides_agree(tmp_path):
-    shapes = ["pairs", "experts", "demo"]  # the others are like "pairs"
+    shapes = ["pairs", "experts", "qwen-experts", "demo"]  # the others are like "pairs"
     command = [sys.executable, BENCHMARKS / "exact_forces.py", "--quick", "--shape", *shapes, "--json", tmp_path / "b.json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "b.json").read_text())
     ours, naive = found["figures"]["tangent"], found["figures"]["naive"]
-    assert [row["shape"] for row in ours] == [row["shape"] for row in naive] == ["pairs", "experts", "experts", "demo"]
+    assert [row["shape"] for row in ours] == [row["shape"] for row in naive] == shapes
     assert all(row["error"] < 1e-5 for row in ours)
     assert all((row["share"] is None) == (row["shape"] == "demo") for row in ours)
     assert all(f"{shape}: one gradient per token takes" in done.stdout for shape in shapes)
