@@ -62,6 +62,7 @@ class Lookup(Rule):
         self, x: Int[Tensor, " N"], ids: Int[Tensor, "B S"], d: Float[Tensor, "b B S q"], out: Float[Tensor, "b B N q"]
     ) -> None:
         """E at the ids x, with S as the Gram matrix of a linear layer: no size depends on which ids there are."""
+        d = d.to(out.dtype)  # a head may be wider than its body
         for k, own in enumerate(ids):
             same = x[:, None].eq(own).to(d.dtype) * self.scale
             torch.bmm(same.expand(len(d), -1, -1), d[:, k], out=out[:, k])
