@@ -33,7 +33,7 @@ from ..readout import LABEL as READOUT
 from ..sides import Side
 from .aligned import aligned_depths
 from .fuse import fusions
-from .segments import Cuts, Outline
+from .segments import Cuts, Outline, require_beginnings
 
 Rules = dict[str, Rule]  # by module, or by fusion
 
@@ -306,7 +306,7 @@ def planned(problem: Problem) -> PlannedProblem:
     if error > tracer.readout_bound:
         raise Unsupported(f"the logits differ by {error:.0e} from softcap(scale (W h + b)), the readout's formula")
     if tracer.found.selects:
-        _require_beginnings(tracer, batches)
+        require_beginnings(tracer, batches)
     (seen, hidden), not_replayable = tracer.usage(batches), set[str]()
     while True:
         plan = _assign_modules(problem, seen, not_replayable)
@@ -331,23 +331,6 @@ def planned(problem: Problem) -> PlannedProblem:
     h = torch.cat(hidden[:n]).to(wide), torch.cat(hidden[n:]).to(wide)
     sides = problem.observed, problem.updated
     return PlannedProblem(tracer, problem.uses, problem.P, *sides, plan, together, h, parts=problem.parts)
-
-
-def _require_beginnings(tracer: Tracer, batches: Sequence[Batch]) -> None:
-    """Raise unless a sequence cut behind any scored token gives the readout what the whole one gives it up to there.
-
-    The structured engines cut sequences, and a model that selects among positions may take others of equal scores then. Cost: a
-    forward pass for each token, where they take a backward pass.
-
-    Raises:
-        Unsupported: some do not.
-    """
-    for batch in batches:  # each a sequence
-        whole = tracer.hidden(batch)
-        for n in range(1, len(whole) + 1):
-            cut = tracer.hidden(batch.upto(slice(0, n)))
-            if not bool(((cut - whole[:n]).norm(dim=1) <= tracer.same * whole[:n].norm(dim=1)).all()):
-                raise Unsupported("what it selects among positions depends on how many there are")
 
 
 def _closed_form(rule: Rule, call: Call) -> Norm | Stack | None:

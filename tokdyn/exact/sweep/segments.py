@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...model.calls import Call
+from ...model.trace import Tracer
 from ...model.unroll import Place, Unrolled
 from ...sequences import Batch
 from ..errors import Unsupported
@@ -88,6 +89,23 @@ def require_by_sequence(calls: Sequence[Call]) -> None:
     for call in calls:
         if call.sequences > 1 and not call.is_by_sequence:
             raise Unsupported(f"{call.name} does not take the sequences of a batch one by one")
+
+
+def require_beginnings(tracer: Tracer, batches: Sequence[Batch]) -> None:
+    """Raise unless a sequence cut behind any scored token gives the readout what the whole one gives it up to there.
+
+    The structured engines cut sequences, and a model that selects among positions may take others of equal scores then. Cost: a
+    forward pass for each token, where they take a backward pass.
+
+    Raises:
+        Unsupported: some do not.
+    """
+    for batch in batches:  # each a sequence
+        whole = tracer.hidden(batch)
+        for n in range(1, len(whole) + 1):
+            cut = tracer.hidden(batch.upto(slice(0, n)))
+            if not bool(((cut - whole[:n]).norm(dim=1) <= tracer.same * whole[:n].norm(dim=1)).all()):
+                raise Unsupported("what it selects among positions depends on how many there are")
 
 
 def common_cuts(outlines: Sequence[Outline]) -> list[Place]:
