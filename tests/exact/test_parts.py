@@ -207,6 +207,10 @@ def test_parts_of_pairs_groups_and_folders(tmp_path):
         for name, part in tokens.parts.items():  # its rounding is that of the whole: a tie is a difference of larger parts
             assert float((folder.parts[name].tensor() - part).norm()) < FP32 * float(tokens.matrix.norm()), name
     assert relative_error(on_disk.shards.tensor(), tokens.matrix) < FP32
+    again = td.forces(model, pair, O, DPO(), by="kind", out=tmp_path / "F", resume=True)  # there is nothing left to do
+    assert all(torch.equal(again.parts[name].tensor(), part.tensor()) for name, part in on_disk.parts.items())
+    with pytest.raises(ValueError, match="was begun with"):
+        td.forces(model, pair, O, DPO(), by="layer", out=tmp_path / "F", resume=True)
     tokens.save(tmp_path / "saved")
     again = td.Forces.load(tmp_path / "saved")
     assert list(again.parts) == list(tokens.parts) and all(torch.equal(again.parts[k], v) for k, v in tokens.parts.items())
