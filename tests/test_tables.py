@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tokdyn.studies import documents
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 GENERATED = {"docs/gallery.md", "docs/families.md"}  # written whole by a program, and compared with it below
@@ -59,7 +61,8 @@ def test_a_template_takes_numbers_from_json_and_nothing_else(tmp_path, monkeypat
         tables.render("a = b.json", "")
 
 
-def test_the_families_are_what_their_program_writes():
+def test_the_gallery_and_the_families_are_what_their_programs_write():
+    assert (ROOT / "docs/gallery.md").read_text(encoding="utf-8") == documents.gallery_text(documents.results(ROOT / "docs"))
     found = json.loads((ROOT / "benchmarks/results/families.json").read_text(encoding="utf-8"))
     written = load(ROOT / "benchmarks/families.py").markdown(found)
     page = (ROOT / "docs/families.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from ._arguments import sentence
 from ._console import err_console, out_console
 from ._version import __version__
 
-ORDER = ("profile", "scan", "check", "report", "diff", "serve", "probe", "study", "bench", "doctor")
+ORDER = ("profile", "scan", "check", "report", "diff", "serve", "probe", "study", "demo", "bench", "doctor")
 
 
 class InOrder(TyperGroup):

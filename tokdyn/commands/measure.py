@@ -57,24 +57,32 @@ def bench(
 @app.command()
 def study(
     name: Annotated[str | None, typer.Argument(help="one study; without a name they are listed")] = None,
-    all_: Annotated[bool, typer.Option("--all", help="all of them, and one page of them")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="all that are not finished in --out, and one page of all")] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="a small form of about 20 s, which judges the same claims on less data")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="the first seed")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="your own model, a folder or a hub name, for the studies that take one")
+    ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="folder of texts for the studies that take one; the shipped pairs if not")
+        Path | None, typer.Option(help="your own texts, a folder or a file, for the studies that take them")
+    ] = None,
+    runs: Annotated[
+        int | None, typer.Option(min=1, help="how many, each with a seed of its own, for studies of several")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder: runs/studies/NAME, or with --all runs/studies")] = None,
     docs: Annotated[Path | None, typer.Option(help="write gallery.md and its figures here, from the studies in --out")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="run again what is finished, and keep no part of it")] = False,
     json_: Json = False,
 ) -> None:
     """Reproduce a phenomenon of the papers: verdict lines, figure, JSON, curves and a page.
 
-    A claim that does not hold is a result like any other: it is said, and the exit code stays 0.
+    A claim holds, does not, or is undecided: each is a result like any other, and the exit code stays 0. A long study that is
+    interrupted goes on where it was.
     """
     with plain_errors():
-        from ..studies import gallery, load, names
+        from ..studies import documents, gallery, load, names
 
         root = Path("runs/studies-quick" if quick else "runs/studies")
         if name and (all_ or docs):
@@ -82,12 +90,17 @@ def study(
         if not (name or all_ or docs):
             tell({each: (load(each).__doc__ or "").strip().splitlines()[0] for each in names()}, json_)
             return
+        settings = gallery.Settings(quick, seed, model, str(data) if data else None, runs)
+        if name:
+            gallery.check_takes(name, settings)
         folders = {name: out or root / name} if name else {each: (out or root) / each for each in names()} if all_ else {}
-        results = {}
-        for each, folder in folders.items():
+        waiting = [each for each, folder in folders.items() if name or fresh or not gallery.finished(each, folder, settings)]
+        if all_ and not json_:
+            out_console.print(gallery.outlook(waiting, folders, settings), soft_wrap=True)
+        for each in waiting:
             with progress() as stage:
                 stage(f"study {each}", 0, 0)
-                told = results[each] = gallery.run_study(each, folder, quick=quick, seed=seed, data=data)
+                told = gallery.run_study(each, folders[each], settings, resume=not fresh)
             if json_:
                 continue
             out_console.print(f"{each}, {told['seconds']:.0f} s: {told['title']}", style="bold", markup=False, soft_wrap=True)
@@ -101,9 +114,9 @@ def study(
         elif name:
             places.append(f"Study in {folders[name]}, page in {folders[name] / 'page.html'}")
         if docs:
-            places.append(f"Gallery in {gallery.write_docs(out or root, docs)}")
+            places.append(f"Gallery in {documents.write_docs(out or root, docs)}")
         if json_:
-            print_json(results)
+            print_json({each: gallery.read(folder) for each, folder in folders.items()})
             return
         for place in places:
             out_console.print(place)

@@ -38,7 +38,10 @@ CHAT_TEMPLATE = (
 Document = tuple[str, str, bool]  # prompt, response, whether the prompt is learned too
 HH_COLUMNS = ("chosen", "chosen_initial", "chosen_gptsemantic", "chosen_gptformat",
               "rejected", "reject_gptsemantic", "reject_gptformat")  # fmt: skip
-SHAPE = dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=704)
+SHAPES = {
+    "demo": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=704),
+    "large": dict(hidden_size=512, num_hidden_layers=7, num_attention_heads=8, num_key_value_heads=2, intermediate_size=1408),
+}
 
 
 def jsonl(path: Path) -> Iterator[dict]:
@@ -106,13 +109,14 @@ def pack(tokenizer, rows: list[Document], order: random.Random | None) -> tuple[
     return torch.tensor(ids), torch.tensor(labels)
 
 
-def build(tokenizer, max_positions: int = 1024):
-    """The untrained model."""
+def build(tokenizer, max_positions: int = 1024, *, shape: str = "demo"):
+    """The untrained model, of one of SHAPES."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     return Qwen2ForCausalLM(Qwen2Config(
         vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=max_positions, initializer_range=0.02,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **SHAPE))  # fmt: skip
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        **SHAPES[shape]))  # fmt: skip
 
 
 def loss_on(model, ids: Tensor, labels: Tensor, autocast: bool) -> Tensor:
@@ -199,7 +203,7 @@ def train(args: argparse.Namespace) -> None:
     held_out = [t[: args.validation_tokens] for t in pack(tokenizer, documents(args.data, "test"), random.Random(1))]
 
     torch.manual_seed(args.seed)
-    model = build(tokenizer)
+    model = build(tokenizer, shape=args.shape)
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)],
@@ -252,7 +256,7 @@ library_name: transformers
 # tokdyn demo model
 
 A {parameters:.1f} M parameter causal language model (Qwen2 shape, {layers} layers of width {width}, tied embeddings,
-byte-level BPE of {vocabulary} tokens) that ships with tokdyn so that every example runs without a download. It is a
+byte-level BPE of {vocabulary} tokens){purpose}. It is a
 specimen for learning dynamics, not a source of advice: it writes legible English and knows next to nothing.
 
 | | |
@@ -264,7 +268,7 @@ specimen for learning dynamics, not a source of advice: it writes legible Englis
 | steps | {step} steps of {batch} x {length} tokens, {tokens:.1f} M tokens, AdamW, cosine from {lr}, weight decay 0.1 |
 | validation loss | {validation:.3f} nats a token on {validation_tokens} tokens of the test files |
 | stored as | bf16 safetensors |
-| made by | `python -m tokdyn.demo.train` |
+| made by | `{made}` |
 
 ## Three samples, as they came (temperature 0.7, top-p 0.9, seed 0)
 {samples}
@@ -278,7 +282,7 @@ def export(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.work)
-    model = build(tokenizer).eval()
+    model = build(tokenizer, shape=args.shape).eval()
     model.load_state_dict(torch.load(args.work / "best.pt", weights_only=True))
     best = json.loads((args.work / "best.json").read_text())
     model.to(torch.bfloat16).save_pretrained(args.export)
@@ -291,17 +295,20 @@ def export(args: argparse.Namespace) -> None:
         y = model.generate(x, attention_mask=torch.ones_like(x), do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=80,
                            pad_token_id=tokenizer.pad_token_id)  # fmt: skip
         samples.append("> " + tokenizer.decode(y[0], skip_special_tokens=True).replace("\n", "\n> "))
+    large = args.shape == "large"
     card = CARD.format(
-        parameters=sum(p.numel() for p in model.parameters()) / 1e6, layers=SHAPE["num_hidden_layers"],
-        width=SHAPE["hidden_size"], vocabulary=VOCABULARY, step=best["step"], tokens=best["tokens"] / 1e6,
+        purpose="" if large else " that ships with tokdyn so that every example runs without a download",
+        made="tokdyn demo --large" if large else "python -m tokdyn.demo.train",
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6, layers=model.config.num_hidden_layers,
+        width=model.config.hidden_size, vocabulary=VOCABULARY, step=best["step"], tokens=best["tokens"] / 1e6,
         batch=args.batch, length=args.length, lr=args.lr, validation=best["validation"],
         validation_tokens=args.validation_tokens, samples="\n\n".join(samples))  # fmt: skip
     (args.export / "README.md").write_text(card, encoding="utf-8")
     print(card)
 
 
-def main() -> None:
-    """Train or export."""
+def main(arguments: list[str] | None = None) -> None:
+    """Train or export, as the arguments of the command line say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with the text files (needed to train)")
     parser.add_argument("--work", type=Path, default=Path("checkpoints/demo"), help="checkpoints, resumed when present")
@@ -314,8 +321,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=400, help="steps between validations and checkpoints")
     parser.add_argument("--validation-tokens", type=int, default=40_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shape", choices=list(SHAPES), default="demo", help="demo: 4 M parameters, large: 22 M")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast: faster where the processor has bf16 units")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.export:
         export(args)
     elif args.data is None:

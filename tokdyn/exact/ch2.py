@@ -5,6 +5,12 @@
 h̃ are the normalised inputs of the attention and MLP projections at the tokens' own positions. The force on a weight that reads
 a stream is an outer product of h̃ and the cotangent behind it; CH2 takes the readout's cotangent Wᵀγ for all of those and
 leaves out what reaches a token through other positions (Ren, Deng, Hong, Lyle, Gal, Learning Dynamics of Continual Learning).
+
+A stream is found by what the model does: a norm whose output enters a linear projection. The authors' code takes norms by
+their names in Llama, input_layernorm and post_attention_layernorm. Where the attention's output is normed before it joins the
+residual stream (Gemma-2) the second name is that norm, whose output enters no projection; here the norm before the MLP is
+meant (pre_feedforward_layernorm), and the two estimates differ there. Their further term K_embd, of the input embedding,
+couples tokens that read the same id. It is not in this estimate; the exact force has it, by the rule "lookup".
 """
 
 from __future__ import annotations

@@ -53,6 +53,12 @@ def problems(seed: int, n: int) -> list[Sum]:
     return random.Random(seed).sample(every, n)
 
 
+def halves(seed: int, n: int) -> tuple[list[Sum], list[Sum]]:
+    """n problems to train on and as many others to judge by."""
+    both = problems(seed, 2 * n)
+    return both[:n], both[n:]
+
+
 def half_taught(model: Any, tokenizer: Any, sums: Sequence[Sum], *, seed: int) -> Any:
     """A copy of the model, supervised on all forms until it gives the right number with mean probability HALF."""
     model = copy.deepcopy(model)

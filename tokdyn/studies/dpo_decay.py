@@ -1,7 +1,7 @@
 """What preference training does to the chosen answer, the rejected one, and what was most likely anyway.
 
 Ren & Sutherland, *Learning Dynamics of LLM Finetuning* (arXiv 2407.10490), §3.3 and §4.2: in off-policy DPO the rejected
-answer falls most, the chosen answer falls after a while, and the mass goes to the argmax of every position (squeezing).
+answer falls most, the chosen answer falls after a while, and the mass goes to the first choice of every position (squeezing).
 Theory says that this is weaker where the rejected answer is likely: in on-policy DPO, where both answers are the model's own,
 and in SPIN, where the rejected one is. Losses that stop pushing (IPO, SLiC, SPPO) or protect the chosen answer (DPOP) squeeze
 less too.
@@ -9,15 +9,27 @@ less too.
 A variant is compared with off-policy DPO at the widest margin that both reach: chosen minus rejected has then grown as much in
 each.
 
-Robust, asserted: the rejected answer falls most of all kinds, and the margin grows. Measured: the rest, over seeds, which set
-the order of the pairs and not which pairs they are.
+Squeezing is read where the first choice along the rejected answer is another token than the answer's own: there the theory
+lets it gain. Where the first choice is the rejected token itself the loss pushes it down, and an average over both hides the
+gain. The first choice is fixed at the start of the training; the largest log-probability of each moment at the same positions
+(floating) is given besides. The paper's own recorded argmax is not this one: its released probe overwrote the argmax along the
+chosen answers by that along random_nonhum (issue 2 of its repository, where the author confirms it and finds similar curves
+once mended).
+
+Robust, asserted: the rejected answer falls most of all kinds, and the margin grows. Measured: the rest, over seeds, each with
+pairs of its own.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 import tokdyn as td
 
@@ -25,7 +37,8 @@ from ..loading import load_model
 from ..objectives import Objective
 from . import sft_dynamics, texts, training
 from .figures import BLUE, COLOURS, GREY, INK, VERMILION, figure
-from .result import Claim, Estimate, Result, estimate
+from .parts import Keep, unkept
+from .result import Claim, Estimate, Result, above, below, both, estimate, of_runs
 
 PAPER = "arXiv 2407.10490 §4.2"
 LOSS = td.objectives
@@ -35,49 +48,68 @@ VARIANTS: dict[str, tuple[Objective, str]] = {  # name -> loss, where the answer
     "SimPO": (LOSS.SimPO(), "data"), "KTO": (LOSS.KTO(), "data"), "DPOP": (LOSS.DPOP(), "data"),
 }  # fmt: skip
 QUICK = ("DPO", "on-policy DPO", "SPIN", "DPOP")
+FIRST, FLOATING, OWN, ANY = FIRST_CHOICES = (
+    "first choice (not y⁻)", "first choice (not y⁻), floating", "first choice (y⁻ itself)", "argmax everywhere")  # fmt: skip
 
 
-def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> Result:
+def run(
+    quick: bool = False,
+    seed: int = 0,
+    model: str = "demo",
+    data: str | Path | None = None,
+    keep: Keep = unkept,
+    runs: int | None = None,
+) -> Result:
     """Train every variant from the same supervised model, with a reading at every pass.
 
     Args:
         quick: one seed, four variants, 12 pairs, four passes instead of five seeds, nine variants, 24 pairs, eight passes.
         seed: of the first run.
+        model: a folder or a hub name.
         data: the folder of the paper's probe sets, or a preference file; the shipped pairs when absent.
+        keep: where finished seeds are kept (`parts`).
+        runs: how many, each with a seed of its own; as above when absent.
     """
-    model, tokenizer = load_model()
-    rows = texts.pairs(data, 15 if quick else 30, tokenizer=tokenizer, longest=128)
+    start, tokenizer = load_model(model)
+    rows = texts.pairs(data, tokenizer=tokenizer, longest=128)
+    seeds = range(seed, seed + (runs or (1 if quick else 5)))
+    table = [row for s in seeds for row in keep(f"seed-{s}", partial(_seed, start, tokenizer, rows, quick, s))]
+    return conclude(table, len({row["row"] for row in table if row["kind"] == "chosen"}))
+
+
+def _seed(model: Any, tokenizer: Any, rows: list[texts.Row], quick: bool, seed: int) -> list[dict[str, Any]]:
+    """The readings of all variants on one seed's pairs."""
+    rows = texts.drawn(rows, 15 if quick else 30, seed)
     train, held_out = rows[: len(rows) * 4 // 5], rows[len(rows) * 4 // 5 :]
+    tuned = copy.deepcopy(model)
+    training.sft(tuned, texts.chis(tokenizer, train, "chosen"), epochs=2, lr=2e-4, seed=seed)
     table: list[dict[str, Any]] = []
-    for run_seed in range(seed, seed + (1 if quick else 5)):
-        tuned = copy.deepcopy(model)
-        training.sft(tuned, texts.chis(tokenizer, train, "chosen"), epochs=2, lr=2e-4, seed=run_seed)
-        for name in QUICK if quick else VARIANTS:
-            loss, source = VARIANTS[name]
-            pairs = sampled(tuned, tokenizer, train, source, run_seed)
-            watched = sft_dynamics.probe(tokenizer, pairs, held_out, run_seed, 8 if quick else 16)
-            watched = {kind: watched[kind] for kind in (watched if name == "DPO" else ("chosen", "rejected"))}
-            for row in follow(tuned, tokenizer, pairs, watched, loss, epochs=4 if quick else 8, seed=run_seed):
-                table.append({"variant": name, "seed": run_seed} | row)
-    return conclude(table, len(train))
+    for name in QUICK if quick else VARIANTS:
+        loss, source = VARIANTS[name]
+        pairs = sampled(tuned, tokenizer, train, source, seed)
+        watched = sft_dynamics.probe(tokenizer, pairs, held_out, seed, 8 if quick else 16)
+        watched = {kind: watched[kind] for kind in (watched if name == "DPO" else ("chosen", "rejected"))}
+        for row in follow(tuned, tokenizer, pairs, watched, loss, epochs=4 if quick else 8, seed=seed):
+            table.append({"variant": name, "seed": seed} | row)
+    return table
 
 
 def conclude(table: list[dict[str, Any]], pairs: int) -> Result:
     """The study's claims and figure, computed from the table of readings that `run` took."""
     import pyarrow as pa
 
-    end = {kind: estimate(path(table, "DPO", kind, s)[-1] for s in seeds(table)) for kind in kinds(table)}
+    end = {kind: of_runs(changes(table, "DPO", kind)) for kind in kinds(table)}
     falls = {kind: value.mean for kind, value in end.items()}
     return Result(
         f"DPO presses the rejected answer down by {-falls['rejected']:.2f} nats a token; the chosen one moves by "
-        f"{falls['chosen']:+.2f}, the argmax by {falls['argmax']:+.2f}",
+        f"{falls['chosen']:+.2f}, the first choice beside it by {falls[FIRST]:+.2f}",
         [*_alone(table, end), *_against_dpo(table)],
         {"readings": pa.Table.from_pylist(table)}, {"dpo_decay": _figure(table, falls)},
-        notes=f"{pairs} pairs, {len(seeds(table))} seed(s); log-probabilities are means over the tokens of an answer. "
-        "chosen and rejected are the answers that a variant trains on; argmax is the most likely token at each position "
-        "along its rejected answers. On-policy pairs are two samples of the supervised model, preferred is the one that "
+        notes=f"{pairs} pairs a seed are read, {len(seeds(table))} seed(s); log-probabilities are means over the tokens of an "
+        "answer. chosen and rejected are the answers that a variant trains on; first choices are those along its rejected "
+        "answers. On-policy pairs are two samples of the supervised model, preferred is the one that "
         "shares more words with the data's chosen answer. Adam with one learning rate for all; variants differ in speed, "
-        "so each is compared with DPO at the widest margin that both reach with a seed.",
+        f"so each is compared with DPO at the widest margin that both reach with a seed.\n\n{_pooled(end)}",
     )  # fmt: skip
 
 
@@ -85,32 +117,35 @@ def _alone(table: list[dict[str, Any]], end: dict[str, Estimate]) -> list[Claim]
     """Claims about off-policy DPO by itself, and that every variant widens its margin."""
     falls = {kind: value.mean for kind, value in end.items()}
     chosen = path(table, "DPO", "chosen")
-    gained = {name: estimate(means(table, name, s)[-1]["margin"] for s in seeds(table)) for name in variants(table)}
+    gained = {name: of_runs(margins(table, name)) for name in variants(table)}
+    others = [kind for kind in falls if kind != "rejected" and kind not in FIRST_CHOICES]
+    further = [below(of_runs(changes(table, "DPO", "rejected", kind))) for kind in others]
     return [
         Claim(
             f"Off-policy DPO presses the rejected answer down most ({PAPER})",
-            "the change of the rejected answer's log-probability is the lowest of all kinds, and below 0, its interval too",
+            "the change of the rejected answer's log-probability is below that of every other kind, and below 0, intervals too",
             f"rejected {end['rejected'].words('nats a token')}; "
-            + "; ".join(f"{kind} {falls[kind]:+.2f}" for kind in sorted(falls, key=lambda k: falls[k]) if kind != "rejected"),
-            min(falls, key=lambda k: falls[k]) == "rejected" and end["rejected"].high < 0,
+            + "; ".join(f"{kind} {falls[kind]:+.2f}" for kind in sorted(others, key=lambda k: falls[k])),
+            both(below(end["rejected"]), *further),
         ),
         Claim(
             "The margin between chosen and rejected answer grows (the loss is minimised)",
             "chosen minus rejected rises in every variant, its interval too",
             "; ".join(f"{name} {value.words()}" for name, value in gained.items()) + " nats a token",
-            all(value.low > 0 for value in gained.values()),
+            both(*map(above, gained.values())),
         ),
         Claim(
             f"The chosen answer falls late ({PAPER})",
-            "its last reading lies below its highest one, and below its start with its interval",
+            "its last reading lies below its start, the interval too",
             f"highest {max(chosen):+.3f} against the start, last {end['chosen'].words('nats a token')}",
-            chosen[-1] < max(chosen) and end["chosen"].high < 0,
+            below(end["chosen"]),
         ),
         Claim(
-            f"The argmax rises while everything that is watched falls: squeezing ({PAPER})",
-            "log-probability of the most likely token along the rejected answers rises over DPO, its interval above 0",
-            end["argmax"].words("nats a token"),
-            end["argmax"].low > 0,
+            f"The first choice rises while the rejected answer falls: squeezing ({PAPER})",
+            "along the rejected answers, where the first choice before DPO is another token, its log-probability rises, its "
+            "interval above 0",
+            f"{end[FIRST].words('nats a token')}; floating {end[FLOATING].words()}",
+            above(end[FIRST]),
         ),
     ]  # fmt: skip
 
@@ -118,24 +153,32 @@ def _alone(table: list[dict[str, Any]], end: dict[str, Estimate]) -> list[Claim]
 def _against_dpo(table: list[dict[str, Any]]) -> list[Claim]:
     """Claims about the other variants against off-policy DPO, at the widest margin that both reach."""
     others = [name for name in variants(table) if name != "DPO"]
-    argmax = {name: beyond(table, name, "DPO", "argmax") for name in others}
+    first = {name: beyond(table, name, "DPO", "first") for name in others}
     margin = {name: estimate(common(table, name, "DPO")).mean for name in others}
     keeps = beyond(table, "on-policy DPO", "DPO", "chosen")
     return [
         Claim(
             f"On-policy DPO squeezes less than off-policy DPO ({PAPER} and §3.3)",
-            "at equal margin its argmax rises less and its chosen answer keeps more, intervals of both differences beside 0",
-            f"at {margin['on-policy DPO']:.2f} nats a token: argmax {argmax['on-policy DPO'].words()}, chosen {keeps.words()} "
-            "against DPO",
-            argmax["on-policy DPO"].high < 0 < keeps.low,
+            "at equal margin the first choice (not y⁻) rises less and the chosen answer keeps more, intervals of both "
+            "differences beside 0",
+            f"at {margin['on-policy DPO']:.2f} nats a token: first choice {first['on-policy DPO'].words()}, chosen "
+            f"{keeps.words()} against DPO",
+            both(below(first["on-policy DPO"]), above(keeps)),
         ),
         Claim(
             f"So do the other losses, and SPIN ({PAPER}; docs/theory.md, Phenomena)",
-            "at equal margin the argmax rises less than in off-policy DPO, in every variant, intervals of the differences too",
-            "nats a token against DPO: " + ", ".join(f"{name} {x.words()} at {margin[name]:.2f}" for name, x in argmax.items()),
-            all(difference.high < 0 for difference in argmax.values()),
+            "at equal margin the first choice (not y⁻) rises less than in off-policy DPO, in every variant, intervals of the "
+            "differences too",
+            "nats a token against DPO: " + ", ".join(f"{name} {x.words()} at {margin[name]:.2f}" for name, x in first.items()),
+            both(*map(below, first.values())),
         ),
     ]
+
+
+def _pooled(end: dict[str, Estimate]) -> str:
+    """What the positions whose first choice is the rejected token do to an average over all."""
+    own = f"Where the first choice is the rejected token itself it moves by {end[OWN].words()}; t" if OWN in end else "T"
+    return f"{own}he argmax at all positions together moves by {end[ANY].words('nats a token')}."
 
 
 def sampled(model: Any, tokenizer: Any, rows: list[texts.Row], source: str, seed: int) -> list[texts.Row]:
@@ -167,23 +210,57 @@ def follow(
     model: Any, tokenizer: Any, pairs: list[texts.Row], watched: dict[str, list[td.Chi]], loss: Objective, *, epochs: int,
     seed: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Readings {epoch, kind, row, log_prob, change} of a preference training from a copy of the model, one at every pass."""
+    """Readings {epoch, kind, row, log_prob, change} of a preference training from a copy of the model, one at every pass.
+
+    Kinds are those watched, and FIRST_CHOICES along the rejected answers, for the answers that have such positions.
+    """
     policy, reference = copy.deepcopy(model), model
     groups = [training.with_reference(reference, pair) for pair in _pairs(tokenizer, pairs)]
     optimizer = training.adam(policy, 3e-5)
     start: dict[str, list[float]] = {}
+    before = first_choices(policy, watched["rejected"])
     rows: list[dict[str, Any]] = []
     for epoch in range(epochs + 1):
-        readings = {kind: training.read(policy, chis) for kind, chis in watched.items()}
-        values = {kind: reading.log_prob.tolist() for kind, reading in readings.items()}
-        values["argmax"] = readings["rejected"].argmax.tolist()
+        values = {kind: training.read(policy, chis).log_prob.tolist() for kind, chis in watched.items()}
+        values |= along(policy, watched["rejected"], before)
         start = start or values
         rows += [{"epoch": epoch, "kind": kind, "row": i, "log_prob": value, "change": value - start[kind][i]}
-                 for kind, of in values.items() for i, value in enumerate(of)]  # fmt: skip
+                 for kind, of in values.items() for i, value in enumerate(of) if not math.isnan(value)]  # fmt: skip
         if epoch < epochs:
             for batch in training.batches(groups, 4, 1000 * seed + epoch, epochs=1):
                 training.step(policy, optimizer, loss, [chi for pair in batch for chi in pair], mean_over=len(batch))
     return rows
+
+
+@torch.no_grad()
+def first_choices(model: Any, chis: list[td.Chi]) -> list[Tensor]:
+    """The most likely token at each scored position of each sequence."""
+    found = []
+    for i in range(0, len(chis), 8):
+        some = chis[i : i + 8]
+        found += training.logits(model, some).argmax(1).split([len(chi) for chi in some])
+    return found
+
+
+@torch.no_grad()
+def along(model: Any, chis: list[td.Chi], before: list[Tensor]) -> dict[str, list[float]]:
+    """FIRST_CHOICES of every sequence: mean log-probability over its positions of each sort, NaN where it has none.
+
+    Args:
+        model: as it is now.
+        chis: the rejected answers.
+        before: the first choices before the training, which split the positions.
+    """
+    found: dict[str, list[float]] = {kind: [] for kind in FIRST_CHOICES}
+    for i in range(0, len(chis), 8):
+        some = chis[i : i + 8]
+        parts = training.logits(model, some).log_softmax(1).split([len(chi) for chi in some])
+        for log_pi, chi, first in zip(parts, some, before[i : i + 8], strict=True):
+            other = first != chi.ids[chi.scored]
+            fixed, top = log_pi.gather(1, first[:, None]).squeeze(1), log_pi.max(1).values
+            for kind, values in ((FIRST, fixed[other]), (FLOATING, top[other]), (OWN, top[~other]), (ANY, top)):
+                found[kind].append(float(values.mean()))
+    return found
 
 
 def _pairs(tokenizer: Any, rows: list[texts.Row]) -> list[list[td.Chi]]:
@@ -218,9 +295,29 @@ def path(table: list[dict[str, Any]], variant: str, kind: str, seed: int | None 
     return [sum(values) / len(values) for values in found.values()]
 
 
+def changes(table: list[dict[str, Any]], variant: str, kind: str, less: str | None = None) -> list[list[float]]:
+    """Last change of a kind for each answer, one list a seed; `less` takes another kind's change of the same row off."""
+    last = max(row["epoch"] for row in table)
+    of: dict[tuple[int, str], dict[int, float]] = {}
+    for row in table:
+        if row["variant"] == variant and row["epoch"] == last and row["kind"] in (kind, less):
+            of.setdefault((row["seed"], row["kind"]), {})[row["row"]] = row["change"]
+    found = []
+    for s in seeds(table):
+        mine, other = of.get((s, kind), {}), of.get((s, less or ""), {})
+        found.append([value - (other[i] if less else 0) for i, value in mine.items() if less is None or i in other])
+    return found
+
+
+def margins(table: list[dict[str, Any]], variant: str) -> list[list[float]]:
+    """Last growth of chosen minus rejected for each pair, one list a seed."""
+    return changes(table, variant, "chosen", "rejected")
+
+
 def means(table: list[dict[str, Any]], variant: str, seed: int | None = None) -> list[dict[str, float]]:
-    """Mean changes of chosen, rejected and argmax at every reading, and the margin; of one seed or over all."""
-    columns = {kind: path(table, variant, kind, seed) for kind in ("chosen", "rejected", "argmax")}
+    """Mean changes of chosen, rejected and first choices at every reading, and the margin; of one seed or over all."""
+    kinds = {"chosen": "chosen", "rejected": "rejected", "first": FIRST, "floating": FLOATING}
+    columns = {key: path(table, variant, kind, seed) for key, kind in kinds.items()}
     return [
         dict(zip(columns, values, strict=True)) | {"margin": values[0] - values[1]}
         for values in zip(*columns.values(), strict=True)
@@ -254,9 +351,9 @@ def beyond(table: list[dict[str, Any]], name: str, other: str, key: str) -> Esti
 
 
 def _figure(table: list[dict[str, Any]], falls: dict[str, float]) -> Any:
-    title = f"DPO presses the rejected answer down; the chosen moves {falls['chosen']:+.2f}, the argmax {falls['argmax']:+.2f}"
+    title = f"DPO presses y⁻ down; the chosen moves {falls['chosen']:+.2f}, the first choice beside y⁻ {falls[FIRST]:+.2f}"
     made, (left, right) = figure(1, 2, title=title, height=3.8, width=11)
-    colour = {"chosen": BLUE, "rejected": VERMILION, "argmax": INK}
+    colour = {"chosen": BLUE, "rejected": VERMILION, FIRST: INK}
     spare = [c for c in COLOURS if c not in colour.values()]
     others = iter([(c, dashes) for dashes in ("--", ":", "-.") for c in spare])  # a pair of its own for each kind
     for kind in kinds(table):
@@ -267,10 +364,10 @@ def _figure(table: list[dict[str, Any]], falls: dict[str, float]) -> Any:
     left.legend(ncols=2, fontsize=7)
     for k, name in enumerate(variants(table)):
         readings = means(table, name)
-        right.plot([r["margin"] for r in readings], [r["argmax"] for r in readings], color=COLOURS[k % len(COLOURS)],
+        right.plot([r["margin"] for r in readings], [r["first"] for r in readings], color=COLOURS[k % len(COLOURS)],
                    linestyle="-" if k < len(COLOURS) else ":", marker="o", markersize=2.5, label=name)  # fmt: skip
     right.axhline(0, color=GREY, linewidth=0.8)
-    right.set(xlabel="margin gained: chosen minus rejected (nats a token)", ylabel="change of the argmax (nats a token)",
+    right.set(xlabel="margin gained: chosen minus rejected (nats a token)", ylabel="change of the first choice (nats a token)",
               title="squeezing at equal margin")  # fmt: skip
     right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return made

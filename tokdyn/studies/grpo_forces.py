@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +31,9 @@ from ..loading import load_model
 from ..testing import float64
 from . import arithmetic, training
 from .figures import BLUE, COLOURS, GREEN, GREY, VERMILION, band, figure
-from .grpo_training import G, K, Schedule, gained, gains, signs, train, weights_of
-from .result import Claim, Estimate, Result, estimate
+from .grpo_training import TRAINED, G, K, Schedule, gained, gains, lines, signs, train, weights_of
+from .parts import Keep, unkept
+from .result import Claim, Estimate, Result, above, below, both, estimate, jackknife, told
 
 PAPER = "arXiv 2505.18830"
 STEPS = ("GRPO", "Pos-only", "NTHR", "random tokens")
@@ -38,16 +41,39 @@ SAMPLED, SHARED, FAR = KINDS = ("sampled", "shared working", "long context")
 LIFT = 0.005  # nats a token by which Pos-only lifts the right answers in one step, to first order
 
 
-def run(quick: bool = False, seed: int = 0) -> Result:
+def run(quick: bool = False, seed: int = 0, keep: Keep = unkept, runs: int | None = None) -> Result:
     """One step per prompt in four ways, then training in three ways.
 
     Args:
-        quick: 4 prompts, one seed of 2 small training steps; else 24 prompts, five seeds of 30 steps, a 1,000-token context.
-        seed: of the problems and of the first run.
+        quick: 4 prompts, one seed of 2 small training steps; else 24 prompts, six seeds of 30 steps, a 1,000-token context.
+        seed: of the first run, whose policy takes the single steps.
+        keep: where finished parts are kept (`parts`).
+        runs: how many, each with a seed of its own; as above when absent.
     """
     model, tokenizer = load_model()
-    sums = arithmetic.problems(seed, 12 if quick else 48)
-    taught = arithmetic.half_taught(model, tokenizer, sums, seed=seed)
+    n = 8 if quick else 48
+    schedule = Schedule(2, 2, 4, 8) if quick else Schedule(30, 15, 8, 16)
+    seeds = range(seed, seed + (runs or (1 if quick else 6)))
+    curves = [row for s in seeds for row in keep(f"seed-{s}", partial(_training, model, tokenizer, n, schedule, s))]
+    steps = keep("steps", partial(_steps, model, tokenizer, n, quick, seed))
+    return conclude(steps["one_step"], curves, steps["gap"], steps["about"])
+
+
+def _training(model: Any, tokenizer: Any, n: int, schedule: Schedule, seed: int) -> list[dict[str, Any]]:
+    """Readings of three trainings from one taught policy, on sums of the seed's own."""
+    sums, unseen = arithmetic.halves(seed, n)
+    taught = arithmetic.half_taught(model, tokenizer, sums + unseen, seed=seed)
+    return [
+        {"method": name, "seed": seed} | row
+        for name in ("GRPO", "Pos-only", "NTHR")
+        for row in train(taught, tokenizer, sums, unseen, name, schedule, seed=seed)
+    ]
+
+
+def _steps(model: Any, tokenizer: Any, n: int, quick: bool, seed: int) -> dict[str, Any]:
+    """Rows of single steps on sampled and constructed answers, and the error of NTHR's identity."""
+    sums, unseen = arithmetic.halves(seed, n)
+    taught = arithmetic.half_taught(model, tokenizer, sums + unseen, seed=seed)
     rollouts = arithmetic.roll_out(taught, tokenizer, sums, G, seed=seed)
     mixed = [g for g in range(len(sums)) if _mixed(rollouts.of(g))][: 4 if quick else 24]
     one_step = [{"rollouts": SAMPLED, "prompt": g} | _displacement(taught, rollouts.of(g), seed) for g in mixed]
@@ -55,16 +81,10 @@ def run(quick: bool = False, seed: int = 0) -> Result:
                  for g, s in enumerate(sums[: 3 if quick else 24])]  # fmt: skip
     if not quick:
         one_step += _long(taught, tokenizer, sums, seed)
-    curves = []
-    for run_seed in range(seed, seed + (1 if quick else 5)):
-        for name in ("GRPO", "Pos-only", "NTHR"):
-            schedule = Schedule(2, 2, 4, 8) if quick else Schedule(30, 10, 8, 16)
-            rows = train(taught, tokenizer, sums, name, schedule, seed=run_seed)
-            curves += [{"method": name, "seed": run_seed} | row for row in rows]
     with float64():
         gap = _identity(copy.deepcopy(taught).double(), rollouts.of(mixed[0]))
-    return conclude(one_step, curves, gap, f"{len(sums)} sums of two numbers, {rollouts.rewards.mean():.0%} of sampled answers "
-                    "right before GRPO")  # fmt: skip
+    about = f"{n} sums of two numbers and as many held out, {rollouts.rewards.mean():.0%} of sampled answers right before GRPO"
+    return {"one_step": one_step, "gap": gap, "about": about}
 
 
 def conclude(one_step: list[dict[str, Any]], curves: list[dict[str, Any]], gap: float, about: str) -> Result:
@@ -80,25 +100,27 @@ def conclude(one_step: list[dict[str, Any]], curves: list[dict[str, Any]], gap: 
 
     of = {kind: [row for row in one_step if row["rollouts"] == kind] for kind in KINDS}
     of = {kind: rows for kind, rows in of.items() if rows}
-    both = {kind: of[kind] for kind in (SAMPLED, SHARED)}
-    lift = {kind: {name: estimate(row[name] for row in rows) for name in STEPS} for kind, rows in of.items()}
-    held = {kind: estimate(row["Pos-only"] - row["GRPO"] for row in rows) for kind, rows in of.items()}
+    short = {kind: of[kind] for kind in (SAMPLED, SHARED)}
+    lift = {kind: {name: estimate((row[name] for row in rows), "prompts") for name in STEPS} for kind, rows in of.items()}
+    held = {kind: estimate((row["Pos-only"] - row["GRPO"] for row in rows), "prompts") for kind, rows in of.items()}
     taken = {kind: 100 * held[kind].mean / lift[kind]["Pos-only"].mean for kind in of}
     identity = Claim(
         "An NTHR score is a gradient product (identity; docs/theory.md, The kernel)",
         "s_k = <∇_W Σ log pi(right answers), ∇_W log pi(y_k)> with W the readout, in float64 to 1e-12",
         f"relative difference {gap:.1e}",
-        gap < 1e-12,
+        told(gap < 1e-12),
     )
     return Result(
         f"Pushing wrong answers down changes the right ones' lift in a GRPO step by {-taken[SAMPLED]:+.0f}%, and by "
         f"{-taken[SHARED]:+.0f}% where they share their working",
-        [identity, *_displaced(of[SAMPLED], lift, held, taken[SAMPLED]), *_spared(both), *_far(of.get(FAR, [])),
+        [identity, *_displaced(of[SAMPLED], lift, held, taken[SAMPLED]), *_spared(short), *_far(of.get(FAR, [])),
          *_trained(curves)],
         {"one_step": pa.Table.from_pylist(one_step), "training": pa.Table.from_pylist(curves)},
         {"grpo_forces": _figure(of[SAMPLED] + of[SHARED], curves, taken[SAMPLED], taken[SHARED])},
         notes=f"{about}; {len(of[SAMPLED])} prompts have right and wrong answers among G = {G}. One step has the size at which "
-        f"Pos-only lifts the right answers by {LIFT:g} nats a token, the same for all four ways.",
+        f"Pos-only lifts the right answers by {LIFT:g} nats a token, the same for all four ways. On the sums trained on pass@1 "
+        f"changes under GRPO by {estimate(gains(curves, 'GRPO', 'pass_1', TRAINED)).words()}, pass@{K} by "
+        f"{estimate(gains(curves, 'GRPO', 'pass_K', TRAINED)).words()}.",
     )  # fmt: skip
 
 
@@ -115,62 +137,67 @@ def _displaced(
             f"{taken:.0f}% of the lift in the mean and something at "
             f"{sum(row['Pos-only'] > row['GRPO'] for row in sampled)} of {len(sampled)} prompts; right answers fall at "
             f"{fell}",
-            held[SAMPLED].low > 0,
+            above(held[SAMPLED]),
         ),
         Claim(
             f"Where wrong answers share the working of right ones it takes the lift away ({PAPER} §4, its mechanism)",
             "Pos-only minus GRPO above 0 over constructed answers that differ in the last number only; the pushes on all "
             "other tokens cancel by construction",
             f"{_words(held[SHARED])} of {LIFT:g} that Pos-only gives at first order",
-            held[SHARED].low > 0,
+            above(held[SHARED]),
         ),
     ]
 
 
-def _spared(both: dict[str, list[dict[str, Any]]]) -> list[Claim]:
+def _spared(kinds: dict[str, list[dict[str, Any]]]) -> list[Claim]:
     """Claims about which tokens harm the right answers, by exact forces and by NTHR, for each kind of answers."""
-    order = {kind: td.rank_correlation(*(torch.tensor([row[f"{how}_negative"] for row in rows]) for how in ("exact", "real")))
-             for kind, rows in both.items()}  # fmt: skip
-    ranks = {kind: estimate(row["nthr_rank"] for row in rows if not math.isnan(row["nthr_rank"]))
-             for kind, rows in both.items()}  # fmt: skip
-    against = {other: {kind: estimate(row["NTHR"] - row[other] for row in rows) for kind, rows in both.items()}
+    order = {kind: jackknife(rows, _foretold, "prompts") for kind, rows in kinds.items()}
+    ranks = {kind: estimate((row["nthr_rank"] for row in rows if not math.isnan(row["nthr_rank"])), "prompts")
+             for kind, rows in kinds.items()}  # fmt: skip
+    against = {other: {kind: estimate((row["NTHR"] - row[other] for row in rows), "prompts") for kind, rows in kinds.items()}
                for other in ("GRPO", "random tokens")}  # fmt: skip
     return [
         Claim(
             "The exact force of the wrong answers' tokens says what they do to the right ones (docs/theory.md, Phenomena)",
-            "rank correlation over prompts of the exact negative force with what a real step owes to it: 0.9 or more, for each "
-            "kind of answers",
-            "; ".join(f"{kind} {order[kind]:.3f} over {len(rows)} prompts" for kind, rows in both.items()),
-            all(value >= 0.9 for value in order.values()),
+            "rank correlation over prompts of the exact negative force with what a real step owes to it: above 0.9, for each "
+            "kind of answers, intervals too",
+            _each(order),
+            both(*(above(value, 0.9) for value in order.values())),
         ),
         Claim(
             f"NTHR finds the harmful tokens ({PAPER} §5)",
             "rank correlation of its score with the exact harm (all parameters) over the tokens of wrong answers: above 0, for "
             "each kind of answers",
             _each(ranks),
-            all(value.low > 0 for value in ranks.values()),
+            both(*map(above, ranks.values())),
         ),
         Claim(
             f"Reweighting NTHR's tokens lowers the displacement ({PAPER} §5; docs/theory.md, Phenomena)",
             "right answers rise more under NTHR than under GRPO, mean over prompts, for each kind of answers",
             f"NTHR minus GRPO: {_each(against['GRPO'], 'nats a token')}",
-            all(value.low > 0 for value in against["GRPO"].values()),
+            both(*map(above, against["GRPO"].values())),
         ),
         Claim(
             f"and that because of which tokens it spares ({PAPER}, random control)",
             "they rise more under NTHR than when as many random tokens of wrong answers are spared, for each kind of answers",
             f"NTHR minus random: {_each(against['random tokens'], 'nats a token')}",
-            all(value.low > 0 for value in against["random tokens"].values()),
+            both(*map(above, against["random tokens"].values())),
         ),
     ]
 
 
+def _foretold(rows: Sequence[dict[str, Any]]) -> float:
+    """Rank correlation over prompts of the wrong answers' exact force with what a real step owes to it."""
+    exact, real = (torch.tensor([row[f"{how}_negative"] for row in rows]) for how in ("exact", "real"))
+    return td.rank_correlation(exact, real)
+
+
 def _words(value: Estimate) -> str:
-    return value.words("nats a token", of="prompts")
+    return value.words("nats a token")
 
 
 def _each(values: dict[str, Estimate], unit: str = "") -> str:
-    return "; ".join(f"{kind} {value.words(unit, of='prompts')}" for kind, value in values.items())
+    return "; ".join(f"{kind} {value.words(unit)}" for kind, value in values.items())
 
 
 def _mixed(chis: list[td.Chi]) -> bool:
@@ -238,14 +265,14 @@ def _far(rows: list[dict[str, Any]]) -> list[Claim]:
     if not rows:
         return []
     off = [abs(row["exact_positive"] + row["exact_negative"] - row["GRPO"]) / abs(row["GRPO"]) for row in rows]
-    lift = {name: estimate(row[name] for row in rows) for name in STEPS}
+    lift = {name: estimate((row[name] for row in rows), "prompts") for name in STEPS}
     return [
         Claim(
             "Behind a context of 1,000 tokens the exact forces predict the step as well (docs/theory.md, Phenomena)",
             "positive and negative force together give GRPO's real change of the right answers within a tenth, at every prompt",
             f"off by at most {100 * max(off):.1f}% at {len(rows)} prompts behind {rows[0]['tokens']} tokens; "
             + ", ".join(f"{name} {_words(value)}" for name, value in lift.items()),
-            max(off) <= 0.1,
+            told(max(off) <= 0.1),
         )
     ]
 
@@ -279,22 +306,22 @@ def _trained(curves: list[dict[str, Any]]) -> list[Claim]:
     return [
         Claim(
             "GRPO raises pass@1 and sharpens: the most likely token's mass grows (arXiv 2510.14807 §3)",
-            "both rise over training, intervals above 0",
+            "both rise over training on held-out sums, intervals above 0",
             f"pass@1 {first.words()}, top-1 mass {top.words()}; top-1 mass under "
             + ", ".join(f"{name} {value.words()}" for name, value in others("top_1")),
-            first.low > 0 and top.low > 0,
+            both(above(first), above(top)),
         ),
         Claim(
             "and pays with pass@K (arXiv 2510.14807 §3)",
-            f"pass@{K} falls over training, its interval below 0",
+            f"pass@{K} on held-out sums falls over training, its interval below 0",
             f"pass@{K} {many.words()}; " + ", ".join(f"{name} {value.words()}" for name, value in others("pass_K")),
-            many.high < 0,
+            below(many),
         ),
         Claim(
             f"NTHR trains better than GRPO ({PAPER} §6)",
-            "it gains more pass@1 than GRPO with the same seed, the difference's interval above 0",
+            "it gains more pass@1 on held-out sums than GRPO with the same seed, the difference's interval above 0",
             f"GRPO {first.words()}; against it " + ", ".join(f"{name} {value.words()}" for name, value in other.items()),
-            other["NTHR"].low > 0,
+            above(other["NTHR"]),
         ),
     ]  # fmt: skip
 
@@ -324,12 +351,8 @@ def _figure(one_step: list[dict[str, Any]], curves: list[dict[str, Any]], taken:
     shown = ((right, "pass_1", "-", ", pass@1"), (right, "pass_K", "--", f", pass@{K}"), (mass, "top_1", "-", ""))
     for k, method in enumerate(dict.fromkeys(row["method"] for row in curves)):
         for panel, key, line, label in shown:
-            of: dict[int, list[float]] = {}
-            for row in curves:
-                if row["method"] == method:
-                    of.setdefault(row["seed"], []).append(row[key])
-            band(panel, steps, list(of.values()), COLOURS[k], method + label, linestyle=line)
-    right.set(xlabel="training step", ylabel="share of problems", title="training")
+            band(panel, steps, lines(curves, method, key), COLOURS[k], method + label, linestyle=line)
+    right.set(xlabel="training step", ylabel="share of held-out problems", title="training")
     mass.set(xlabel="training step", ylabel="probability", title="mass of the most likely token")
     for panel in (right, mass):
         panel.legend(fontsize=7)

@@ -1,4 +1,7 @@
-"""GRPO on the sums of `arithmetic`, for the studies grpo-forces and simko: a policy learns from its own answers and is read."""
+"""GRPO on the sums of `arithmetic`, for the studies grpo-forces and simko: a policy learns from its own answers and is read.
+
+It is read on sums that it was taught as the others but that GRPO never saw, and at both ends on those it learned from.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from .result import Estimate, estimate
 
 G = 8  # rollouts a prompt
 K = 4  # of pass@K
+HELD_OUT, TRAINED = "held out", "trained on"
 LR = 1e-4  # of 3e-5, 1e-4 and 3e-4 the one with the highest pass@1 after 40 steps of GRPO at seed 100
 
 
@@ -56,14 +60,15 @@ class Schedule:
 
 
 def train(
-    model: Any, tokenizer: Any, sums: list[arithmetic.Sum], method: str, schedule: Schedule, *, seed: int,
-    objective: td.objectives.GRPO | None = None,
+    model: Any, tokenizer: Any, sums: list[arithmetic.Sum], unseen: list[arithmetic.Sum], method: str, schedule: Schedule, *,
+    seed: int, objective: td.objectives.GRPO | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Readings {step, pass@1, pass@K, top-1 mass, entropy} of a copy of the model that learns from its own answers.
+    """Readings {step, sums, pass@1, pass@K, top-1 mass, entropy} of a copy of the model that learns from its own answers.
 
     Args:
         model, tokenizer: where the policy starts.
-        sums: the problems.
+        sums: the problems that it learns from, read before the first step and after the last.
+        unseen: others, read at every reading.
         method: "GRPO", "Pos-only", "NTHR" or "random tokens" (`weights_of`), or any name for the objective unweighted.
         schedule: steps and readings.
         seed: of batches and samples.
@@ -76,7 +81,9 @@ def train(
     batches = list(training.batches(sums, prompts, seed, epochs=1 + steps * prompts // len(sums)))
     for n in range(steps + 1):
         if n % schedule.every == 0 or n == steps:
-            rows.append({"step": n} | reading(policy, tokenizer, sums, schedule.samples, seed))
+            read = {HELD_OUT: unseen} | ({TRAINED: sums} if n in (0, steps) else {})
+            rows += [{"step": n, "sums": which} | reading(policy, tokenizer, of, schedule.samples, seed)
+                     for which, of in read.items()]  # fmt: skip
         if n < steps:
             rollouts = arithmetic.roll_out(policy, tokenizer, batches[n], G, seed=1000 * seed + n).chis
             learned = [chi for chi in rollouts if chi.advantage]
@@ -103,15 +110,24 @@ def reading(model: Any, tokenizer: Any, sums: list[arithmetic.Sum], n: int, seed
             "answers": len(texts) / len(sums)}  # fmt: skip
 
 
-def gains(curves: list[dict[str, Any]], method: str, key: str) -> list[float]:
-    """Last minus first reading of each seed."""
+def gains(curves: list[dict[str, Any]], method: str, key: str, sums: str = HELD_OUT) -> list[float]:
+    """Last minus first reading of each seed, on held-out sums or on those trained on."""
     found: dict[int, list[float]] = {}
     for row in curves:
-        if row["method"] == method:
+        if (row["method"], row["sums"]) == (method, sums):
             found.setdefault(row["seed"], []).append(row[key])
     return [values[-1] - values[0] for values in found.values()]
 
 
 def gained(curves: list[dict[str, Any]], method: str, other: str, key: str) -> Estimate:
-    """How much more a method gains than another one with the same seed."""
+    """How much more a method gains on held-out sums than another one with the same seed."""
     return estimate(a - b for a, b in zip(gains(curves, method, key), gains(curves, other, key), strict=True))
+
+
+def lines(curves: list[dict[str, Any]], method: str, key: str) -> list[list[float]]:
+    """Every reading on held-out sums, one list a seed."""
+    found: dict[int, list[float]] = {}
+    for row in curves:
+        if (row["method"], row["sums"]) == (method, HELD_OUT):
+            found.setdefault(row["seed"], []).append(row[key])
+    return list(found.values())

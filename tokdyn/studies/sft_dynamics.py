@@ -5,14 +5,19 @@ log-probability rises monotonically; answers similar to it (rephrasings, the rej
 large between them, and the pull fades or turns as the model becomes confident; random words fall. Twelve kinds exist in the
 paper's probe sets (`data=` their folder); of the shipped pairs `td.probes` makes the six that need no writer.
 
-Robust, asserted: the chosen answers rise at every reading and more than any other kind, and on the shipped pairs the rejected
-ones rise at first. Measured: which kinds rise at first and which turn, and whether random words fall: they do where a model
-knows its words already, while a small model on a small set first learns which words that set uses.
+The highest reading of a curve never lies below its first, so a rise is compared with that of a null: irr_test, answers to
+prompts that are not trained on. The same for a turn, the smaller of the rise to the highest reading and the fall from it.
+
+Robust, asserted: the chosen answers rise at every reading and more than any other kind. Measured, over seeds, each with rows of
+its own: which kinds rise at first and which turn, and whether random words fall: they do where a model knows its words already,
+while a small model on a small set first learns which words that set uses.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +29,49 @@ from .. import probes
 from ..loading import load_model
 from . import texts, training
 from .figures import BLUE, COLOURS, GREEN, GREY, PURPLE, VERMILION, band, figure
-from .result import Claim, Result, estimate
+from .parts import Keep, unkept
+from .result import Claim, Estimate, Result, above, below, both, of_runs, told
 
 PAPER = "arXiv 2407.10490 §4.1"
 SIMILAR = ("chosen_gptsemantic", "chosen_gptformat", "rejected", "reject_gptsemantic", "reject_gptformat")
+NULL = "irr_test"
 RANDOM = ("random_permute", "random_nonhum")
 
 
-def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> Result:
+def run(
+    quick: bool = False,
+    seed: int = 0,
+    model: str = "demo",
+    data: str | Path | None = None,
+    keep: Keep = unkept,
+    runs: int | None = None,
+) -> Result:
     """Supervised training with readings of every kind of answer.
 
     Args:
-        quick: one seed and three passes over the data instead of five seeds and ten passes.
+        quick: 24 rows, one seed and three passes over the data instead of up to 100 rows, five seeds and eight passes.
         seed: of the first run.
+        model: a folder or a hub name.
         data: the folder of the paper's probe sets, or a preference file; the shipped pairs when absent.
+        keep: where finished seeds are kept (`parts`).
+        runs: how many, each with a seed of its own; as above when absent.
     """
-    model, tokenizer = load_model()
-    rows = texts.pairs(data, 24 if quick else 100, tokenizer=tokenizer, longest=160)
+    start, tokenizer = load_model(model)
+    rows = texts.pairs(data, tokenizer=tokenizer, longest=160)
+    seeds = range(seed, seed + (runs or (1 if quick else 5)))
+    table = [row for s in seeds for row in keep(f"seed-{s}", partial(_seed, start, tokenizer, rows, quick, s))]
+    return conclude(table, min(24 if quick else 100, len(rows)) * 3 // 4)
+
+
+def _seed(model: Any, tokenizer: Any, rows: list[texts.Row], quick: bool, seed: int) -> list[dict[str, Any]]:
+    """The readings of one seed, on rows of its own."""
+    rows = texts.drawn(rows, 24 if quick else 100, seed)
     train, held_out = rows[: len(rows) * 3 // 4], rows[len(rows) * 3 // 4 :]
-    table: list[dict[str, Any]] = []
-    for run_seed in range(seed, seed + (1 if quick else 5)):
-        for epoch, kind, values in follow(model, tokenizer, train, held_out, seed=run_seed, epochs=3 if quick else 10):
-            table += [{"seed": run_seed, "epoch": epoch, "kind": kind, "row": i, "log_prob": v} for i, v in enumerate(values)]
-    return conclude(table, len(train))
+    return [
+        {"seed": seed, "epoch": epoch, "kind": kind, "row": i, "log_prob": value}
+        for epoch, kind, values in follow(model, tokenizer, train, held_out, seed=seed, epochs=3 if quick else 8)
+        for i, value in enumerate(values)
+    ]
 
 
 def conclude(table: list[dict[str, Any]], prompts: int) -> Result:
@@ -54,56 +79,78 @@ def conclude(table: list[dict[str, Any]], prompts: int) -> Result:
     import pyarrow as pa
 
     curves = by_kind(table)
-    kinds = list(curves)
-    chosen = [b - a for run in curves["chosen"].values() for a, b in zip(run, run[1:], strict=False)]
-    total = {kind: [run[-1] - run[0] for run in curves[kind].values()] for kind in kinds}
-    peak = {kind: [max(run) - run[-1] for run in curves[kind].values()] for kind in kinds}
-    rise = {kind: [max(run) - run[0] for run in curves[kind].values()] for kind in kinds}
-    similar = [kind for kind in SIMILAR if kind in kinds]
-    mean = {kind: sum(values) / len(values) for kind, values in total.items()}
-    others = [kind for kind in kinds if kind != "chosen"]
-    first, last = (sum(estimate(of[kind]).low > 0 for kind in others) for of in (rise, total))
+    others = [kind for kind in curves if kind != "chosen"]
+    total = {kind: of_runs(each(table, kind, _total)) for kind in curves}
+    mean = {kind: value.mean for kind, value in total.items()}
+    first = sum(above(beyond_null(table, kind, rise)) == "holds" for kind in others if kind != NULL)
+    last = sum(above(total[kind]) == "holds" for kind in others)
     said = f"of {len(others)} other kinds {first} rise at first and {last} end higher"
-    claims = [
+    return Result(
+        f"Training on the chosen answers lifts them by {mean['chosen']:.2f} nats a token; {said}",
+        [*_of_chosen(table, curves, total), *_of_similar(table, curves)], {"log_probs": pa.Table.from_pylist(table)},
+        {"sft_dynamics": _figure(curves, f"The chosen answers rise by {mean['chosen']:.2f} nats a token; {said}")},
+        notes=f"{prompts} prompts trained on, {len(curves['chosen'])} run(s); kinds: {', '.join(curves)}. irr_test answers a "
+        "prompt that is not trained on.",
+    )  # fmt: skip
+
+
+def _of_chosen(
+    table: list[dict[str, Any]], curves: dict[str, dict[int, list[float]]], total: dict[str, Estimate]
+) -> list[Claim]:
+    """Claims about the chosen answer, the words alone, and the order of all kinds."""
+    steps = [b - a for run in curves["chosen"].values() for a, b in zip(run, run[1:], strict=False)]
+    more = {kind: of_runs(each(table, "chosen", _total, less=kind)) for kind in curves if kind != "chosen"}
+    return [
         Claim(
             f"The chosen answer rises monotonically ({PAPER})",
             "mean log-probability per token rises at every reading of every run",
-            f"smallest change between readings {min(chosen):+.3f} nats a token, in all {_words(total['chosen'])}",
-            min(chosen) > 0,
-        ),
-        Claim(
-            f"Answers similar to the chosen one rise with it at first ({PAPER})",
-            f"{', '.join(similar)}: highest reading above the first in every run",
-            "; ".join(f"{kind} {_words(rise[kind])}" for kind in similar),
-            all(min(rise[kind]) > 0 for kind in similar),
-        ),
-        Claim(
-            f"and then fall again ({PAPER})",
-            f"{', '.join(similar)}: last reading below the highest, and that one after the first, in every run",
-            "; ".join(f"{kind} {_words(peak[kind])} below its peak, after a rise in {sum(x > 0 for x in rise[kind])} of "
-                      f"{len(rise[kind])} runs" for kind in similar),
-            all(min(peak[kind]) > 0 and min(rise[kind]) > 0 for kind in similar),
+            f"smallest change between readings {min(steps):+.3f} nats a token, in all {total['chosen'].words('nats a token')}",
+            told(min(steps) > 0),
         ),
         Claim(
             f"Random words fall ({PAPER})",
             "mean change of random_permute and random_nonhum below 0, interval too",
-            "; ".join(f"{kind} {_words(total[kind])}" for kind in RANDOM),
-            all(estimate(total[kind]).high < 0 for kind in RANDOM),
+            "; ".join(f"{kind} {total[kind].words('nats a token')}" for kind in RANDOM),
+            both(*(below(total[kind]) for kind in RANDOM)),
         ),
         Claim(
             f"The order of words is learned, not words alone ({PAPER}, the order of its curves)",
-            "the chosen answer rises more than every other kind, its own words in random order included",
-            "; ".join(f"{kind} {mean[kind]:+.2f}" for kind in sorted(kinds, key=lambda k: -mean[k])) + " nats a token",
-            all(mean["chosen"] > mean[kind] for kind in kinds if kind != "chosen"),
+            "the chosen answer rises more than every other kind, its own words in random order included, intervals of the "
+            "differences above 0",
+            "; ".join(f"{kind} {value.mean:+.2f}" for kind, value in sorted(total.items(), key=lambda item: -item[1].mean))
+            + f" nats a token; smallest difference {min(more.values(), key=lambda x: x.low).words()}",
+            both(*map(above, more.values())),
         ),
     ]  # fmt: skip
-    return Result(
-        f"Training on the chosen answers lifts them by {mean['chosen']:.2f} nats a token; {said}",
-        claims, {"log_probs": pa.Table.from_pylist(table)},
-        {"sft_dynamics": _figure(curves, f"The chosen answers rise by {mean['chosen']:.2f} nats a token; {said}")},
-        notes=f"{prompts} prompts trained on, {len(curves['chosen'])} run(s); kinds: {', '.join(kinds)}. irr_test answers a "
-        "prompt that is not trained on.",
-    )  # fmt: skip
+
+
+def _of_similar(table: list[dict[str, Any]], curves: dict[str, dict[int, list[float]]]) -> list[Claim]:
+    """Claims about the answers that resemble the chosen one, each against the null."""
+    similar = [kind for kind in SIMILAR if kind in curves]
+    measures: tuple[Measure, Measure] = (rise, turn)
+    found = {f: {kind: beyond_null(table, kind, f) for kind in similar} for f in measures}
+    null = {f: of_runs(each(table, NULL, f)) for f in measures}
+
+    def words(f: Measure) -> str:
+        return (
+            "; ".join(f"{kind} {x.words('nats a token')}" for kind, x in found[f].items()) + f"; the null's {null[f].words()}"
+        )
+
+    return [
+        Claim(
+            f"Answers similar to the chosen one rise with it at first ({PAPER})",
+            f"{', '.join(similar)}: highest reading minus the first, less what {NULL} shows, above 0, intervals too",
+            words(rise),
+            both(*map(above, found[rise].values())),
+        ),
+        Claim(
+            f"and then fall again ({PAPER})",
+            f"{', '.join(similar)}: the smaller of that rise and of the fall to the last reading, less what {NULL} shows, is "
+            "above 0, intervals too",
+            words(turn),
+            both(*map(above, found[turn].values())),
+        ),
+    ]
 
 
 def follow(
@@ -140,8 +187,42 @@ def by_kind(table: list[dict[str, Any]]) -> dict[str, dict[int, list[float]]]:
     return {kind: {s: [sum(v) / len(v) for v in runs.values()] for s, runs in of.items()} for kind, of in found.items()}
 
 
-def _words(values: list[float]) -> str:
-    return estimate(values).words("nats a token")
+Measure = Callable[[Sequence[float]], float]
+
+
+def rise(curve: Sequence[float]) -> float:
+    """Highest reading minus the first; never negative."""
+    return max(curve) - curve[0]
+
+
+def turn(curve: Sequence[float]) -> float:
+    """The smaller of the rise to the highest reading and the fall from it; 0 for a curve that goes one way."""
+    return min(max(curve) - curve[0], max(curve) - curve[-1])
+
+
+def _total(curve: Sequence[float]) -> float:
+    return curve[-1] - curve[0]
+
+
+def each(table: list[dict[str, Any]], kind: str, measure: Measure, less: str | None = None) -> list[list[float]]:
+    """A measure of the mean curve of each seed; of one seed alone, of the curve of each of its rows.
+
+    `less` takes the same of another kind off; among rows, its mean.
+    """
+    seeds = list(dict.fromkeys(row["seed"] for row in table))
+    if len(seeds) > 1:
+        curves = by_kind(table)
+        return [[measure(curves[kind][s]) - (measure(curves[less][s]) if less else 0)] for s in seeds]
+    of: dict[str, dict[int, list[float]]] = {}
+    for row in table:
+        of.setdefault(row["kind"], {}).setdefault(row["row"], []).append(row["log_prob"])
+    other = sum(map(measure, of[less].values())) / len(of[less]) if less else 0
+    return [[measure(curve) - other for curve in of[kind].values()]]
+
+
+def beyond_null(table: list[dict[str, Any]], kind: str, measure: Measure) -> Estimate:
+    """How much more of a measure a kind shows than the null."""
+    return of_runs(each(table, kind, measure, less=NULL))
 
 
 def _figure(curves: dict[str, dict[int, list[float]]], title: str) -> Any:

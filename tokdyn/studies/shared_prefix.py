@@ -26,45 +26,46 @@ from ..loading import load_model
 from ..objectives import Objective
 from . import texts, training
 from .figures import BLUE, GREEN, GREY, ORANGE, VERMILION, figure
-from .result import Claim, Result, estimate
+from .result import Claim, Result, above, estimate, told
 
 PARTS = ("shared prefix", "divergence", "behind it")
 MARGIN = 5.0  # nats by which the whole step moves h, to first order
+CANCEL = ("DPO", "IPO", "SLiC")
 LOSSES: dict[str, Objective] = {
     "DPO": td.objectives.DPO(), "IPO": td.objectives.IPO(), "SLiC": td.objectives.SLiC(delta=1e3),
     "SimPO": td.objectives.SimPO(), "KTO": td.objectives.KTO(), "SPPO": td.objectives.SPPO(), "DPOP": td.objectives.DPOP(),
 }  # fmt: skip
 
 
-def run(quick: bool = False, seed: int = 0, data: str | Path | None = None) -> Result:
+def run(quick: bool = False, seed: int = 0, model: str = "demo", data: str | Path | None = None) -> Result:
     """Measure the cancellation on pairs that share a prefix: at the logits, in exact forces and in real steps.
 
     Args:
         quick: fewer pairs, exact forces on two of them instead of six.
         seed: of the DPO steps that take the model away from its reference.
-        data: pairs to take besides the shipped ones that share a prefix (`texts.pairs`).
+        model: a folder or a hub name.
+        data: texts instead of the shipped pairs (`texts.pairs`); the first 64 that fit are taken.
     """
-    model, tokenizer = load_model()
-    pairs = [training.with_reference(model, pair) for pair in _drawn(tokenizer, quick, data)]
-    optimizer = training.adam(model, 2e-5)
+    policy, tokenizer = load_model(model)
+    pairs = [training.with_reference(policy, pair) for pair in _drawn(tokenizer, quick, data)]
+    optimizer = training.adam(policy, 2e-5)
     for pair in training.batches(pairs, 1, seed, epochs=1):  # away from h = 0, where every pair has the same weight
-        training.step(model, optimizer, td.objectives.DPO(), pair[0])
+        training.step(policy, optimizer, td.objectives.DPO(), pair[0])
 
     by_position, by_loss, by_step = [], [], []
     for i, pair in enumerate(pairs):
-        by_position += [{"pair": i} | row for row in _positions(model, pair)]
-        by_loss += [{"pair": i} | row for row in _prefix_weights(model, pair)]
-        by_step += [{"pair": i} | row for row in _steps(model, pair)]
-    forces = [_prefix_force(model, pair) for pair in pairs[: 2 if quick else 6]]
+        by_position += [{"pair": i} | row for row in _positions(policy, pair)]
+        by_loss += [{"pair": i} | row for row in _prefix_weights(policy, pair)]
+        by_step += [{"pair": i} | row for row in _steps(policy, pair)]
+    forces = [_prefix_force(policy, pair) for pair in pairs[: 2 if quick else 6]]
     return conclude({"positions": by_position, "losses": by_loss, "steps": by_step}, forces)
 
 
 def _drawn(tokenizer: Any, quick: bool, data: str | Path | None) -> list[list[td.Chi]]:
     """Chosen and rejected answer of every pair: those that share their first two tokens, and spliced ones."""
-    shipped = texts.pairs()
-    rows = shipped + (texts.pairs(data, 200, tokenizer=tokenizer) if data else [])
-    natural = [row for row in rows if _shares(tokenizer, row)]
-    spliced = [_spliced(row, other) for row, other in zip(shipped, shipped[1:] + shipped[:1], strict=True)]
+    given = texts.pairs(data, 64 if data else None, tokenizer=tokenizer if data else None)
+    natural = [row for row in given if _shares(tokenizer, row)]
+    spliced = [_spliced(row, other) for row, other in zip(given, given[1:] + given[:1], strict=True)]
     rows = natural + (spliced[::2] if quick else spliced)
     return [td.preference(tokenizer, row["prompt"], row["chosen"], row["rejected"]) for row in rows]
 
@@ -81,7 +82,7 @@ def conclude(tables: dict[str, list[dict[str, Any]]], forces: list[float]) -> Re
         [*_identities(by_position, forces, pairs), *_measured(gain, by_loss, pairs)],
         {name: pa.Table.from_pylist(rows) for name, rows in tables.items()},
         {"shared_prefix": _figure(by_position, gain)},
-        notes="Pairs: those shipped whose answers share two tokens or more, and chosen answers whose rejected partner keeps "
+        notes="Pairs: those whose answers share two tokens or more, and chosen answers whose rejected partner keeps "
         "their first third and goes on with another prompt's answer.\n\nA step on a part takes the DPO gradient of that part's "
         f"tokens alone, with the step size at which the whole gradient widens the margin h by {MARGIN:g} nats to first order. "
         "DPOP cancels while the chosen answer is above its reference.",
@@ -98,40 +99,40 @@ def _identities(by_position: list[dict[str, Any]], forces: list[float], pairs: i
             "At a shared prefix DPO's two gradients cancel (identity; docs/theory.md, Contexts)",
             "‖G⁺ + G⁻‖ / (‖G⁺‖ + ‖G⁻‖) = 0 up to float32 rounding of the logits",
             f"at most {max(prefix):.1e} over {len(prefix)} positions of {pairs} pairs",
-            max(prefix) < 1e3 * eps,
+            told(max(prefix) < 1e3 * eps),
         ),
         Claim(
             "Where the answers part, only the two tokens' logits are pushed, by β(1-a) (identity; docs/theory.md, Contexts)",
             "‖G⁺ + G⁻ - β(1-a)(e₋ - e₊)‖ / ‖β(1-a)(e₋ - e₊)‖ = 0 up to rounding",
             f"at most {max(parting):.1e} over {len(parting)} pairs",
-            max(parting) < 1e3 * eps,
+            told(max(parting) < 1e3 * eps),
         ),
         Claim(
             "Through all parameters, attention included, the prefix pushes nothing (identity: same context, same Jacobian)",
             "force of the shared tokens of both answers on every token is zero against that of one answer's alone",
             f"‖F_prefix‖ / ‖F_prefix of the chosen answer‖ at most {max(forces):.1e} over {len(forces)} pairs",
-            max(forces) < 1e-4,
+            told(max(forces) < 1e-4),
         ),
     ]
 
 
 def _measured(gain: dict[str, list[float]], by_loss: list[dict[str, Any]], pairs: int) -> list[Claim]:
     """Claims that are measured: where the argmax gains its mass, and which losses cancel."""
-    rest = [b - a for a, b in zip(gain["divergence"], gain["behind it"], strict=True)]
+    rest = estimate([b - a for a, b in zip(gain["divergence"], gain["behind it"], strict=True)], "pairs")
     of_loss = {name: sum(row["share"] for row in by_loss if row["loss"] == name) / pairs for name in LOSSES}
     return [
         Claim(
             "Squeezing needs the positions behind the divergence (docs/theory.md, Squeezing)",
             "along the rejected answer the argmax (not the target) gains more from the positions behind than from that one",
-            f"behind minus divergence {estimate(rest).words('probability a position', of='pairs')}; "
+            f"behind minus divergence {rest.words('probability a position')}; "
             + ", ".join(f"{part} {100 * sum(g) / len(g):+.2f}%" for part, g in gain.items()),
-            estimate(rest).low > 0,
+            above(rest),
         ),
         Claim(
             "Only losses with c⁺ = -c⁻ cancel: SimPO, KTO and SPPO do push the shared prefix (docs/theory.md, Objectives)",
             "|c⁺ + c⁻| / (|c⁺| + |c⁻|) zero for DPO, IPO and SLiC, above zero for SimPO, KTO and SPPO",
             "mean over pairs: " + ", ".join(f"{name} {value:.2g}" for name, value in of_loss.items()),
-            all((value < 1e-6) == (name in ("DPO", "IPO", "SLiC")) for name, value in of_loss.items() if name != "DPOP"),
+            told(all((value < 1e-6) == (name in CANCEL) for name, value in of_loss.items() if name != "DPOP")),
         ),
     ]
 
@@ -250,7 +251,7 @@ def _figure(positions: list[dict[str, float]], gain: dict[str, list[float]]) -> 
              title="the two gradients added up, one point a position")  # fmt: skip
     left.legend(loc="lower right")
     names = list(gain)
-    means = [estimate([100 * g for g in gain[name]]) for name in names]
+    means = [estimate([100 * g for g in gain[name]], "pairs") for name in names]
     right.bar(names, [m.mean for m in means], yerr=[m.half for m in means], color=[BLUE, VERMILION, ORANGE, GREEN], capsize=3)
     right.axhline(0, color=GREY, linewidth=0.8)
     right.set(ylabel="mass the argmax gains\n(percentage points)", title="a step on these tokens alone, 95% over pairs")

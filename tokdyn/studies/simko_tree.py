@@ -19,7 +19,7 @@ import tokdyn as td
 
 from ..objectives import GRPO, Objective, Scores, SimKO
 from .figures import BLUE, GREEN, GREY, ORANGE, band, figure
-from .result import Claim, Result, estimate
+from .result import Claim, Result, above, below, both, estimate, told
 
 REWARDED = ("ACD", "ACB", "BDC", "BDA", "CAB", "DBA")
 PAPER = "arXiv 2510.14807, toy experiment"
@@ -43,27 +43,27 @@ def run(quick: bool = False, seed: int = 0) -> Result:
     accuracy = {name: x.sum(-1) for name, x in found.items()}  # [checkpoint, seed]
     modes = {name: (x > KEPT).sum(-1).double() for name, x in found.items()}
     end = {name: (estimate(accuracy[name][-1].tolist()), estimate(modes[name][-1].tolist())) for name in found}
-    told = {name: f"{m.words('paths')} at accuracy {a.words()}" for name, (a, m) in end.items()}
+    words = {name: f"{m.words('paths')} at accuracy {a.words()}" for name, (a, m) in end.items()}
     plain, paper, *stronger = OBJECTIVES
     more = {name: estimate((modes[name][-1] - modes[plain][-1]).tolist()) for name in OBJECTIVES if name != plain}
     claims = [
         Claim(
             f"GRPO concentrates on one of the six rewarded paths ({PAPER}).",
             "accuracy above 0.95, fewer than 2 paths on average",
-            told[plain],
-            end[plain][0].low > 0.95 and end[plain][1].mean < 2,
+            words[plain],
+            both(above(end[plain][0], 0.95), below(end[plain][1], 2)),
         ),
         Claim(
             f"SimKO with α = 0.01, λ = 1.1, the top 3 and the entropy gate keeps all six at accuracy 1 ({PAPER}).",
             "more than 5.5 paths on average at accuracy above 0.95",
-            f"{told[paper]}; that is {more[paper].words('paths')} more than GRPO",
-            end[paper][1].low > 5.5 and end[paper][0].low > 0.95,
+            f"{words[paper]}; that is {more[paper].words('paths')} more than GRPO",
+            both(above(end[paper][1], 5.5), above(end[paper][0], 0.95)),
         ),
         Claim(
             f"Sharing a correct token's gradient with the other candidates keeps more rewarded paths ({PAPER}).",
             "with α = 0.1 more paths than GRPO, interval of the difference above 0, at accuracy above 0.9",
-            "; ".join(f"{name}: {told[name]}, {more[name].words('paths')} more than GRPO" for name in stronger),
-            all(more[name].low > 0 and end[name][0].low > 0.9 for name in stronger),
+            "; ".join(f"{name}: {words[name]}, {more[name].words('paths')} more than GRPO" for name in stronger),
+            both(*(v for name in stronger for v in (above(more[name]), above(end[name][0], 0.9)))),
         ),
         identity_claim(seed),
     ]
@@ -145,7 +145,7 @@ def identity_claim(seed: int) -> Claim:
         f"({PAPER}; γ⁺ and γ⁻) †.",
         "equal to the gradient of the paper's loss to 1e-12",
         f"largest difference {worst:.1e} over 50 responses of three tokens",
-        worst < 1e-12,
+        told(worst < 1e-12),
     )
 
 

@@ -20,7 +20,7 @@ import tokdyn as td
 from .. import dynamics
 from .classifiers import descend, digits, hard, network
 from .figures import BLUE, GREY, ORANGE, VERMILION, figure
-from .result import Claim, Result, estimate
+from .result import Claim, Result, above, below, estimate
 
 PAPER = "arXiv 2409.09626 and thesis"
 OBJECTS = torch.tensor([[1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1]], dtype=torch.float64)  # two one-hot attributes
@@ -78,32 +78,32 @@ def mapping_claims(times: Tensor, help_: Tensor) -> list[Claim]:
             f"The 8 compositional mappings are learned faster than the 16 others ({PAPER}).",
             "ratio of the mean times to fit above 1, its interval too",
             f"{simple.words('steps')} against {other.words('steps')}, ratio {faster.words()}",
-            faster.low > 1,
+            above(faster, 1),
         ),
         Claim(
             f"Examples of a good mapping get on better with each other than those of a bad one ({PAPER}).",
             "mean force of an example on the messages of the others is larger for compositional mappings, interval above 0",
             f"{good.words('nats')} against {bad.words('nats')} per unit learning rate before the first step, difference "
             f"{helps.words()}",
-            helps.low > 0,
+            above(helps),
         ),
         Claim(
             f"Examples of a good mapping help each other ({PAPER}).",
             "that mean force is above 0 for the 8 compositional mappings, its interval too",
             f"{good.words('nats')} per unit learning rate",
-            good.low > 0,
+            above(good),
         ),
         Claim(
             f"Examples of a bad mapping contradict each other ({PAPER}).",
             "that mean force is below 0 for the 16 others, its interval too",
             f"{bad.words('nats')} per unit learning rate",
-            bad.high < 0,
+            below(bad),
         ),
         Claim(
             "The forces before the first step tell which mapping will be fast.",
             "rank correlation of force and time to fit over the 24 mappings below 0, its interval too",
             tells.words(),
-            tells.high < 0,
+            below(tells),
         ),
     ]
 
@@ -116,7 +116,7 @@ def label_claim(noisy: list[Tensor]) -> Claim:
         f"Right labels are learned faster than wrong ones ({PAPER}).",
         f"time until p(label) > 0.5 in the same training, {NOISE:.0%} of the digits' labels wrong: ratio above 1, interval too",
         f"{right.words('steps')} against {wrong.words('steps')}, ratio {later.words()}",
-        later.low > 1,
+        above(later, 1),
     )
 
 
@@ -211,8 +211,8 @@ def draw(times: Tensor, help_: Tensor, noisy: list[Tensor]) -> Any:
     )
     middle.set_title("Left: they contradict; right: they help")
     middle.legend()
-    told = [estimate([float(pair[i]) for pair in noisy]) for i in (0, 1)]
-    right.bar((0, 1), [x.mean for x in told], 0.6, yerr=[x.half for x in told], color=(ORANGE, VERMILION))
+    times_to = [estimate([float(pair[i]) for pair in noisy]) for i in (0, 1)]
+    right.bar((0, 1), [x.mean for x in times_to], 0.6, yerr=[x.half for x in times_to], color=(ORANGE, VERMILION))
     right.set_xticks((0, 1), ["right\nlabel", "wrong\nlabel"])
     right.set(ylabel="gradient steps until p(label) > 0.5")
     right.set_title(f"Digits, {NOISE:.0%} wrong")

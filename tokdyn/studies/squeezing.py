@@ -20,7 +20,7 @@ from torch import Tensor
 import tokdyn as td
 
 from .figures import BLUE, COLOURS, GREY, ORANGE, VERMILION, band, figure
-from .result import Claim, Result, estimate
+from .result import Claim, Result, above, both, estimate, told
 
 PAPER = "arXiv 2407.10490 §3.3"
 PEAKINESS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -68,8 +68,8 @@ def toy_cases() -> dict[str, tuple[Tensor, Tensor, dict[str, Any]]]:
     cases = {}
     for name, case in json.loads(files(__package__).joinpath("squeeze.json").read_text("utf-8"))["cases"].items():
         z, update = logits[next(kind for kind in logits if kind in name)], case["update"]
-        told = [(update[y], sign * update[rate]) for y, rate, sign in (("minus", "lm", -1), ("plus", "lp", 1)) if y in update]
-        targets, c = torch.tensor([y for y, _ in told]), torch.tensor([c for _, c in told], dtype=torch.float64)
+        asked = [(update[y], sign * update[rate]) for y, rate, sign in (("minus", "lm", -1), ("plus", "lp", 1)) if y in update]
+        targets, c = torch.tensor([y for y, _ in asked]), torch.tensor([c for _, c in asked], dtype=torch.float64)
         cases[name] = z.softmax(0), td.squeeze.step(z, targets, c, float(X @ X)).softmax(0), case
     return cases
 
@@ -93,7 +93,7 @@ def oracle_claims() -> list[Claim]:
             f"The toy experiment of the squeezing effect ({PAPER}, notebook) has these probabilities and entropies.",
             "every number to 1e-6 relative, every count exactly",
             f"largest relative difference {worst:.1e}, {right} of {counts} counts equal",
-            worst < 1e-6 and right == counts,
+            told(worst < 1e-6 and right == counts),
         )
     ]
 
@@ -123,19 +123,19 @@ def lemma_claims(rows: int, seed: int) -> list[Claim]:
             f"After a negative step p'_i/p_i = Σ_j exp z_j / Σ_j β_j exp z_j ({PAPER}, lemma).",
             "equal to rounding",
             f"largest relative difference {worst:.1e} over {rows} distributions of 50 tokens",
-            worst < 1e-12,
+            told(worst < 1e-12),
         ),
         Claim(
             f"A negative step always lowers its own token, and always lifts the argmax when that is another token ({PAPER}).",
             "every time",
             f"own token fell in {falls} of {rows} steps, the argmax rose in {rises} of {int(other.sum())}",
-            falls == rows and rises == int(other.sum()),
+            told(falls == rows and rises == int(other.sum())),
         ),
         Claim(
             "To first order another token i falls if and only if p_i < ‖p‖² - p(y⁻) (re-derived from that lemma).",
             "every token's sign",
             f"{agree:.6%} of {int(clear.sum())} signs agree at strength 1e-6",
-            agree == 1,
+            told(agree == 1),
         ),
     ]
 
@@ -177,34 +177,34 @@ def grid(sweep: dict[str, list[Any]], name: str) -> np.ndarray:
 def sweep_claims(sweep: dict[str, list[Any]]) -> list[Claim]:
     """Claims about the sweep: the effect of peakiness, and both halves of the paper's statement about p(y⁻)."""
     falling, argmax, lower = (grid(sweep, name) for name in ("falling", "argmax", "lower"))
-    flat, peaky = estimate(falling[0, -1]), estimate(falling[-1, -1])
-    growth = estimate(falling[-1, -1] - falling[0, -1])
+    flat, peaky = estimate(falling[0, -1], "draws"), estimate(falling[-1, -1], "draws")
+    growth = estimate(falling[-1, -1] - falling[0, -1], "draws")
     means = falling[:, -1].mean(1)
     every = float((lower[:, 1:] == 1).mean())
     higher = float((np.diff(argmax, axis=1) > 0).mean())
-    first, last = estimate(argmax[:, 0].ravel()), estimate(argmax[:, -1].ravel())
+    first, last = estimate(argmax[:, 0].ravel(), "draws"), estimate(argmax[:, -1].ravel(), "draws")
     return [
         Claim(
             f"The peakier p is, the more of all other tokens fall ({PAPER}).",
             "the share of falling tokens grows with the peakiness, interval of the difference above 0",
-            f"{flat.words(of='draws')} of the others fall at peakiness {PEAKINESS[0]}, {peaky.words(of='draws')} at "
-            f"{PEAKINESS[-1]:g} (difference {growth.words(of='draws')}), growing at "
+            f"{flat.words()} of the others fall at peakiness {PEAKINESS[0]}, {peaky.words()} at "
+            f"{PEAKINESS[-1]:g} (difference {growth.words()}), growing at "
             f"{int((np.diff(means) > 0).sum())} of {len(means) - 1} steps of the sweep",
-            growth.low > 0 and bool((np.diff(means) > 0).all()),
+            both(above(growth), told(bool((np.diff(means) > 0).all()))),
         ),
         Claim(
             f"At fixed p, a less likely y⁻ makes the other tokens fall more ({PAPER}).",
             "every token, every time",
             f"every token but the two rises less, or falls more, at the less likely of two y⁻ in {every:.1%} of "
             f"{lower[:, 1:].size} pairs",
-            every == 1,
+            told(every == 1),
         ),
         Claim(
             f"The paper's other half, that the argmax rises more when y⁻ is less likely ({PAPER}), is false at fixed p †.",
             "the argmax, as every token, rises less at the less likely y⁻, every time",
-            f"it rose more in {higher:.1%} of {argmax[:, 1:].size} pairs; Δ log p(argmax) is {first.words('nats', of='draws')} "
-            f"with y⁻ of rank {RANKS[0]} and {last.words('nats', of='draws')} with rank {RANKS[-1]}",
-            higher == 0,
+            f"it rose more in {higher:.1%} of {argmax[:, 1:].size} pairs; Δ log p(argmax) is {first.words('nats')} "
+            f"with y⁻ of rank {RANKS[0]} and {last.words('nats')} with rank {RANKS[-1]}",
+            told(higher == 0),
         ),
     ]
 
@@ -285,7 +285,7 @@ def per_pair(model: dict[str, list[Any]], value: str, **where: Any) -> list[floa
 def gain(model: dict[str, list[Any]]) -> str:
     """In words: rise of log p(argmax) at the least likely y⁻ minus that at the most likely one, all parameters."""
     likely, unlikely = (per_pair(model, "argmax", scope="full", rank=MODEL_RANKS[i]) for i in (0, -1))
-    return estimate([b - a for a, b in zip(likely, unlikely, strict=True)]).words("nats", of="prompts")
+    return estimate([b - a for a, b in zip(likely, unlikely, strict=True)], "prompts").words("nats")
 
 
 def model_claims(model: dict[str, list[Any]]) -> list[Claim]:
@@ -293,7 +293,9 @@ def model_claims(model: dict[str, list[Any]]) -> list[Claim]:
     own, scope, rank, argmax = (np.array(model[name]) for name in ("own", "scope", "rank", "argmax"))
     first, last = MODEL_RANKS[0], MODEL_RANKS[-1]
     rises = {r: argmax[(scope == "full") & (rank == r)] > 0 for r in (first, last)}
-    falling = {r: estimate(per_pair(model, "falling", scope="full", rank=r)) for r in (first, last)}
+    falling = {r: estimate(per_pair(model, "falling", scope="full", rank=r), "prompts") for r in (first, last)}
+    risen = model | {"rises": [value > 0 for value in model["argmax"]]}
+    lifted = estimate(per_pair(risen, "rises", scope="full", rank=last), "prompts")
     readout = argmax[scope == "readout"] > 0
     return [
         Claim(
@@ -302,16 +304,18 @@ def model_claims(model: dict[str, list[Any]]) -> list[Claim]:
             f"own token falls in {int((own < 0).sum())} of {len(own)} pushes (readout alone and all parameters), the argmax "
             "rises "
             f"in {int(readout.sum())} of {len(readout)} through the readout alone",
-            bool((own < 0).all() and readout.all()),
+            told(bool((own < 0).all() and readout.all())),
         ),
         Claim(
             f"An unlikely y⁻ squeezes also when all parameters move ({PAPER} argues with the readout's law).",
-            f"pushed down, the token of rank {last} lifts the argmax in most places and lowers most of the other vocabulary",
-            f"the argmax rises in {int(rises[last].sum())} of {len(rises[last])} places, {falling[last].words(of='prompts')} "
+            f"pushed down, the token of rank {last} lifts the argmax in more than half of the places and lowers more than half "
+            "of the other vocabulary, intervals too",
+            f"the argmax rises in {int(rises[last].sum())} of {len(rises[last])} places, {lifted.words()} of "
+            f"them, {falling[last].words()} "
             "of "
             f"the other vocabulary falls; with y⁻ of rank {first} it rises in {int(rises[first].sum())}, "
-            f"{falling[first].words(of='prompts')} falls",
-            bool(rises[last].mean() > 0.5 and falling[last].low > 0.5),
+            f"{falling[first].words()} falls",
+            both(above(lifted, 0.5), above(falling[last], 0.5)),
         ),
     ]
 

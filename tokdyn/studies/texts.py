@@ -7,6 +7,7 @@ has a prompt with chosen, rejected and further responses. A file is anything `to
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,15 @@ def pairs(
         if tokenizer is None or max(_length(tokenizer, clean, key) for key in ("chosen", "rejected")) <= longest:
             kept.append(clean)
     if not kept:
-        raise ValueError(f"{data or DEMO_PAIRS} has no row with chosen and rejected answers of at most {longest} tokens")
+        raise ValueError(
+            f"{data or DEMO_PAIRS} has no row whose prompt, chosen and rejected are plain texts of at most {longest} tokens"
+        )
     return kept
+
+
+def drawn(rows: Sequence[Row], n: int, seed: int) -> list[Row]:
+    """n of the rows, drawn without repetition by the seed, so that every run of a study has texts of its own."""
+    return random.Random(seed).sample(list(rows), min(n, len(rows)))
 
 
 def chis(tokenizer: Any, rows: Sequence[Row], kind: str, *, role: str | None = None) -> list[td.Chi]:

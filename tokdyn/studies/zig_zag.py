@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import dynamics
 from .classifiers import descend, digits, network, pieces
 from .figures import BLUE, GREEN, GREY, ORANGE, VERMILION, band, figure
-from .result import Claim, Result, estimate
+from .result import Claim, Result, above, below, both, estimate
 
 PAPER = "arXiv 2203.02485"
 N, DIM, STEPS, EVERY, ETA = 150, 20, 1000, 10, 0.3
@@ -92,9 +92,9 @@ def pull(model: torch.nn.Module, x: Tensor, labels: Tensor, true: Tensor, wrong:
 
 
 def groups(path: Path) -> dict[str, Tensor]:
-    """Masks [N] of the wrongly labelled samples and of the easy ones (p* above 0.9, label right)."""
+    """Masks [N] of the wrongly and rightly labelled samples, and of the easy ones (p* above 0.9, label right)."""
     wrong = path.labels != path.truth.argmax(1)
-    return {"wrong": wrong, "easy": ~wrong & (path.truth.max(1).values > 0.9)}
+    return {"wrong": wrong, "right": ~wrong, "easy": ~wrong & (path.truth.max(1).values > 0.9)}
 
 
 def distance(path: Path, group: str) -> Tensor:
@@ -133,7 +133,7 @@ def path_claims(found: list[Path]) -> list[Claim]:
             f"{closer.words()}, then away by {away.words()}; the true class is predicted for {early.words()} of them at the "
             "early "
             f"stop and for {late.words()} at the end",
-            closer.low > 0 and away.low > 0,
+            both(above(closer), above(away)),
         ),
         Claim(
             f"An easy sample goes straight to its label ({PAPER}).",
@@ -141,7 +141,7 @@ def path_claims(found: list[Path]) -> list[Claim]:
             "ones",
             f"{ratio['easy'].words()} for easy samples, {ratio['wrong'].words()} for wrongly labelled ones; difference "
             f"{longer.words()}",
-            ratio["easy"].high < 1.1 and longer.low > 0,
+            both(below(ratio["easy"], 1.1), above(longer)),
         ),
     ]
 
@@ -159,7 +159,7 @@ def force_claims(found: list[Path]) -> list[Claim]:
             "end, and their sum above 0 at the end, intervals too",
             f"after {LOOKS[1]} steps {own[0].words()} by itself and {others[0].words()} by others; at the end {own[1].words()} "
             f"and {others[1].words()}, together {net[1].words('nats')} per unit learning rate",
-            all(x.low > 0 for x in own) and all(x.high < 0 for x in others) and net[1].low > 0,
+            both(*map(above, own), *map(below, others), above(net[1])),
         )
     ]
 
@@ -189,7 +189,7 @@ def target_claims(found: list[Path]) -> list[Claim]:
             f"mean ‖target - p*‖ {one_hot.words()} for labels, {last.words()} for the trained teacher, {filtered.words()} "
             "averaged; "
             f"difference of the last two {gain.words()}",
-            gain.low > 0,
+            above(gain),
         )
     ]
 
@@ -224,15 +224,15 @@ def students(seed: int, steps: int) -> dict[str, float]:
 
 def student_claim(accuracy: list[dict[str, float]]) -> Claim:
     """Claim about students: Filter-KD's targets against the labels; plain distillation is measured beside it."""
-    told = {name: estimate([a[name] for a in accuracy]) for name in accuracy[0] if name not in ("seed", "learned")}
+    reached = {name: estimate([a[name] for a in accuracy]) for name in accuracy[0] if name not in ("seed", "learned")}
     over_labels, over_last = (estimate([a["Filter-KD"] - a[name] for a in accuracy]) for name in ("labels", "last prediction"))
     return Claim(
         f"With wrong labels, a student of Filter-KD's targets beats training on the labels ({PAPER}).",
         f"test accuracy on digits with {NOISE:.0%} wrong labels is higher, interval of the difference above 0",
-        "; ".join(f"{name}: {x.words()}" for name, x in told.items())
+        "; ".join(f"{name}: {x.words()}" for name, x in reached.items())
         + f"; Filter-KD gains {over_labels.words()} over the labels and {over_last.words()} over the last prediction; "
         f"the teacher had learned {estimate([a['learned'] for a in accuracy]).words()} of its labels",
-        over_labels.low > 0,
+        above(over_labels),
     )
 
 
@@ -293,8 +293,8 @@ def draw_distance(found: list[Path], accuracy: list[dict[str, float]]) -> Any:
     middle.set_title("Who pulls")
     middle.legend()
     names = [name for name in accuracy[0] if name not in ("seed", "learned")]
-    told = [estimate([a[name] for a in accuracy]) for name in names]
-    right.bar(range(3), [100 * x.mean for x in told], 0.6, yerr=[100 * x.half for x in told], color=(GREY, ORANGE, GREEN),
+    reached = [estimate([a[name] for a in accuracy]) for name in names]
+    right.bar(range(3), [100 * x.mean for x in reached], 0.6, yerr=[100 * x.half for x in reached], color=(GREY, ORANGE, GREEN),
               error_kw={"elinewidth": 1.2})  # fmt: skip
     right.set_xticks(range(3), ["labels", "last\nprediction", "Filter-KD"])
     right.set(ylabel="test accuracy on digits, %", xlabel="training targets", ylim=(0, 100))
