@@ -98,7 +98,8 @@ def conclude(table: list[dict[str, Any]], pairs: int) -> Result:
     """The study's claims and figure, computed from the table of readings that `run` took."""
     import pyarrow as pa
 
-    end = {kind: of_runs(changes(table, "DPO", kind)) for kind in kinds(table)}
+    read = kinds([row for row in table if row["variant"] == "DPO"])  # the first choice may be y⁻ along another's answers alone
+    end = {kind: of_runs(changes(table, "DPO", kind)) for kind in read}
     falls = {kind: value.mean for kind, value in end.items()}
     return Result(
         f"DPO presses the rejected answer down by {-falls['rejected']:.2f} nats a token; the chosen one moves by "
@@ -296,7 +297,7 @@ def path(table: list[dict[str, Any]], variant: str, kind: str, seed: int | None 
 
 
 def changes(table: list[dict[str, Any]], variant: str, kind: str, less: str | None = None) -> list[list[float]]:
-    """Last change of a kind for each answer, one list a seed; `less` takes another kind's change of the same row off."""
+    """Last change of a kind for each answer, one list a seed that has any; `less` takes another kind's of the same row off."""
     last = max(row["epoch"] for row in table)
     of: dict[tuple[int, str], dict[int, float]] = {}
     for row in table:
@@ -306,7 +307,7 @@ def changes(table: list[dict[str, Any]], variant: str, kind: str, less: str | No
     for s in seeds(table):
         mine, other = of.get((s, kind), {}), of.get((s, less or ""), {})
         found.append([value - (other[i] if less else 0) for i, value in mine.items() if less is None or i in other])
-    return found
+    return [values for values in found if values]
 
 
 def margins(table: list[dict[str, Any]], variant: str) -> list[list[float]]:
@@ -356,7 +357,7 @@ def _figure(table: list[dict[str, Any]], falls: dict[str, float]) -> Any:
     colour = {"chosen": BLUE, "rejected": VERMILION, FIRST: INK}
     spare = [c for c in COLOURS if c not in colour.values()]
     others = iter([(c, dashes) for dashes in ("--", ":", "-.") for c in spare])  # a pair of its own for each kind
-    for kind in kinds(table):
+    for kind in kinds([row for row in table if row["variant"] == "DPO"]):
         c, dashes = (colour[kind], "-") if kind in colour else next(others)
         left.plot(path(table, "DPO", kind), color=c, label=kind.replace("_", " "), linestyle=dashes)
     left.axhline(0, color=GREY, linewidth=0.8)
