@@ -14,7 +14,10 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 GENERATED = {"docs/gallery.md", "docs/families.md"}  # written whole by a program, and compared with it below
 MEASURED = re.compile(r"\d (?:s|ms|MiB|GB/s|%)(?![\w/])|\d(?:x|%)(?!\w)|\d times")
 # tables of a page that measure and have no JSON, with the reason
-WITHOUT = {"docs/scale.md": "printed by benchmarks/scan.py --passes, which keeps no JSON"}
+WITHOUT = {
+    "docs/scale.md": "printed by benchmarks/scan.py --passes, which keeps no JSON",
+    "docs/reliability.md": "bounds, each asserted or counted by the test or command in its row",
+}
 
 
 def load(path):
