@@ -6,7 +6,7 @@
 # make test-portable  the numeric tests once more on code without AVX, as on a processor that has none
 # make lint   ruff and mypy alone        make docs   the documentation site, without a warning: site/        make clean
 # make wheel  build wheels, and run the demo from one in a fresh environment that has no compiler
-# make studies   every phenomenon of the papers in full, some hours: runs/studies, docs/gallery.md (DATA=folder of texts)
+# make studies   every phenomenon of the papers in full, some hours, goes on where it was: runs/studies, docs/gallery.md (DATA=texts)
 # make sweep  every kind of causal LM against autograd, in chunks of minutes: run it until it is done, docs/families.md
 # make test-matrix   the training tests against TRL 1.12, PEFT 0.20, verl and OpenRLHF, in an environment of their own
 

@@ -57,7 +57,16 @@ def render(files: str, template: str) -> str:
     Raises:
         ValueError: a file is not there, or an expression has no value; the expression is named.
     """
-    names: dict[str, Any] = {"median": median, "min": min, "max": max, "round": round, "row": row, "abs": abs, "zip": zip}
+    names: dict[str, Any] = {
+        "median": median,
+        "min": min,
+        "max": max,
+        "round": round,
+        "row": row,
+        "abs": abs,
+        "zip": zip,
+        "len": len,
+    }
     for line in files.splitlines():
         name, _, path = (part.strip() for part in line.partition("="))
         if not (ROOT / path).is_file():
