@@ -102,18 +102,10 @@ class Linear(Rule):
         other = any(out.dtype != x.dtype for x, (out,) in zip(self.observed_inputs, outs, strict=True))
         if self.P is not None or "weight" not in self.moves or other:
             return super().tangent_into(calls, delta, outs)
-        d = flat_cotangents(calls, delta)
-        for grams, (out,) in zip(self._grams(calls), outs, strict=True):
-            for k, gram in enumerate(grams):
-                torch.bmm(gram.expand(len(d), -1, -1), d[:, k], out=out.view(*d.shape[:2], len(gram), -1)[:, k])
-
-    def _grams(self, calls: Sequence[Call]) -> list[list[Float[Tensor, "N S"]]]:
-        """S for each observed call and each updated sequence, made once for these calls."""
-        known = calls[0].memo.get("grams")
-        if known is None or known[0] is not self:
-            a = flat_inputs(calls)
-            known = calls[0].memo["grams"] = self, [[self._gram(x, inputs) for inputs in a] for x in self.observed_inputs]
-        return known[1]  # type: ignore[no-any-return]
+        a, d = flat_inputs(calls), flat_cotangents(calls, delta)
+        for x, (out,) in zip(self.observed_inputs, outs, strict=True):
+            for k, inputs in enumerate(a):
+                torch.bmm(self._gram(x, inputs).expand(len(d), -1, -1), d[:, k], out=out.view(*d.shape[:2], len(x), -1)[:, k])
 
     def outer_products(
         self, call: Call, delta: Sequence[Float[Tensor, "T ..."]], at: Int[Tensor, " N"], preconditioned: bool

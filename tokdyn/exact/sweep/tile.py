@@ -22,7 +22,7 @@ from .kept import Block, CallsOf, Kept, layout, parts_that_fit, pull_into, recal
 from .plan import Plan, Rules
 from .strips import Budget, Found, Strip
 
-PIECE = 32 << 20  # bytes of kept cotangents that are taken times a slope at once
+PIECE = 2 << 20  # bytes of kept cotangents that are taken times a slope at once
 STEPS = 1000  # of a tile, in which its progress is told
 
 Pulls = Iterator[tuple[slice, Found]]
