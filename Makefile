@@ -1,7 +1,8 @@
 # make demo   install what a user needs, then profile the embedded model: runs/demo/report.html
-# make test   install all that developing needs, then lint, type-check and test; .ci/run adds what is in test-benchmarks, -kernels, -portable, -studies and -matrix
+# make test   install all that developing needs, then lint, type-check and test; .ci/run adds what is in test-families, -benchmarks, -kernels, -portable, -studies and -matrix
 # make test-kernels   Triton and CUDA compiled ahead of time, Triton interpreted, C++ under sanitizers    make test-studies   their quick forms
 # make fuzz   the operators and readers on a million cases    make test-sanitized   C++ under sanitizers alone    make mutants   errors planted in the core
+# make test-families   forces of every model shape, with and without LoRA, against one gradient per token
 # make test-benchmarks  every benchmark in its quick form, and the sweep's kinds of the day
 # make test-portable  the numeric tests once more on code without AVX, as on a processor that has none
 # make lint   ruff and mypy alone        make docs   the documentation site, without a warning: site/        make clean
@@ -19,7 +20,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo studies test fuzz mutants test-benchmarks test-kernels test-matrix test-portable test-sanitized test-studies lint docs sweep wheel wheel-demo clean
+.PHONY: help install demo studies test fuzz mutants test-families test-benchmarks test-kernels test-matrix test-portable test-sanitized test-studies lint docs sweep wheel wheel-demo clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -70,12 +71,16 @@ lint: install
 
 STUDIES := tests/studies/test_language.py tests/studies/test_classification.py
 BENCH := tests/bench
+FAMILIES := tests/exact/test_architectures.py
 SANITIZED := tests/kernels/test_sanitized.py
 KERNELS := tests/kernels/test_ahead_of_time.py tests/kernels/test_interpreter.py $(SANITIZED)
 XDIST := -n 2 --dist loadfile # two processes of one thread each, a file in one of them
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(patsubst %,--ignore=%,$(STUDIES) $(KERNELS) $(BENCH))
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(patsubst %,--ignore=%,$(STUDIES) $(KERNELS) $(BENCH) $(FAMILIES))
+
+test-families: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 -n 2 $(FAMILIES)
 
 test-benchmarks: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=10 $(XDIST) $(BENCH)
