@@ -58,6 +58,15 @@ def probe(tokenizer):
     return td.probes.load(tokenizer, TEXTS[:2], types=["chosen", "rejected"])
 
 
+@pytest.fixture
+def one_thread():
+    """A forked process has none of the threads that its parent computed with: torch would wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def doubles(values):
     return torch.tensor(list(values), dtype=torch.float64)
 
@@ -254,15 +263,6 @@ def test_shards_share_a_folder_and_are_one_scan(tmp_path, model):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-@pytest.fixture
-def one_thread():
-    """A forked process has none of the threads that its parent computed with: torch would wait for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_what_a_killed_scan_called_done_is_there(tmp_path, model, one_thread):
     """SIGKILL at any moment, over and over: a block that was listed stays, and in the end all bytes are those of one run."""
     rows, out, seen = pairs(24), tmp_path / "scan", {}
