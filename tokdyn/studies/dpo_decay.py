@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import copy
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from torch import Tensor
 
 import tokdyn as td
 
-from ..loading import load_model
 from ..objectives import Objective
 from . import sft_dynamics, texts, training
 from .figures import BLUE, COLOURS, GREY, INK, VERMILION, figure
@@ -70,10 +68,8 @@ def run(
         keep: where finished seeds are kept (`parts`).
         runs: how many, each with a seed of its own; as above when absent.
     """
-    start, tokenizer = load_model(model)
-    rows = texts.pairs(data, tokenizer=tokenizer, longest=128)
     seeds = range(seed, seed + (runs or (1 if quick else 5)))
-    table = [row for s in seeds for row in keep(f"seed-{s}", partial(_seed, start, tokenizer, rows, quick, s))]
+    table = texts.of_seeds(_seed, model, data, quick, seeds, keep)
     return conclude(table, len({row["row"] for row in table if row["kind"] == "chosen"}))
 
 

@@ -12,14 +12,12 @@ another token than the rejected answer's (see dpo-decay).
 from __future__ import annotations
 
 import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tokdyn as td
 
 from ..interventions import both_answers
-from ..loading import load_model
 from . import texts, training
 from .dpo_decay import beyond, common, follow, means, seeds, standing, variants
 from .figures import BLUE, GREY, ORANGE, figure
@@ -47,10 +45,8 @@ def run(
         keep: where finished seeds are kept (`parts`).
         runs: how many, each with a seed of its own; as above when absent.
     """
-    start, tokenizer = load_model(model)
-    rows = texts.pairs(data, tokenizer=tokenizer, longest=128)
     seeds = range(seed, seed + (runs or (1 if quick else 5)))
-    table = [row for s in seeds for row in keep(f"seed-{s}", partial(_seed, start, tokenizer, rows, quick, s))]
+    table = texts.of_seeds(_seed, model, data, quick, seeds, keep)
     return conclude(table, len({row["row"] for row in table}))
 
 

@@ -12,11 +12,9 @@ Measured, over seeds, each with texts of its own: the share of foreign n-grams, 
 from __future__ import annotations
 
 import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..loading import load_model
 from . import texts, training
 from .figures import BLUE, GREEN, VERMILION, figure
 from .parts import Keep, unkept
@@ -45,10 +43,8 @@ def run(
         keep: where finished seeds are kept (`parts`).
         runs: how many, each with a seed of its own; as above when absent.
     """
-    start, tokenizer = load_model(model)
-    rows = texts.pairs(data, tokenizer=tokenizer, longest=128)
     seeds = range(seed, seed + (runs or (1 if quick else 5)))
-    table = [row for s in seeds for row in keep(f"seed-{s}", partial(_seed, start, tokenizer, rows, quick, s))]
+    table = texts.of_seeds(_seed, model, data, quick, seeds, keep)
     return conclude(table)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import tokdyn as td
 
 from ..data import read
 from ..demo.train import dialogue
-from ..loading import DEMO_PAIRS
+from ..loading import DEMO_PAIRS, load_model
+from .parts import Keep
 
 Row = dict[str, str]
 
@@ -86,3 +88,12 @@ def preferences(tokenizer: Any, rows: Sequence[Row]) -> list[td.Chi]:
 def _length(tokenizer: Any, row: Row, key: str) -> int:
     """Tokens of prompt, answer and end token."""
     return len(tokenizer(row["prompt"] + row[key]).input_ids) + 1
+
+
+def of_seeds(
+    one: Callable[..., list[Any]], model: str, data: str | Path | None, quick: bool, seeds: Iterable[int], keep: Keep
+) -> list[Any]:
+    """The rows of `one`(model, tokenizer, rows, quick, seed) for each seed, one list; kept seed by seed."""
+    start, tokenizer = load_model(model)
+    rows = pairs(data, tokenizer=tokenizer, longest=128)
+    return [row for s in seeds for row in keep(f"seed-{s}", partial(one, start, tokenizer, rows, quick, s))]
