@@ -36,14 +36,22 @@ class Jobs:
         """Whether a process is at work."""
         return self.process is not None and self.process.poll() is None
 
+    def require_free(self) -> None:
+        """Raise unless a process could start.
+
+        Raises:
+            ValueError: one is at work.
+        """
+        if self.running:
+            raise ValueError(f"{self.place.name} is being computed: one profile at a time")
+
     def start(self, words: Sequence[str], place: Path) -> None:
         """Start `tokdyn WORDS`, which writes the run `place`.
 
         Raises:
             ValueError: another one is at work.
         """
-        if self.running:
-            raise ValueError(f"{self.place.name} is being computed: one profile at a time")
+        self.require_free()
         self.close()
         self._said, self.place = tempfile.TemporaryFile(), place
         command = [sys.executable, "-m", "tokdyn", *words]

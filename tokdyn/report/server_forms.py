@@ -45,8 +45,7 @@ def form_routes(root: Path, jobs: recompute.Jobs) -> list[Any]:
             return plain("there is no such run", 404)
         try:
             form = _form(await _body(request))
-            if jobs.running:
-                raise ValueError(f"{jobs.place.name} is being computed: one profile at a time")
+            jobs.require_free()  # before anything is written
             jobs.start(*(recompute.prepare(path, form) if kind == "profile" else recompute.prepare_row(path, form)))
         except ValueError as error:
             return plain(str(error), 400)
