@@ -97,3 +97,10 @@ def test_every_test_that_the_theory_names_as_its_proof_is_one():
     named = set(re.findall(r"`(tests/[\w/]+\.py)`", (ROOT / "docs/theory.md").read_text(encoding="utf-8")))
     assert len(named) >= 10
     assert all(re.search(r"^def test_", (ROOT / name).read_text(encoding="utf-8"), re.M) for name in named)
+
+
+def test_the_site_reaches_every_page():
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    named = set(re.findall(r"[\w/-]+\.md", config[config.index("\nnav:") :]))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages - named == set(), "pages of docs/ that nav in mkdocs.yml does not name"
