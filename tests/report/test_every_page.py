@@ -11,6 +11,8 @@ from tokdyn.loading import load_tokenizer
 from tokdyn.objectives import DPO
 from tokdyn.report import diff, recompute, scan, served
 from tokdyn.runs.difference import Difference
+from tokdyn.studies import figures, gallery, load
+from tokdyn.studies.result import Claim, Result, Verdict
 from tokdyn.testing import random_chis, tiny
 
 PAIRS = [
@@ -33,6 +35,19 @@ def a_training(place):
     return td.watch(place / "training")
 
 
+def a_gallery(place):
+    for name, verdict in (("squeezing", Verdict.HOLDS), ("zig-zag", Verdict.NO)):
+        figure, axes = figures.figure(title=name)
+        figures.band(axes, [0, 1], [[0, 1], [0, 3]], figures.BLUE, "mean")
+        axes.legend()
+        claims = [
+            Claim("The argmax rises (arXiv 2407.10490 §3.3).", "its interval lies above 0", "0.1 ± 0.2 nats a token", verdict)
+        ] * 3
+        result = Result(f"A study of {name}", claims, {}, {"one": figure}, "What it means.")
+        gallery.save(result, load(name), place / "studies" / name, gallery.Settings(True), seconds=1.0)
+    return gallery.page(gallery.saved(place / "studies"))
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """One of each kind, of tiny models with the demo's tokenizer."""
@@ -47,6 +62,7 @@ def pages(tmp_path_factory):
     texts = {
         "scan": scan.render(scanned),
         "diff": diff.render(Difference.of(*runs), ("runs/a", "runs/b")),
+        "gallery": a_gallery(place),
         "again": served.document("run, again", recompute.form_of(place, "/again/run")),
     }
     for name, text in texts.items():
@@ -54,7 +70,7 @@ def pages(tmp_path_factory):
     return SimpleNamespace(training=a_training(place), **{name: place / f"{name}.html" for name in texts})
 
 
-@pytest.mark.parametrize("kind", ["training", "scan", "diff", "again"])
+@pytest.mark.parametrize("kind", ["training", "scan", "diff", "gallery", "again"])
 def test_every_page_holds_in_every_way_of_reading(visit, serious, pages, kind):
     """`visit` fails the test when a script does, or when anything is fetched."""
     path = getattr(pages, kind)
