@@ -58,6 +58,13 @@ def test_every_dependency_is_pinned_inside_its_range():
         assert requirement.specifier.contains(versions[requirement.name.lower()]), requirement
 
 
+def test_the_pins_agree_with_what_torch_from_the_index_asks_for():
+    """Its Linux build asks for one Triton; the build for the CPU alone, which the tests run on, does not say so."""
+    asked = {"2.13.0": "3.7.1"}  # torch: triton, from the wheel's metadata
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert pins["triton"] == asked[pins["torch"]], "pip finds no set of packages for a new environment"
+
+
 def test_mypy_reads_kernels_under_the_name_that_they_are_installed_as():
     checked = [ROOT / path for path in PROJECT["tool"]["mypy"]["files"]]
     (link,) = (path for path in checked if path.name == "kernels")

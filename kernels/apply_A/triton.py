@@ -129,6 +129,6 @@ def jacobian_variants(op: str, *, pi: bool) -> list[Variant]:
             signature = signature if k == 1 else signature | dict(x_v="i32")
             found.append(
                 Variant(f"{op} {name} k={k}", _jacobian_kernel, {n: t for n, t in signature.items() if n not in strides},
-                        dict(PI=pi) | shape | strides, warps, stages, elements=TILE, budget=20.0 if k == 1 else 30.0)
+                        dict(PI=pi) | shape | strides, warps, stages, elements=TILE, budget=20.0 if k == 1 else 40.0)
             )  # fmt: skip
     return found

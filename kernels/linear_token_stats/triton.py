@@ -279,7 +279,7 @@ def _fold_shape(T: int) -> dict[str, int]:
 def _tiles(dtype: torch.dtype) -> dict[str, int]:
     """Rows, columns and depth of a tile of the fused kernel: the largest that spill no registers."""
     if dtype == torch.float32:
-        return dict(BT=32, BV=64, BD=32, num_warps=4, num_stages=3)
+        return dict(BT=32, BV=128, BD=32, num_warps=8, num_stages=3)
     return dict(BT=64, BV=128, BD=64, num_warps=8, num_stages=3)
 
 
