@@ -1,6 +1,8 @@
 """Files that somebody else wrote: what they hold is text, and what they lack is one sentence."""
 
 import dataclasses
+import gzip
+import io
 import json
 import math
 import shutil
@@ -14,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 import tokdyn as td
+from tokdyn import _json
 from tokdyn._arguments import printable
 from tokdyn.cli import app
 from tokdyn.data import read, read_part
@@ -50,7 +53,7 @@ def spoiled(run, text):
     about["seconds"] = {text: 0.5}
     for sequence in about["sequences"]:
         sequence |= {"prompt": text, "response": text, "role": text}
-    return td.Run(about, tokens, run.vector, run.matrix)
+    return td.Run(about, tokens, run.vector, run.matrix, pairs=run.pairs)
 
 
 # ---------------------------------------------------------------- the terminal
@@ -67,6 +70,31 @@ def test_what_a_run_holds_is_text_in_the_terminal(run, tmp_path, text):
         assert (printable(text) if text is STEERING else "[bold red]x[/bold red]").replace(" ", "") in "".join(
             result.output.split()
         )
+
+
+@pytest.mark.parametrize("command", [["report"], ["explain", 0, 0], ["diff"]])
+def test_json_on_a_terminal_is_text_and_says_the_same(run, tmp_path, command):
+    """JSON writes such characters as \\u…: nothing steers the terminal, and what reads it finds what the run holds."""
+    spoiled(run, STEERING).save(tmp_path / "run")
+    word, *places = command
+    paths = [tmp_path / "run"] * (2 if word == "diff" else 1)
+    result = call(word, *paths, *places, "--json")
+    assert result.exit_code == 0, result.output + str(result.exception)
+    assert not [c for c in result.stdout if c != "\n" and printable(c) != c]
+    texts = []
+    json.loads(result.stdout, object_hook=lambda found: texts.extend(str(x) for x in (*found, *found.values())))
+    assert any(STEERING in text or visible(STEERING) in text for text in texts)
+
+
+@pytest.mark.parametrize("command", ["report", "explain", "diff"])
+def test_what_is_no_profile_is_one_sentence(tmp_path, command):
+    """Forces on disk have no page: a command that shows profiles says so."""
+    chis = random_chis([(2, 2)], seed=1)
+    td.forces(tiny("llama"), chis, chis).save(tmp_path / "forces")
+    result = call(command, *[tmp_path / "forces"] * (2 if command == "diff" else 1))
+    assert result.exit_code == 2 and "holds a run of kind forces, not a profile: read it with td.load" in " ".join(
+        result.stderr.split()
+    )
 
 
 def test_paths_are_text(tmp_path):
@@ -235,6 +263,43 @@ def test_a_kilobyte_of_parquet_takes_no_gigabytes(tmp_path):
     assert f"{tmp_path}/b.parquet has 67,108,864 values of messages.list.element in 1 rows and" in told and taken < 64
 
 
+def test_some_kilobytes_of_gzip_take_no_gigabytes(tmp_path):
+    """A line, or an item of an array, that is longer than any row is refused; 96 rows of 1 MB are read one by one."""
+    opened, more, row = (
+        gzip.compress(x) for x in (b'{"prompt": "', 1048576 * b"a", b'{"prompt": "' + 1048576 * b"a" + b'"}\n')
+    )
+    first, between, last = map(gzip.compress, (b"[", b",", b"]"))
+    for name, packed, said in (
+        ("line.jsonl.gz", opened + 96 * more, "line.jsonl.gz line 1 has more than 64 MiB: that is no row of a data set"),
+        ("item.json.gz", first + opened + 96 * more, "an item of more than 64 MiB, or Unterminated string"),
+    ):
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(ValueError, match=said):
+            read(tmp_path / name)
+    for name, packed in (("rows.jsonl.gz", 96 * row), ("rows.json.gz", first + between.join(96 * [row]) + last)):
+        (tmp_path / name).write_bytes(packed)
+        told, taken = peak(tmp_path / name)
+        assert told == f"(96, {96 << 20})" and taken < 32, (name, told, taken)
+
+
+ARRAYS = (
+    *("[]", " [ ] \n", "[1]", "[1 ]", '[12345, -1.5e3, true, null, "\\u00e9"]', "\ufeff[1,\n2]"),
+    '[{"a": [1, {"b": "]},\\\\\\""}]}, [], "é你🙂"]\n\n',
+)
+NO_ARRAYS = "[", "[1", "[1,", "[1,]", "[,1]", "[1 2]", "[1] 2", "[1]]", '["a', '[{"a": 1]', "[tru]", "[1,\n\n!]"
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 1 << 16])
+def test_an_array_that_is_read_in_pieces_is_what_it_is_read_whole(monkeypatch, piece):
+    monkeypatch.setattr(_json, "PIECE", piece)
+    for text in ARRAYS:
+        assert list(_json.array(io.BytesIO(text.encode()).read)) == json.loads(text.removeprefix("\ufeff"))
+    for text in NO_ARRAYS:
+        with pytest.raises(json.JSONDecodeError) as caught:
+            list(_json.array(io.BytesIO(text.encode()).read))
+        assert caught.value.lineno == (3 if "!" in text else 1), text
+
+
 def test_a_profile_reads_the_rows_it_needs(tmp_path):
     """The rest of a file is counted: rows behind those that are asked for may be anything."""
     rows = [{"prompt": f"{n}", "completion": "b"} for n in range(5)]
@@ -283,3 +348,31 @@ def test_weights_that_can_run_code_are_read_with_a_flag_alone(tmp_path):
         load_weights(str(tmp_path / "model"))
     one, other = load_weights(str(tmp_path / "model"), allow_pickle=True), load_weights("demo")
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    (tmp_path / "adapter").mkdir()
+    torch.save({}, tmp_path / "adapter" / "adapter_model.bin")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="adapter holds its weights as .bin alone"):
+        load_weights("demo", adapter=str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("command", ["profile", "scan"])
+def test_the_flag_for_such_weights_reaches_every_model_that_is_loaded(tmp_path, monkeypatch, command):
+    """The policy, the reference: with --allow-pickle, and not without."""
+    from tokdyn import loading
+
+    asked, load = [], loading.load_weights
+
+    def noted(name, device="cpu", dtype=None, adapter=None, *, allow_pickle=False):
+        asked.append(allow_pickle)
+        return load("demo")
+
+    monkeypatch.setattr(loading, "load_weights", noted)
+    if command == "scan":
+        words = ["--data", "demo", "--rows", 1, "--probe", "demo", "--probe-rows", 1, "--kind", "chosen", "--dry-run"]
+    else:
+        words = ["--rows", 1, "--held-out", 0, "--method", "none", "--scope", "readout"]
+    for flag in ([], ["--allow-pickle"]):
+        asked.clear()
+        result = call(command, *words, "--reference", "demo", "--out", tmp_path / f"run{len(flag)}", *flag)
+        assert result.exit_code == 0, result.output + result.stderr
+        assert asked == [bool(flag)] * 2

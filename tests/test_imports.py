@@ -9,10 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Rooms, lowest first. A module imports from its own room and from lower levels; rooms of one level do not know each other.
 LEVELS = (
-    ("_version", "_native", "_arguments", "_encoding", "_parquet"),
+    ("_version", "_native", "_arguments", "_encoding", "_json", "_parquet"),
     ("_rows",),
     ("_console",),
-    ("_app",),
     ("kernels",),
     ("ops",),
     ("sequences",),
@@ -30,6 +29,7 @@ LEVELS = (
     ("tokdyn",),  # the names of the package itself, `import tokdyn as td`
     ("bench", "demo"),
     ("studies",),
+    ("_app",),  # what commands share
     ("commands",),
     ("cli",),
     ("__main__",),

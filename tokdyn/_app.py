@@ -7,12 +7,13 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from ._arguments import sentence
+from ._arguments import printable_json, sentence
 from ._console import err_console, out_console
 from ._version import __version__
 
@@ -85,8 +86,38 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON document, and
 
 
 def print_json(document: Any) -> None:
-    """Print a value as JSON: NaN and infinities are null, what JSON does not know is text."""
-    print(json.dumps(_plain(document), ensure_ascii=False, indent=1, allow_nan=False, default=str))
+    """Print a value as JSON: NaN and infinities are null, what JSON does not know is text; nothing in it steers a terminal."""
+    print(printable_json(json.dumps(_plain(document), ensure_ascii=False, indent=1, allow_nan=False, default=str)))
+
+
+def data_file(name: str) -> Path:
+    """The data file that an argument names.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    from .loading import DEMO_PAIRS
+
+    path = DEMO_PAIRS if name == "demo" else Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"no data file {path}: give a .jsonl, .json, .csv or .parquet file")
+    return path
+
+
+def load_profile(path: Path) -> Any:
+    """The profile in a folder, a `Run`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `td.load`; the folder holds something of another kind.
+    """
+    import tokdyn as td
+
+    from .runs.folder import kind_of
+
+    found = td.load(path)
+    if not isinstance(found, td.Run):
+        raise ValueError(f"{path} holds a run of kind {kind_of(path)}, not a profile: read it with td.load")
+    return found
 
 
 def tell(facts: dict[str, Any], as_json: bool) -> None:

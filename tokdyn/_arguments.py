@@ -170,3 +170,8 @@ _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u2
 def printable(text: str) -> str:
     """A text with the characters escaped that would steer a terminal, or mislead who reads it."""
     return _STEERING.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+def printable_json(text: str) -> str:
+    """JSON with the same characters escaped as JSON writes them: they can only stand in its texts, which stay what they are."""
+    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -6,6 +6,7 @@ source(paths)              rows of several files, of a datasets.Dataset or of an
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import _parquet
+from . import _json, _parquet
 
 Numbered = Iterator[tuple[int, Any]]
 Places = list[tuple[str, Any]]  # rows with their places for messages
@@ -56,12 +57,7 @@ def rows_of(path: str | Path) -> Rows:
     if suffix == ".parquet" and not name.endswith(".gz"):
         return _parquet_rows(path)
     if suffix in (".jsonl", ".ndjson", ".json"):
-        begins = (
-            next((line for line in _lines(path) if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
-            .removeprefix(b"\xef\xbb\xbf")
-            .lstrip()
-        )
-        return Rows("item", _array(path)) if begins.startswith(b"[") else Rows("line", _json_lines(path), _parser(path))
+        return Rows("item", _array(path)) if _is_array(path) else Rows("line", _json_lines(path), _parser(path))
     if suffix == ".csv":
         return Rows("row", _csv(path))
     raise ValueError(f"{path} {ENDINGS}")
@@ -101,27 +97,49 @@ def part(path: str | Path, start: int, stop: int) -> tuple[Places, int]:
 # ---------------------------------------------------------------- formats
 
 
-def _open(path: Path) -> Any:
-    """A text file's bytes, unpacked as they are read."""
-    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A text file's bytes, unpacked as they are read.
+
+    Raises:
+        ValueError: it is UTF-16, or not a whole gzip file.
+    """
+    packed = path.name.lower().endswith(".gz")
+    try:
+        with gzip.open(path) if packed else path.open("rb") as file:
+            first = file.peek(4)[:4]
+            if first[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in first:
+                raise ValueError(f"{path} is UTF-16 (or 32), not UTF-8: save it as UTF-8")
+            yield file
+    except (OSError, EOFError, zlib.error) as error:
+        if not packed:
+            raise
+        raise ValueError(f"{path} is not a whole gzip file ({error})") from None
 
 
 def _lines(path: Path) -> Iterator[bytes]:
     """The lines of a file, blank ones too.
 
     Raises:
-        ValueError: it is UTF-16, or not a whole gzip file.
+        ValueError: as `_opened`; a line is longer than any row.
     """
-    try:
-        with _open(path) as file:
-            for n, line in enumerate(file):
-                if n == 0 and (line[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in line[:4]):
-                    raise ValueError(f"{path} is UTF-16 (or 32), not UTF-8: save it as UTF-8")
-                yield line
-    except (OSError, EOFError, zlib.error) as error:
-        if not path.name.lower().endswith(".gz"):
-            raise
-        raise ValueError(f"{path} is not a whole gzip file ({error})") from None
+    with _opened(path) as file:
+        for n in itertools.count(1):
+            line = file.readline(_json.LONGEST + 1)
+            if len(line) > _json.LONGEST:
+                raise ValueError(f"{path} line {n} has more than {_json.LONGEST >> 20} MiB: that is no row of a data set")
+            if not line:
+                return
+            yield line
+
+
+def _is_array(path: Path) -> bool:
+    """Whether the first character of a file opens a JSON array."""
+    with _opened(path) as file:
+        while begins := file.read(1 << 12):
+            if shown := begins.removeprefix(b"\xef\xbb\xbf").strip():
+                return bool(shown.startswith(b"["))
+    return False
 
 
 def _json_lines(path: Path) -> Numbered:
@@ -130,36 +148,10 @@ def _json_lines(path: Path) -> Numbered:
             yield n, line
 
 
-DIGITS = 40  # of a whole number: more is no figure of a data set
-
-
-def _json(text: bytes) -> Any:
-    """JSON whose texts can be encoded and whose numbers can be computed with.
-
-    Raises:
-        json.JSONDecodeError, UnicodeDecodeError: it is none.
-    """
-
-    def whole(digits: str) -> int:
-        if len(digits) > DIGITS:
-            raise json.JSONDecodeError(f"a number of {len(digits)} digits", "", 0)
-        return int(digits)
-
-    try:
-        found = json.loads(text, parse_int=whole)
-        if b"\\ud" in text.lower():
-            json.dumps(found, ensure_ascii=False).encode()
-    except RecursionError:
-        raise json.JSONDecodeError("nested too deeply", "", 0) from None
-    except UnicodeEncodeError:
-        raise json.JSONDecodeError("a text with half of a surrogate pair", "", 0) from None
-    return found
-
-
 def _parser(path: Path) -> Callable[[bytes, int], Any]:
     def parse(line: bytes, n: int) -> Any:
         try:
-            return _json(line)
+            return _json.loads(line)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} line {n} is not UTF-8 ({error.reason} at byte {error.start})") from None
         except json.JSONDecodeError as error:
@@ -170,11 +162,12 @@ def _parser(path: Path) -> Callable[[bytes, int], Any]:
 
 
 def _array(path: Path) -> Numbered:
-    """The items of one JSON array, which is read whole."""
+    """The items of one JSON array, read as they are asked for."""
     try:
-        yield from enumerate(_json(b"".join(_lines(path))), 1)
+        with _opened(path) as file:
+            yield from enumerate(_json.array(file.read), 1)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise ValueError(f"{path} is not UTF-8 ({error.reason})") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} begins an array and is not JSON ({error.msg} at line {error.lineno})") from None
 

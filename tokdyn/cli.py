@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from . import commands as commands
-from ._app import DATA, Json, app, note, plain_errors, print_json, tell
+from ._app import DATA, Json, app, data_file, load_profile, note, plain_errors, print_json, tell
 from ._console import out_console, progress, spell_out
 from .commands import recipe
 from .commands.recipe import Config, FromFile
@@ -83,7 +83,8 @@ def profile(
         if scan is not None:
             from .commands.scan import profile_row
 
-            profile_row(scan, row, method=method, memory=memory, eta=eta, overwrite=overwrite, unit=unit, per=per)
+            profile_row(scan, row, method=method, memory=memory, eta=eta, overwrite=overwrite, unit=unit, per=per,
+                        allow_pickle=allow_pickle)  # fmt: skip
             return
         loss, table, total = _checked(**options)
 
@@ -101,8 +102,8 @@ def profile(
             if dry_run:
                 tell(_plan(update, observe, loss, options), json_)
                 return
-            lm = load_weights(model, device, adapter=adapter)
-            other = load_weights(reference, device) if reference else None
+            lm = load_weights(model, device, adapter=adapter, allow_pickle=allow_pickle)
+            other = load_weights(reference, device, allow_pickle=allow_pickle) if reference else None
             run = td.profile(
                 lm, update, observe, loss, tokenizer=tokenizer, eta=eta, scope=scope, method=method, memory=memory,
                 reference=other, observable=observable, pairs=pairs, out=out, overwrite=overwrite, stage=stage,
@@ -128,7 +129,7 @@ def _checked(
 ) -> tuple[Any, list[Any], int]:  # fmt: skip
     """The loss and the rows of a profile, and how many the file has; what can be refused without torch is refused first."""
     from . import _arguments as arguments
-    from .loading import DEMO_PAIRS, check_device, find_model
+    from .loading import check_device, find_model
     from .runs.folder import check_free
 
     arguments.objective_name(objective, arguments.objective_names())
@@ -141,9 +142,7 @@ def _checked(
     arguments.check_view(unit, per)
     for name, with_adapter in [(model, adapter), *([(reference, None)] if reference else [])]:
         find_model(name, with_adapter)
-    source = DEMO_PAIRS if data == "demo" else Path(data)
-    if not source.is_file():
-        raise FileNotFoundError(f"no data file {source}: give a .jsonl, .json, .csv or .parquet file")
+    source = data_file(data)
     check_free(out, overwrite)
 
     import tokdyn as td
@@ -217,7 +216,7 @@ def report(
             if follow:
                 _follow(run, step)
             return
-        found = td.load(run)
+        found = load_profile(run)
         found.to_html(run / "report.html")
         if json_:
             print_json(_record(found, run))

@@ -52,11 +52,12 @@ def load_weights(
     """The model alone; arguments as in `load_model`."""
     base, adapter = find_model(name, adapter)
     what = "folder" if Path(base).is_dir() else "model"
-    if Path(base).is_dir() and not allow_pickle and not any(Path(base).glob("*.safetensors")) and any(Path(base).glob("*.bin")):
-        raise ValueError(
-            f"the folder {base} holds its weights as .bin alone, a format that can run code: convert them to safetensors, or "
-            "say that you trust them, --allow-pickle (allow_pickle=True)"
-        )
+    for place in (Path(base), *([Path(adapter)] if adapter is not None else [])):
+        if not allow_pickle and any(place.glob("*.bin")) and not any(place.glob("*.safetensors")):
+            raise ValueError(
+                f"the folder {place} holds its weights as .bin alone, a format that can run code: convert them to safetensors, "
+                "or say that you trust them, --allow-pickle (allow_pickle=True)"
+            )
     with _sentence(f"the {what} {name!r} as a causal language model"):
         import torch
         from transformers import AutoModelForCausalLM

@@ -10,6 +10,7 @@ import tokdyn as td
 from tokdyn.cli import app
 from tokdyn.loading import DEMO_PAIRS, load_model, load_optimizer
 from tokdyn.runs.scans import Scan
+from tokdyn.testing import random_chis, tiny
 
 
 def run(*words):
@@ -82,6 +83,23 @@ def test_mistakes_are_refused_before_a_model_is_loaded(tmp_path, words, said, mo
     asked = {"--data": "demo", "--probe": "demo", "--out": tmp_path / "out"} | dict(zip(words[::2], words[1::2], strict=True))
     found = run("scan", *(word for pair in asked.items() for word in pair))
     assert found.exit_code == 2 and said in " ".join(found.output.split())
+
+
+@pytest.mark.parametrize("place, said", [("link", "is a symbolic link"), ("taken", "holds no scan"), ("run", "holds no scan"),
+                                         ("file/scan", "cannot be made")])  # fmt: skip
+def test_a_place_that_cannot_be_a_scans_is_said_before_a_model_is_loaded(tmp_path, place, said, monkeypatch):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "taken")
+    (tmp_path / "file").touch()
+    chis = random_chis([(2, 2)], seed=1)
+    td.forces(tiny("llama"), chis, chis).save(tmp_path / "run")
+    monkeypatch.setattr("tokdyn.loading.load_weights", lambda *args, **options: pytest.fail("the model was loaded"))
+    before = sorted(tmp_path.rglob("*"))
+    for words in ([], ["--resume"], ["--shard", "0/2"]):
+        result = run("scan", "--data", "demo", "--probe", "demo", "--out", tmp_path / place, *words)
+        assert result.exit_code == 2 and said in " ".join(result.stderr.split()), result.output + result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_optimizer_of_a_checkpoint(tmp_path):

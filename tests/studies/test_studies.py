@@ -266,11 +266,30 @@ def test_a_model_or_texts_are_refused_where_a_study_has_its_own():
     assert result.exit_code == 2 and "takes no --data" in result.stderr and "sft-dynamics" in result.stderr
 
 
-def test_a_folder_with_other_things_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match="holds no study"):
-        gallery.save(made(), any_study, tmp_path, Settings(True), seconds=1.0)
-    assert (tmp_path / "thesis.txt").read_text() == "precious"
+@pytest.mark.parametrize(
+    "place, name, text",
+    [
+        ("study", "thesis.txt", "precious"),
+        ("study", "result.json", '{"accuracy": 0.9}'),  # of another tool
+        ("study", "result.json", '{"format": "tokdyn study 2"}'),  # ours, and something of somebody else's beside it
+        ("study.part", "thesis.txt", "precious"),
+        ("study.parts", "thesis.txt", "precious"),
+    ],
+)
+def test_a_folder_with_other_things_is_left_alone(tmp_path, place, name, text):
+    """A study replaces its folder, and two beside it that are named after it: by what is in them, never by their names."""
+    (tmp_path / place).mkdir()
+    (tmp_path / place / name).write_text(text)
+    if "format" in text:
+        (tmp_path / place / "curves").mkdir()
+        (tmp_path / place / "curves" / "thesis.txt").write_text("precious")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=f"{place} exists already and holds no study"):
+        gallery.save(made(), any_study, tmp_path / "study", Settings(True), seconds=1.0)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_folder_without_a_study_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no result\.json"):
         gallery.read(tmp_path)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .._app import DATA, app, plain_errors
+from .._app import DATA, app, data_file, plain_errors
 from .._console import out_console, progress
 
 
@@ -24,14 +23,12 @@ def check(
     """Find what is silently wrong in data, template and tokenizer, before a training. Exit code 1 if something is wrong."""
     with plain_errors():
         from .. import _arguments as arguments
-        from ..loading import DEMO_PAIRS, find_model
+        from ..loading import find_model
 
         if objective is not None:
             arguments.objective_name(objective, arguments.objective_names())
         find_model(model)
-        source = DEMO_PAIRS if data == "demo" else Path(data)
-        if not source.is_file():
-            raise FileNotFoundError(f"no data file {source}: give a .jsonl, .json, .csv or .parquet file")
+        source = data_file(data)
         from ..checks.files import check_named
 
         with progress() as stage:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._app import Json, app, plain_errors, print_json
+from .._app import Json, app, load_profile, plain_errors, print_json
 from .._console import out_console
 
 if TYPE_CHECKING:
@@ -24,13 +24,11 @@ def diff(
 ) -> None:
     """Show what changed from run A to run B, tokens aligned, and write a page of both."""
     with plain_errors():
-        import tokdyn as td
-
         from ..report.diff import render
         from ..runs.difference import Difference
         from ..runs.manifest import replace
 
-        first, second = td.load(a), td.load(b)
+        first, second = load_profile(a), load_profile(b)
         page = out or b / "diff.html"
         found = Difference.of(first, second, unit)
         replace(page, render(found, (str(a), str(b))).encode())

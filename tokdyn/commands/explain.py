@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .._app import app, plain_errors
+from .._app import Json, app, load_profile, plain_errors, print_json
 from .._console import out_console
 
 
@@ -17,7 +17,7 @@ def explain(
     m: Annotated[int | None, typer.Argument(help="row of the observed token; the strongest pair when absent")] = None,
     l: Annotated[int | None, typer.Argument(help="row of the update token")] = None,  # noqa: E741
     per: Annotated[str, typer.Option(help="contexts, net of what tokens behind one text cancel; tokens")] = "contexts",
-    json: Annotated[bool, typer.Option("--json", help="print the card as JSON")] = False,
+    json_: Json = False,
 ) -> None:
     """Say why an update token moves an observed one: the force by layer and kind, the kernel, the texts, and a sentence."""
     with plain_errors():
@@ -27,10 +27,8 @@ def explain(
         if (m is None) != (l is None):
             raise ValueError("give both M and L, or none of them for the strongest pair")
 
-        import json as as_json
-
-        import tokdyn as td
-
-        card = td.load(run).explain(m, l, per)
-        text = as_json.dumps(card.to_dict(), ensure_ascii=False, indent=1) if json else card.text
-        out_console.print(text, markup=False, highlight=False, soft_wrap=True)
+        card = load_profile(run).explain(m, l, per)
+        if json_:
+            print_json(card.to_dict())
+        else:
+            out_console.print(card.text, soft_wrap=True)

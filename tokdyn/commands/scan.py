@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .._app import DATA, app, plain_errors
+from .._app import DATA, app, data_file, plain_errors
 from .._console import err_console, out_console, progress
 
 PROBE = "what is watched: a probe set or any preference file; its kinds of answer are the groups"
@@ -28,6 +28,7 @@ def scan(
     kind: Annotated[list[str] | None, typer.Option(help="only these kinds, e.g. --kind chosen --kind rejected")] = None,
     scope: Annotated[str, typer.Option(help="full, readout, backbone, or a regular expression over parameter names")] = "full",
     reference: Annotated[str | None, typer.Option(help="reference model; the policy itself when absent")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="read weights that are there as .bin alone")] = False,
     optimizer: Annotated[
         str | None, typer.Option(help="checkpoint folder of a Trainer: forces are those of its AdamW's coming step")
     ] = None,
@@ -50,7 +51,8 @@ def scan(
     """
     with plain_errors():
         from .. import _arguments as arguments
-        from ..loading import DEMO_PAIRS, check_device, find_model, load_optimizer, load_tokenizer, load_weights
+        from ..loading import check_device, find_model, load_optimizer, load_tokenizer, load_weights
+        from ..runs.folder import check_scan
 
         arguments.objective_name(objective, arguments.objective_names())
         chosen, part = arguments.constants(set_ or []), arguments.shard_of(shard)
@@ -62,11 +64,9 @@ def scan(
         arguments.check_by(by)
         for name, with_adapter in [(model, adapter), *([(reference, None)] if reference else [])]:
             find_model(name, with_adapter)
-        paths = [DEMO_PAIRS if name == "demo" else Path(name) for name in data]
-        watched = DEMO_PAIRS if probe == "demo" else Path(probe)
-        for path in (*paths, watched):
-            if not path.is_file():
-                raise FileNotFoundError(f"no data file {path}: give a .jsonl, .json, .csv or .parquet file")
+        *paths, watched = (data_file(name) for name in (*data, probe))
+        if not dry_run:
+            check_scan(out, joining=resume or part is not None or joins())
 
         if device == "cuda" and "LOCAL_RANK" in os.environ:
             device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun, accelerate: a process a GPU
@@ -85,9 +85,9 @@ def scan(
             tokenizer = load_tokenizer(model, adapter)
             length: dict[str, Any] = {} if max_length is None else {"max_length": max_length, "truncate": truncate}
             groups = td.probes.load(tokenizer, watched, types=kind, rows=probe_rows, **length)
-            lm = load_weights(model, device, adapter=adapter)
+            lm = load_weights(model, device, adapter=adapter, allow_pickle=allow_pickle)
             stepping = load_optimizer(lm, optimizer) if optimizer else None
-            other = load_weights(reference, device) if reference else None
+            other = load_weights(reference, device, allow_pickle=allow_pickle) if reference else None
             asked: dict[str, Any] = dict(
                 tokenizer=tokenizer, scope=scope, optimizer=stepping, step_rows=step_rows, reference=other, memory=memory,
                 observable=observable, by=by, limit=rows, **length,
@@ -110,6 +110,11 @@ def scan(
             print_scan(found)
 
 
+def joins() -> bool:
+    """Whether this is one of a job's processes, which all write into one folder, or a job that was started anew."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def print_scan(found: Any) -> None:
     """What a folder holds, in two lines."""
     rows = found.rows(["problem", "tokens"])
@@ -122,8 +127,9 @@ def print_scan(found: Any) -> None:
 
 
 def profile_row(
-    folder: Path, row: int | None, *, method: str, memory: str, eta: float | None, overwrite: bool, unit: str, per: str
-) -> None:
+    folder: Path, row: int | None, *, method: str, memory: str, eta: float | None, overwrite: bool, unit: str, per: str,
+    allow_pickle: bool,
+) -> None:  # fmt: skip
     """A full profile of one row of a scan, by its model, loss and probe, in its profiles/; its own answers are watched too."""
     from .. import _arguments as arguments
     from .._rows import source
@@ -159,8 +165,8 @@ def profile_row(
         groups = td.probes.load(tokenizer, probe["path"], types=probe["kinds"], rows=probe["rows"], **settings["encoding"])
         update = row_sequences(tokenizer, raw, loss, where, **settings["encoding"])
         watched = [*update, *(chi.with_(group=chi.group + 1) for chis in groups.values() for chi in chis)]
-        lm = load_weights(model["name"], given["device"], adapter=model.get("adapter"))
-        other = load_weights(given["reference"], given["device"]) if given["reference"] else None
+        lm = load_weights(model["name"], given["device"], adapter=model.get("adapter"), allow_pickle=allow_pickle)
+        other = load_weights(given["reference"], given["device"], allow_pickle=allow_pickle) if given["reference"] else None
         run = td.profile(
             lm, update, watched, loss, tokenizer=tokenizer, eta=eta, scope=settings["scope"], method=method, memory=memory,
             reference=other, observable=given.get("observable", "log-prob"), overwrite=overwrite, stage=stage,

@@ -54,6 +54,25 @@ def check_free(path: Path, overwrite: bool) -> None:
     require_own(path, ("profile", "forces"), _own_file)
 
 
+def check_scan(path: Path, joining: bool) -> None:
+    """Raise unless a scan can be written to a path.
+
+    Args:
+        path: its folder.
+        joining: go on with a scan that was begun there, or that other processes write to.
+
+    Raises:
+        FileExistsError: see `require_place`; the folder holds something else, or a scan that is not to be joined.
+    """
+    require_place(path)
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if about_of(path).get("kind", "scan") != "scan" or not (manifest.manifests(path) or list(path.glob(".lock-*"))):
+        raise FileExistsError(f"{path} is not empty and holds no scan: choose another place")
+    if not joining:
+        raise FileExistsError(f"{path} exists already: go on with --resume (resume=True), or choose another place")
+
+
 def require_place(path: Path) -> None:
     """Raise unless a folder of this name can be made, or is there and not more than a folder.
 

@@ -25,7 +25,7 @@ from ..objective import Objective
 from ..objectives import DPO
 from ..observables import Function, Observable
 from ..runs import manifest
-from ..runs.folder import ABOUT, finite
+from ..runs.folder import ABOUT, check_scan, finite
 from ..runs.scans import ROWS, TOKENS, Scan
 from ..sequences import Chi
 from .estimate import estimate
@@ -93,8 +93,9 @@ def scan(
     Rows that cannot be read, or hold nothing to learn, are kept in the row table with the reason and have no tokens.
 
     Raises:
-        FileExistsError: there is a folder already, and resume is False. ValueError: as `forces`; a folder that was begun with
-            other rows, groups, parameters or settings (which is said); out of memory.
+        FileExistsError: there is a folder already, and resume is False, or it cannot be written to (`check_scan`).
+        ValueError: as `forces`; a folder that was begun with other rows, groups, parameters or settings (which is said); out
+            of memory.
 
     Cost: one backward pass over each group; a forward pass and a tangent pass a group for every batch of rows (for each part
     with `by`), and a backward pass too under an optimizer; memory for a copy of the moving parameters for each group (two
@@ -109,11 +110,11 @@ def scan(
     joining = resume or shard is not None or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     with contextlib.ExitStack() as stack:
         if team is None:
-            _check_free(place, joining)
+            check_scan(place, joining)
         else:
             stack.enter_context(team.living())
             team.end, team.done = end, lambda k: any(c.key == _key(k) for c in manifest.committed(place))
-            team.first_says(lambda: _check_free(place, joining))
+            team.first_says(lambda: check_scan(place, joining))
         of_rows = stack.enter_context(
             opened(
                 model, groups, objective, tokenizer=tokenizer, scope=scope, optimizer=optimizer, step_rows=step_rows,
@@ -147,16 +148,6 @@ def _checked_shard(shard: tuple[int, int]) -> tuple[int, int]:
     if not 0 <= i < n:
         raise ValueError(f"shard must be (i, n) with 0 <= i < n, got ({i}, {n})")
     return i, n
-
-
-def _check_free(place: Path, joining: bool) -> None:
-    if place.exists() and not place.is_dir():
-        raise FileExistsError(f"{place} is a file: choose another place")
-    if place.exists() and any(place.iterdir()):
-        if not (place / ABOUT).exists() and not manifest.manifests(place) and not list(place.glob(".lock-*")):
-            raise FileExistsError(f"{place} is not empty and holds no scan: choose another place")
-        if not joining:
-            raise FileExistsError(f"{place} exists already: go on with --resume (resume=True), or choose another place")
 
 
 def _write_about(writer: manifest.Writer, record: Mapping[str, Any], more: Mapping[str, Any]) -> None:

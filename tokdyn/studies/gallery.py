@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..runs.folder import require_place
 from . import figures, load, names
 from .parts import kept_in, spent
 from .result import Result
@@ -32,6 +33,7 @@ EARLIER = "tokdyn study 1"  # verdicts yes and no alone
 SAID = {"holds": "HOLDS", "no": "DOES NOT HOLD", "undecided": "UNDECIDED"}
 HTML = {"holds": "holds", "no": '<strong class="miss">no</strong>', "undecided": "<em>undecided</em>"}
 SHARED = ("documents", "figures", "gallery", "parts", "result")  # what no number of a study depends on
+OWN = re.compile(r"result\.json|(section|page)\.html|[\w.-]+\.svg|curves/[\w.-]+\.parquet")  # the files of a study's folder
 PACKAGES = ("torch", "transformers", "numpy", "matplotlib", "scikit-learn")
 
 
@@ -61,7 +63,7 @@ def save(result: Result, module: ModuleType, out: Path, settings: Settings, *, s
     """Write the folder of a finished study, in place of an earlier one, and return what result.json holds.
 
     Raises:
-        ValueError: `out` exists and is not the folder of a study.
+        FileExistsError, ValueError: see `check_free`.
     """
     from .. import __version__
 
@@ -74,7 +76,7 @@ def save(result: Result, module: ModuleType, out: Path, settings: Settings, *, s
         date=datetime.date.today().isoformat(), source=source_digest(name), commit=_commit(),
         versions={"tokdyn": __version__, **_versions()},
     )  # fmt: skip
-    part = out.with_name(out.name + ".part")
+    part = _beside(out, "part")
     shutil.rmtree(part, ignore_errors=True)
     (part / "curves").mkdir(parents=True)
     import pyarrow.parquet as parquet
@@ -105,13 +107,13 @@ def run_study(name: str, out: Path, settings: Settings = Settings(), *, resume: 
         resume: use parts that an interrupted run with the same code and settings left.
 
     Raises:
-        ValueError: there is no such study, or `out` holds something else.
+        ValueError: there is no such study. FileExistsError, ValueError: see `check_free`.
     """
     module = load(name)
     check_free(out)
     start = time.perf_counter()
     given = settings.given(module)
-    folder = out.with_name(out.name + ".parts")
+    folder = _beside(out, "parts")
     key = f"{source_digest(study_name(module))} {replace(settings, runs=None)}"  # more runs leave those that are done alone
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
@@ -192,13 +194,39 @@ def source_digest(name: str) -> str:
 
 
 def check_free(out: Path) -> None:
-    """Refuse a folder that holds anything but an earlier run of a study.
+    """Refuse a folder that holds anything but an earlier run of a study, and such an OUT.part and OUT.parts, which go too.
 
     Raises:
-        ValueError: `out` is a file, or a folder with other contents.
+        FileExistsError: `out` cannot be a folder that is written to. ValueError: one of them has other contents.
     """
-    if out.exists() and (not out.is_dir() or (not (out / "result.json").is_file() and any(out.iterdir()))):
-        raise ValueError(f"{out} exists already and holds no study: give another folder with --out")
+    require_place(out)
+    for folder, ours in (
+        (out, OWN),
+        (_beside(out, "part"), OWN),
+        (_beside(out, "parts"), re.compile(r"\.?[\w.-]+\.json(\.part)?")),
+    ):
+        if not folder.exists():
+            continue
+        inside = [
+            path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()
+        ]
+        foreign = [name for name in inside if not ours.fullmatch(name) or (folder / name).is_symlink()]
+        if foreign or (folder == out and inside and not _is_study(out)):
+            held = f" but {', '.join(foreign[:3])}" if foreign else ""
+            raise ValueError(f"{folder} exists already and holds no study{held}: give another folder with --out")
+
+
+def _beside(out: Path, suffix: str) -> Path:
+    """OUT.part, in which a folder is written; OUT.parts, where a long study keeps what is finished."""
+    return out.with_name(f"{out.name}.{suffix}")
+
+
+def _is_study(folder: Path) -> bool:
+    """Whether result.json is one that `save` wrote, of any version."""
+    try:
+        return str(json.loads((folder / "result.json").read_bytes())["format"]).startswith("tokdyn study ")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def read(folder: Path) -> dict[str, Any]:
