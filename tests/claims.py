@@ -30,12 +30,37 @@ class Listed:
 
 
 LANGUAGE = {
+    "cancellation": Listed(
+        ["GRPO's forces are the gradients' inner products times c (identity; docs/theory.md, The decomposition)"],
+        {
+            "Right and wrong answers have like shares of tokens that rise (arXiv 2605.08666, token flipping)": FEW,
+            "A token's change is not decided by its own advantage alone (arXiv 2605.08666)": FEW,
+            "Tokens of right and wrong answers are coupled chiefly where they are identical and unconfident "
+            "(arXiv 2605.08666)": FEW,
+            "Opposing signals cancel at tokens that right and wrong answers share (arXiv 2605.08666)": FEW,
+            "and less at tokens specific to right answers (arXiv 2605.08666)": FEW,
+            "which are reinforced more (arXiv 2605.08666)": FEW,
+        },
+    ),
     "ches-filter": Listed(
         ["CHES is the readout's force without its factor <g, g> (identity; docs/theory.md, The kernel)"],
         {
             "Pairs with a low score displace the chosen answer less (arXiv 2410.08847 §4)": FEW,
             "Filtering by CHES beats random filtering (arXiv 2410.08847 §4, §6)": UNSURE,
             "The score ranks single pairs by displacement (arXiv 2410.08847 §4)": UNSURE,
+        },
+    ),
+    "disentanglement-band": Listed(
+        [
+            "Preference losses share their update directions and differ in two weights (identity; arXiv 2604.18239)",
+            "Calibrated weights lift the chosen and lower the rejected answer at every pair "
+            "(identity, ρ < 1; arXiv 2604.18239)",
+        ],
+        {
+            "The band tells whether a step lifts the chosen and lowers the rejected answer (arXiv 2604.18239)": FEW,
+            "Margin losses press the chosen answer down with the rejected one (arXiv 2604.18239, likelihood displacement)": FEW,
+            "Trained so, the chosen answers stay higher while the rejected ones fall "
+            "(arXiv 2604.18239, reward calibration)": FEW,
         },
     ),
     "dpo-decay": Listed(
@@ -48,6 +73,18 @@ LANGUAGE = {
             "The first choice rises while the rejected answer falls: squeezing (arXiv 2407.10490 §4.2)": UNSURE,
             "On-policy DPO squeezes less than off-policy DPO (arXiv 2407.10490 §4.2 and §3.3)": UNSURE,
             "So do the other losses, and SPIN (arXiv 2407.10490 §4.2; docs/theory.md, Phenomena)": FALSE,
+        },
+    ),
+    "entropy-collapse": Listed(
+        ["The exact forces on the entropy predict a real step (docs/theory.md, Observables and parts)"],
+        {
+            "Likely tokens of right answers lower the entropy (arXiv 2505.22617, Theorem 1)": FEW,
+            "Unlikely tokens of right answers raise it (arXiv 2505.22617, Theorem 1)": FEW,
+            "A token's covariance of log-probability and advantage ranks its effect on the entropy (arXiv 2505.22617 §3)": FEW,
+            "A few tokens of high covariance do most of it (arXiv 2505.22617 §4)": FEW,
+            "so that leaving them out spares entropy (arXiv 2505.22617 §4, against random tokens)": FEW,
+            "One GRPO step lowers the policy's entropy along its answers (arXiv 2505.22617 §2)": FEW,
+            "In GRPO training the entropy falls while the reward grows (arXiv 2505.22617 §2)": LONG,
         },
     ),
     "extended-sft": Listed(
@@ -82,6 +119,16 @@ LANGUAGE = {
             "more than the answer of a prompt that is not trained on (arXiv 2407.10490 §4.1, irr_train against irr_test)",
         ],
         {"The exact force says so before the first step (docs/theory.md, Phenomena)": FEW},
+    ),
+    "interference": Listed(
+        ["The exact forces between problems predict a real step (docs/theory.md, The decomposition)"],
+        {
+            "Learning some problems makes right answers to others less likely (arXiv 2510.02230, negative interference)": FEW,
+            "and on the whole others' answers harm a problem (arXiv 2510.02230, decline of pass@k)": FEW,
+            "The winner takes all: likely right answers are reinforced, unlikely ones suppressed "
+            "(arXiv 2510.02230, in one update)": FEW,
+            "and so it is in training (arXiv 2510.02230)": LONG,
+        },
     ),
     "degeneration": Listed(
         [],
@@ -122,6 +169,18 @@ LANGUAGE = {
             "CH2 adds what the backbone does (Ren, Deng, Hong, Lyle, Gal 2026; stated there as an approximation)": FEW,
         },
     ),
+    "rl-kernel": Listed(
+        [
+            "The readout's force is the representation part (h·h) <∂O/∂z, Γ>, and all parts add up "
+            "(identity; docs/theory.md, The kernel)"
+        ],
+        {
+            "Features vary little (arXiv 2601.04670)": FEW,
+            "so that through the representation part RL raises confidence at other problems too (arXiv 2601.04670)": FEW,
+            "and the update as a whole does (arXiv 2601.04670)": FEW,
+            "With the readout first, training raises confidence and reward faster (arXiv 2601.04670, CF-RL)": LONG,
+        },
+    ),
     "sft-dynamics": Listed(
         [
             "The chosen answer rises monotonically (arXiv 2407.10490 §4.1)",
@@ -152,6 +211,28 @@ LANGUAGE = {
             "SimKO keeps more of pass@K than GRPO (arXiv 2510.14807 §4)": UNSURE,
             "at no cost in pass@1 (arXiv 2510.14807 §4)": UNSURE,
             "because it concentrates less (arXiv 2510.14807 §4)": UNSURE,
+        },
+    ),
+    "token-taxonomy": Listed(
+        ["A push's effect on its own logits' entropy has this closed form (identity; docs/theory.md, Observables)"],
+        {
+            "Sign of advantage and peak or valley decide what a token does to the entropy (arXiv 2606.16154), "
+            "at the logits": FEW,
+            "Sign of advantage and peak or valley decide what a token does to the entropy (arXiv 2606.16154), own context": FEW,
+            "Sign of advantage and peak or valley decide what a token does to the entropy (arXiv 2606.16154), "
+            "all contexts": FEW,
+            "Winners alone move the entropy less (arXiv 2606.16154, in one update)": FEW,
+            "and in training, where they solve at least as much (arXiv 2606.16154, WAPO)": LONG,
+        },
+    ),
+    "where-it-lives": Listed(
+        ["The exact force is the sum over layers, and over kinds of parameters (identity; docs/explain.md)"],
+        {
+            "The readout carries the force between prompts "
+            "(assumed by NTHR, arXiv 2505.18830, and CHES, arXiv 2410.08847)": FEW,
+            "and its sign tells the sign of the whole (assumed by NTHR, arXiv 2505.18830)": FEW,
+            "Fine-tuning leaves the force where it was: a share measured before it stands after it "
+            "(an estimate's calibration)": FEW,
         },
     ),
 }

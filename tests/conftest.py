@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -10,9 +11,20 @@ from types import ModuleType
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from torch.overrides import TorchFunctionMode
 
 # where a float is expected an integer will do, as PEP 484 has it
 hook = install_import_hook("tokdyn", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+@classmethod
+def _unchecked(cls):
+    """A mode is called for every torch function of a model; checking arguments that are Any took half of the tests' time."""
+    if "__torch_function__" in vars(cls):
+        cls.__torch_function__ = inspect.unwrap(vars(cls)["__torch_function__"])
+
+
+TorchFunctionMode.__init_subclass__ = _unchecked
 
 
 class TritonModules:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from .sequences import Chi
 
@@ -115,8 +114,10 @@ class float64(TorchFunctionMode):  # noqa: N801
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.float:
             func = torch.Tensor.double
-        args, kwargs = tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        single, double = torch.float32, torch.float64
+        if any(x is single for x in args):
+            args = tuple(double if x is single else x for x in args)
+        return func(*args, **{name: double if x is single else x for name, x in (kwargs or {}).items()})
 
 
 def random_chis(lengths: list[tuple[int, int]], *, seed: int = 0, vocabulary: int = V_TINY, **metadata: Any) -> list[Chi]:

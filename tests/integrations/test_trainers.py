@@ -1,5 +1,7 @@
 """td.attach on real trainers: transformers.Trainer and TRL's SFT, DPO and GRPO train bit for bit as without it."""
 
+import copy
+
 import pytest
 import torch
 from packaging.version import Version
@@ -233,6 +235,41 @@ def sequences(step, reference=None, old=None):
 def by_sequence(step):
     rows = step.tokens.to_pylist()
     return {s: [row for row in rows if row["sequence"] == s] for s in {row["sequence"] for row in rows}}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+def test_an_attached_probe_of_the_entropy_names_the_token_that_lowered_it(build, probe):
+    """Each token's force on Σ H of the probe is -lr <∇Σ H, ∇(its part of the loss)>: one autograd gradient a token."""
+    lr = 0.5
+    options = dict(max_steps=1, per_device_train_batch_size=3, optim="sgd", learning_rate=lr, max_grad_norm=0.0)
+    trainer = build("trainer", rows=PAIRS[:3], lr_scheduler_type="constant", **options)
+    model = copy.deepcopy(trainer.model).double()
+    watched = dict(probe=probe, blame="chosen", observable="entropy", on_error="raise", check=False)
+    monitor = td.attach(trainer, **watched)
+    trainer.train()
+    (step,) = monitor.steps
+
+    def gradient(value):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()), retain_graph=True)])
+
+    def log_pi(ids):
+        return model(ids[None]).logits[0].log_softmax(-1)
+
+    (chi,) = probe["chosen"]
+    at = log_pi(chi.ids)[chi.scored.nonzero().flatten() - 1]
+    H = gradient(-(at.exp() * at).sum())
+    texts = {tuple(row["input_ids"][3:]): torch.tensor(row["input_ids"]) for row in trainer.train_dataset}
+    naive = []
+    for rows in by_sequence(step).values():
+        ids = texts[tuple(row["token_id"] for row in rows)]
+        losses = -log_pi(ids)[:-1].gather(1, ids[1:, None]).squeeze(1)[2:] / step.tokens.num_rows
+        naive += [-lr * float(H @ gradient(loss)) for loss in losses]
+    naive = torch.tensor(naive, dtype=torch.float64)
+    before, after = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (model, trainer.model))
+    # the step is read off weights that are rounded to their last digit: as many eps as they are larger than it
+    rounding = EPS * float(before.norm() / (after - before).norm())
+    assert float((step.forces - naive).norm()) < (100 * EPS + rounding) * float(naive.norm())
+    assert float(naive.min()) < 0 and int(step.forces.argmin()) == int(naive.argmin())
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

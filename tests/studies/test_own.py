@@ -10,7 +10,10 @@ from tokdyn.studies import gallery, texts
 from tokdyn.testing import tiny
 
 WORDS = "the cat sat on a mat while other cats gathered whatever things they there then saw and went further".split()
-IDENTITIES = {"readout-vs-exact": 1, "shared-prefix": 3, "dpo-decay": 0, "sft-dynamics": 0}
+IDENTITIES = {
+    "readout-vs-exact": 1, "shared-prefix": 3, "dpo-decay": 0, "sft-dynamics": 0, "entropy-collapse": 0, "where-it-lives": 1,
+    "disentanglement-band": 2,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
