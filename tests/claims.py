@@ -214,7 +214,7 @@ LANGUAGE = {
         },
     ),
     "token-taxonomy": Listed(
-        ["A push's effect on its own logits' entropy has this closed form (identity; docs/theory.md, Observables)"],
+        ["A push's effect on its own logits' entropy has this closed form (identity; docs/theory.md, Observables and parts)"],
         {
             "Sign of advantage and peak or valley decide what a token does to the entropy (arXiv 2606.16154), "
             "at the logits": FEW,

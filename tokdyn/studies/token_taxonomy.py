@@ -115,7 +115,8 @@ def conclude(tables: dict[str, list[Row]]) -> Result:
         "move their own context's entropy as their logits say",
         [
             Claim(
-                "A push's effect on its own logits' entropy has this closed form (identity; docs/theory.md, Observables)",
+                "A push's effect on its own logits' entropy has this closed form (identity; docs/theory.md, Observables and "
+                "parts)",
                 "<∂H/∂z, c (e_y - π)> = -c [p_y (log p_y + H) - Σ p² (log p + H)] to rounding",
                 f"relative difference at most {gap:.1e} at {len(prompts)} prompts",
                 told(gap < 1e-4),
