@@ -110,7 +110,8 @@ test-studies: install
 	$(BIN)/tokdyn study --all --quick --out runs/quick
 
 MATRIX := .venv-matrix
-TRAINING := tests/training tests/test_monitor.py $(patsubst %,tests/integrations/test_%.py,distributed packages stacks trainers)
+TRAINING := tests/training tests/checks tests/test_monitor.py tests/test_objectives_of_stacks.py \
+	$(patsubst %,tests/integrations/test_%.py,distributed intervene packages stacks trainers)
 OLD := trl==1.12.0 peft==0.20.0 requests # TRL 1.12 imports requests without asking for it
 STACKS := verl==0.9.1 openrlhf==0.11.2 # alone: they ask for a GPU's packages; what is tested of them runs with these
 STACKS_NEED := ray==2.60.0 tensordict==0.15.3 codetiming omegaconf orjson

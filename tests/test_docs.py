@@ -104,3 +104,15 @@ def test_the_site_reaches_every_page():
     named = set(re.findall(r"[\w/-]+\.md", config[config.index("\nnav:") :]))
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert pages - named == set(), "pages of docs/ that nav in mkdocs.yml does not name"
+
+
+def test_every_check_has_its_row_in_the_page_of_checks():
+    """What a finding is called in the source opens a row there, with cause, symptom and cure."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "tokdyn/checks").glob("*.py"))]
+    named = set(re.findall(r'Finding\(\s*"([\w -]+)"', " ".join(sources)))
+    rows = [
+        line.strip("|\n ").split(" | ") for line in (ROOT / "docs/check.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    told = {row[0].partition(":")[0].split(" twice")[0] for row in rows}
+    assert len(named) > 15 and named <= told, named - told
+    assert not [row for row in rows if len(row) != 5 or not all(row)]

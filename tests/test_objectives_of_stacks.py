@@ -88,7 +88,9 @@ def dpo_slope(kind, chis, log_probs, **options):
     config = trainers.DPOConfig(loss_type=[kind], bf16=False, use_cpu=True, report_to="none", **options)
     alone = SimpleNamespace(num_processes=1, device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
     zero = torch.zeros_like(lp)
-    output = SimpleNamespace(log_probs=lp, entropy=zero, mean_logits=zero, is_top1=zero.bool())
+    logits = torch.stack([lp, (-lp.exp()).log1p()], 2)  # whose log-softmax at the first token is lp itself: what TRL 1.12 reads
+    logits = torch.cat([logits, logits[:, :1]], 1)  # of the last token, which scores nothing
+    output = SimpleNamespace(log_probs=lp, entropy=zero, mean_logits=zero, is_top1=zero.bool(), logits=logits)
     trainer = SimpleNamespace(
         args=config, loss_types=[kind], loss_weights=[1.0], beta=config.beta, label_smoothing=config.label_smoothing,
         _tp_size=1, f_divergence_type="reverse_kl", ld_alpha=None, use_weighting=False, aux_loss_enabled=False,

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from chats import CHATML, FORMS, GOOD, MORE, QUESTION, TEMPLATES, assistant, tokenizer_of, user, write
+from tokenizing import tokenizer as small_tokenizer
 from typer.testing import CliRunner
 
 from tokdyn.checks.files import check_file
@@ -14,6 +15,7 @@ from tokdyn.sequences import token_texts
 from tokdyn.turns import Turns
 
 MARKED, THOUGHT = TEMPLATES["chatml, generation marks"], f"<think>\nscattering\n</think>\n\n{GOOD}"
+REMINDER = "{% if not add_generation_prompt %}{{ '<|im_start|>system\\nShort!' }}{% endif %}"
 PAIR = {"prompt": "Human: Why?\n\nAssistant:", "chosen": " Because.", "rejected": " No."}
 
 
@@ -98,6 +100,24 @@ FAULTS = {  # what is planted: rows, options, the check that finds it, its level
             "+ '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}", "}}{% endgeneration %}{{ '<|im_end|>\\n' }}")),
         "EOS", "wrong", "never scored",
     ),
+    "white space on both sides of the boundary": (
+        [PAIR | {"prompt": "Human: Why?\n", "chosen": "\nBecause.", "rejected": "\nNo."}], {},
+        "boundary", "suspicious", "white space at the boundary is merged.*alone .*'\\\\n'.*with the answer .*'\\\\n\\\\n'",
+    ),
+    "a tokenizer without an end": ([PAIR], dict(eos_token=None), "EOS", "suspicious", "has no end-of-sequence token"),
+    "a text in the wrong column": (
+        [{"prompt": "", "completion": "Human: Why?\n\nAssistant: Because."}, PAIR], {},
+        "roles", "suspicious", "no prompt.*line 1",
+    ),
+    "a template that reminds the model behind the answer": (
+        [{"prompt": [user(QUESTION)], "completion": GOOD}],
+        dict(template=CHATML.replace("{% if add", REMINDER + "{% if add")),
+        "roles", "wrong", "other turns.*system 5/5.*system«↵»Short!",
+    ),
+    "characters that the tokenizer does not know": (
+        [{"prompt": "The cat", "completion": " sat \u2603"}], dict(tokenizer="unigram"),
+        "vocabulary", "suspicious", "does not know.*\u2603",
+    ),
     "tokens beyond the embedding": ([PAIR], dict(vocabulary=100), "vocabulary", "wrong", "beyond the model's 100 rows"),
 }  # fmt: skip
 
@@ -106,10 +126,13 @@ FAULTS = {  # what is planted: rows, options, the check that finds it, its level
 def test_a_planted_fault_is_found(tmp_path, fault):
     rows, options, check, level, words = FAULTS[fault]
     options = dict(options)
-    tokenizer = tokenizer_of(options.pop("form", "chatml"))
+    small = options.pop("tokenizer", None)
+    tokenizer = tokenizer_of(options.pop("form", "chatml")) if small is None else small_tokenizer(small)
     tokenizer.chat_template = options.pop("template", tokenizer.chat_template)
     if options.pop("bos", False):
         tokenizer = adds_bos(tokenizer)
+    if options.get("eos_token", "") is None:
+        tokenizer.eos_token = options.pop("eos_token")
     if "eos_token" in options:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"], "eos_token": options.pop("eos_token")})
     report = check_file(write(tmp_path / "rows.jsonl", rows), tokenizer, **options)
@@ -117,6 +140,22 @@ def test_a_planted_fault_is_found(tmp_path, fault):
     (finding,) = [f for f in (*report.wrong, *report.suspicious) if f.check == check]
     assert finding.level == level and re.search(words, f"{finding.what} {finding.where}", re.DOTALL), str(finding)
     assert finding.do and {f.check for f in (*report.wrong, *report.suspicious)} == {check}, str(report)  # and nothing else
+
+
+@pytest.mark.parametrize("prompt", ["", "?", "\n"])
+def test_a_prompt_of_one_token_or_none_is_no_fault_of_the_boundary(tmp_path, prompt):
+    report = found(tmp_path, [{"prompt": prompt, "completion": " Because."}])
+    assert not report.wrong and {f.check for f in report.suspicious} == ({"roles"} if not prompt.strip() else set()), str(
+        report
+    )
+
+
+def test_one_token_for_padding_and_end_is_told_and_no_fault(tmp_path):
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.pad_token = tokenizer.eos_token
+    report = check_file(write(tmp_path / "rows.jsonl", [PAIR]), tokenizer)
+    (pad,) = [f for f in report if f.check == "pad"]
+    assert report.silent and pad.level == "fine" and "masks the end of answers as well" in pad.what
 
 
 def adds_bos(tokenizer):

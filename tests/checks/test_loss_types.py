@@ -47,6 +47,13 @@ def test_c_of_a_preference_loss_is_that_of_its_objective(dpo, kind):
     assert found.level == "fine" and kind in found.what and found.number == pytest.approx(1, abs=1e-3), str(found)
 
 
+@pytest.mark.parametrize("kind", ["hinge", "aot_unpaired", "sft"])
+def test_a_loss_without_an_objective_here_is_captured_and_nothing_is_said_of_its_scale(dpo, kind):
+    dpo.loss_types, dpo.label_smoothing = [kind], 0.0
+    report = td.check(dpo)
+    assert not [f for f in report if f.check == "scale"] and [f.level for f in report if f.check == "gradient"] == ["fine"]
+
+
 def test_two_losses_are_added_with_their_weights(dpo):
     dpo.loss_types, dpo.loss_weights, dpo.label_smoothing = ["sigmoid", "bco_pair"], [1.0, 0.5], 0.0
     assert scale_of(dpo).level == "fine"

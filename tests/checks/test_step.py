@@ -440,3 +440,19 @@ def test_a_tokenizer_beyond_the_readout_is_found(trainer, tokenizer):
     made.processing_class.add_tokens([f"new{n}" for n in range(500)])
     finding = told(td.check(made, batches=[batch(tokenizer)]), "readout")
     assert "tokens and the readout" in finding.what
+
+
+def test_a_readout_that_should_be_tied_and_is_not_is_found(trainer, tokenizer):
+    model = tiny("llama", tied=True, vocabulary=len(tokenizer))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    report = td.check(trainer(model=model), batches=[batch(tokenizer)])
+    (finding,) = [f for f in report.wrong if f.check == "readout"]
+    assert "they are two tensors" in finding.what
+
+
+def test_a_temperature_that_the_loss_does_not_divide_by_is_found(trainer, tokenizer):
+    made = trainer()
+    made.temperature = 0.5
+    report = td.check(made, batches=[batch(tokenizer)])
+    (finding,) = [f for f in report.wrong if f.check == "gradient"]
+    assert "c explains the gradient at the hidden states only to" in finding.what and finding.number > EPS**0.5, str(report)

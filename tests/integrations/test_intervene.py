@@ -39,7 +39,8 @@ def build(tokenizer_of_words, model_of_words, tmp_path):
             model=model, processing_class=tokenizer_of_words, train_dataset=datasets.Dataset.from_list(rows), peft_config=lora
         )
         if kind == "sft":
-            return trl.SFTTrainer(args=trl.SFTConfig(**shared), **more)
+            fused = trl.SFTConfig(**shared).loss_type == "chunked_nll"  # TRL up to 1.14: no token can be weighted there
+            return trl.SFTTrainer(args=trl.SFTConfig(**shared | dict(loss_type="nll") if fused else shared), **more)
         if kind == "dpo":
             return trl.DPOTrainer(args=trl.DPOConfig(**shared), **more)
 

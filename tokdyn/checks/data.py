@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ..turns import Turns
-from .finding import FINE, SUSPICIOUS, WRONG, Finding, excerpt, rows_of
+from .finding import FINE, SUSPICIOUS, WRONG, Finding, around, excerpt, rows_of
 from .texts import Answer, Texts
 
 BOUNDARIES = (  # prompt text lost, a token with letters shared, a token of white space shared
@@ -42,7 +42,8 @@ def boundary(texts: Texts) -> list[Finding]:
     """Whether the prompt is a prefix of prompt + answer, in text and in tokens."""
     lost, moved, merged = list[Answer](), list[Answer](), list[Answer]()
     for answer in texts.answers:
-        if answer.ids[: len(answer.head)] == answer.head and answer.scored.index(True) == len(answer.head):
+        first = max(len(answer.head), 1 if not answer.opened else 0)  # nothing precedes a first token that could score it
+        if answer.ids[: len(answer.head)] == answer.head and answer.scored.index(True) == first:
             continue
         start, counted = answer.scored.index(True), len(answer.head)
         between = "".join(texts.tokens(answer.ids[min(start, counted) : max(start, counted)]))
@@ -185,25 +186,30 @@ def vocabulary(texts: Texts) -> list[Finding]:
 def scored_roles(texts: Texts) -> list[Finding]:
     """The share of tokens that are scored, by the role in whose turn they stand."""
     turns, counts, every = Turns.of(texts.tokenizer), Counter[str](), Counter[str]()
-    whole = []
+    wrongly, open_ = list[str](), list[str]()
     for answer in texts.answers:
-        roles = turns.roles(texts.tokens(answer.ids)) if turns is not None and answer.chat else None
+        tokens = texts.tokens(answer.ids)
+        roles = turns.roles(tokens) if turns is not None and answer.chat else None
         roles = roles or ["assistant" if scored else "user" for scored in answer.scored]
+        scored = [t for t, on in enumerate(answer.scored) if on]
         every.update(roles)
-        counts.update(role for role, scored in zip(roles, answer.scored, strict=True) if scored)
-        if all(answer.scored[1:]) and len(answer.scored) > 1 and str(answer.row["prompt"]).strip():
-            whole.append(answer.where)
+        counts.update(roles[t] for t in scored)
+        wrongly += [around(answer.where, tokens, t) for t in scored if roles[t] in ("user", "system", "tool")]
+        if not answer.chat and not str(answer.row["prompt"]).strip():
+            open_.append(answer.where)
     if not texts.answers:
         return []
-    shares = ", ".join(f"{role} {counts[role]}/{n}" for role, n in every.items())
-    if whole:
-        what = f"every token is scored, the prompt too ({shares})"
-        return [Finding("roles", WRONG, what, rows_of(whole), len(whole), "answers", "score the answer alone")]
-    if wrongly := counts["user"] + counts["system"] + counts["tool"]:
+    shares, found = ", ".join(f"{role} {counts[role]}/{n}" for role, n in every.items()), list[Finding]()
+    if open_:
+        what = f"rows have no prompt: all of their text is scored, a question that stands in it too ({shares})"
+        do = "put what is given into the column prompt; or ignore this where whole texts are to be learned"
+        found.append(Finding("roles", SUSPICIOUS, what, rows_of(open_), len(open_), "answers", do))
+    if wrongly:
         what = f"tokens of other turns than the assistant's are scored ({shares})"
-        return [Finding("roles", WRONG, what, "", wrongly, "tokens", "score the assistant's turn alone")]
+        do = "let the template write nothing behind the answer's turn, or score the assistant's turn alone"
+        found.append(Finding("roles", WRONG, what, wrongly[0], len(wrongly), "tokens", do))
     share = sum(counts.values()) / sum(every.values())
-    return [Finding("roles", FINE, f"the answer alone is scored ({shares})", "", share, "of the tokens")]
+    return found or [Finding("roles", FINE, f"the answer alone is scored ({shares})", "", share, "of the tokens")]
 
 
 CHECKS: tuple[Callable[[Texts], Sequence[Finding]], ...] = (

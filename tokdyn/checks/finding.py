@@ -112,3 +112,9 @@ def excerpt(text: str, most: int = 80) -> str:
     """A text on one line, cut in the middle."""
     shown = text.replace("\n", "↵")
     return shown if len(shown) <= most else f"{shown[: most // 2]}…{shown[-most // 2 :]}"
+
+
+def around(where: str, tokens: Sequence[str], t: int, width: int = 4) -> str:
+    """A token with the text around it, the token in «»."""
+    before, after = "".join(tokens[max(t - width, 0) : t]), "".join(tokens[t + 1 : t + 1 + width])
+    return f"{where} @{t}: {before}«{tokens[t]}»{after}".replace("\n", "↵")

@@ -16,6 +16,7 @@ from ..sequences import token_texts
 from ..training.forward import Forward
 from ..training.isolation import Call
 from ..training.step_log import StepSummary
+from .finding import around
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class SeenRow:
 
     def around(self, t: int, width: int = 4) -> str:
         """A token with the text around it, the token in «»."""
-        before, after = "".join(self.tokens[max(t - width, 0) : t]), "".join(self.tokens[t + 1 : t + 1 + width])
-        return f"{self.where} @{t}: {before}«{self.tokens[t]}»{after}".replace("\n", "↵")
+        return around(self.where, self.tokens, t, width)
 
 
 @dataclass

@@ -150,9 +150,14 @@ def train_with(trainer: Any, objective: Objective) -> Undo:
 
 
 def _divided(trainer: Any, items: Any) -> bool:
-    """Whether a trainer expects `compute_loss` to divide by the number of accumulated batches; if not, it does so itself."""
+    """Whether a trainer expects `compute_loss` to divide by the number of accumulated batches; if not, it does so itself.
+
+    As transformers.Trainer.training_step decides it. TRL up to 1.14 sets compute_loss_func to something that nobody calls.
+    """
     said = getattr(trainer, "loss_is_scaled_for_ga", None)
-    return said if said is not None else trainer.model_accepts_loss_kwargs and items is not None
+    if said is not None:
+        return bool(said)
+    return bool(trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
 
 
 # ---------------------------------------------------------------- a batch as sequences

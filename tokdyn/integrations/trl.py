@@ -23,6 +23,8 @@ def about_batch(trainer: Any, inputs: Any) -> dict[str, Any]:
     if paired and isinstance(ids, Tensor) and ids.dim() == 2 and len(ids) % 2 == 0:
         B = len(ids) // 2
         found |= dict(roles=["chosen"] * B + ["rejected"] * B, groups=[*range(B), *range(B)])
+        if isinstance(mask := inputs.get("completion_mask"), Tensor) and mask.shape == ids.shape:
+            found["mask"] = mask
     if isinstance(inputs.get("advantages"), Tensor):
         found["advantages"] = inputs["advantages"].detach()
         low, high = getattr(trainer, "epsilon_low", None), getattr(trainer, "epsilon_high", None)
