@@ -44,6 +44,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--native", help="another build of tokdyn._C to test, e.g. one with sanitizers")
     parser.addoption("--fuzz", type=int, default=25, help="cases that Hypothesis makes up for each of its tests")
     parser.addoption("--fuzz-count", help="a file that takes how many those were in all")
+    parser.addoption("--counted", action="store_true", help="print what tests have counted: the figures of docs/reliability.md")
+
+
+@pytest.fixture
+def counted(request: pytest.FixtureRequest):
+    """`counted(n, what)`: how much of something a test has tried, for --counted."""
+    return lambda n, what: request.node.user_properties.append((what, n))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if terminalreporter.config.getoption("--counted"):
+        for report in terminalreporter.getreports("passed"):
+            for what, n in report.user_properties if report.when == "call" else ():
+                terminalreporter.write_line(f"{n:6} {what}: {report.nodeid}")
 
 
 @pytest.fixture

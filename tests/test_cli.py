@@ -231,6 +231,7 @@ assert not heavy, heavy
         (["profile", "--scope", "("], 2, "regular expression"),
         (["profile", "--data", "nowhere.jsonl"], 2, "no data file nowhere.jsonl"),
         (["profile", "--model", "./nowhere"], 2, "no model folder ./nowhere"),
+        (["profile", "--model", os.path.realpath(sys.executable)], 2, "is a file: a model is a folder"),
         (["profile", "--out", os.path.realpath(sys.executable)], 2, "choose another place"),
     ],
 )

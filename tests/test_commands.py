@@ -101,6 +101,12 @@ def test_colours_and_width_follow_the_terminal(runs):
         assert max(map(len, text.splitlines()[:-1])) <= 60  # the last line is a path, which is never broken
 
 
+@pytest.mark.parametrize("option", ["--json", "--markdown"])
+def test_a_file_that_bench_cannot_write_is_said_before_it_measures(tmp_path, option):
+    result = call("bench", option, tmp_path / "nowhere" / "figures")
+    assert result.exit_code == 2 and "there is no folder" in " ".join(result.stderr.split())
+
+
 def test_help_names_the_completion_of_shells():
     assert "--install-completion" in call("--help").stdout
 

@@ -121,6 +121,11 @@ def test_files_that_are_not_what_they_are_called_are_named(tmp_path, name, raw, 
         data.read(tmp_path / name)
 
 
+def test_a_cell_of_csv_may_be_a_long_text(tmp_path):
+    (tmp_path / "rows.csv").write_text(f'prompt,completion\n"{"word " * 40_000}",b\n')
+    assert len(data.read(tmp_path / "rows.csv")[0]["prompt"]) == 200_000
+
+
 def test_a_parquet_column_that_is_there_twice_is_named(tmp_path):
     column = pa.array(["a"])
     pq.write_table(

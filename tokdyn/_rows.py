@@ -187,6 +187,7 @@ def _parquet_rows(path: Path) -> Rows:
 
 def _csv(path: Path) -> Numbered:
     """The rows of a CSV file under the names of its first line; an empty cell is absent, lists are JSON."""
+    csv.field_size_limit(max(csv.field_size_limit(), _json.LONGEST))  # of the process: 131,072 characters are no long text
     try:
         text = (line.decode("utf-8-sig" if n == 0 else "utf-8") for n, line in enumerate(_lines(path)))
         for n, row in enumerate(csv.DictReader(text, strict=True), 1):

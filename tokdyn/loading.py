@@ -167,6 +167,8 @@ def find_model(name: str, adapter: str | None = None) -> tuple[str, str | None]:
     """
     source = str(DEMO_MODEL) if name == "demo" else name
     folder = Path(source)
+    if folder.is_file():
+        raise ValueError(f"{source} is a file: a model is a folder with its config.json, weights and tokenizer")
     if not folder.is_dir() and (folder.is_absolute() or source.startswith((".", "~"))):
         raise ValueError(f"there is no model folder {source}")
     if adapter is not None:

@@ -27,7 +27,7 @@ def number(path):
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_kill_at_any_call_leaves_the_old_run_or_the_new_one(tmp_path, replaced):
+def test_a_kill_at_any_call_leaves_the_old_run_or_the_new_one(tmp_path, replaced, counted):
     """Also between the two renames: whoever reads or writes next finds it, and the next writer clears up."""
     place, seen = tmp_path / "place", set()
     place.mkdir()
@@ -54,9 +54,10 @@ def test_a_kill_at_any_call_leaves_the_old_run_or_the_new_one(tmp_path, replaced
         write(again / "run", 3, overwrite=True)
         assert number(again / "run") == 3 and [p.name for p in again.iterdir()] == ["run"]
     assert seen == ({1, 2} if replaced else {None, 2})
+    counted(len(made) + 1, f"states of a run's folder, one a call to the system, {'replaced' if replaced else 'new'}")
 
 
-def test_an_error_of_any_call_leaves_the_old_run_or_the_new_one(tmp_path):
+def test_an_error_of_any_call_leaves_the_old_run_or_the_new_one(tmp_path, counted):
     with before_each_call(lambda n: None) as made:
         write(tmp_path / "run", 0)
         write(tmp_path / "run", 1, True)
@@ -75,6 +76,7 @@ def test_an_error_of_any_call_leaves_the_old_run_or_the_new_one(tmp_path):
                 failed += 1
         assert number(tmp_path / "run") in (before, broken + 1)
     assert failed > 10
+    counted(len(made) // 2 + 2, "calls to the system that fail, one at a time")
     check_free(tmp_path / "run", True)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 

@@ -51,7 +51,7 @@ def require_whole(folder, n=BLOCKS, more=("manifest-0.json",)):
     assert {path.name for path in folder.iterdir()} == named | set(more)
 
 
-def test_a_crash_at_any_call_leaves_whole_blocks_and_the_next_run_ends_the_work(tmp_path):
+def test_a_crash_at_any_call_leaves_whole_blocks_and_the_next_run_ends_the_work(tmp_path, counted):
     """The folder as it is at each call of a write to the system is what a kill there leaves; each is read, and gone on with."""
     work, seen = tmp_path / "work", []
 
@@ -69,9 +69,10 @@ def test_a_crash_at_any_call_leaves_whole_blocks_and_the_next_run_ends_the_work(
         write(folder, 3)
         require_whole(folder, 3)
     assert [] in seen and [0] in seen and [0, 1] in seen
+    counted(len(seen), "states of a folder, one a call to the system")
 
 
-def test_an_error_of_any_call_leaves_whole_blocks_and_the_same_run_can_go_on(tmp_path):
+def test_an_error_of_any_call_leaves_whole_blocks_and_the_same_run_can_go_on(tmp_path, counted):
     """A disk that fails once: `commit` raises, and tried again in the same process every block is there once."""
     with before_each_call(lambda n: None) as made:
         write(tmp_path / "as it should be", 2)
@@ -92,6 +93,28 @@ def test_an_error_of_any_call_leaves_whole_blocks_and_the_same_run_can_go_on(tmp
         write(folder, 2)
         require_whole(folder, 2)
     assert failed > len(made) // 2
+    counted(len(made), "calls to the system that fail, one at a time")
+
+
+def test_what_counts_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    """What a power cut keeps is what was synced: a file before it has its name, the folder before and after the manifest."""
+    seen, names, real = [], {}, {name: getattr(os, name) for name in ("open", "fsync", "replace")}
+
+    def opened(path, *args, **options):
+        fd = real["open"](path, *args, **options)
+        names[fd] = Path(path).name
+        return fd
+
+    with Writer(tmp_path) as writer:
+        monkeypatch.setattr(os, "open", opened)
+        monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(f"sync {names[fd]}"), real["fsync"](fd)))
+        monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(f"name {Path(b).name}"), real["replace"](a, b)))
+        writer.commit({f"{side}.txt": lambda path: path.write_text("1") for side in SIDES})
+        monkeypatch.undo()
+    files = [*(f"{side}-0-000001.txt" for side in SIDES), "manifest-0.json"]
+    pairs = [[f"sync .{name}.part", f"name {name}"] for name in files]
+    folder = [f"sync {tmp_path.name}"]
+    assert seen == pairs[0] + pairs[1] + folder + pairs[2] + folder
 
 
 def test_an_interrupt_after_the_manifest_is_a_commit(tmp_path):

@@ -99,7 +99,7 @@ class Planted(Exception):
     """Raised in a place of ours."""
 
 
-def test_an_error_in_any_function_of_ours_leaves_the_training_as_it_was(tmp_path):
+def test_an_error_in_any_function_of_ours_leaves_the_training_as_it_was(tmp_path, counted):
     """Planted in one after the other, after the start: the same weights bit by bit, no exception, no hook left."""
     model = tiny("llama")
     start, ids = copy.deepcopy(model.state_dict()), data(2, 7)
@@ -148,6 +148,7 @@ def test_an_error_in_any_function_of_ours_leaves_the_training_as_it_was(tmp_path
         if not monitor.problems:
             quiet.append(f"{place[0].__name__}.{place[1]}")
     assert not quiet, f"nothing was said of an error in {quiet}"
+    counted(len(called), "functions in which an error was planted")
 
 
 # ---------------------------------------------------------------- what the loop does besides its steps

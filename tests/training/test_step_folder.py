@@ -53,7 +53,7 @@ def write(path, like, steps, resume=True):
     return folder
 
 
-def test_a_kill_at_any_call_leaves_whole_steps_and_a_resumed_training_has_each_once(tmp_path, like):
+def test_a_kill_at_any_call_leaves_whole_steps_and_a_resumed_training_has_each_once(tmp_path, like, counted):
     work = tmp_path / "work"
 
     def photograph(n):
@@ -71,9 +71,10 @@ def test_a_kill_at_any_call_leaves_whole_steps_and_a_resumed_training_has_each_o
         assert steps_of(path) == [1, 2] and records.read(path)[0]["status"] == "complete"
         assert not [p for p in path.iterdir() if p.name.startswith(".")]
     assert seen == {(), (1,)} and len(photographs) > 20
+    counted(len(photographs), "states of a training's folder, one a call to the system")
 
 
-def test_a_write_that_fails_once_at_any_call_loses_nothing_and_doubles_nothing(tmp_path, like):
+def test_a_write_that_fails_once_at_any_call_loses_nothing_and_doubles_nothing(tmp_path, like, counted):
     """The next write takes what waits: the failure of the disk is told, and the folder is what it would have been."""
     with before_each_call(lambda n: None) as made:
         write(tmp_path / "as it should be", like, [1]).close("complete")
@@ -96,6 +97,7 @@ def test_a_write_that_fails_once_at_any_call_loses_nothing_and_doubles_nothing(t
         folder.close("complete")
         assert steps_of(path) == [1, 2] and not [p for p in path.iterdir() if p.name.startswith(".")]
     assert told > 10
+    counted(len(made), "calls to the system that fail, one at a time")
 
 
 def test_a_disk_that_stays_full_is_tried_seldom_and_what_is_dropped_is_said(tmp_path, like, monkeypatch):

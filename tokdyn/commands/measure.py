@@ -37,6 +37,9 @@ def bench(
 
         if threads:
             torch.set_num_threads(threads)
+        for file in (json_file, markdown_file):
+            if file is not None and not file.parent.is_dir():
+                raise FileNotFoundError(f"{file} cannot be written: there is no folder {file.parent}")
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         with progress() as stage:
             found = run(

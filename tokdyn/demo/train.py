@@ -47,7 +47,7 @@ SHAPES = {
 def jsonl(path: Path) -> Iterator[dict]:
     """The rows of a JSONL file."""
     if not path.exists():
-        raise SystemExit(f"{path} is missing: --data must name a folder that holds {path.name}")
+        raise FileNotFoundError(f"{path} is missing: --data must name a folder that holds {path.name}")
     with path.open(encoding="utf-8") as lines:
         yield from (json.loads(line) for line in lines)
 
