@@ -106,8 +106,8 @@ test-portable: install
 	$(WITHOUT_AVX) OMP_NUM_THREADS=1 $(BIN)/pytest -q --simd=portable --durations=10 $(XDIST) $(NUMERIC)
 
 test-studies: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=20 -n 2 $(STUDIES)
-	$(BIN)/tokdyn study --all --quick --out runs/quick
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --durations=20 -n 2 --studies runs/quick $(STUDIES)
+	$(BIN)/tokdyn study --all --quick --out runs/quick # the page of all; those that are tested are finished
 
 MATRIX := .venv-matrix
 TRAINING := tests/training tests/checks tests/test_monitor.py tests/test_objectives_of_stacks.py \

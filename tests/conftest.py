@@ -43,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
     parser.addoption("--native", help="another build of tokdyn._C to test, e.g. one with sanitizers")
     parser.addoption("--fuzz", type=int, default=25, help="cases that Hypothesis makes up for each of its tests")
+    parser.addoption("--studies", type=Path, help="a folder in which the studies that are tested stay")
     parser.addoption("--fuzz-count", help="a file that takes how many those were in all")
     parser.addoption("--counted", action="store_true", help="print what tests have counted: the figures of docs/reliability.md")
 
@@ -58,6 +59,12 @@ def pytest_terminal_summary(terminalreporter) -> None:
         for report in terminalreporter.getreports("passed"):
             for what, n in report.user_properties if report.when == "call" else ():
                 terminalreporter.write_line(f"{n:6} {what}: {report.nodeid}")
+
+
+@pytest.fixture
+def studies(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Where a tested study is written: a folder of its name in here."""
+    return request.config.getoption("--studies") or tmp_path
 
 
 @pytest.fixture

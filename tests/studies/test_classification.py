@@ -7,7 +7,7 @@ from tokdyn.studies import gallery
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
-def test_claims_hold(name, tmp_path):
-    told = gallery.run_study(name, tmp_path / name, gallery.Settings(quick=True))
+def test_claims_hold(name, studies):
+    told = gallery.run_study(name, studies / name, gallery.Settings(quick=True))
     assert not problems(told), "\n".join(problems(told))
     assert told["title"] and told["figures"] and told["curves"]

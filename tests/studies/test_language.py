@@ -8,8 +8,8 @@ from tokdyn.studies import gallery
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
-def test_claims_hold(name, tmp_path):
-    told = gallery.run_study(name, tmp_path / name, gallery.Settings(quick=True))
+def test_claims_hold(name, studies):
+    told = gallery.run_study(name, studies / name, gallery.Settings(quick=True))
     assert not problems(told), "\n".join(problems(told))
-    assert all(pq.read_metadata(tmp_path / name / "curves" / f"{curve}.parquet").num_rows for curve in told["curves"])
+    assert all(pq.read_metadata(studies / name / "curves" / f"{curve}.parquet").num_rows for curve in told["curves"])
     assert told["figures"] and told["title"]
