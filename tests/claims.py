@@ -130,6 +130,14 @@ LANGUAGE = {
             "and so it is in training (arXiv 2510.02230)": LONG,
         },
     ),
+    "masking": Listed(
+        ["To first order the tenth that the scan masks takes most of the pull away (identity: the most negative forces)"],
+        {
+            "The chosen answers then fall less than without a mask": FEW,
+            "and less than with as many tokens masked at random": FEW,
+            "and less than with those that NTHR would spare (arXiv 2505.18830)": FEW,
+        },
+    ),
     "degeneration": Listed(
         [],
         {

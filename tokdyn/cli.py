@@ -63,6 +63,7 @@ def profile(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     out: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/profile"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that lies there")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with what a killed or stopped call of the same left")] = False,
     unit: Unit = "step",
     per: Per = "contexts",
     config: Config = None,
@@ -83,7 +84,7 @@ def profile(
         if scan is not None:
             from .commands.scan import profile_row
 
-            profile_row(scan, row, method=method, memory=memory, eta=eta, overwrite=overwrite, unit=unit, per=per,
+            profile_row(scan, row, method=method, memory=memory, eta=eta, overwrite=overwrite, resume=resume, unit=unit, per=per,
                         allow_pickle=allow_pickle)  # fmt: skip
             return
         loss, table, total = _checked(**options)
@@ -106,7 +107,7 @@ def profile(
             other = load_weights(reference, device, allow_pickle=allow_pickle) if reference else None
             run = td.profile(
                 lm, update, observe, loss, tokenizer=tokenizer, eta=eta, scope=scope, method=method, memory=memory,
-                reference=other, observable=observable, pairs=pairs, out=out, overwrite=overwrite, stage=stage,
+                reference=other, observable=observable, pairs=pairs, out=out, overwrite=overwrite, resume=resume, stage=stage,
                 about={"model": {"name": model} | ({"adapter": adapter} if adapter else {}),
                        "data": {"path": data, "rows": total, "used": len(table)}},
             )  # fmt: skip
@@ -125,12 +126,12 @@ def profile(
 def _checked(
     *, objective: str, set_: list[str] | None, eta: float | None, method: str, memory: str, scope: str, unit: str, per: str,
     model: str, adapter: str | None, reference: str | None, data: str, out: Path, overwrite: bool, device: str, rows: int,
-    held_out: int, skip: int, observable: str, **_: Any,
+    held_out: int, skip: int, observable: str, resume: bool, **_: Any,
 ) -> tuple[Any, list[Any], int]:  # fmt: skip
     """The loss and the rows of a profile, and how many the file has; what can be refused without torch is refused first."""
     from . import _arguments as arguments
     from .loading import check_device, find_model
-    from .runs.folder import check_free
+    from .runs.folder import about_of, check_free
 
     arguments.objective_name(objective, arguments.objective_names())
     chosen = arguments.constants(set_ or [])
@@ -143,7 +144,7 @@ def _checked(
     for name, with_adapter in [(model, adapter), *([(reference, None)] if reference else [])]:
         find_model(name, with_adapter)
     source = data_file(data)
-    check_free(out, overwrite)
+    check_free(out, overwrite or (resume and about_of(out).get("status") == "partial"))
 
     import tokdyn as td
 

@@ -329,7 +329,7 @@ def forces(
                 parts, vector = dict(zip(moving.parts.names, vector, strict=True)), vector.sum(0)
         else:
             problem = unscored.scored()
-            same = {"made of": _identity(problem, scope, asked, labels)} if isinstance(out, (str, Path)) else {}
+            same = {"made of": identity(problem, scope, asked, labels)} if isinstance(out, (str, Path)) else {}
             to = Destination(*_columns(problem, groups, labels), out, same, resume)
             rules = to.fill(method, memory, progress)
             matrix, shards, parts = to.matrix, to.shards, to.parts
@@ -346,7 +346,7 @@ def forces(
     return found
 
 
-def _identity(problem: ScoredProblem, scope: str, method: str, labels: Tensor | None) -> str:
+def identity(problem: ScoredProblem, scope: str, method: str, labels: Tensor | None) -> str:
     """A checksum of what the rows of a matrix follow from: weights, both sides, P, scope, method, groups, parts."""
     parts = None if problem.parts is None else sorted(problem.parts.of.items())
     digest = hashlib.sha256(repr((scope, method, None if labels is None else labels.tolist(), parts)).encode())

@@ -16,6 +16,7 @@ from .exact import ScoredProblem
 from .exact.pair import look
 from .exact.sides import with_sides
 from .model.trace import Tracer, trace
+from .model.unwrap import whole
 from .runs.by_sequence import BySequence
 from .runs.explain import Explanation, facts_of
 from .sequences import Chi, context_numbers
@@ -108,4 +109,4 @@ def fingerprint(tracer: Tracer) -> Tensor:
     """A checksum of all parameters, to notice that a model has moved."""
     wide = torch.float64
     own = (tracer.params[name] for name, owner in tracer.owner.items() if name == owner)
-    return torch.stack([torch.stack([p.sum(dtype=wide), torch.linalg.vector_norm(p, dtype=wide)]) for p in own])
+    return torch.stack([torch.stack([whole(p.sum(dtype=wide)), whole(torch.linalg.vector_norm(p, dtype=wide))]) for p in own])

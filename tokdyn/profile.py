@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ from torch import Tensor, nn
 
 from . import ops, squeeze, steps
 from ._arguments import check_eta, check_method, size_in_bytes
+from ._version import __version__
 from .exact import Asked, Direction, Scope, ScoredProblem, UnscoredProblem, choose
 from .exact.contexts import by_context
 from .exact.pair import kernels, layers_and_kinds, split
+from .exact.progress import Stage, Stages
 from .exact.sides import with_sides
-from .forces import Forces
+from .forces import Forces, identity
 from .model.trace import trace
 from .objective import Objective
 from .objectives import DPO
@@ -40,10 +41,9 @@ from .runs.notebook import run_html
 from .runs.pairs import Pairs, strongest
 from .runs.scans import Scan
 from .runs.schema import require_profile
+from .runs.tiles import KeptTiles
 from .sequences import Chi, context_numbers, token_texts
 from .verify import Verification, against_steps, nothing_moves
-
-Stage = Callable[[str, int, int], None]
 
 
 @dataclass(eq=False)
@@ -169,6 +169,7 @@ def profile(
     about: dict[str, Any] | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     stage: Stage | None = None,
 ) -> Run:
     """Decompose one update into token-level forces, check it against a real step, and keep everything as a Run.
@@ -186,6 +187,8 @@ def profile(
         out: folder to write; nothing is written when absent. Where it cannot be written in the end, a temporary folder is,
             which a warning and `Run.path` name.
         overwrite: replace a run that lies there.
+        resume: go on with the tiles of the matrix that a killed or interrupted call of the same left beside `out`
+            (runs/tiles.py); the tables and the matrix are those of a call that was not stopped, bit for bit.
         stage: called with (what, done, total).
 
     An interrupt (Ctrl-C) while the matrix is computed ends it there: what is done is kept, the run says "partial". Where the
@@ -196,11 +199,12 @@ def profile(
         ValueError: as `forces`. FileExistsError: see `Run.save`.
     """
     if out is not None:
-        store.check_free(Path(out), overwrite)
+        partial = resume and store.about_of(Path(out)).get("status") == "partial"
+        store.check_free(Path(out), overwrite or partial)
     check_method(method)
     check_eta(eta)
     memory = size_in_bytes(memory)
-    stages, watched = _Stages(stage), as_observable(observable)
+    stages, watched = Stages(stage), as_observable(observable)
     asked = Asked(update, observe, objective, reference, observable=watched)
     with trace(model) as tracer:
         stages("scoring both sides")
@@ -214,7 +218,11 @@ def profile(
         stages("squeezing")
         squeezed = None if verification is None else _squeeze(problem, verification.eta)
         checks = {"readout formula against the model's logits": tracer.readout_residual(problem.observed.batches[0])}
-        F, rules, status = _force_matrix(problem, method, memory, stages)
+        tiles = None
+        if out is not None and method != "none":
+            same = {"made of": identity(problem, scope, method, None), "memory": memory, "tokdyn": __version__}
+            tiles = KeptTiles(Path(out), same, resume)
+        F, rules, status = _force_matrix(replace(problem, tiles=tiles), method, memory, stages)
         matrix = F if F is None or F.dim() == 2 else F.sum(0)
         if matrix is not None and status == "complete":
             checks[ROW_SUMS] = float((matrix.sum(1) - vector).norm() / matrix.abs().sum(1).norm())
@@ -242,7 +250,9 @@ def profile(
     record["seconds"] = stages.seconds()
     run = Run(record, tokens, vector.cpu(), matrix, pairs=kept)
     if out is not None:
-        run.path = _save(run, Path(out), overwrite)
+        run.path = _save(run, Path(out), overwrite or partial)
+        if tiles is not None and status == "complete" and run.path is not None:
+            tiles.remove()
     return run
 
 
@@ -264,7 +274,7 @@ def _save(run: Run, out: Path, overwrite: bool) -> Path | None:
 
 
 def _force_matrix(
-    problem: ScoredProblem, method: str, memory: int, stages: _Stages
+    problem: ScoredProblem, method: str, memory: int, stages: Stages
 ) -> tuple[Tensor | None, Mapping[str, str], str]:
     """F [M, L] with the rule of each use and whether it is "complete", or "partial" after Ctrl-C; no matrix for "none".
 
@@ -280,6 +290,8 @@ def _force_matrix(
         stages("force matrix")
         rules = choose(problem, method)(problem, matrix, memory=memory, progress=stages.progress)
     except KeyboardInterrupt:
+        if problem.tiles is not None:
+            problem.tiles.write()
         return matrix, {}, "partial"
     return matrix, rules, "complete"
 
@@ -293,30 +305,6 @@ def _kept(problem: ScoredProblem, F: Tensor | None, tokens: Any, count: int | No
     index = strongest(Contexts.of(BySequence.of(tokens, F.sum(0).cpu()), sequences), len(names), count)
     parts = F[:, index[:, 0], index[:, 1]].T
     return Pairs(index, parts.float().cpu().contiguous(), kernels(problem, index).float(), [split(name) for name in names])
-
-
-class _Stages:
-    """Seconds per stage, and the caller's progress."""
-
-    def __init__(self, stage: Stage | None) -> None:
-        self.stage, self.name, self.spent, self.since = stage, "", {}, time.perf_counter()  # type: ignore[var-annotated]
-
-    def __call__(self, name: str) -> None:
-        self.seconds()
-        self.name = name
-        if self.stage:
-            self.stage(name, 0, 0)
-
-    def progress(self, done: int, total: int) -> None:
-        if self.stage:
-            self.stage(self.name, done, total)
-
-    def seconds(self) -> dict[str, float]:
-        now = time.perf_counter()
-        if self.name:
-            self.spent[self.name] = round(self.spent.get(self.name, 0.0) + now - self.since, 3)
-        self.since = now
-        return dict(self.spent)
 
 
 def _whole_step(problem: ScoredProblem, direction: Direction, k: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

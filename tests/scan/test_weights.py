@@ -208,3 +208,24 @@ def test_an_estimate_counts_what_a_scan_holds(model, tokenizer, file):
     assert stepped.memory["the step's directions and its P"] == 3 * parameters
     with pytest.raises(ValueError, match="none of the first 1 rows can be used: row 1 must have"):
         td.scan.estimate(model, [{"prompt": "?"}], probe, tokenizer=tokenizer)
+
+
+def test_rows_of_one_text_are_listed_once_with_their_number_and_parts_add_up(model, tokenizer, tmp_path):
+    """Two rows drawn three times and twice, over several blocks: the ends name each text once, under its first row."""
+    drawn = [0, 1, 2, 1, 3, 0, 1]
+    probe = td.probes.load(tokenizer, TEXTS[:2], types=["chosen"])
+    scan = td.scan(model, [TEXTS[n] for n in drawn], probe, out=tmp_path / "scan", tokenizer=tokenizer, block=2, by="kind")
+    of = totals(scan)["chosen"]
+    for ends in (of.rows, of.tokens):
+        for entries in (ends.worst, ends.best):
+            assert len({entry["text"] for entry in entries}) == len(entries)
+            for entry in entries:
+                assert entry["times"] == drawn.count(drawn[entry["row"]]) and drawn.index(drawn[entry["row"]]) == entry["row"]
+    assert {entry["row"] for entry in [*of.rows.worst, *of.rows.best]} == {0, 1, 2, 4}
+    assert of.whole.tokens == scan.tokens().num_rows and len(of.row_forces) == len(drawn)  # sums count every row
+    assert list(of.parts) == scan.parts and len(of.parts) > 3
+    # a float32 number each
+    assert sum(part.force for part in of.parts.values()) == pytest.approx(of.whole.force, abs=1e-5 * of.whole.size)
+    html = render(scan)
+    assert "row 2 ×3" in html and "row 1 ×2" in html and "row 3</span>" in html
+    assert "by what moves" in html and all(f'<th scope="row">{part}</th>' in html for part in scan.parts)

@@ -12,7 +12,18 @@ from .._version import __version__
 from ..runs.folder import RECIPE
 from ..runs.manifest import replace
 
-NOT_KEPT = {"out", "overwrite", "config", "json_", "dry_run", "unit", "per", "scan", "row"}  # where to, and how it is shown
+NOT_KEPT = {
+    "out",
+    "overwrite",
+    "resume",
+    "config",
+    "json_",
+    "dry_run",
+    "unit",
+    "per",
+    "scan",
+    "row",
+}  # where to, and how it is shown
 
 
 def write(folder: Path, options: dict[str, Any]) -> None:

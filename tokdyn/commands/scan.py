@@ -127,8 +127,8 @@ def print_scan(found: Any) -> None:
 
 
 def profile_row(
-    folder: Path, row: int | None, *, method: str, memory: str, eta: float | None, overwrite: bool, unit: str, per: str,
-    allow_pickle: bool,
+    folder: Path, row: int | None, *, method: str, memory: str, eta: float | None, overwrite: bool, resume: bool, unit: str,
+    per: str, allow_pickle: bool,
 ) -> None:  # fmt: skip
     """A full profile of one row of a scan, by its model, loss and probe, in its profiles/; its own answers are watched too."""
     from .. import _arguments as arguments
@@ -169,7 +169,7 @@ def profile_row(
         other = load_weights(given["reference"], given["device"], allow_pickle=allow_pickle) if given["reference"] else None
         run = td.profile(
             lm, update, watched, loss, tokenizer=tokenizer, eta=eta, scope=settings["scope"], method=method, memory=memory,
-            reference=other, observable=given.get("observable", "log-prob"), overwrite=overwrite, stage=stage,
+            reference=other, observable=given.get("observable", "log-prob"), overwrite=overwrite, resume=resume, stage=stage,
             out=found.path / "profiles" / f"row-{row:07d}",
             about={"model": model, "data": {"path": where, "rows": 1, "used": 1}},
         )  # fmt: skip

@@ -46,7 +46,7 @@ def single_experts(problem: Problem) -> Iterator[tuple[list[int], Problem]]:
             alone = torch.zeros(len(p), *[1] * (p.dim() - 1), dtype=p.dtype, device=p.device)
             alone[e] = 1
             P[tensor] = alone.expand_as(p) if problem.P is None else alone * problem.P[tensor]
-        yield index, replace(problem, uses=held, P=P, parts=own)
+        yield index, replace(problem, uses=held, P=P, parts=own, tiles=None)  # P is no part of a tile's name
 
 
 def tied_uses(scope: Scope) -> tuple[dict[str, str], dict[str, str]] | None:

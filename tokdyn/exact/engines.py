@@ -30,6 +30,7 @@ def choose(problem: Problem, method: str, labels: Int[Tensor, " L"] | None = Non
         labels: the column of each update token, -1 for none.
     """
     fill: Fill
+    require_whole(problem, method)
     if method == "ch2":
         fill = ch2.fill
     elif method == "naive":
@@ -45,6 +46,19 @@ def choose(problem: Problem, method: str, labels: Int[Tensor, " L"] | None = Non
             return _for_parts(problem, grouped.PerGroup(labels))
     made = _for_parts(problem, fill)
     return made if labels is None else grouped.Summed(made, labels, in_blocks=fill is readout.fill)
+
+
+def require_whole(problem: Problem, method: str) -> None:
+    """Raise where a matrix needs the model whole on one rank, and it is spread over several.
+
+    Raises:
+        ValueError: it is, and more than the readout moves.
+    """
+    if problem.tracer.sharded and (method != "tangent" or not problem.readout_is_closed):
+        raise ValueError(
+            "the model's weights are spread over ranks (FSDP2), and no rank holds it whole: of its forces there are reductions "
+            '(reduce="update" or "observe"), verify, and the readout\'s matrix by tangents (scope="readout"), not the rest'
+        )
 
 
 def _for_parts(problem: Problem, fill: Fill) -> Fill:
@@ -65,6 +79,10 @@ def reduce(
     both sides on their way, or the closed form of a readout that moves alone; "both" is two vjps. "naive" and "ch2" add up the
     matrix, in `memory` bytes beside it. Of a problem in parts it is [N, ...], a jvp for each part.
     """
+    if unscored.tracer.sharded and (over == "both" or unscored.parts is not None):
+        raise ValueError(
+            'under FSDP2 a reduction is over one side, and of the whole: reduce="update" or "observe", without by='
+        )
     if method in ("tangent", "fd") and (over == "both" or unscored.parts is not None):
         problem = unscored.scored()
         made = divided.both(problem) if over == "both" else divided.reduced(problem, over, method)

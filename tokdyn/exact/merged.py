@@ -52,12 +52,13 @@ class Merged:
         if o is None and u is None:
             return self.token_fill(problem, out, memory=memory, progress=progress)
         sides = problem.observed if o is None else o.side, problem.updated if u is None else u.side
-        fewer = Problem(problem.tracer, problem.uses, problem.P, *sides, parts=problem.parts)
+        fewer = Problem(problem.tracer, problem.uses, problem.P, *sides, parts=problem.parts, tiles=problem.tiles)
         F = fewer.empty().to(out)
-        coverage = self.token_fill(fewer, F, memory=memory, progress=progress)
-        for part, whole in [(F, out)] if problem.parts is None else zip(F, out, strict=True):
-            spread(part, o, u, whole)
-        return coverage
+        try:
+            return self.token_fill(fewer, F, memory=memory, progress=progress)
+        finally:  # after an interrupt what is done
+            for part, whole in [(F, out)] if problem.parts is None else zip(F, out, strict=True):
+                spread(part, o, u, whole)
 
 
 def spread(F: Float[Tensor, "m l"], o: Kinds | None, u: Kinds | None, out: Float[Tensor, "M L"]) -> None:

@@ -13,8 +13,9 @@ Every way to F is a function `fill(problem, out, *, memory, progress) -> Coverag
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
@@ -23,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..model.optimizer import preconditioner
+from ..runs.tiles import KeptTiles
 from .products import jvp_scored, vjp, vjp_scored
 from .progress import Progress
 from .scope import Scope, select
@@ -40,10 +42,12 @@ class Problem(Scope):
     Attributes:
         observed: the tokens m.
         updated: the tokens l.
+        tiles: where tiles of the matrix are kept, and taken from when it is made again; None where they are not.
     """
 
     observed: Side
     updated: Side
+    tiles: KeptTiles | None = field(default=None, kw_only=True, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,7 +71,12 @@ class Problem(Scope):
     def row_blocks(self, rows: int) -> Iterator[Problem]:
         """The problems of some rows each: whole observed sequences, of about so many tokens."""
         for observed in self.observed.row_blocks(rows):
-            yield Problem(self.tracer, self.uses, self.P, observed, self.updated, parts=self.parts)
+            yield Problem(self.tracer, self.uses, self.P, observed, self.updated, parts=self.parts, tiles=self.tiles)
+
+    def tile(self, engine: str, *place: int) -> str:
+        """The name of a tile of this matrix: by whom it is made, of what, and which it is."""
+        of = repr((sorted(self.uses), self.shape, None if self.parts is None else self.parts.names))
+        return " ".join([engine, f"{zlib.crc32(of.encode()):08x}", *map(str, place)])
 
     def empty(self) -> Float[Tensor, "*parts M L"]:
         """A matrix for F, or one for each part; NaN where nothing has been computed yet."""

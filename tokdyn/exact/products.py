@@ -11,6 +11,7 @@ return it scored beside the product.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.func import jvp as forward_derivative
 
 from ..model.differences import slope
+from ..model.sharded import move_along, pull_back
 from ..model.trace import Tracer
 from ..sequences import Batch
 from .sides import ScoredBatch, ScoredSide, Side, Unscored
@@ -32,7 +34,22 @@ def preconditioned(direction: Direction, P: Direction | None) -> Direction:
 
 
 def _leaves(tracer: Tracer, uses: Uses) -> dict[str, Tensor]:
-    return {use: tracer.params[use].clone().requires_grad_() for use in uses}
+    """Each moving tensor, to be differentiated.
+
+    Raises:
+        ValueError: the model is spread over ranks: no rank holds it whole.
+    """
+    if tracer.sharded:
+        raise ValueError(
+            'the model\'s weights are spread over ranks (FSDP2): of its forces there are reductions (reduce="update" or '
+            '"observe"), verify, and the readout\'s matrix (scope="readout"); a gradient for each token is not made'
+        )
+    return {use: _leaf(tracer.params[use]) for use in uses}
+
+
+def _leaf(p: Tensor) -> Tensor:
+    """A parameter as a leaf of a graph of its own, without a copy where it may have one."""
+    return (p.clone() if p.is_inference() else p.detach()).requires_grad_()
 
 
 def _gather(grads: Sequence[Tensor | None], uses: Uses, into: Direction, params: Mapping[str, Tensor]) -> Direction:
@@ -48,11 +65,33 @@ def _gather(grads: Sequence[Tensor | None], uses: Uses, into: Direction, params:
 
 @torch.enable_grad()
 def _backward(tracer: Tracer, batches: Sequence[Batch], uses: Uses, force: Callable[[int, Tensor], Tensor]) -> Direction:
+    if tracer.sharded:
+        return _backward_sharded(tracer, batches, uses, force)
     leaves, direction = _leaves(tracer, uses), Direction()
     for b, batch in enumerate(batches):
         z = tracer.logits(batch, leaves)
         grads = torch.autograd.grad(z, list(leaves.values()), force(b, z.detach()).to(z), allow_unused=True)
         _gather(grads, uses, direction, tracer.params)
+    return direction
+
+
+def _backward_sharded(
+    tracer: Tracer, batches: Sequence[Batch], uses: Uses, force: Callable[[int, Tensor], Tensor]
+) -> Direction:
+    """The same of a model under FSDP2, by its own backward pass.
+
+    Raises:
+        ValueError: one use of a tied tensor moves without the other: its gradient is the sum of both.
+    """
+    for use, tensor in tracer.owner.items():
+        if tensor in uses.values() and uses.get(use) != tensor:
+            raise ValueError(f'{use} is tied to {tensor}, whose uses are not told apart under FSDP2: scope="full" moves both')
+    direction = {tensor: torch.zeros_like(tracer.params[tensor]) for tensor in dict.fromkeys(uses.values())}
+    for b, batch in enumerate(batches):
+        found = pull_back(tracer.model, partial(tracer.logits, batch), partial(force, b))
+        for tensor in direction:
+            if tensor in found:
+                direction[tensor] = direction[tensor] + found[tensor]
     return direction
 
 
@@ -108,6 +147,8 @@ def jvp_logits(tracer: Tracer, batch: Batch, direction: Direction, uses: Uses) -
     if tracer.why_not_tangents(uses):
         primal = {use: tracer.params[use] for use in uses}
         return tracer.logits(batch, primal), real_velocities(tracer, [batch], direction, uses)[0]
+    if tracer.sharded:
+        return move_along(partial(tracer.logits, batch), {use: direction[tensor] for use, tensor in uses.items()})
     primal = {use: tracer.params[use] for use in uses}
     tangent = {use: direction[tensor] for use, tensor in uses.items()}
     logits, velocity = forward_derivative(lambda p: tracer.logits(batch, p), (primal,), (tangent,))[:2]

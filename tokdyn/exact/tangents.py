@@ -54,10 +54,15 @@ def fill(problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, p
     done, rules = 0, Rules()
     for b in range(len(looped.batches)):
         source = tracer_u(b, with_calls=False)  # its calls are recorded in the graph of each chunk
-        for rows, blocks in tangents.columns(source, memory):
-            for other, block in zip(tangents.others, blocks, strict=True):
-                at = other.where[:, None], source.where[rows]
-                out[at] = closed[at] + block.to(out)
+        for rows in tangents.chunks(source, memory):
+            name = p.tile("tangents", b, rows.start, rows.stop)
+            if p.tiles is None or not p.tiles.restore(name, out[None]):
+                for other, block in zip(tangents.others, tangents.columns(source, rows), strict=True):
+                    at = other.where[:, None], source.where[rows]
+                    out[at] = closed[at] + block.to(out)
+                if p.tiles is not None:
+                    columns = source.where[rows]
+                    p.tiles.put(name, torch.arange(len(out)), columns, out[None, :, columns])
             done += rows.stop - rows.start
             if progress:
                 progress(done, out.shape[1])
@@ -74,13 +79,16 @@ class _TangentPass:
     plan: Plan
     others: list[TracedBatch]
 
-    def columns(self, source: TracedBatch, memory: int) -> Iterator[tuple[slice, list[Float[Tensor, "M b"]]]]:
-        """The backbone's part of F for one looped sequence, by chunks: which tokens, and a block for each other batch."""
+    def chunks(self, source: TracedBatch, memory: int) -> Iterator[slice]:
+        """Which tokens of a looped sequence are taken together."""
         chunk = max(1, min(CHUNK, memory // max(1, max(_token_bytes(other, source) for other in self.others))))
         for n in range(0, len(source.h), chunk):
-            rows = slice(n, min(n + chunk, len(source.h)))
-            deltas = self._cotangents(source, rows)
-            yield rows, [self._move(other, source, rows, deltas) for other in self.others]
+            yield slice(n, min(n + chunk, len(source.h)))
+
+    def columns(self, source: TracedBatch, rows: slice) -> list[Float[Tensor, "M b"]]:
+        """The backbone's part of F for some tokens of a looped sequence: a block for each other batch."""
+        deltas = self._cotangents(source, rows)
+        return [self._move(other, source, rows, deltas) for other in self.others]
 
     def _cotangents(self, source: TracedBatch, rows: slice) -> Deltas:
         """The calls of every moving module for a chunk of tokens, and δ [b, ...] at each of their outputs.

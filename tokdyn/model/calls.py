@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..sequences import Batch
+
 
 @dataclass(frozen=True)
 class Call:
@@ -89,3 +91,17 @@ def floats(tree: Any) -> list[Tensor]:
 def map_floats(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """The same structure with f applied to each of its floating-point tensors."""
     return tree_map(lambda x: f(x) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
+
+
+def require_every_position(batch: Batch, h: Tensor) -> None:
+    """Raise unless the readout is given one hidden state for each position of the batch, [B, T, d] or [B·T, d].
+
+    Raises:
+        ValueError: it is given others: which of them scores which token is then unknown.
+    """
+    B, T = batch.ids.shape
+    if h.shape[:-1].numel() != B * T:
+        raise ValueError(
+            f"the readout is given hidden states {list(h.shape)} for sequences of [B, T]={[B, T]}: a model that returns "
+            "the last place's logits alone, or whose prompt tuning puts virtual tokens in front, cannot be traced"
+        )

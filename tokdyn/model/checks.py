@@ -281,7 +281,7 @@ def why_tangents_fail(
         ValueError: real steps do not bear out the backward pass.
     """
     generator = torch.Generator().manual_seed(1)
-    moved = _smallest(params)
+    moved = smallest(params)
     d = {name: (0.02 * torch.randn(p.shape, generator=generator)).to(p) for name, p in moved.items()}
     with torch.enable_grad():
         leaves = {name: p.clone().requires_grad_() for name, p in moved.items()}
@@ -314,7 +314,7 @@ def why_tangents_fail(
     )
 
 
-def _smallest(params: Parameters) -> dict[str, Tensor]:
+def smallest(params: Parameters) -> dict[str, Tensor]:
     """As many of the tensors as have `NUMBERS` entries together, the smallest first, one at least; in their own order."""
     chosen, total = set[str](), 0
     for name, p in sorted(params.items(), key=lambda item: item[1].numel()):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,16 +26,17 @@ from torch.func import functional_call
 from ..ops import TokenStats, token_stats
 from ..sequences import Batch, Chi, collate
 from . import checks
-from .calls import Call, floats, map_floats
+from .calls import Call, floats, map_floats, require_every_position
 from .forward_ad import traceable, with_modes
 from .hooks import hooked
 from .readout import output_embeddings, traced_readout
 from .remembered import found_before
+from .sharded import Along, any_sharded, moved, require_adjoint, require_fully_sharded, reshard
 from .unroll import GraphRecorder, Place, ReplaceInput, ReplaceOutput, Unrolled
-from .unwrap import is_plain
+from .unwrap import is_plain, swap_names, whole
 from .usage import Chain, parameter_uses
 
-Parameters = Mapping[str, Tensor]
+Parameters = Mapping[str, Any]  # tensors; of a sharded model `Along`
 
 
 class Tracer:
@@ -50,11 +52,13 @@ class Tracer:
         device, dtype: of the readout's weight, where logits and hidden states are.
         precision: float32, or float64 where the model is in it: what half-precision numbers are summed in.
         vocabulary: how many token ids the model takes.
+        sharded: whether its weights are spread over ranks (sharded.py); the readout's are whole here.
         found: what was found of the model (checks.py); given to another trace of it, nothing is looked at again.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.found = model, checks.Found()
+        reshard(model)
         every = list(model.named_parameters(remove_duplicate=False))
         self.opaque = frozenset(name for name, p in every if not is_plain(p))
         if moving := [name for name, p in every if name in self.opaque and p.requires_grad]:
@@ -65,20 +69,29 @@ class Tracer:
         first: dict[int, str] = {}
         self.owner = {name: first.setdefault(id(p), name) for name, p in named}
         self.params = {name: p.detach() for name, p in named}
+        self.sharded = any_sharded(model)
+        if self.sharded:
+            require_fully_sharded(model)
         self.trainable = frozenset(self.owner[name] for name, p in named if p.requires_grad)
-        self._swap_name = _swap_names(model, self.params)
+        self._swap_name = swap_names(model, self.params)
         self._head_name, self._head = output_embeddings(model)
         self.readout = traced_readout(model, self.params, self.owner)
+        if self.sharded:
+            bias = self.readout.bias
+            self.readout = replace(self.readout, weight=whole(self.readout.weight), bias=None if bias is None else whole(bias))
         self.device, self.dtype = self.readout.weight.device, self.readout.weight.dtype
         self.precision = torch.promote_types(self.dtype, torch.float32)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
         for name, p in self.params.items():
-            if not bool(p.sum().isfinite()) and not bool(torch.isfinite(p).all()):  # the sum is one pass, and may overflow
+            if not bool(whole(p.sum()).isfinite()) and not bool(
+                whole(torch.isfinite(p).all())
+            ):  # the sum is one pass, and may overflow
                 raise ValueError(f"parameter {name} holds NaN or inf: the model cannot be traced")
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """The model's own parameters that require a gradient, by their first name."""
+        reshard(self.model)  # a pass may have left whole weights in their place
         return {name: p for name, p in self.model.named_parameters() if name in self.trainable}
 
     def batches(self, chis: Sequence[Chi], tokens: int = 4096) -> list[Batch]:
@@ -118,9 +131,13 @@ class Tracer:
     def why_not_tangents(self, uses: Collection[str]) -> str:
         """Why tangents in these parameters cannot be trusted, "" if they can; see `checks.why_tangents_fail`."""
         key = frozenset(uses)
+        if key not in self.found.why_not and self.sharded:
+            batch, some = self._every_row_of_a_piece, checks.smallest({self.owner[use]: self.params[use] for use in uses})
+            named = {name: tensor for name, tensor in self.owner.items() if tensor in some}
+            require_adjoint(self.model, partial(self.logits, batch), some, named, checks.bound(self.model, self._eps))
+            self.found.why_not[key] = ""
         if key not in self.found.why_not:
-            ids = self._piece.ids[:1]
-            batch = _every_row(ids, torch.arange(ids.shape[1]))
+            batch = self._every_row_of_a_piece
             self.found.why_not[key] = checks.why_tangents_fail(
                 self.model,
                 lambda params: self.logits(batch, params),
@@ -138,6 +155,11 @@ class Tracer:
             )
         return self.found.attention
 
+    @property
+    def _every_row_of_a_piece(self) -> Batch:
+        ids = self._piece.ids[:1]
+        return _every_row(ids, torch.arange(ids.shape[1]))
+
     @cached_property
     def _piece(self) -> checks.Piece:
         return checks.Piece.of(self.model, self.vocabulary)
@@ -148,7 +170,15 @@ class Tracer:
         return checks.roundoff(coarsest, self.device)  # a float32 head may stand on a bfloat16 body
 
     def stepped(self, direction: Parameters, uses: Mapping[str, str], step: float) -> Parameters:
-        """Parameters after a step along a direction, for `logits`; a half-precision model in float32, which holds the step."""
+        """Parameters after a step along a direction, for `logits`; a half-precision model in float32, which holds the step.
+
+        Raises:
+            ValueError: a half-precision model whose weights are spread over ranks.
+        """
+        if self.sharded:
+            if self.dtype != self.precision:
+                raise ValueError(f"real steps of a model under FSDP2 need weights in float32, these are in {self.dtype}")
+            return {use: Along(direction[tensor], step) for use, tensor in uses.items()}
         moved = {use: self.params[use].to(self.precision) + step * direction[tensor] for use, tensor in uses.items()}
         return moved if self.dtype == self.precision else {n: p.to(self.precision) for n, p in self.params.items()} | moved
 
@@ -156,7 +186,7 @@ class Tracer:
         """Logits that score each token of the batch, differentiable in `params` (a part of the parameters, by any name)."""
 
         def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            _require_every_position(batch, args[0])
+            require_every_position(batch, args[0])
             return (args[0].flatten(0, -2)[batch.rows.to(args[0].device)][None],)
 
         return self._run(batch, params, select).flatten(0, -2)
@@ -166,7 +196,7 @@ class Tracer:
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            _require_every_position(batch, args[0])
+            require_every_position(batch, args[0])
             kept.append(args[0].flatten(0, -2)[batch.rows.to(args[0].device)])
             return (args[0][..., :1, :] * 0,)  # the readout still runs, on one row instead of all
 
@@ -259,12 +289,11 @@ class Tracer:
         handle = self._head.register_forward_pre_hook(hook)
         try:
             ids = batch.ids.to(self.device)
-            swapped = {self._swap_name[name]: value for name, value in (params or {}).items()}
             options: dict[str, Any] = dict(use_cache=False)
             if batch.position_ids is not None:
                 options["position_ids"] = batch.position_ids.to(self.device)
             with with_modes():
-                out = functional_call(self.model, swapped, (ids,), options, tie_weights=False)
+                out = self._call(ids, options, params or {})
             return out.logits if hasattr(out, "logits") else out[0]
         except IndexError as error:
             T, most = batch.ids.shape[1], getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
@@ -273,6 +302,13 @@ class Tracer:
             raise
         finally:
             handle.remove()
+
+    def _call(self, ids: Tensor, options: dict[str, Any], params: Parameters) -> Any:
+        if not self.sharded:
+            swapped = {self._swap_name[name]: value for name, value in params.items()}
+            return functional_call(self.model, swapped, (ids,), options, tie_weights=False)
+        with moved(self.model, params):
+            return self.model(ids, **options)
 
     def score(self, chis: Sequence[Chi], tokens: int = 4096) -> Iterator[tuple[Batch, Float[Tensor, "N V"], TokenStats]]:
         """Batch by batch its logits and their statistics, checked to be finite.
@@ -304,20 +340,6 @@ class Tracer:
     def readout_bound(self) -> float:
         """See `readout_residual`."""
         return torch.finfo(self.dtype).eps ** 0.5
-
-
-def _require_every_position(batch: Batch, h: Tensor) -> None:
-    """Raise unless the readout is given one hidden state for each position of the batch, [B, T, d] or [B·T, d].
-
-    Raises:
-        ValueError: it is given others: which of them scores which token is then unknown.
-    """
-    B, T = batch.ids.shape
-    if h.shape[:-1].numel() != B * T:
-        raise ValueError(
-            f"the readout is given hidden states {list(h.shape)} for sequences of [B, T]={[B, T]}: a model that returns "
-            "the last place's logits alone, or whose prompt tuning puts virtual tokens in front, cannot be traced"
-        )
 
 
 def finite_stats(batch: Batch, logits: Float[Tensor, "N V"]) -> TokenStats:
@@ -363,6 +385,8 @@ def trace(model: nn.Module, found: checks.Found | None = None) -> Iterator[Trace
             with traceable(model, attention):
                 yield tracer
     finally:
+        if tracer.sharded:
+            reshard(model)
         for module, mode in training.items():
             module.training = mode
 
@@ -371,20 +395,3 @@ def _every_row(ids: Tensor, rows: Tensor) -> Batch:
     """A batch whose logits are asked for at these places, whatever follows."""
     y = ids.flatten()[rows]
     return Batch(ids, rows, y, torch.zeros_like(y), torch.zeros_like(y))
-
-
-def _swap_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """For each name of a parameter the one under which functional_call is to swap it.
-
-    A module that has two names is swapped under its first alone: swapped under both, the second would put back what the first
-    one wrote.
-    """
-    first: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        first.setdefault(id(module), name)
-    found = {}
-    for name in names:
-        path, _, parameter = name.rpartition(".")
-        module_name = first[id(model.get_submodule(path))]
-        found[name] = f"{module_name}.{parameter}" if module_name else parameter
-    return found

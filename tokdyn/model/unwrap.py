@@ -92,3 +92,20 @@ def backbone(lm: nn.Module) -> nn.Module | None:
     """The module whose output the readout takes (base_model in transformers), or None where the model names none."""
     inner = getattr(lm, "base_model", None)
     return inner if isinstance(inner, nn.Module) and inner is not lm else None
+
+
+def swap_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """For each name of a parameter the one under which functional_call is to swap it.
+
+    A module that has two names is swapped under its first alone: swapped under both, the second would put back what the first
+    one wrote.
+    """
+    first: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first.setdefault(id(module), name)
+    found = {}
+    for name in names:
+        path, _, parameter = name.rpartition(".")
+        module_name = first[id(model.get_submodule(path))]
+        found[name] = f"{module_name}.{parameter}" if module_name else parameter
+    return found

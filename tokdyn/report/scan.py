@@ -19,6 +19,7 @@ from .text import count, day, facts, show, signed
 STYLES = ("page.css", "scan/scan.css")
 SHOWN = 3  # rows and tokens of each end in a terminal
 BARS = 40  # of the histogram of rows
+PARTS = 24  # of what moves, that are shown one by one
 PROFILES = "profiles"
 
 
@@ -54,9 +55,9 @@ def listings(scan: Scan, found: Mapping[str, Totals]) -> list[Any]:
         for what, rows, tokens in (("hurt", of.rows.worst, of.tokens.worst), ("help", of.rows.best, of.tokens.best)):
             table = Listing(f"What {what}s {spaced(name)} most", ("where", "force", "token"), (1,))
             for entry in rows[:SHOWN]:
-                table.add_row(f"row {entry['row'] + 1}", signed(entry["force"] * per), "")
+                table.add_row(f"row {entry['row'] + 1}{times(entry)}", signed(entry["force"] * per), "")
             for entry in tokens[:SHOWN]:
-                place = f"row {entry['row'] + 1} {entry['role']} @{entry['position']}"
+                place = f"row {entry['row'] + 1}{times(entry)} {entry['role']} @{entry['position']}"
                 text = f"{visible(entry['before'][-24:])}[{visible(entry['token'])}]"
                 table.add_row(place, signed(entry["force"] * per), text)
             made.append(table)
@@ -81,6 +82,11 @@ def findings(scan: Scan, found: Mapping[str, Totals]) -> list[dict[str, str]]:
             f"tenth of the rows that hurts most makes up {lost:.0%} of all that pulls down.",
         })  # fmt: skip
     return made
+
+
+def times(entry: Mapping[str, Any]) -> str:
+    """How often the same text is there, where it is more than once: " ×3"."""
+    return f" ×{entry['times']}" if entry["times"] > 1 else ""
 
 
 def spaced(name: str) -> str:
@@ -115,11 +121,21 @@ def _group(scan: Scan, name: str, of: Totals, per: float) -> dict[str, Any]:
             ("by role", _shares(of.roles, per)),
             ("by shared text", _shares(of.prefix, per)),
             ("by place in the answer", _shares(places, per)),
+            *([("by what moves", _shares(_largest(of.parts), per))] if of.parts else []),
         ],
         "rows": _ends(of.rows, per, scan),
         "token_ends": _ends(of.tokens, per, scan),
         "vocabulary": _ends(of.vocabulary, per, scan),
     }
+
+
+def _largest(parts: Mapping[str, Share]) -> dict[str, Share]:
+    """At most PARTS of the parts, those of the largest size, in their order; what the others do is one more."""
+    kept = sorted(parts, key=lambda name: -parts[name].size)[:PARTS]
+    found, rest = {name: part for name, part in parts.items() if name in kept}, Share()
+    for part in (part for name, part in parts.items() if name not in kept):
+        rest = Share(part.tokens, rest.force + part.force, rest.size + part.size)
+    return found if len(found) == len(parts) else found | {f"{len(parts) - len(found)} others": rest}
 
 
 def _bin(edge: int) -> str:
@@ -175,7 +191,8 @@ def _entry(entry: Mapping[str, Any], per: float, scan: Scan) -> dict[str, Any]:
         made |= {"c": signed(entry["c"]), "log_prob": show(entry["log_prob"])}
     if "row" in entry:
         page = Path(PROFILES) / f"row-{entry['row'] + 1:07d}" / "report.html"
-        made |= {"number": f"{entry['row'] + 1:,}", "profile": page.as_posix() if (scan.path / page).exists() else None,
+        there = page.as_posix() if (scan.path / page).exists() else None
+        made |= {"number": f"{entry['row'] + 1:,}{times(entry)}", "profile": there,
                  "command": f"tokdyn profile --scan {scan.path} --row {entry['row'] + 1}"}  # fmt: skip
     return made
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .scans import ROWS, Scan
+from .scans import ROWS, SEPARATOR, Scan
 
 BEST = 20  # rows, tokens and vocabulary entries that are named of each end
 BEFORE, BEHIND = 16, 4  # tokens of a named token's context that are shown
@@ -41,15 +43,31 @@ class Share:
 
 @dataclass
 class Ends:
-    """The entries with the least and the largest force, in that order of extremity."""
+    """The entries with the least and the largest force, in that order of extremity.
+
+    Entries of equal texts (the same `text`) are one, and `times` says how many they are: the same row drawn several times.
+    """
 
     worst: list[Entry] = field(default_factory=list)
     best: list[Entry] = field(default_factory=list)
 
     def add(self, entries: list[Entry]) -> None:
         """Keep the most extreme of what is there and these."""
-        self.worst = sorted((e for e in [*self.worst, *entries] if e["force"] < 0), key=lambda e: e["force"])[:BEST]
-        self.best = sorted((e for e in [*self.best, *entries] if e["force"] > 0), key=lambda e: -e["force"])[:BEST]
+        self.worst = _joined(sorted((e for e in [*self.worst, *entries] if e["force"] < 0), key=lambda e: e["force"]))
+        self.best = _joined(sorted((e for e in [*self.best, *entries] if e["force"] > 0), key=lambda e: -e["force"]))
+
+
+def _joined(entries: list[Entry]) -> list[Entry]:
+    """The first `BEST` of them, those of equal texts as one, under the number of the first of them in the data."""
+    found: dict[Any, Entry] = {}
+    for n, entry in enumerate(entries):
+        key = entry.get("text", n)
+        if key in found:
+            first, times = min(found[key], entry, key=lambda e: int(e["row"])), found[key]["times"] + entry["times"]
+            found[key] = first | {"times": times}
+        else:
+            found[key] = entry
+    return list(found.values())[:BEST]
 
 
 @dataclass
@@ -59,6 +77,7 @@ class Totals:
     Attributes:
         whole: all tokens.
         roles, prefix, places: by the objective's name of the sequence, by PREFIX, by place in the answer (EDGES).
+        parts: by what moves, where the scan was divided (`by=`).
         rows, tokens, vocabulary: the ends of each; a vocabulary entry counts with all its tokens.
         row_forces: Σ F of each row.
         row_size, net: Σ over rows of |Σ F|, and of Σ over contexts |Σ F|.
@@ -68,6 +87,7 @@ class Totals:
     roles: dict[str, Share] = field(default_factory=dict)
     prefix: dict[str, Share] = field(default_factory=dict)
     places: dict[int, Share] = field(default_factory=dict)
+    parts: dict[str, Share] = field(default_factory=dict)
     rows: Ends = field(default_factory=Ends)
     tokens: Ends = field(default_factory=Ends)
     vocabulary: Ends = field(default_factory=Ends)
@@ -92,6 +112,8 @@ def totals(scan: Scan) -> dict[str, Totals]:
             f = block.tokens[f"force_{name}"].astype(np.float64)
             of.whole.add(f)
             block.shares(of, f)
+            for part in scan.parts:
+                of.parts.setdefault(part, Share()).add(block.tokens[f"force_{name}{SEPARATOR}{part}"].astype(np.float64))
             of.tokens.add(block.extreme(f))
             lines = block.row_entries(name)
             of.rows.add(lines)
@@ -135,18 +157,34 @@ class _Block:
         self.tokens = {n: tokens[n].to_numpy() for n in tokens.column_names if n not in ("role", "token")}
         self.role, self.text = np.array(tokens["role"].to_pylist(), object), tokens["token"].to_pylist()
         self.lines = {line["row"]: line for line in rows.to_pylist()}
+        self.texts = self._texts()
         row, sequence, context = (self.tokens[name].astype(np.int64) for name in ("row", "sequence", "context"))
         N = len(row)
         starts = np.flatnonzero(np.r_[True, (row[1:] != row[:-1]) | (sequence[1:] != sequence[:-1])]) if N else np.zeros(0, int)
         ends = np.r_[starts[1:], N] if N else starts
         self.start, self.end = (np.repeat(x, ends - starts) for x in (starts, ends))
-        self.place = np.arange(N) - self.start
+        self.place, self.sequence = np.arange(N) - self.start, sequence
+        first = {text: n for n, text in reversed(self.texts.items())}
+        self.times = Counter(self.texts.values())
+        self.once = np.flatnonzero(np.isin(row, list(first.values())))  # the tokens of rows that are not there before
         key = row * (int(context.max()) + 1 if N else 1) + context
         _, of, count = np.unique(key, return_inverse=True, return_counts=True)
         different = np.unique(np.stack([key, self.tokens["token_id"].astype(np.int64)]), axis=1)[0]  # one a token of a context
         contexts, tokens_of = np.unique(different, return_counts=True)
         shared, diverges = count[of] > 1, np.isin(key, contexts[tokens_of > 1])
         self.prefix = np.where(diverges, 1, np.where(shared, 0, 2))
+
+    def _texts(self) -> dict[int, str]:
+        """What stands for the text of each row: prompt, where its tokens stand, their ids."""
+        row = self.tokens["row"]
+        order = np.flatnonzero(np.r_[True, row[1:] != row[:-1]]) if len(row) else []
+        found = {}
+        for a, z in zip(order, [*order[1:], len(row)], strict=True):
+            digest = hashlib.sha256((self.lines[int(row[a])]["prompt"] or "").encode())
+            for name in ("sequence", "position", "token_id"):
+                digest.update(self.tokens[name][a:z].tobytes())
+            found[int(row[a])] = digest.hexdigest()
+        return found
 
     def shares(self, of: Totals, f: np.ndarray) -> None:
         """Add the block's forces by role, shared prefix and place."""
@@ -161,7 +199,7 @@ class _Block:
 
     def extreme(self, f: np.ndarray) -> list[Entry]:
         """The tokens of both ends, with their surroundings."""
-        order = np.argsort(f, kind="stable")
+        order = self.once[np.argsort(f[self.once], kind="stable")]
         picked = dict.fromkeys([*order[:BEST].tolist(), *order[::-1][:BEST].tolist()])
         return [self._entry(n, float(f[n])) for n in picked]
 
@@ -174,6 +212,7 @@ class _Block:
             "row": row, "role": self.role[n], "position": int(self.tokens["position"][n]), "token": self.text[n],
             "before": lead + "".join(before), "behind": "".join(behind), "force": force, "c": float(self.tokens["c"][n]),
             "log_prob": float(self.tokens["log_prob"][n]), "where": self.lines[row]["where"],
+            "text": (self.texts[row], int(self.sequence[n]), int(self.place[n])), "times": self.times[self.texts[row]],
         }  # fmt: skip
 
     def row_entries(self, group: str) -> list[Entry]:
@@ -181,7 +220,9 @@ class _Block:
         names: Mapping[str, str] = {what: f"{what}_{group}" for what in ("force", "size", "net")}
         kept = ("row", "where", "prompt", "tokens")
         return [
-            {key: line[key] for key in kept} | {what: line[column] for what, column in names.items()}
+            {key: line[key] for key in kept}
+            | {what: line[column] for what, column in names.items()}
+            | {"text": self.texts[line["row"]], "times": 1}
             for line in self.lines.values()
             if line["problem"] is None and line["tokens"]
         ]

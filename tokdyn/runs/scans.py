@@ -26,6 +26,7 @@ from .schema import require_scan
 from .watched import watched
 
 TOKENS, ROWS = "tokens.parquet", "rows.parquet"
+SEPARATOR = " · "  # of group and part in the name of a column
 
 
 class Scan:

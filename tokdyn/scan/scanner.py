@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import data
 from .._arguments import size_in_bytes
 from ..exact import Scope
-from ..exact.parts import SEPARATOR, By
+from ..exact.parts import By
 from ..exact.products import way
 from ..exact.scanning import Pulled, Row, packed
 from ..exact.sides import referred
@@ -26,6 +26,7 @@ from ..objective import Objective
 from ..observables import Function, Observable
 from ..observables import observable as as_observable
 from ..record import model_facts, run_head
+from ..runs.scans import SEPARATOR
 from ..sequences import Chi, context_numbers
 
 PROMPT = 200  # characters of a prompt's end that the row table keeps
@@ -211,6 +212,8 @@ def opened(
     """
     with contextlib.ExitStack() as stack:
         tracer = stack.enter_context(trace(model))
+        if tracer.sharded:
+            raise ValueError("a scan needs the model whole on every rank, its weights are spread over them (FSDP2)")
         other = None if reference is None or reference is model else stack.enter_context(trace(reference))
         moving, watched = Scope.named(tracer, scope, by), as_observable(observable)
         pulled = Pulled.of(moving, groups, watched)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from ..exact.sides import row_table
 from ..model.optimizer import steps_of
 from ..model.readout import Readout
-from ..model.unwrap import is_sharded, whole
+from ..model.sharded import any_sharded as any_sharded
+from ..model.sharded import reshard
+from ..model.unwrap import whole
 from ..objective import GTerm
 from ..ops import token_stats
 from ..ops.rows import log_probs
@@ -49,11 +51,6 @@ class Watched:
 
     chis: Sequence[Chi]
     blamed: Mapping[str, Tensor]
-
-
-def any_sharded(lm: nn.Module) -> bool:
-    """Whether any parameter is a DTensor."""
-    return any(is_sharded(p) for p in lm.parameters())
 
 
 def read(model: nn.Module, capture: Capture, chis: Sequence[Chi]) -> Reading:
@@ -130,13 +127,3 @@ def _pass_forces(f: Forward, readout: Readout, D: Float[Tensor, "V d"], scale: f
         z = readout.logits(h)
         parts.append((readout.pull_back(z, term.logit_force(z)) * (h.to(D.dtype) @ D.T)).sum(1))
     return torch.cat(parts)
-
-
-def reshard(model: nn.Module) -> None:
-    """Give back the whole weights that a forward pass outside training left on FSDP2's modules.
-
-    Without it the root stays unsharded between backward and optimizer step, and the next forward trains on stale weights.
-    """
-    for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()  # type: ignore[operator]

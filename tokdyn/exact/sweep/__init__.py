@@ -80,11 +80,16 @@ def _fill(
         if progress:
             progress(int(out.shape[2] * (done + part / whole) / tiles), out.shape[2])
 
-    for rows in tiling.kept_blocks:
+    for r, rows in enumerate(tiling.kept_blocks):
         kept = _traced(p, sides[0], rows, budget, with_calls=True)
         for traced, _ in kept:
             rules |= traced.rules
-        for columns in tiling.streamed_blocks:
+        for s, columns in enumerate(tiling.streamed_blocks):
+            name = p.tile("sweep", int(p.together), r, s)
+            if p.tiles is not None and p.tiles.restore(name, out):
+                report(STEPS, STEPS)
+                done += 1
+                continue
             mine = make_strips(p.cuts, kept, budget.graphs // 2, budget.strip)
             both = _strips_of_both(p, tiling, mine)
             apart = [of for of in columns if not both or of[0] >= tiling.common]
@@ -96,6 +101,8 @@ def _fill(
             found = tile[:, cells_of(mine)[:, None], cells_of(theirs)].to(out) * c_m.to(out)[:, None] * c_l.to(out)
             at = m[:, None], l
             out[:, *at] = _with_readout(found, {part: F[at] for part, F in closed.items()})
+            if p.tiles is not None:
+                p.tiles.put(name, m, l, out[:, *at])
             report(STEPS, STEPS)
             done += 1
     return p.fused_plan.labels(p, rules)

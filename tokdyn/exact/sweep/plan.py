@@ -330,7 +330,7 @@ def planned(problem: Problem) -> PlannedProblem:
     n, wide = len(problem.observed.batches), tracer.precision
     h = torch.cat(hidden[:n]).to(wide), torch.cat(hidden[n:]).to(wide)
     sides = problem.observed, problem.updated
-    return PlannedProblem(tracer, problem.uses, problem.P, *sides, plan, together, h, parts=problem.parts)
+    return PlannedProblem(tracer, problem.uses, problem.P, *sides, plan, together, h, parts=problem.parts, tiles=problem.tiles)
 
 
 def _closed_form(rule: Rule, call: Call) -> Norm | Stack | None:
