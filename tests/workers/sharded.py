@@ -16,12 +16,12 @@ LR = 1e-3
 PAIR = [chi.with_(role=role, group=0) for chi, role in zip(random_chis([(3, 5), (3, 4)], seed=2), ("chosen", "rejected"),
                                                            strict=True)]  # fmt: skip
 WATCHED = random_chis([(2, 4), (1, 3)], seed=3)
-KINDS = {"llama": {}, "llama, tied": {}, "gemma2": {}}
+KINDS = "llama", "llama, tied"
 
 
 def model(kind):
     family, _, tied = kind.partition(", ")
-    return tiny(family, **({} if family == "gemma2" else {"tied": bool(tied)}))
+    return tiny(family, tied=bool(tied))
 
 
 def answers(lm):

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -177,9 +178,9 @@ class _Block:
     def _texts(self) -> dict[int, str]:
         """What stands for the text of each row: prompt, where its tokens stand, their ids."""
         row = self.tokens["row"]
-        order = np.flatnonzero(np.r_[True, row[1:] != row[:-1]]) if len(row) else []
+        edges = [*np.flatnonzero(np.r_[True, row[1:] != row[:-1]]).tolist(), len(row)] if len(row) else []
         found = {}
-        for a, z in zip(order, [*order[1:], len(row)], strict=True):
+        for a, z in pairwise(edges):
             digest = hashlib.sha256((self.lines[int(row[a])]["prompt"] or "").encode())
             for name in ("sequence", "position", "token_id"):
                 digest.update(self.tokens[name][a:z].tobytes())
