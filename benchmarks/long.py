@@ -104,7 +104,7 @@ def in_its_own(*words: str) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--short", type=int, default=16, help="sequences of 64 tokens on each side")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)

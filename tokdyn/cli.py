@@ -84,8 +84,8 @@ def profile(
         if scan is not None:
             from .commands.scan import profile_row
 
-            profile_row(scan, row, method=method, memory=memory, eta=eta, overwrite=overwrite, resume=resume, unit=unit, per=per,
-                        allow_pickle=allow_pickle)  # fmt: skip
+            profile_row(scan, row, method=method, memory=memory, eta=eta, overwrite=overwrite, resume=resume, unit=unit,
+                        per=per, allow_pickle=allow_pickle)  # fmt: skip
             return
         loss, table, total = _checked(**options)
 

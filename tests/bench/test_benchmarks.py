@@ -198,3 +198,13 @@ def test_memory_of_a_scans_pass_is_as_estimated():
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | measure.steady_memory())
     found = [line.split("|")[-2] for line in done.stdout.splitlines()[2:]]
     assert len(found) == 2 and all(abs(int(apart.strip(" %"))) <= 15 for apart in found), done.stdout
+
+
+def test_memory_of_a_reduction_is_as_told_and_packed_sequences_are_those_alone(tmp_path):
+    """The peak within 15 % of what is told before; the matrix of sequences in common graphs is that of each by itself."""
+    command = [sys.executable, BENCHMARKS / "long.py", "--quick", "--json", tmp_path / "long.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "long.json").read_text())
+    assert all(abs(row["told_mib"] / row["peak_mib"] - 1) < 0.15 for row in found["reductions"])
+    assert found["short"]["apart"] < 1e-5  # sums in another order, as in tests/exact

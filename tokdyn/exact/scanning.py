@@ -254,13 +254,18 @@ def pass_bytes(tracer: Tracer, batch: Batch, G: int) -> int:
     The peak is in the widest layer or at the logits; within 15 % where benchmarks/scan.py compares it.
     """
     V, d = tracer.readout.weight.shape
-    tables = {f"{name}.weight" for name, module in tracer.model.named_modules() if isinstance(module, nn.Embedding)}
-    tables |= {tracer.readout.weight_name}
-    width = d + max((max(p.shape) for name, p in tracer.params.items() if p.dim() == 2 and name not in tables), default=d)
-    positions = batch.ids.numel()
+    width, positions = d + layer_width(tracer), batch.ids.numel()
     logits = (LOGITS[0] + LOGITS[1] * G) * len(batch.targets) * V + STREAM * (1 + G) * positions * d
     layers = (LAYERS[0] + LAYERS[1] * G) * positions * width
     return int(tracer.dtype.itemsize * max(logits, layers))
+
+
+def layer_width(tracer: Tracer) -> int:
+    """The larger side of the widest layer's weight; embeddings do not count."""
+    d = tracer.readout.weight.shape[1]
+    tables = {f"{name}.weight" for name, module in tracer.model.named_modules() if isinstance(module, nn.Embedding)}
+    tables |= {tracer.readout.weight_name}
+    return max((max(p.shape) for name, p in tracer.params.items() if p.dim() == 2 and name not in tables), default=d)
 
 
 def work_each(term: GTerm, logits: Float[Tensor, "N V"], velocities: Float[Tensor, "G N V"]) -> Float[Tensor, "G N"]:
