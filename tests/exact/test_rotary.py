@@ -53,7 +53,8 @@ def test_another_form_keeps_its_own_derivative():
         assert rotary._turned(x, other, cos, sin) is other
 
 
-@pytest.mark.parametrize("order", ["q, k, cos, sin", "x, sin, cos", "x, cos, sin, unsqueeze_dim", "keywords", "interleaved"])
+@pytest.mark.parametrize("order", ["q, k, cos, sin", "x, sin, cos", "x, cos, sin, unsqueeze_dim", "keywords", "interleaved",
+                                   "no cos, sin", "more tensors"])  # fmt: skip
 def test_a_call_is_closed_where_it_fits_and_the_familys_own_elsewhere(order):
     """Whatever the order of the arguments, one tensor or two, by keyword or not; what is turned otherwise keeps its own."""
     g = torch.Generator().manual_seed(0)
@@ -75,12 +76,20 @@ def test_a_call_is_closed_where_it_fits_and_the_familys_own_elsewhere(order):
     def interleaved(q, k, cos, sin):
         return q * cos[:, None] + torch.stack([-q[..., 1::2], q[..., ::2]], -1).flatten(-2) * sin[:, None], k
 
+    def by_angle(x, angle):
+        return rotated(x, angle.cos()[:, None], angle.sin()[:, None])
+
+    def with_values(q, k, v, cos, sin):
+        return (*pair(q, k, cos, sin), v, v + q)
+
     plain, call, fits = {
         "q, k, cos, sin": (pair, lambda f: f(q, k, cos, sin), 2),
         "x, sin, cos": (turned_about, lambda f: f(q, sin, cos), 1),
         "x, cos, sin, unsqueeze_dim": (heads_last, lambda f: f(q.transpose(1, 2), cos, sin, unsqueeze_dim=2), 1),
         "keywords": (pair, lambda f: f(k=k, q=q, sin=sin, cos=cos), 2),
         "interleaved": (interleaved, lambda f: f(q, k, cos, sin), 0),
+        "no cos, sin": (by_angle, lambda f: f(q, cos), 0),
+        "more tensors": (with_values, lambda f: f(q, k, q, cos, sin), 0),
     }[order]
     expected, found = call(plain), call(rotary._closed(plain))
     expected, found = (y if isinstance(y, tuple) else (y,) for y in (expected, found))

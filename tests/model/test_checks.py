@@ -186,6 +186,26 @@ def test_a_model_that_knows_its_length_is_refused():
         td.forces(model, U, O)
 
 
+class LooksAhead(nn.Module):
+    """Takes the largest among positions, as sparse attention does, and adds what stands at later ones."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        _, at = x.sum(-1).topk(1, -1)
+        return self.inner(x) + 0 * at[..., None] + 0.1 * x.flip(1).cumsum(1).flip(1)
+
+
+def test_a_model_that_selects_among_positions_is_asked_about_later_tokens_too():
+    """There another length is another model by itself, and cannot be the question."""
+    model = tiny("llama")
+    model.model.layers[0].mlp = LooksAhead(model.model.layers[0].mlp)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not causal: other tokens behind, or none"):
+        td.forces(model, U, O)
+
+
 # ---------------------------------------------------------------- adjoint
 
 
