@@ -130,6 +130,7 @@ SHAPES: dict[str, list[Shape | Demo]] = {
     "text": [Shape("text", 1, 256, 1, 256, layers=4, vocabulary=V) for V in (2048, 32768)],
     "experts": [Shape("experts", 1, 50, 2, 512, "deepseek_v3")],
     "qwen-experts": [Shape("qwen-experts", 1, 50, 2, 512, "qwen3_moe")],
+    "many-experts": [Shape("many-experts", 30, 18, 8, 512, "qwen3_moe")],
     "demo": [Demo()],
 }
 

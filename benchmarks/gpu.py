@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "gpu"
 TAIL = 6000  # characters of a stage's output that are kept
 LIBRARY = ("torch", "triton", "numpy", "transformers", "safetensors", "jaxtyping")
+LONG = 15  # minutes from which on the matrix of 4096 tokens is measured as well
 OPERATORS = {
     "rows": ("token_stats", "topk_log_probs", "apply_A", "softmax_jvp"),
     "products": ("linear_token_stats", "readout_forces", "dual_gram"),
@@ -58,8 +59,8 @@ class Stage:
     makes: str = ""
 
 
-def stages(python: str, scratch: Path) -> list[Stage]:
-    """The stages in the order they run; those of one phase run side by side."""
+def stages(python: str, scratch: Path, minutes: float = 8.0) -> list[Stage]:
+    """The stages in the order they run; those of one phase run side by side. In LONG minutes there is one more."""
     triton = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/*/triton.py"))
     cuda = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
     install = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--upgrade"]
@@ -89,7 +90,9 @@ def stages(python: str, scratch: Path) -> list[Stage]:
         found.append(Stage(f"operators: {name}", phase, [*bench, *figures(f"{name}.json"), *ops], 80, shown, f"{name}.json"))
     found.append(Stage("exact forces", 9, [*exact, *figures("exact.json")], 100, makes="exact.json"))
     rows = [*exact, "--rows", "pairs", "experts", *figures("rows.json")]
-    return [*found, Stage("exact forces: pairs, experts", 10, rows, 120, makes="rows.json")]
+    found.append(Stage("exact forces: pairs, experts", 10, rows, 120, makes="rows.json"))
+    long = [python, "-P", "benchmarks/exact_forces_gpu.py", "--length", "4096", "--rows", "matrix", *figures("long.json")]
+    return [*found, *([Stage("exact forces: 4096 x 4096", 11, long, 400, makes="long.json")] if minutes >= LONG else [])]
 
 
 def missing(stage: Stage) -> str:
@@ -237,7 +240,7 @@ def main() -> int:
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes - 10  # to write down what was found
     with tempfile.TemporaryDirectory() as scratch:
-        found = stages(sys.executable, Path(scratch))
+        found = stages(sys.executable, Path(scratch), args.minutes)
         if args.dry_run:
             for stage in found:
                 lacks = missing(stage)

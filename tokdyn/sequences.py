@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ class Batch:
     position: Int[Tensor, " N"]
     position_ids: Int[Tensor, "B T"] | None = None  # what the model is told, where it is not to count from 0
 
-    @property
+    @cached_property
     def slot(self) -> Int[Tensor, " N"]:
         """Which one of its sequence's scored tokens each token is, from 0."""
         row = self.rows // self.ids.shape[1]

@@ -34,7 +34,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_file_and_option_of_its_commands_is_there():
-    done = script("--dry-run")
+    done = script("--dry-run", "--minutes", "15")
     assert done.returncode == 0 and "every file and option is there" in done.stdout, done.stdout + done.stderr
     for stage in (
         "build",
@@ -44,6 +44,7 @@ def test_every_file_and_option_of_its_commands_is_there():
         "operators: attention",
         "exact forces",
         "exact forces: pairs, experts",
+        "exact forces: 4096 x 4096",
     ):
         assert f"{stage} (at most" in done.stdout
 

@@ -4,7 +4,7 @@ import engines
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokdyn.exact.sweep import Tile, fill, strips
+from tokdyn.exact.sweep import Tile, budget, fill, strips
 from tokdyn.exact.sweep.budget import Size
 from tokdyn.model import attention
 from tokdyn.model.trace import trace
@@ -21,11 +21,15 @@ WIDE = dict(hidden_size=128, intermediate_size=352)
         ([(6, 4), (8, 5), (7, 4)], [(6, 4)] * 4, WIDE, 64),  # of a wider model, some with padding
         ([(1, 64)], [(1, 64)], SMALL, 16),  # a text in strips
         ([(5, 6), (5, 6), (6, 7)], None, WIDE, 64),  # the same on both sides
+        ([(5, 6)] * 6, None, WIDE, 64),  # in several batches
     ],
 )
 def test_the_count_is_what_runs(update, observe, width, shortest, monkeypatch):
     """Within 15 % of the products in a tile; attention's own, which depend on the kernel, are left out on both sides."""
     monkeypatch.setattr(strips, "SHORTEST", shortest)
+    if len(update) == 6:  # batches of two, whose blocks are mirrored
+        monkeypatch.setattr(budget, "BATCH", 22)
+        monkeypatch.setattr(budget, "GROUP", 12)
     update = random_chis(update, seed=1)
     observe = update if observe is None else random_chis(observe, seed=2)
     counter, left_out = FlopCounterMode(display=False), []

@@ -6,7 +6,7 @@ import torch
 from engines import counted, matrices
 
 from tokdyn.exact import sweep
-from tokdyn.exact.sweep import budget, stacks, strips
+from tokdyn.exact.sweep import budget, stacks, strips, tile
 from tokdyn.model.trace import trace
 from tokdyn.objectives import GRPO, PPO, SFT
 from tokdyn.testing import float64, random_chis, relative_error, tiny
@@ -22,8 +22,11 @@ def ragged():
     return chis
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma2"])  # gpt2 looks the positions of all sequences up at once
-@pytest.mark.parametrize(("equal", "shortest"), [(True, 2), (True, 64), (False, 64)])
+@pytest.mark.parametrize(  # gpt2 looks the positions of all sequences up at once, mixtral's experts and opt's MLP take tokens
+    ("family", "equal", "shortest"),
+    [(f, *of) for f in ("qwen2", "gpt2", "gemma2") for of in ((True, 2), (True, 64), (False, 64))]
+    + [("mixtral", True, 2), ("opt", False, 64)],
+)
 def test_a_batch_of_ragged_sequences_is_exact(family, equal, shortest, monkeypatch):
     """Against one gradient per token in float64: a batch a side, or one for both, whose tokens are then pulled back once."""
     monkeypatch.setattr(strips, "SHORTEST", shortest)
@@ -48,6 +51,25 @@ def test_what_is_on_both_sides_is_pulled_once_whatever_its_weight():
             sweep.fill(problem, fast)
         assert relative_error(fast, naive) < FP32
         assert counts["strip"] == (3 if common else 2)
+
+
+def test_of_two_batches_on_both_sides_one_block_is_met_and_mirrored(monkeypatch):
+    """F is symmetric where the same tokens are on both sides: of three such batches and one more, 9 of 12 blocks are met."""
+    monkeypatch.setattr(budget, "BATCH", 1)
+    monkeypatch.setattr(budget, "GROUP", 1)
+    met, meet = set(), tile.Tile._add_inner_products
+
+    def meeting(self, F, kept, rules, group):
+        met.add((next(iter(kept.values()))[0].first, group[0][1].where.start))
+        meet(self, F, kept, rules, group)
+
+    monkeypatch.setattr(tile.Tile, "_add_inner_products", meeting)
+    update = random_chis([(3, 5), (2, 3), (4, 2)], seed=11)
+    with float64():
+        held_out = random_chis([(2, 4)], seed=12)
+        naive, fast, _ = matrices(tiny("qwen2").double(), update=update, observe=update + held_out, engine="sweep")
+    assert relative_error(fast, naive) < FP64
+    assert len(met) == 9 and len({first for first, _ in met}) == 4
 
 
 @pytest.mark.parametrize("memory", [1 << 17, 1 << 20])
@@ -90,11 +112,22 @@ def test_sequences_that_meet_in_a_module_stay_alone_and_the_coverage_says_so():
     assert all("one sequence at a time" in label and "in a batch than alone" in label for label in coverage.values())
 
 
-def test_modules_that_take_flattened_sequences_go_one_by_one_and_the_coverage_says_so():
-    """OPT's MLP is given [B T, d]: nothing says which rows are whose."""
-    naive, fast, by = matrices(tiny("opt"), update=ragged()[:3], observe=ragged()[2:4], engine="sweep")
+def test_modules_that_take_tokens_of_all_sequences_in_turn_go_one_by_one_and_the_coverage_says_so():
+    """Rows that are not a sequence's positions one after the other are seen, and nothing is mixed up."""
+
+    class Turned(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x.transpose(0, 1).flatten(0, 1)).unflatten(0, x.shape[1::-1]).transpose(0, 1)
+
+    model = tiny("llama")
+    model.model.layers[0].mlp = Turned(model.model.layers[0].mlp)
+    naive, fast, by = matrices(model, update=ragged()[:3], observe=ragged()[2:4], engine="sweep")
     assert relative_error(fast, naive) < FP32
-    assert all("one sequence at a time (" in label and "does not take the sequences" in label for label in by.values())
+    assert all("one sequence at a time (" in label and "in a batch than alone" in label for label in by.values())
 
 
 def test_the_counted_multiplications_prefer_a_batch(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..model.forward_ad import without_modes
 from . import ch2, divided, finite_difference, grouped, naive, per_direction, readout, sweep, tangents
 from .errors import Unsupported
 from .merged import Merged
@@ -106,6 +107,7 @@ def reduce(
     return F.sum(axes[over]), problem, coverage
 
 
+@without_modes()
 def structured(
     problem: Problem, out: Float[Tensor, "M L"], *, memory: int = MEMORY, progress: Progress | None = None
 ) -> Coverage:
@@ -134,6 +136,7 @@ def structured(
     return {use: f"{label} ({reason})" for use, label in coverage.items()}
 
 
+@without_modes()
 def in_parts(
     problem: Problem, out: Float[Tensor, "N M L"], *, memory: int = MEMORY, progress: Progress | None = None
 ) -> Coverage:

@@ -16,7 +16,9 @@ from ..sequences import Batch
 class Call:
     """One call of a module: what went in and what came out, for so many sequences side by side.
 
-    memo: what was worked out of it, made once.
+    Attributes:
+        sequences, length: of the batch, B sequences of T positions each.
+        memo: what was worked out of it, made once.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Call:
     kwargs: dict[str, Any]
     output: Any
     sequences: int = 1
+    length: int = 0
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
 
     @property
@@ -54,10 +57,20 @@ class Call:
         args, kwargs, output = tree_map(expanded, (self.args, self.kwargs, self.output))
         return replace(self, args=args, kwargs=kwargs, output=output)
 
+    def in_rows(self, x: Tensor) -> Tensor:
+        """A tensor of all positions one after the other, [B T, ...], as [B, T, ...]; others as they are."""
+        B, T = self.sequences, self.length
+        is_flat = B > 1 and x.dim() > 1 and len(x) == B * T and (T > 1 or x.dim() == 2)
+        return x.unflatten(0, (B, T)) if is_flat else x
+
+    def returned(self, output: Any) -> Call:
+        """The same call with another output, in which what has a row for each position has one for each sequence."""
+        return replace(self, output=map_floats(self.in_rows, output))
+
     @property
     def is_by_sequence(self) -> bool:
-        """Whether what went in and what came out has a row for each sequence."""
-        return all(x.dim() > 1 and len(x) == self.sequences for x in [*self.inputs[:1], *self.outputs])
+        """Whether what went in and what came out has a row for each sequence, or for each of its positions."""
+        return all(x.dim() > 1 and len(self.in_rows(x)) == self.sequences for x in [*self.inputs[:1], *self.outputs])
 
     def by_sequence(self, x: Tensor) -> Tensor:
         """One of its tensors as [sequences, positions, width], the positions of a sequence one after the other."""
@@ -86,6 +99,19 @@ class FusedCall(Call):
 def floats(tree: Any) -> list[Tensor]:
     """The floating-point tensors of a nested structure."""
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def shaped_like(tree: Any, other: Any) -> Any:
+    """A nested structure with its tensors in the shapes that they have in another one, where they hold as many numbers."""
+    shapes = iter([x.shape for x in floats(other)])
+
+    def shaped(x: Tensor) -> Tensor:
+        shape = next(shapes)
+        return (
+            x.reshape(shape) if x.shape != shape and x.numel() == shape.numel() else x
+        )  # an alias of the same would be a node
+
+    return map_floats(shaped, tree)
 
 
 def map_floats(f: Callable[[Tensor], Tensor], tree: Any) -> Any:

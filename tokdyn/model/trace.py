@@ -26,7 +26,7 @@ from torch.func import functional_call
 from ..ops import TokenStats, token_stats
 from ..sequences import Batch, Chi, collate
 from . import checks
-from .calls import Call, floats, map_floats, require_every_position
+from .calls import Call, floats, map_floats, require_every_position, shaped_like
 from .forward_ad import traceable, with_modes
 from .hooks import hooked
 from .readout import output_embeddings, traced_readout
@@ -212,7 +212,8 @@ class Tracer:
         calls: list[Call] = []
 
         def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            calls.append(Call(name, module, args, kwargs, output, len(batch.ids)).for_each())
+            call = Call(name, module, args, kwargs, output, *batch.ids.shape).for_each()
+            calls.append(call.returned(call.output))
             return map_floats(Tensor.clone, output) if name in copied else None
 
         with hooked(self.model, after={name: partial(keep, name) for name in names}):
@@ -248,7 +249,7 @@ class Tracer:
         The keywords are those of `GraphRecorder`, which says what each is told and returns.
         """
         recorder = GraphRecorder(
-            names, replace_outputs or {}, replace_inputs or {}, places, start_at, stop_at, copied, len(batch.ids)
+            names, replace_outputs or {}, replace_inputs or {}, places, start_at, stop_at, copied, batch.ids.shape
         )
         return recorder.record(self.model, partial(self.hidden, batch, self.params))
 
@@ -264,7 +265,7 @@ class Tracer:
         waiting = iter(additions)
 
         def add(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            return map_floats(lambda x: x + next(waiting), output)
+            return map_floats(lambda x: x + shaped_like(next(waiting), x), output)
 
         with hooked(self.model, after=dict.fromkeys(names, add)):
             return self.hidden(batch)

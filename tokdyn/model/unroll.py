@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .calls import Call, floats, map_floats
+from .calls import Call, floats, map_floats, shaped_like
 from .hooks import hooked
 
 
@@ -64,7 +64,7 @@ class GraphRecorder:
         start_at: one of the places. The graph starts at the tensor there; no call before it is recorded.
         stop_at: one of the places. The forward pass ends at the tensor there and returns it.
         copied: modules whose outputs the model writes to in place: it is given a copy, and what is recorded stays as it was.
-        sequences: how many run side by side.
+        shape: of the batch, so many sequences of so many positions.
     """
 
     names: Collection[str]
@@ -74,7 +74,7 @@ class GraphRecorder:
     start_at: Place | None = None
     stop_at: Place | None = None
     copied: Collection[str] = ()
-    sequences: int = 1
+    shape: tuple[int, ...] = (1, 0)
     calls: list[Call] = field(default_factory=list, init=False)
     given: dict[Place, Tensor] = field(default_factory=dict, init=False)
     times: Counter[str] = field(default_factory=Counter, init=False)  # how often each module has been called
@@ -116,11 +116,13 @@ class GraphRecorder:
         """Forward hook: record the call and return its output as a tensor of the graph."""
         if self.start_at is not None and self.start_at not in self.given:
             return None
-        call = Call(name, module, args, kwargs, output, self.sequences).for_each()
+        call = Call(name, module, args, kwargs, output, *self.shape).for_each()
         other = self.replace_outputs[name](call) if name in self.replace_outputs else None
-        call = replace(call, output=map_floats(_in_graph, call.output if other is None else other))
+        output = call.output if other is None else other
+        call = call.returned(output)
+        call = replace(call, output=map_floats(_in_graph, call.output))
         self.calls.append(call)
-        return map_floats(Tensor.clone, call.output) if name in self.copied else call.output
+        return shaped_like(map_floats(Tensor.clone, call.output) if name in self.copied else call.output, output)
 
 
 def _in_graph(x: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def as_function(call: Call) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 
     def returned(own: dict[str, Tensor]) -> tuple[Tensor, ...]:
         with with_modes():
-            return tuple(floats(functional_call(call.module, own, call.args, call.kwargs)))
+            return tuple(call.in_rows(x) for x in floats(functional_call(call.module, own, call.args, call.kwargs)))
 
     return returned
 

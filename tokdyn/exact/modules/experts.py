@@ -19,11 +19,14 @@ from ..products import Direction, preconditioned
 from .base import OuterProduct, OuterProducts, Outputs, Rule, trained_elements
 from .routes import Routes, Stack
 
+PIECE = 32 << 20  # bytes of what moves at the routes of an observed call, of so many cotangents at a time
+
 
 class Experts(Rule):
     """Two matrices for each expert, with biases or without; some experts may move alone (divided.single_experts)."""
 
     label = "outer product by expert"
+    tells_sequences = True
 
     def __init__(self, calls: Sequence[Call], moves: set[str], P: Direction | None, stack: Stack) -> None:
         size = trained_elements(calls[0], moves)
@@ -35,31 +38,43 @@ class Experts(Rule):
         self.has_outer_products = P is None
 
     def direction(self, calls: Sequence[Call], delta: Outputs) -> Direction:
-        """The step of the whole stack, [b, E, …] by parameter, in its layout."""
-        b = len(delta[0][0])
-        found = {name: delta[0][0].new_zeros(b, *self._parameter(name).shape) for name in self.moves}
+        """The step of the whole stack, [b B, E, …] by parameter, in its layout."""
+        b, B = len(delta[0][0]), calls[0].sequences
+        found = {name: delta[0][0].new_zeros(b, B, *self._parameter(name).shape) for name in self.moves}
         for call, (d,) in zip(calls, delta, strict=True):
             for weight, bias, left, right, routes in self._factors(call, d):
-                for e, rows in routes.spans:
+                for e, k, rows in routes.pieces:
                     if weight in found:
                         step = torch.einsum("rbq,rp->bqp", left[rows], right[rows])
-                        found[weight][:, e] += step.mT if self.stack.transposed else step
+                        found[weight][:, k, e] += step.mT if self.stack.transposed else step
                     if bias in found:
-                        found[bias][:, e] += left[rows].sum(0)
-        return found
+                        found[bias][:, k, e] += left[rows].sum(0)
+        return {name: x.flatten(0, 1) for name, x in found.items()}
 
     def tangent(self, calls: Sequence[Call], delta: Outputs) -> Outputs:
         """See Rule."""
         if self.P is not None:
             W = preconditioned(self.direction(calls, delta), self.P)
-            return [[self._returned(o, *self._along(o, W))] for o in self.observed]
+            return self._shaped([self._returned(o, *self._along(o, W)) for o in self.observed])
         found = []
         for o in self.observed:
-            moved = [x.new_zeros(len(x), len(delta[0][0]), n) for x, n in ((o.h, o.h.shape[1]), (o.h, o.x.shape[1]))]
-            for call, (d,) in zip(calls, delta, strict=True):
-                self._add_moved(o, call, d, moved)
-            found.append([self._returned(o, *moved)])
-        return found
+            of_one = calls[0].sequences * len(o.h) * (o.h.shape[1] + o.x.shape[1]) * o.h.itemsize
+            parts = zip(*(d.split(max(1, PIECE // of_one)) for (d,) in delta), strict=True)
+            found.append(torch.cat([self._at_output(o, calls, part) for part in parts]))
+        return self._shaped(found)
+
+    def _at_output(self, o: Routes, calls: Sequence[Call], delta: Sequence[Float[Tensor, "b ... d"]]) -> Float[Tensor, "c N d"]:
+        """E [b B, N, d] at an observed call of some of the cotangents."""
+        b, B = len(delta[0]), calls[0].sequences
+        moved = [o.h.new_zeros(len(o.h), B, b, n) for n in (o.h.shape[1], o.x.shape[1])]
+        for call, d in zip(calls, delta, strict=True):
+            self._add_moved(o, call, d, moved)
+        E = self._returned(o, *(x.flatten(1, 2) for x in moved))
+        return E.unflatten(0, (B, b)).transpose(0, 1).flatten(0, 1)
+
+    def _shaped(self, E: Sequence[Float[Tensor, "c N d"]]) -> Outputs:
+        """As the observed calls return it."""
+        return [[e.reshape(-1, *shape)] for e, (shape,) in zip(E, self.shapes, strict=True)]
 
     def outer_products(
         self, call: Call, delta: Sequence[Float[Tensor, "T ..."]], at: Int[Tensor, " N"], preconditioned: bool
@@ -85,7 +100,7 @@ class Experts(Rule):
         return self.observed[0].parameters[name]
 
     def _factors(
-        self, call: Call, delta: Float[Tensor, "b N d"]
+        self, call: Call, delta: Float[Tensor, "b ... d"]
     ) -> Iterator[tuple[str, str | None, Float[Tensor, "R b q"], Float[Tensor, "R p"], Routes]]:
         """Of W1 and W2 with their biases: the cotangents behind and the inputs before them, at the routes of a call."""
         routes = Routes.of(self.stack, call)
@@ -95,17 +110,17 @@ class Experts(Rule):
         if self.stack.down in self.moves or self.stack.down_bias in self.moves:
             yield self.stack.down, self.stack.down_bias, dy, routes.g, routes
 
-    def _add_moved(self, o: Routes, call: Call, delta: Float[Tensor, "b N d"], moved: list[Tensor]) -> None:
+    def _add_moved(self, o: Routes, call: Call, delta: Float[Tensor, "b ... d"], moved: list[Tensor]) -> None:
         """Add Ẇ x + ḃ at h and at y of the observed routes, from the cotangents at an updated call."""
         theirs = dict(o.spans)
         for weight, bias, left, right, routes in self._factors(call, delta):
             is_up = weight == self.stack.up
             inputs, out = (o.x[o.token], moved[0]) if is_up else (o.g, moved[1])
-            for e, rows in routes.spans:
+            for e, k, rows in routes.pieces:
                 if e not in theirs or not self._moves(e):
                     continue
                 d = left[rows].flatten(1)  # [r, b q]
-                at = out[theirs[e]].flatten(1)
+                at = out[theirs[e], k].flatten(1)
                 if weight in self.moves:
                     add_gram_product(at, inputs[theirs[e]], right[rows], d)
                 if bias in self.moves:

@@ -103,8 +103,8 @@ class Fusion:
             return w
         ys = [call.output for call in mine]
         slopes = torch.autograd.grad(w, ys, torch.ones_like(w))
-        whole = _Elementwise.apply(w.detach(), slopes, *ys)
-        parts = tuple(zip(mine, slopes, strict=True))
-        joined = FusedCall(self.name, mine[0].module, (), {}, whole, mine[0].sequences, parts)
-        calls[:] = [joined if call is mine[0] else call for call in calls if call is mine[0] or call.name not in self.modules]
-        return whole
+        whole = _Elementwise.apply(w.detach().reshape(ys[0].shape), slopes, *ys)  # w may have its positions one after the other
+        parts, first = tuple(zip(mine, slopes, strict=True)), mine[0]
+        joined = FusedCall(self.name, first.module, (), {}, whole, first.sequences, first.length, parts)
+        calls[:] = [joined if call is first else call for call in calls if call is first or call.name not in self.modules]
+        return whole.view_as(w)

@@ -26,6 +26,7 @@ class Router(Local):
     """A linear product and a function of it. Its tangent is the module's own jvp along the direction that the product gives."""
 
     label = Linear.label
+    tells_sequences = True
 
     def __init__(self, calls: Sequence[Call], moves: set[str], P: Direction | None = None) -> None:
         super().__init__(calls, moves, P)
@@ -36,10 +37,11 @@ class Router(Local):
         """Σ_s δz_s x_sᵀ and Σ_s δz_s."""
         found: Direction = {}
         for call, cotangents in zip(calls, delta, strict=True):
-            z, x = product_cotangents(call, cotangents), call.inputs[0].flatten(0, -2)
-            steps = {"weight": torch.matmul(z.mT, x.to(z.dtype)), "bias": z.sum(1)}
+            z = product_cotangents(call, cotangents).unflatten(1, (call.sequences, -1))
+            x = call.by_sequence(call.inputs[0]).to(z.dtype)
+            steps = {"weight": torch.matmul(z.mT, x), "bias": z.sum(2)}
             found = {name: found[name] + steps[name] if found else steps[name] for name in sorted(self.moves)}
-        return found
+        return {name: x.flatten(0, 1) for name, x in found.items()}
 
     def outer_products(
         self, call: Call, delta: Sequence[Float[Tensor, "T ..."]], at: Int[Tensor, " N"], preconditioned: bool

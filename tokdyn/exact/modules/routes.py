@@ -24,6 +24,7 @@ from .base import as_function, is_close, own_parameters
 
 Gate = Callable[[Tensor], Tensor]
 Span = tuple[int, slice]  # an expert that tokens were routed to, and its routes
+Piece = tuple[int, int, slice]  # an expert, a sequence, and the routes from one to the other
 
 
 class Given(NamedTuple):
@@ -164,7 +165,7 @@ class Routes:
         x: the tokens.
         token: of each route, [R].
         place: of each token's routes among the sorted ones, [N, k].
-        spans: the experts with tokens, and the routes of each.
+        pieces: the experts with tokens of each sequence, and their routes.
         weight: of each route, [R].
     """
 
@@ -173,7 +174,7 @@ class Routes:
     x: Float[Tensor, "N d"]
     token: Int[Tensor, " R"]
     place: Int[Tensor, "N k"]
-    spans: tuple[Span, ...]
+    pieces: tuple[Piece, ...]
     weight: Float[Tensor, " R"]
 
     @classmethod
@@ -182,26 +183,34 @@ class Routes:
         if "routes" not in call.memo:
             given = Given.of(call)
             assert given is not None
-            call.memo["routes"] = cls.made(stack, given, own_parameters(call))
+            call.memo["routes"] = cls.made(stack, given, own_parameters(call), call.sequences)
         return call.memo["routes"]  # type: ignore[no-any-return]
 
     @classmethod
     @torch.no_grad()
-    def made(cls, stack: Stack, given: Given, parameters: Mapping[str, Tensor]) -> Routes:
-        """The routes of these tokens with these parameters."""
+    def made(cls, stack: Stack, given: Given, parameters: Mapping[str, Tensor], sequences: int = 1) -> Routes:
+        """The routes of these tokens with these parameters, sequence after sequence."""
         (N, k), E = given.chosen.shape, len(parameters[stack.up])
         chosen, x = given.chosen.flatten(), given.x.detach()
         order = chosen.argsort(stable=True)
         place = torch.empty_like(order)
         place[order] = torch.arange(N * k, device=order.device)
-        counts = torch.bincount(chosen.clamp(max=E), minlength=E + 1)[:E].tolist()
-        spans, start = list[Span](), 0
-        for e, n in enumerate(counts):
-            if n:
-                spans.append((e, slice(start, start + n)))
-            start += n
+        of = chosen.clamp(max=E) * sequences + torch.arange(N * k, device=order.device) // (N * k // sequences)
+        pieces, start = list[Piece](), 0
+        for n, count in enumerate(torch.bincount(of, minlength=(E + 1) * sequences)[: E * sequences].tolist()):
+            if count:
+                pieces.append((*divmod(n, sequences), slice(start, start + count)))
+            start += count
         weight = given.weight.detach().flatten().masked_fill(chosen >= E, 0)[order]
-        return cls(stack, parameters, x, order // k, place.view(N, k), tuple(spans), weight)
+        return cls(stack, parameters, x, order // k, place.view(N, k), tuple(pieces), weight)
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """The experts with tokens, and the routes of each."""
+        found: dict[int, slice] = {}
+        for e, _, rows in self.pieces:
+            found[e] = slice(found[e].start if e in found else rows.start, rows.stop)
+        return tuple(found.items())
 
     @property
     def up(self) -> Float[Tensor, "E h d"]:

@@ -169,30 +169,32 @@ class Size:
         group = max(1, min(GROUP, memory // AT_HAND // per_streamed))
         slots = _Slots.of(sides[0]), _Slots.of(sides[1])
         common = len(parts[0][0].batches)
-        best, stored = self._cheapest(sides, slots, common, memory, memory - chunk * per_cotangent - group * per_streamed)
+        best = self._cheapest(sides, slots, common, memory, memory - chunk * per_cotangent - group * per_streamed)
         kept_bytes_per_slot = max(1, self.item * max(map(sum, self.stored)) * int(slots[0].sequences.max()))
         budget = Budget(chunk, group, max(1, best.kept_bytes // kept_bytes_per_slot), best.kept_bytes, best.graph_bytes)
         counts = (best.rows, best.columns)
         rows, columns = (_in_blocks(side, of.positions, n) for side, of, n in zip(sides, slots, counts, strict=True))
-        met = float(slots[1].sequences.sum()) * sum(stored) / self.item + self.tied * len(o) * float(slots[1].positions.sum())
-        return Tiling(sides, common, rows, columns, budget, best.products + met, best.cost + met)
+        return Tiling(sides, common, rows, columns, budget, best.products, best.cost)
 
     def _cheapest(
         self, sides: tuple[Stacked, Stacked], slots: tuple[_Slots, _Slots], common: int, memory: int, unreserved: int
-    ) -> tuple[_Candidate, list[float]]:
-        """The candidate with the fewest multiplications, and what all kept tokens leave of each segment in bytes."""
+    ) -> _Candidate:
+        """The candidate with the fewest multiplications."""
         (o, u), (n_o, n_u) = sides, (len(of.reach) for of in slots)
         every_o, every_u = (float(of.positions.sum()) for of in slots)
         once = every_u - float(_Slots.of(u.of(slice(common, None))).positions.sum()) if common < len(u.batches) else every_u
         stored = [float(self._stored_bytes(slots[0], of).sum()) for of in self.stored]
         visits, positions_o = len(o.batches), sum(batch.ids.numel() for batch in o.batches)
         grams = sum(-(-batch.slots * len(batch.ids) // GROUP) * batch.ids.numel() for batch in u.batches)
-        E = positions_o * (every_u * self.made + grams * self.inputs) + visits * every_u * self.directions
+        made = positions_o * (every_u * self.made + grams * self.inputs)
+        E = made + visits * every_u * self.directions
         positions = _graph_positions(o), _graph_positions(u)
         all_graphs = int(GRAPH_SLACK * self.item * SAVED * sum(map(sum, self.segments)) * max(positions)) // self.length
+        met = float(slots[1].sequences.sum()) * sum(stored) / self.item + self.tied * len(o) * every_u
+        mirrored = _mirrored(o, u, common)
         kept_bytes_per_slot = max(1, self.item * max(map(sum, self.stored)) * int(slots[0].sequences.max()))
         candidates = [_Candidate(math.inf, math.inf, n_o, n_u, 1, memory // GRAPHS[-1])]
-        for graphs in {min(all_graphs, memory // share) for share in GRAPHS}:
+        for graphs in sorted({min(all_graphs, memory // share) for share in GRAPHS}, reverse=True):
             passes = min(len(self.segments), -(-all_graphs // max(1, graphs)))
             graph_cost = PASS * passes * self.weights * sum(positions)
             for rows, columns in product(_counts(n_o), _counts(n_u)):
@@ -206,10 +208,14 @@ class Size:
                 spared = once if common and pulls == columns == 1 else 0.0
                 products = self.pulled * (every_o * columns + every_u * pulls - spared) + E * max(1, pulls / visits)
                 products += self.directions * (every_o * columns - spared * visits)
-                products += (self.weights - self.pulled) * (positions[0] * columns + positions[1] * rows)
+                products += (self.weights - self.pulled) * (positions[0] * columns + positions[1] * rows) + met
+                products -= mirrored * (made + met) if spared else 0.0
                 rebuilds = max(rows, columns, SHORTEST * kept_bytes_per_slot / left)  # short strips are more of them
-                candidates.append(_Candidate(products + graph_cost * rebuilds, products, rows, columns, int(left), graphs))
-        return min(candidates), stored
+                found = _Candidate(products + graph_cost * rebuilds, products, rows, columns, int(left), graphs)
+                if pulls == columns == passes == rebuilds == 1:  # nothing is done twice
+                    return found
+                candidates.append(found)
+        return min(candidates)
 
     def tangents(self, o: Side, u: Side) -> float:
         """Multiplications of the tangents engine: u's tokens pulled back, one sequence a batch, and carried over o."""
@@ -248,6 +254,12 @@ class _Slots(NamedTuple):
     def positions(self) -> Float[Tensor, " n"]:
         """That the cotangents of each take, those of all sequences."""
         return self.reach * self.sequences
+
+
+def _mirrored(o: Stacked, u: Stacked, common: int) -> float:
+    """The share of both sides' blocks that are taken from their mirror images: an earlier kept and a later streamed batch."""
+    kept, streamed = ([batch.slots * batch.ids.numel() for batch in side.batches] for side in (o, u))
+    return sum(streamed[a] * kept[k] for a in range(common) for k in range(a)) / max(1, sum(kept) * sum(streamed))
 
 
 def _graph_positions(side: Side) -> int:

@@ -84,7 +84,7 @@ def require_by_sequence(calls: Sequence[Call]) -> None:
     """Raise unless every call of several sequences has a row for each of them.
 
     Raises:
-        Unsupported: one has its tokens in another order (experts, which take those that are given to them).
+        Unsupported: one has not (experts in a list, each called for the tokens that are given to it).
     """
     for call in calls:
         if call.sequences > 1 and not call.is_by_sequence:

@@ -70,6 +70,7 @@ class Tile:
             strip.spread(self.budget.chunk)
         for depth in range(aligned, depths):
             self._add_segment(depth, depths)
+        self._mirror()
         return self.F
 
     def _add_segment(self, depth: int, depths: int) -> None:
@@ -84,8 +85,10 @@ class Tile:
                 calls |= pull_into(strips, depth, kept)
                 self._kept |= dict.fromkeys(strips, kept)
             pulled = (self._pull(strip, depth, calls, last=part is parts[-1]) for strip in self.streamed)
+            number = {strip: n for n, strips in enumerate(part) for strip in strips}
             for columns, group in groups(pulled, self.budget.group):
-                for strips, kept in sequences:
+                first = min(number.get(strip, 0) for _, strip, _, _ in group)  # of batches before `_mirror` fills the block
+                for strips, kept in sequences[first:]:
                     rules = strips[0].traced.rules
                     self._add_inner_products(self.F[..., columns], kept, rules, group)
                     tied = self.plan.tied_lookup(rules)
@@ -96,6 +99,14 @@ class Tile:
                 del group  # before the next one is pulled
             self._kept.clear()
             del sequences, reserved, kept
+
+    def _mirror(self) -> None:
+        """Of batches on both sides the blocks of an earlier kept one and a later streamed one: F is symmetric there."""
+        start: dict[int, int] = {}
+        streamed = set(self.streamed)
+        for strip in (strip for strip in self.kept if strip in streamed):
+            before, own = slice(start.setdefault(id(strip.traced), strip.where.start)), strip.where
+            self.F[:, before, own] = self.F[:, own, before].mT
 
     def _pull(self, strip: Strip, depth: int, calls: dict[Strip, CallsOf], last: bool) -> tuple[Strip, Pulls]:
         """A streamed strip with its chunks in a segment: pulled back, or as they were kept."""

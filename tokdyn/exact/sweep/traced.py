@@ -107,7 +107,7 @@ class SideTracer:
         require_beginning("the model", h[row.to(h.device) == k], h_alone, "a sequence in a batch than alone")
         for call, whole in zip(own, calls, strict=True):
             for x, y in zip(whole.outputs, call.outputs, strict=True):
-                require_beginning(call.name, x[k : k + 1], y, "a sequence in a batch than alone")
+                require_beginning(call.name, x[k] if y.dim() < x.dim() else x[k : k + 1], y, "a sequence in a batch than alone")
 
 
 def require_beginning(name: str, whole: Tensor, part: Tensor, what: str) -> None:
