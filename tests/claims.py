@@ -95,6 +95,16 @@ LANGUAGE = {
             "The first choice takes less of the mass (arXiv 2407.10490 §5)": FEW,
         },
     ),
+    "gradient-exchangeability": Listed(
+        [
+            "One function of the token's own ratio for all answers cancels what they share (identity; arXiv 2604.13088)",
+            "Weights coupled to the sequence leave a push on shared tokens (arXiv 2604.13088)",
+        ],
+        {
+            "So does asymmetric clipping (arXiv 2604.13088)": FEW,
+            "and the drift is one of the whole network (arXiv 2604.13088, reward-irrelevant drift)": FEW,
+        },
+    ),
     "grpo-forces": Listed(
         [
             "An NTHR score is a gradient product (identity; docs/theory.md, The kernel)",
@@ -279,6 +289,22 @@ CLASSIFICATION = {
             "They also turn further: the cosine of h and h₀ falls with the energy (arXiv 2302.05779).",
         ],
         {"With growing energy h·h₀ first rises and then falls (arXiv 2302.05779).": FEW},
+    ),
+    "feature-adaptation-tasks": Listed(
+        [
+            "Features move by their Jacobian times the step, up to O(η²) "
+            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6, the adaptation to first order).",
+            "The more energy is left after head probing, the further the features of rows move "
+            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).",
+            "They also turn further: the cosine of h and h₀ falls with the energy, for rows "
+            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).",
+        ],
+        {
+            "The more energy is left after head probing, the further the features of pixels move "
+            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": FEW,
+            "They also turn further: the cosine of h and h₀ falls with the energy, for pixels "
+            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": FEW,
+        },
     ),
     "ntk-stability": Listed(
         [

@@ -28,7 +28,7 @@ from .result import Claim, Result, above, below, both, of_runs, told
 
 PAPER = "arXiv 2510.02230"
 MANY = 0.1  # share of pairs from which interference is no exception
-MOVE = 0.02  # nats by which the real step moves the right answers most
+MOVE = 0.01  # nats by which the real step moves the right answers most
 FORMS = len(arithmetic.FORMS)
 
 
