@@ -53,11 +53,11 @@ LANGUAGE = {
     "disentanglement-band": Listed(
         [
             "Preference losses share their update directions and differ in two weights (identity; arXiv 2604.18239)",
+            "The band tells whether a step lifts the chosen and lowers the rejected answer (arXiv 2604.18239)",
             "Calibrated weights lift the chosen and lower the rejected answer at every pair "
             "(identity, ρ < 1; arXiv 2604.18239)",
         ],
         {
-            "The band tells whether a step lifts the chosen and lowers the rejected answer (arXiv 2604.18239)": FEW,
             "Margin losses press the chosen answer down with the rejected one (arXiv 2604.18239, likelihood displacement)": FEW,
             "Trained so, the chosen answers stay higher while the rejected ones fall "
             "(arXiv 2604.18239, reward calibration)": FEW,

@@ -43,14 +43,14 @@ def run(
     """Bands and real steps pair by pair, before DPO and after it, and DPO with and without calibration.
 
     Args:
-        quick: one seed of 6 pairs and one pass; else six seeds of 24 pairs and 6 passes.
+        quick: one seed of 6 pairs and one pass; else five seeds of 16 pairs and 6 passes.
         seed: of the first run.
         model: a folder or a hub name.
         data: texts instead of the shipped pairs (`texts.pairs`).
         keep: where finished seeds are kept (`parts`).
         runs: how many, each with a seed of its own; as above when absent.
     """
-    seeds = range(seed, seed + (runs or (1 if quick else 6)))
+    seeds = range(seed, seed + (runs or (1 if quick else 5)))
     tables: dict[str, list[Row]] = {"steps": [], "training": []}
     for row in texts.of_seeds(_seed, model, data, quick, seeds, keep):
         tables[row.pop("table")].append(row)
@@ -59,7 +59,7 @@ def run(
 
 def _seed(model: Any, tokenizer: Any, rows: list[texts.Row], quick: bool, seed: int) -> list[Row]:
     """A row for each stage, pair and loss, and one for each pair and way of training."""
-    drawn, found = texts.drawn(rows, 6 if quick else 24, seed), list[Row]()
+    drawn, found = texts.drawn(rows, 6 if quick else 16, seed), list[Row]()
     start = copy.deepcopy(model)
     training.sft(start, texts.chis(tokenizer, drawn, "chosen"), epochs=2, lr=2e-4, seed=seed)
     pairs = [training.with_reference(start, texts.preferences(tokenizer, [row])) for row in drawn]
@@ -70,7 +70,7 @@ def _seed(model: Any, tokenizer: Any, rows: list[texts.Row], quick: bool, seed: 
         found += [{"table": "training", "way": way, "pair": i, "chosen": a, "rejected": b} for i, (a, b) in enumerate(change)]
         if way == "DPO":
             for stage, at in (("before DPO", start), ("after DPO", policy)):
-                for i, pair in enumerate(pairs[: 2 if quick else 12]):
+                for i, pair in enumerate(pairs[: 2 if quick else 8]):
                     found += [{"table": "steps", "stage": stage, "pair": i} | row for row in _steps(at, pair)]
     return [{"seed": seed} | row for row in found]
 
