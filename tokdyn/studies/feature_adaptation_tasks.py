@@ -123,7 +123,8 @@ def one(task: Task, seed: int) -> tuple[Tensor, float]:
     data, _ = digits(seed, train=1797)
     halves = [Data(data.x[here][:IMAGES], data.y[here][:IMAGES] % 5) for here in (data.y < 5, data.y >= 5)]
     torch.manual_seed(seed)
-    body, old, head = task.body().double(), *(nn.Linear(WIDTH, task.classes).double() for _ in range(2))
+    body = task.body().double()
+    old, head = (nn.Linear(WIDTH, task.classes).double() for _ in range(2))
     descend(nn.Sequential(body, old), halves[0].x, task.targets(halves[0]), task.eta, task.taught)
     x, y = halves[1].x, task.targets(halves[1])
     start = {name: p.detach().clone() for name, p in body.state_dict().items()}
