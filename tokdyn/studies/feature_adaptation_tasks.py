@@ -158,7 +158,7 @@ def formula_order(body: nn.Module, head: nn.Module, x: Tensor, y: Tensor) -> flo
     def features(values: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(body, values, (x,))
 
-    h, velocity = torch.func.jvp(features, (params,), (moves,))
+    h, velocity = torch.func.jvp(features, (params,), (moves,))[:2]
 
     def residual(eta: float) -> float:
         moved = features({name: p - eta * moves[name] for name, p in params.items()})
