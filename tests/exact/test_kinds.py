@@ -1,5 +1,6 @@
 """Models beyond the families of tests: what they do that others do not, and the matrix and reductions that come out of it."""
 
+import numpy
 import peft
 import pytest
 import torch
@@ -137,6 +138,63 @@ def test_bitsandbytes():
         packed.load_state_dict(plain.state_dict())
         layer.mlp.down_proj.base_layer = packed.to("cpu").requires_grad_(False)
     assert_rules(assert_right(model))
+
+
+def over(old, new):
+    """Write one tensor's numbers over another's as a kernel does: by its memory, which no transform has and nothing counts."""
+    numpy.copyto(old.detach().numpy(), new.detach().numpy())
+    return old
+
+
+class RMSNorm(torch.autograd.Function):
+    """Of Liger's shape: no jvp, no vmap; the gradient of x is written over that of the output."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return torch.from_numpy((x * scale * weight).detach().numpy())
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, scale = ctx.saved_tensors
+        dweight, m = (g * x * scale).flatten(0, -2).sum(0), g * weight
+        return over(g, scale * (m - x * scale.square() * (m * x).mean(-1, keepdim=True))), dweight, None
+
+
+class SiLUMul(torch.autograd.Function):
+    """Of Liger's shape: the gradients of both inputs are written over the inputs that were saved."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return torch.from_numpy((a * a.sigmoid() * b).detach().numpy())
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        s = a.sigmoid()
+        da, db = g * b * s * (1 + a * (1 - s)), g * a * s
+        return over(a, da), over(b, db)
+
+
+@pytest.mark.parametrize("how", ["plain", "LoRA"])
+def test_kernels_without_forward_mode_or_vmap_that_write_over_what_they_save(how):
+    """Norms and gates of Liger's shape: the sweep is exact with all its rules; a reduction's jvp is by real steps."""
+    plain, fused = (tiny("llama", tied=False) if how == "plain" else tiny_lora("llama", tied=False) for _ in range(2))
+    for layer in (fused if how == "plain" else fused.get_base_model()).model.layers:
+        mlp = layer.mlp
+        mlp.forward = lambda x, mlp=mlp: mlp.down_proj(SiLUMul.apply(mlp.gate_proj(x), mlp.up_proj(x)))
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.forward = lambda x, norm=norm: RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
+    naive, found = td.forces(plain, U, O, method="naive").matrix, td.forces(fused, U, O)
+    assert relative_error(found.matrix, naive) < FP32
+    assert relative_error(td.forces(fused, U, O, method="naive").matrix, naive) < FP32
+    assert_rules(found.coverage)
+    reduced = td.forces(fused, U, O, reduce="update")
+    assert any("real steps" in rule for rule in reduced.coverage.values())
+    # central differences extrapolated: the log-probs' last digits, 6 eps, over the smallest step of about 1e-2, times 3
+    assert float((reduced.vector - naive.sum(1)).norm()) < 3e-4 * float(naive.abs().sum(1).norm())
 
 
 class NoForwardMode(torch.autograd.Function):

@@ -36,7 +36,7 @@ def traceable(model: nn.Module, attention: str | None = None) -> Iterator[None]:
     with (
         implementations,
         _DerivativesOfAttention(),
-        _forward_derivatives(model),
+        _forward_derivatives(),
         _parameter_adapters(model),
         _IgnoreRequiresGrad(),
     ):
@@ -141,30 +141,37 @@ def _say_eager(model: str, why: str) -> None:
 
 
 @contextlib.contextmanager
-def _forward_derivatives(model: nn.Module) -> Iterator[None]:
-    """Give old-style autograd functions, which have only a backward, a jvp.
+def _forward_derivatives() -> Iterator[None]:
+    """Give old-style autograd functions, which have only a backward, a jvp and a backward that may run more than once.
 
-    They are those in the files of the model's modules, and, of packages other than torch and transformers, in all files
-    (bitsandbytes keeps its functions apart from its modules).
+    Whichever a model calls, torch's own aside: it is `Function.apply` that is asked.
     """
-    files = {type(module).__module__ for module in model.modules()}
-    packages = {name.partition(".")[0] for name in files} - {"torch", "transformers", "tokdyn", "builtins", "__main__"}
-    files |= {name for name in list(sys.modules) if name.partition(".")[0] in packages and sys.modules[name] is not None}
-    classes = {value for name in files for value in vars(sys.modules[name]).values() if isinstance(value, type)}
-    old_style = [f for f in classes if issubclass(f, torch.autograd.Function) and _is_old_style(f)]
+    base = torch.autograd.Function
+    own, made = vars(base)["apply"], dict[Any, type[torch.autograd.Function]]()
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or not _is_old_style(cls):
+            return own.__func__(cls, *args, **kwargs)
+        if cls not in made:
+            made[cls] = _with_jvp(cls)
+        return own.__func__(made[cls], *args)
+
     try:
-        for f in old_style:
-            f.apply = _with_jvp(f).apply  # type: ignore[method-assign]
+        base.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
         yield
     finally:
-        for f in old_style:
-            del f.apply
+        base.apply = own  # type: ignore[method-assign]
 
 
 def _is_old_style(f: type[torch.autograd.Function]) -> bool:
-    """Whether a function's forward takes a context (no setup_context), and nobody has replaced its apply."""
-    base = torch.autograd.Function
-    return f is not base and f.setup_context is base.setup_context and "apply" not in vars(f)
+    """Whether a function's forward takes a context (no setup_context), and it writes to none of its inputs by name."""
+    own = f.__module__.partition(".")[0] in ("torch", "tokdyn")
+    code = getattr(f.forward, "__code__", None)
+    return (
+        not own
+        and f.setup_context is torch.autograd.Function.setup_context
+        and "mark_dirty" not in getattr(code, "co_names", ())
+    )
 
 
 @contextlib.contextmanager
@@ -189,13 +196,16 @@ def _parameter_adapters(model: nn.Module) -> Iterator[None]:
 def _with_jvp(old: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """An old-style function as one that torch.func takes; its jvp J ẋ is the transpose of its backward g -> Jᵀ g.
 
-    Its inputs may hold numbers and flags; where its backward returns None, as for those, an input has no derivative.
+    Its inputs may hold numbers and flags; where its backward returns None, as for those, an input has no derivative. Forward
+    and backward get copies: kernels write gradients over what was saved (SwiGLU of Liger) or over the gradient they are given
+    (its RMSNorm), past the counter by which autograd would notice.
     """
 
     def forward_and_vjp(inputs: tuple[Any, ...]) -> tuple[Any, Callable[..., Any]]:
+        inputs = _copied(inputs)
         context = _Context(inputs)
         output = old.forward(context, *inputs)
-        return output, lambda *g: old.backward(context, *g)
+        return output, lambda *g: old.backward(context, *_copied(g))
 
     class New(torch.autograd.Function):
         generate_vmap_rule = True
@@ -214,7 +224,14 @@ def _with_jvp(old: type[torch.autograd.Function]) -> type[torch.autograd.Functio
 
         @staticmethod
         def backward(ctx: Any, *g: Tensor) -> Any:  # type: ignore[override]
-            return forward_and_vjp(_inputs(ctx))[1](*g)
+            pull_back = forward_and_vjp(_inputs(ctx))[1]
+            try:
+                return pull_back(*g)
+            except RuntimeError:  # under vmap, of kernels that read memory
+                if torch._C._functorch.peek_interpreter_stack() is None:
+                    raise
+                pulled = _Pulled(lambda *g: forward_and_vjp(_inputs(ctx))[1](*g))
+                return pulled.whole(_OneByOne.apply(pulled, *g))
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:  # type: ignore[override]
@@ -236,6 +253,47 @@ def _with_jvp(old: type[torch.autograd.Function]) -> type[torch.autograd.Functio
     return New
 
 
+class _Pulled:
+    """A backward by its tensors alone: which of an input's derivatives are None is noted beside them."""
+
+    def __init__(self, pull_back: Callable[..., Any]) -> None:
+        self.pull_back, self.present = pull_back, list[bool]()
+
+    def __call__(self, *g: Tensor) -> tuple[Tensor, ...]:
+        found = self.pull_back(*g)
+        found = found if isinstance(found, tuple) else (found,)
+        self.present = [x is not None for x in found]
+        return tuple(x for x in found if x is not None)
+
+    def whole(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """The derivatives of all inputs."""
+        rest = iter(tensors)
+        return tuple(next(rest) if present else None for present in self.present)
+
+
+class _OneByOne(torch.autograd.Function):
+    """A backward that has no vmap, one cotangent after the other."""
+
+    @staticmethod
+    def forward(pulled: _Pulled, *g: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return pulled(*g)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        raise RuntimeError("the backward of a kernel is not differentiated again")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, pulled: _Pulled, *g: Tensor) -> Any:
+        rows = [tuple(x if dim is None else x.select(dim, i) for x, dim in zip(g, in_dims[1:], strict=True))
+                for i in range(info.batch_size)]  # fmt: skip
+        found = tuple(torch.stack(parts) for parts in zip(*(_OneByOne.apply(pulled, *row) for row in rows), strict=True))
+        return found, (0,) * len(found)
+
+
 class _Context:
     """What an old-style function is given as its context outside autograd."""
 
@@ -251,6 +309,11 @@ class _Context:
 
     def set_materialize_grads(self, value: bool) -> None:
         """Nothing to do: every cotangent is a tensor."""
+
+
+def _copied(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same values with copies of the tensors."""
+    return tuple(x.clone() if isinstance(x, Tensor) and x.is_floating_point() else x for x in values)
 
 
 def _inputs(ctx: Any) -> tuple[Any, ...]:
