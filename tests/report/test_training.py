@@ -177,6 +177,17 @@ def test_large_batches_are_cut_and_said(run, monkeypatch):
     assert len(first["tokens"]) == 12 and first["left_out"] == 5 and first["sequences"][-1]["stop"] == 12
 
 
+def test_lazy_likelihood_displacement_is_the_first_finding(run, html):
+    about, tables = run
+    rows = tables["steps"].to_pylist()
+    for row, fallen in zip(rows, (0.0, 6.0, 2.0), strict=False):
+        row |= dict(sum_fallen=fallen, sum_rewarded=8.0)
+    found = Tags(training.render(about, tables | {"steps": pa.Table.from_pylist(rows)})).words
+    assert "Good answers fell: lazy likelihood displacement" in found and "In 2 recorded steps" in found
+    assert f"in step {rows[1]['step']} they held 75% of the tokens" in found
+    assert "displacement" not in Tags(html).words
+
+
 def test_findings_say_what_the_numbers_say(html):
     text = Tags(html).words
     assert "Chosen rose most, rejected fell most" in text

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from chats import MORE, assistant, tokenizer_of
 from loops import EPS, PROMPT, V, answers, data, dpo, grpo, one_record, sft, train
 
 import tokdyn as td
 from tokdyn.squeeze import step as readout_step
 from tokdyn.testing import tiny
+from tokdyn.training.record import LLD
 
 
 def test_c_of_dpo_is_its_closed_form_and_shared_prefixes_cancel():
@@ -63,7 +65,11 @@ def test_clipped_tokens_have_no_force(level, told):
     clipped = torch.tensor(step.tokens["clipped"].to_pylist()).bool()
     assert step.routes == (("logits",) if tapped is None else ("tap",))
     assert 3 < int(clipped.sum()) < 17 and torch.equal(clipped, step.c == 0)
-    assert step.metrics["clipped"] == pytest.approx(float(clipped.double().mean()), rel=EPS) and step.notes == []
+    assert step.metrics["clipped"] == pytest.approx(float(clipped.double().mean()), rel=EPS)
+    moved = (answers(model, ids)[0].detach() - old).sum(1)
+    fallen = float((moved[A > 0] < 0).double().mean())  # of two responses of five tokens each
+    assert fallen == 0.5 and step.metrics["fallen"] == pytest.approx(fallen)
+    assert step.notes == [LLD.format(share=fallen)]
     assert step.tokens["advantage"].to_pylist() == A[:, None].expand(4, 5).flatten().tolist()
     if level == "token":
         ratio = (answers(model, ids)[0].detach() - old).exp()
@@ -167,3 +173,21 @@ def test_a_wrong_temperature_is_named():
 
     with pytest.raises(ValueError, match="falls on tokens taken for unscored"):
         one_record(tiny("llama"), masked, data())
+
+
+def test_tokens_have_the_turn_of_the_conversation_that_they_stand_in():
+    """A conversation scored throughout: what the template wrote in each role's turn, joined, is that role's messages."""
+    tokenizer = tokenizer_of("chatml")
+    talk = [*MORE, assistant("Red is left over.")]
+    ids = torch.tensor([tokenizer.apply_chat_template(talk, tokenize=True, return_dict=True)["input_ids"]])
+    model = tiny("llama", vocabulary=len(tokenizer))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with td.Monitor(model, optimizer, tokenizer=tokenizer, on_error="raise") as monitor:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        (step,) = [monitor.step_end()]
+    rows = step.tokens.to_pylist()
+    for role in ("user", "assistant"):
+        joined = "".join(row["token"] for row in rows if row["turn"] == role)
+        assert all((m["content"] in joined) == (m["role"] == role) for m in talk), joined
+    assert {row["turn"] for row in rows} == {"user", "assistant", "markup"}

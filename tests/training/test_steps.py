@@ -80,7 +80,7 @@ def recorded(bonus):
         squeezing=top * (top - collision + rest) * (pi.argmax(1) != y) * (c < 0), h_square=h.square().sum(1),
         logsumexp=scaled.logsumexp(1), log_prob=lp, entropy=-(pi * log_pi).sum(1), collision=collision,
         g_norm=(pi - e_y).norm(dim=1), token_rank=(scaled > scaled[n, y][:, None]).sum(1), argmax=pi.argmax(1),
-        argmax_log_prob=log_pi.max(1).values, advantage=advantage, cancelled=lost,
+        argmax_log_prob=log_pi.max(1).values, advantage=advantage, ratio=ratio, cancelled=lost,
         clipped=((advantage > 0) & (ratio > 1 + CLIP[1])) | ((advantage < 0) & (ratio < 1 - CLIP[0])),
     )  # fmt: skip
     return step, expected, scaled
@@ -107,12 +107,15 @@ def test_columns_figures_and_sequences_are_those_of_dense_tensors(bonus):
         else:
             assert torch.equal(found[name], truth.double()), name
 
+    up, moved = expected["advantage"] > 0, expected["ratio"].log()
+    total = torch.zeros(4, dtype=torch.float64).index_add(0, expected["sequence"], moved)[expected["sequence"]]
+    fallen = (total[up] < 0).double().mean()
     c, force, push = expected["c"], expected["force"], (-expected["c"]).clamp(min=0)
     figures = dict(
         tokens=len(c), c_up=c[c > 0].sum(), c_down=push.sum(), force=force.sum(),
         force_up_share=force[c > 0].sum() / force.sum(),
         squeezing=(push * expected["squeezing"]).sum() / push.sum(), shared_prefix=expected["cancelled"].sum() / force.sum(),
-        clipped=expected["clipped"].double().mean(),
+        clipped=expected["clipped"].double().mean(), fallen=fallen,
     ) | {name: expected[name].mean() for name in ("entropy", "collision", "log_prob", "p_target", "p_argmax")}  # fmt: skip
     assert step.metrics.pop("residual") < 1e-5
     assert step.metrics == pytest.approx({name: float(x) for name, x in figures.items()}, rel=band, abs=band)

@@ -33,6 +33,7 @@ FIGURES = (
     "squeezing",
     "shared_prefix",
     "clipped",
+    "fallen",
     "entropy",
     "p_argmax",
     "residual",
@@ -238,7 +239,7 @@ def _findings(
     about: Mapping[str, Any], curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapping[str, Any]
 ) -> list[dict[str, str]]:
     """What a reader should know first, in whole sentences with their numbers."""
-    found, of = [], watched(about)
+    found, of = _alarms(series), watched(about)
     moved, top = {}, {}
     for kind in curves["types"]:
         before, after, argmax = (_first_and_last(kind[key]) for key in ("before", "after", "argmax"))
@@ -290,6 +291,20 @@ def _findings(
             }
         )
     return found
+
+
+def _alarms(series: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What a training does that nobody asked for, in a sentence with its numbers."""
+    fallen = {step: x for step, x in zip(series["step"], series["fallen"], strict=True) if x}
+    if not fallen:
+        return []
+    worst = max(fallen, key=lambda step: fallen[step])
+    text = (
+        f"In {count(len(fallen), 'recorded step')} answers with a positive advantage were less likely than at their rollout; "
+        f"in step {worst:,} they held {fallen[worst]:.0%} of the tokens with a positive advantage. Forces on a probe of such "
+        "answers name the tokens that do it."
+    )
+    return [{"title": "Good answers fell: lazy likelihood displacement", "text": text}]
 
 
 def _first_and_last(values: Sequence[float | None]) -> tuple[float, float] | None:

@@ -14,7 +14,8 @@ from ..sequences import prefix_keys
 from .forward import Forward
 
 SUMS = ("steps", "tokens", "c_up", "c_down", "force", "force_up", "entropy", "collision", "log_prob", "p_target", "p_argmax",
-        "pushed", "squeezed", "shared", "paired", "clipped", "clippable", "explained", "checked")  # fmt: skip
+        "pushed", "squeezed", "shared", "paired", "clipped", "clippable", "explained", "checked", "fallen",
+        "rewarded")  # fmt: skip
 
 
 # ---------------------------------------------------------------- columns
@@ -64,20 +65,24 @@ def _of_the_loss(f: Forward, scale: float) -> dict[str, Tensor]:
 
 
 def _of_the_policy(f: Forward) -> dict[str, Tensor]:
-    """Advantage, and whether the objective clips the ratio; NaN where that is not known."""
+    """Advantage, ratio new/old, and whether the objective clips it; NaN where that is not known.
+
+    The ratio is that of the token, or of its sequence where the objective takes that (GSPO); 1 where the rollout's
+    policy is the present one.
+    """
     assert f.c is not None
-    zero, known = torch.zeros_like(f.c), f.metadata
-    A = None if known.get("advantages") is None else f.of_rows(torch.as_tensor(known["advantages"]))
-    clipped = zero * math.nan
-    if A is not None and known.get("clip") is not None and f.touched is None:  # else a clipped token is not among them
-        old = known.get("old_log_probs")
-        moved = zero if old is None else f.stats.log_prob - f.of_rows(old)
-        if known.get("level") == "sequence":
-            moved = _mean_of_each(moved, f.sequence, f.layout.sequences)
-        ratio = moved.exp()
+    unknown, known = torch.full_like(f.c, math.nan), f.metadata
+    if known.get("advantages") is None:
+        return dict(advantage=unknown, ratio=unknown, clipped=unknown)
+    A, old = f.of_rows(torch.as_tensor(known["advantages"])), known.get("old_log_probs")
+    moved = torch.zeros_like(f.c) if old is None else f.stats.log_prob - f.of_rows(old)
+    if known.get("level") == "sequence":
+        moved = _mean_of_each(moved, f.sequence, f.layout.sequences)
+    ratio, clipped = moved.exp(), unknown
+    if known.get("clip") is not None and f.touched is None:  # else a clipped token is not among them
         low, high = known["clip"]
         clipped = (((A > 0) & (ratio > 1 + high)) | ((A < 0) & (ratio < 1 - low))).float()
-    return dict(advantage=zero * math.nan if A is None else A.float(), clipped=clipped)
+    return dict(advantage=A.float(), ratio=ratio, clipped=clipped)
 
 
 def _of_the_sequences(f: Forward, first: int) -> dict[str, list[Any]]:
@@ -191,7 +196,22 @@ def sums(of: Mapping[str, Any], forwards: Sequence[Forward]) -> dict[str, float]
     )  # fmt: skip
     for name in ("entropy", "collision", "log_prob", "p_target", "p_argmax"):
         values[name] = float(of[name].double().sum())
+    values["fallen"], values["rewarded"] = displaced(of)
     return values
+
+
+def displaced(of: Mapping[str, Any]) -> tuple[float, float]:
+    """Scored tokens of the responses with A > 0 that are less likely than at their rollout, and of all with A > 0.
+
+    As the gate of LLDS has it (arXiv 2512.04220): Σ_t (log pi - log pi_old) of the response below zero, here by more than the
+    log-probs' rounding.
+    """
+    up = of["advantage"] > 0
+    moved, rounding = of["ratio"].double().log(), 20 * torch.finfo(torch.float32).eps
+    n = int(of["sequence"].max()) + 1 if len(up) else 0
+    total, slack = (torch.zeros(n, dtype=torch.float64).index_add_(0, of["sequence"][up], x[up]) for x in
+                    (moved, rounding * of["log_prob"].double().abs()))  # fmt: skip
+    return float((total < -slack)[of["sequence"][up]].sum()), float(up.sum())
 
 
 def metrics(of: Mapping[str, float]) -> dict[str, float]:
@@ -204,6 +224,8 @@ def metrics(of: Mapping[str, float]) -> dict[str, float]:
                                 Σ_{c<0} |c| p* (p* - ‖pi‖² + p_y) / Σ_{c<0} |c|, p* the argmax, 0 where it is y itself
         shared_prefix           share of the pairs' force that their shared prefixes cancel
         clipped                 share of tokens whose ratio the objective clips
+        fallen                  share of the tokens with a positive advantage whose response is less likely than at its rollout:
+                                lazy likelihood displacement
         residual                the captures' self-check
 
     Those that do not apply are left out.
@@ -217,8 +239,8 @@ def metrics(of: Mapping[str, float]) -> dict[str, float]:
     )  # fmt: skip
     found |= {name: of[name] / tokens for name in ("entropy", "collision", "log_prob", "p_target", "p_argmax")}
     for name, part, whole in (("squeezing", "squeezed", "pushed"), ("shared_prefix", "shared", "paired"),
-                              ("clipped", "clipped", "clippable")):  # fmt: skip
-        if of[whole]:
+                              ("clipped", "clipped", "clippable"), ("fallen", "fallen", "rewarded")):  # fmt: skip
+        if of.get(whole):  # an older folder lacks some
             found[name] = of[part] / of[whole]
     if of["checked"]:
         found["residual"] = (of["explained"] / of["checked"]) ** 0.5

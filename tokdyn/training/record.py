@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..sequences import token_texts
+from ..turns import Turns
 from . import columns, diagnosis, distributed
 from .capture import Capture
+from .forward import Forward
 from .probe import Probe
 from .steps import Step
+
+LLD = (
+    "lazy likelihood displacement: {share:.0%} of the tokens with a positive advantage stand in answers that are less likely "
+    "now than at their rollout"
+)
 
 
 class Texts:
@@ -28,6 +36,24 @@ class Texts:
         unknown = [i for i in ids.unique().tolist() if i not in self._known]
         self._known |= dict(zip(unknown, token_texts(self.tokenizer, unknown), strict=True))
         return [self._known[i] for i in ids.tolist()]
+
+    @cached_property
+    def turns(self) -> Turns | None:
+        """What the tokenizer's template writes before each role's content."""
+        return Turns.of(self.tokenizer)
+
+    def turns_of(self, forwards: Sequence[Forward]) -> list[str]:
+        """In whose turn of its conversation each scored token of some passes stands; "" where the template does not tell."""
+        found = list[str]()
+        for f in forwards:
+            layout, roles = f.layout, dict[int, list[str]]()
+            if self.turns is not None and layout.ids is not None:
+                for s in range(layout.sequences):
+                    own = layout.ids[(layout.sequence == s) & layout.real]
+                    roles[s] = self.turns.roles(self(own)) or []
+            places = zip(f.sequence.tolist(), f.position.tolist(), strict=True)
+            found += [roles[s][t] if s in roles and t < len(roles[s]) else "" for s, t in places]
+        return found
 
 
 def make_record(
@@ -49,13 +75,15 @@ def make_record(
     diagnosis.require_forwards(forwards, seen)
     of = columns.token_columns(forwards, scale)
     if texts is not None:
-        of["token"] = texts(of["token_id"])
+        of |= dict(token=texts(of["token_id"]), turn=texts.turns_of(forwards))
     of |= {name: torch.full_like(of["position"], n) for name, n in (("step", number), ("rank", distributed.rank()))}
     own, notes = columns.sums(of, forwards), diagnosis.known_gaps(forwards, seen)
     if skipped:
         notes.append("the optimizer skipped this step: its gradients overflowed in half precision")
     if wrong := diagnosis.failed_self_check(forwards):
         notes.append(wrong[0])
+    if own["fallen"]:
+        notes.append(LLD.format(share=own["fallen"] / own["rewarded"]))
     figures, routes = columns.metrics(own), tuple(dict.fromkeys(f.route for f in forwards))
     step = Step(
         number, figures.get("residual", math.nan), of["c"].float(), of, figures, routes,
