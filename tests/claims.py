@@ -128,7 +128,7 @@ LANGUAGE = {
             "SFT lifts the answer of another training prompt behind x_u (arXiv 2407.10490 §4.1)",
             "more than the answer of a prompt that is not trained on (arXiv 2407.10490 §4.1, irr_train against irr_test)",
         ],
-        {"The exact force says so before the first step (docs/theory.md, Phenomena)": FEW},
+        {"The exact force says so before the first step (docs/theory.md, Phenomena)": UNSURE},
     ),
     "interference": Listed(
         ["The exact forces between problems predict a real step (docs/theory.md, The decomposition)"],
@@ -152,15 +152,15 @@ LANGUAGE = {
         [],
         {
             "After DPO a model repeats itself more (arXiv 2407.10490 §4.2)": UNSURE,
-            "and more than after as long a supervised training (arXiv 2407.10490 §4.2, control)": UNSURE,
+            "and more than after as long a supervised training (arXiv 2407.10490 §4.2, control)": FEW,
             "The first choice takes the mass along what the model itself says (arXiv 2407.10490 §4.2)": UNSURE,
         },
     ),
     "hallucination-samples": Listed(
         ["It learns its own answers most (arXiv 2407.10490 §4.1)"],
         {
-            "After SFT the model's answers hold phrases of other prompts' answers (arXiv 2407.10490 §4.1)": UNSURE,
-            "and more of them than of answers that were not trained on (arXiv 2407.10490 §4.1, control)": UNSURE,
+            "After SFT the model's answers hold phrases of other prompts' answers (arXiv 2407.10490 §4.1)": FEW,
+            "and more of them than of answers that were not trained on (arXiv 2407.10490 §4.1, control)": FEW,
         },
     ),
     "longer-sft-worse-dpo": Listed(
