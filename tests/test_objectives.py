@@ -488,6 +488,19 @@ def test_an_unknown_name_is_answered_with_the_nearest_ones():
         td.by_name("qqq")
 
 
+def test_the_constants_at_which_a_formula_ends_are_refused_and_those_before_it_are_not():
+    """RobustDPO divides by 1 - 2 epsilon, DiscoPOP by tau; EXO's label gives both answers a probability."""
+    for epsilon in (0, 1):
+        with pytest.raises(ValueError, match="EXO: epsilon must lie between 0 and 1"):
+            td.EXO(epsilon=epsilon)
+    for epsilon in (0.5, 0.6):
+        with pytest.raises(ValueError, match="RobustDPO: epsilon must lie below 1/2"):
+            td.RobustDPO(epsilon=epsilon)
+    with pytest.raises(ValueError, match="DiscoPOP: tau must be positive"):
+        td.DiscoPOP(tau=0)
+    assert td.RobustDPO(epsilon=0.49).epsilon == 0.49 and td.DiscoPOP(tau=1e-3).tau == 1e-3
+
+
 @pytest.mark.parametrize(
     "beta, message",
     [
