@@ -38,6 +38,21 @@ def test_a_batch_of_ragged_sequences_is_exact(family, equal, shortest, monkeypat
     assert counts["strip"] == (len(strips.in_strips(6)) if equal else 2) and not any("at a time" in of for of in by.values())
 
 
+def test_a_lookup_of_the_models_own_class_may_answer_once_for_all_sequences():
+    """As BART's positions do: called again with other weights it still has one row for all."""
+
+    class Positions(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids[:1])
+
+    model = tiny("gpt2")
+    model.transformer.wpe.__class__ = Positions
+    with float64(), counted() as counts:
+        naive, fast, by = matrices(model.double(), update=ragged(), observe=ragged()[1:], engine="sweep")
+    assert relative_error(fast, naive) < FP64 and by["transformer.wpe.weight"] == "lookup"
+    assert not any("at a time" in of for of in by.values()) and counts["strip"] < 11
+
+
 def test_what_is_on_both_sides_is_pulled_once_whatever_its_weight():
     """c of rollouts, their weights as observed tokens, held-out ones on either side; other forms of loss are pulled twice."""
     update = [chi.with_(group=0, advantage=a) for chi, a in zip(ragged()[:3], (1.0, -1.0, 0.5), strict=True)]

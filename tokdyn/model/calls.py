@@ -63,6 +63,11 @@ class Call:
         is_flat = B > 1 and x.dim() > 1 and len(x) == B * T and (T > 1 or x.dim() == 2)
         return x.unflatten(0, (B, T)) if is_flat else x
 
+    def for_each_of(self, x: Tensor, like: Tensor) -> Tensor:
+        """What the module returned when it was called again, with the rows of its recorded output `like`."""
+        once = x.dim() == like.dim() and len(x) == 1 < len(like) == self.sequences  # a lookup of positions
+        return x.expand(self.sequences, *x.shape[1:]) if once else self.in_rows(x)
+
     def returned(self, output: Any) -> Call:
         """The same call with another output, in which what has a row for each position has one for each sequence."""
         return replace(self, output=map_floats(self.in_rows, output))

@@ -140,7 +140,8 @@ def as_function(call: Call) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 
     def returned(own: dict[str, Tensor]) -> tuple[Tensor, ...]:
         with with_modes():
-            return tuple(call.in_rows(x) for x in floats(functional_call(call.module, own, call.args, call.kwargs)))
+            found = floats(functional_call(call.module, own, call.args, call.kwargs))
+        return tuple(call.for_each_of(x, like=y) for x, y in zip(found, call.outputs, strict=True))
 
     return returned
 
