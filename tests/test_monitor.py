@@ -240,6 +240,7 @@ def test_a_probe_needs_the_optimizer_and_a_whole_model():
 def test_accelerate():
     """Its optimizer steps when accumulation ends; only then does a step end, and c is that of the mean over micro-batches."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.GradientState._reset_state()  # shared by a process: a trainer's finished loader would end every step
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = tiny("llama")
     model, opt = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
