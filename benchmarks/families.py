@@ -218,7 +218,7 @@ per token, relative to the norm of the matrix, of a reduction relative to the su
 raised. The bound is {BOUND:.0e}, as in tests/exact/test_architectures.py. "One direction per token" is exact, and slower.
 
 What is known of the bold ones: models that are not causal (CPM-Ant, XLNet), or whose backward pass is not the derivative of
-their forward pass (HRM runs cycles without gradients), are refused by name. RandLoRA and trainable tokens miss the bound by
+their forward pass (HRM runs cycles without gradients), are refused by name. RandLoRA may miss the bound by
 rounding (1e-13 in float64), SHiRA by finite differences. AXK2, GLM-MoE-DSA and HY-V4 have two index heads here, so that many of
 the scores that they take the largest of are equal: which is taken depends on the length of a text, so each of their texts
 stands alone. {measured}
