@@ -4,7 +4,8 @@ A mutant is one change in one expression: a comparison turned, + for -, * for /,
 that were drawn stand in one copy of the package, each behind a switch: `(changed if __mutant__(7) else as_it_was)`. The
 tests run once with all switches off, and note which switches each test asks; a mutant then runs the tests that ask its own,
 the quickest first, until one fails, in a process forked from one that holds torch already. What is known stays in --work:
-a run that was stopped goes on, and several share the work. What survives is listed with its line: a missing assertion, or a
+a run that was stopped goes on, and several share the work; those that live are tried again, so that a first run may give each
+`--seconds` of tests and the next one all. What survives is listed with its line: a missing assertion, or a
 change without an effect, which tests/mutants_without_effect.txt names with the reason.
 """
 
@@ -20,13 +21,14 @@ import shutil
 import signal
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_EFFECT = ROOT / "tests" / "mutants_without_effect.txt"
 SOURCES = (
     "tokdyn/dynamics.py tokdyn/objective.py tokdyn/objectives/*.py tokdyn/exact/*.py tokdyn/exact/modules/*.py "
-    "tokdyn/exact/sweep/*.py tokdyn/model/*.py tokdyn/training/*.py tokdyn/runs/*.py kernels/*/reference.py"
+    "tokdyn/exact/sweep/*.py tokdyn/model/*.py tokdyn/training/*.py kernels/*/reference.py"
 ).split()
 TESTS = (
     "test_objectives*.py test_dynamics.py exact/test_*.py test_forces*.py model/test_*.py training/test_*.py test_monitor.py "
@@ -274,21 +276,30 @@ def recorded(work, file):
         print(f"asked by {file}: {forked(work / 'logs' / target.stem, 3600, act)}", flush=True)
 
 
-def tests_of(mutant, asked):
-    """The tests that ask a mutant's switch: [(file, [tests, quickest first], seconds)], the quickest file first."""
+def tests_of(mutant, asked, most):
+    """The tests that ask a mutant's switch: [(file, [tests, quickest first], seconds)], the quickest file first.
+
+    Of all that ask it those that fit into `most` seconds, by what they took when their switches were noted.
+    """
     found = []
     for file, about in asked.items():
         good = {name: value for name, value in about["tests"].items() if name not in about["bad"]}
         own = sorted((n for n, (switches, _) in good.items() if mutant in switches), key=lambda n: good[n][1])
         rest = sorted((n for n in good if n not in own), key=lambda n: good[n][1]) if mutant in about["file"] else []
         if own or rest:
-            found.append((file, own + rest, sum(good[n][1] for n in own + rest)))
-    return sorted(found, key=lambda each: each[2])
+            found.append((file, own + rest, good))
+    kept = []
+    for file, names, good in sorted(found, key=lambda each: sum(each[2][n][1] for n in each[1])):
+        left = most - sum(seconds for *_, seconds in kept)
+        until = list(accumulate(good[n][1] for n in names))
+        names = names[: sum(end <= left for end in until)]
+        kept += [(file, names, until[len(names) - 1])] if names else []
+    return kept
 
 
-def survives(work, mutant, asked):
+def survives(work, mutant, asked, most):
     """What became of a mutant: "dead", "alive" or "not reached"."""
-    found = tests_of(mutant, asked)
+    found = tests_of(mutant, asked, most)
     if not found:
         return "not reached"
     for part in filter(None, (found[:2], found[2:8], found[8:])):
@@ -354,6 +365,7 @@ def main():
     parser.add_argument(
         "--work", type=Path, default=Path("/tmp/tokdyn-mutants"), help="where copies and what is known are kept"
     )
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of tests, the quickest first, for one mutant")
     parser.add_argument("--markdown", type=Path, help="where to write the figure and the survivors")
     args = parser.parse_args()
     mutants, every = drawn(args.number, args.seed, args.only)
@@ -378,7 +390,7 @@ def main():
     def settle(n):
         target = work / "results" / str(n)
         if not target.exists() or target.read_text() != "dead":
-            target.write_text(survives(work, n, asked))
+            target.write_text(survives(work, n, asked, args.seconds))
             print(f"{n}/{len(mutants)} {target.read_text()} {described(*mutants[n])}", flush=True)
 
     for n in mutants:
