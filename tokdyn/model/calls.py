@@ -112,9 +112,9 @@ def shaped_like(tree: Any, other: Any) -> Any:
 
     def shaped(x: Tensor) -> Tensor:
         shape = next(shapes)
-        return (
-            x.reshape(shape) if x.shape != shape and x.numel() == shape.numel() else x
-        )  # an alias of the same would be a node
+        if x.shape == shape or x.numel() != shape.numel():
+            return x  # itself: a view of the same shape would be one more node of the graph
+        return x.reshape(shape)
 
     return map_floats(shaped, tree)
 

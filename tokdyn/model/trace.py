@@ -83,9 +83,8 @@ class Tracer:
         self.precision = torch.promote_types(self.dtype, torch.float32)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
         for name, p in self.params.items():
-            if not bool(whole(p.sum()).isfinite()) and not bool(
-                whole(torch.isfinite(p).all())
-            ):  # the sum is one pass, and may overflow
+            finite = bool(whole(p.sum()).isfinite())  # one pass; a sum of finite numbers may overflow
+            if not finite and not bool(whole(torch.isfinite(p).all())):
                 raise ValueError(f"parameter {name} holds NaN or inf: the model cannot be traced")
 
     @property
