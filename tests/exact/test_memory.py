@@ -50,8 +50,8 @@ def peaks(engine, *budgets):
 def test_the_budget_is_kept(engine):
     """Beside it: what the modules took in and returned, and a graph of it all while the cuts are sought, which saves more.
 
-    The peak is of resident memory: what the allocator has been given back and holds counts too, one more size of the calls.
+    The peak is of resident memory: what the allocator has been given back and holds counts too, up to two more of the calls.
     """
     little, much = 24 << 20, 1 << 28
     calls, (tight, free) = peaks(engine, little, much)
-    assert tight < little + 6 * calls < free, (calls, tight, free)
+    assert tight < little + 7 * calls < free, (calls, tight, free)
