@@ -6,7 +6,6 @@ where something is lost.
 """
 
 import argparse
-import contextlib
 import os
 import random
 import signal
@@ -16,13 +15,13 @@ import time
 from pathlib import Path
 
 import torch
-from loops import PROBE, data, sft
+from loops import recorded
 
 import tokdyn as td
 from tokdyn import steps as records
 from tokdyn.runs import manifest, tiles
 from tokdyn.testing import random_chis, tiny
-from tokdyn.training import capture, step_folder
+from tokdyn.training import step_folder
 
 ROWS, STEPS = 40, 40
 PAIRS = [
@@ -43,20 +42,7 @@ def profile(out):
 
 def training(out):
     """From the start, as a training goes on from its checkpoint: the steps that the folder has are taken and not recorded."""
-    first = 1 + max(steps_done(out), default=0)
-    model = tiny("llama").train()
-    opt = torch.optim.SGD(model.parameters(), lr=0.01)
-    monitor = td.Monitor(model, opt, probe=PROBE, out=out, on_error="raise", resume=out.exists())
-    monitor.start()
-    for n in range(1, STEPS + 1):
-        with contextlib.nullcontext() if n >= first else capture.unwatched():
-            monitor.step_begin(n)
-            sft(model, data(seed=n)).backward()
-            opt.step()
-            if n >= first:
-                monitor.step_end()
-            opt.zero_grad()
-    monitor.close()
+    recorded(out, 1 + max(steps_done(out), default=0), STEPS, resume=out.exists()).close()
 
 
 def steps_done(out):

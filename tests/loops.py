@@ -1,10 +1,13 @@
 """Plain training loops of tiny models, with a monitor or without: what the tests of records and of predictions share."""
 
+import contextlib
+
 import torch
 from torch.nn.functional import logsigmoid
 
 import tokdyn as td
 from tokdyn.testing import random_chis, tiny, tiny_lora
+from tokdyn.training import capture
 
 V, PROMPT = 61, 4
 EPS = torch.finfo(torch.float32).eps
@@ -82,3 +85,20 @@ def one_record(model, loss_of, ids, **about):
             loss_of(model, ids).backward()
         opt.step()
         return monitor.step_end()
+
+
+def recorded(path, first, last, **options):
+    """Steps of a training from a checkpoint that this reproduces, recorded by a monitor that is never closed: killed."""
+    model = tiny("llama").train()
+    opt = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = td.Monitor(model, opt, probe=PROBE, out=path, on_error="raise", **options)
+    monitor.start()
+    for n in range(1, last + 1):
+        with contextlib.nullcontext() if n >= first else capture.unwatched():
+            monitor.step_begin(n)
+            sft(model, data(seed=n)).backward()
+            opt.step()
+            if n >= first:
+                monitor.step_end()
+            opt.zero_grad()
+    return monitor

@@ -1,6 +1,5 @@
 """The folder of a training: nothing lost, nothing doubled, and nobody else's folder touched."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -9,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from crashes import before_each_call
-from loops import PROBE, data, sft, train
+from loops import data, recorded, sft, train
 
 import tokdyn as td
 from tokdyn import steps as records
 from tokdyn.testing import tiny
-from tokdyn.training import capture, step_folder
+from tokdyn.training import step_folder
 from tokdyn.training.step_folder import Folder, prepare
 
 TOKENS, WATCHED = 20, 12  # scored tokens of a step, tokens of the probe
@@ -140,36 +139,19 @@ def test_records_are_written_every_so_many_or_every_so_many_seconds(tmp_path, li
     folder.close("complete")
 
 
-def run(path, first, last, **options):
-    """Steps of a training from a checkpoint that this reproduces, recorded by a monitor that is never closed: killed."""
-    model = tiny("llama").train()
-    opt = torch.optim.SGD(model.parameters(), lr=0.01)
-    monitor = td.Monitor(model, opt, probe=PROBE, out=path, on_error="raise", **options)
-    monitor.start()
-    for n in range(1, last + 1):
-        with contextlib.nullcontext() if n >= first else capture.unwatched():
-            monitor.step_begin(n)
-            sft(model, data(seed=n)).backward()
-            opt.step()
-            if n >= first:
-                monitor.step_end()
-            opt.zero_grad()
-    return monitor
-
-
 def test_a_killed_training_is_resumed_in_its_folder(tmp_path, monkeypatch):
     """Killed at step 5, gone on with from the checkpoint of step 3: the tables are those of a training that was not killed."""
     monkeypatch.setattr(step_folder, "RECORDS", 2)
-    whole = run(tmp_path / "whole", 1, 6)
+    whole = recorded(tmp_path / "whole", 1, 6)
     whole.close()
-    killed = run(tmp_path / "run", 1, 5)
+    killed = recorded(tmp_path / "run", 1, 5)
     with pytest.raises(FileExistsError, match="a process still writes to it"):
-        run(tmp_path / "run", 4, 6, resume=True)
+        recorded(tmp_path / "run", 4, 6, resume=True)
     killed._folder.writer.close()  # what the system does at its death
     assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
     with pytest.raises(FileExistsError, match="exists already: .*resume=True"):
-        run(tmp_path / "run", 4, 6)
-    run(tmp_path / "run", 4, 6, resume=True).close()
+        recorded(tmp_path / "run", 4, 6)
+    recorded(tmp_path / "run", 4, 6, resume=True).close()
     killed._folder = None
     killed.close()
     assert steps_of(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
