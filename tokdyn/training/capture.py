@@ -41,6 +41,7 @@ class _RunningPass:
     """What the hooks inside the model have seen of the forward pass that is running."""
 
     hidden: Tensor | None = None
+    output: Tensor | None = None  # the backbone's
     head_output: Tensor | None = None
     head_called: bool = False
     eps: float = 0.0
@@ -147,7 +148,7 @@ class Capture:
         self._running = _RunningPass()
         if self.recording and torch.is_grad_enabled():
             h = getattr(output, "last_hidden_state", output[0] if isinstance(output, tuple) else output)
-            self._running.hidden = h if isinstance(h, Tensor) else None
+            self._running.hidden = self._running.output = h if isinstance(h, Tensor) else None
             self._running.eps = _autocast_roundoff(self.head.weight)
 
     def _on_head(self, module: nn.Module, args: Any) -> None:
@@ -188,7 +189,8 @@ class Capture:
         layout, h = Layout.of((like.shape[0], like.shape[1]), ids, mask, positions), running.hidden
         dtypes = [self.head.weight.dtype] + ([h.dtype] if h is not None else [])
         eps = max(running.eps, *(torch.finfo(dtype).eps for dtype in dtypes))
-        seen = Pass(self.lm, layout, h, running.head_output, running.head_called, eps)
+        output = running.output if _is_end_of(h, running.output) else None
+        seen = Pass(self.lm, layout, h, output, running.head_output, running.head_called, eps)
         self._latest = seen if h is not None else None
         return seen
 
@@ -330,6 +332,15 @@ def _grid(logp: Tensor, B: int, W: int) -> tuple[int, int]:
 def _autocast_roundoff(weight: Tensor) -> float:
     kind = weight.device.type
     return torch.finfo(torch.get_autocast_dtype(kind)).eps if torch.is_autocast_enabled(kind) else 0.0
+
+
+def _is_end_of(h: Tensor | None, output: Tensor | None) -> bool:
+    """Whether h is another tensor with the last positions of the backbone's output, in its own precision."""
+    if h is None or output is None or h is output or not output.requires_grad or h.dim() != output.dim() or h.dim() != 3:
+        return False
+    end = output.detach()[:, max(0, output.shape[1] - h.shape[1]) :]
+    same_memory = (h.data_ptr(), h.stride(), h.shape, h.dtype) == (end.data_ptr(), end.stride(), end.shape, end.dtype)
+    return same_memory or torch.equal(h.detach(), end.to(h.dtype))
 
 
 def _logits(output: Any) -> Tensor | None:

@@ -96,7 +96,12 @@ def failed_self_check(forwards: Sequence[Forward]) -> tuple[str, str] | None:
     if not bad:
         return None
     worst = max(bad, key=lambda f: f.residual)
-    if worst.outside > 0.5 * worst.residual:
+    if worst.check.past_readout > 0.5 * worst.residual:
+        cause = (
+            "it reaches the backbone's output without coming through the logits (a term on hidden_states[-1], a value head), "
+            "and the forces are incomplete by that term"
+        )
+    elif worst.outside > 0.5 * worst.residual:
         cause = "it falls on tokens taken for unscored: labels or mask are not the loss's, or the loss reads hidden states"
     elif worst.log_prob_error > 10 * worst.eps**0.5:
         cause = (

@@ -31,31 +31,39 @@ class Check:
         misfit, sampled: of the difference and of the gradient itself, on a sample of the scored tokens.
         scored: of the gradient on all scored tokens; NaN where no check was made.
         unscored: of the gradient on tokens taken for unscored.
+        beside: of what reaches the backbone's output without coming through the readout: no part of the others.
     """
 
     misfit: float = 0.0
     sampled: float = 0.0
     scored: float = float("nan")
     unscored: float = 0.0
+    beside: float = 0.0
 
     @property
     def total(self) -> float:
-        """‖∂L/∂h‖² of the pass."""
-        return self.scored + self.unscored
+        """‖∂L/∂h‖² of the pass, the part through the readout and the part beside it."""
+        return self.scored + self.unscored + self.beside
 
     @property
     def residual(self) -> float:
         """‖what c, v and u say ∂L/∂h is - ∂L/∂h‖ / ‖∂L/∂h‖, NaN where no check was made.
 
-        The misfit on the sample, scaled to all scored tokens, and everything that fell on tokens taken for unscored.
+        The misfit on the sample, scaled to all scored tokens, and everything that fell on tokens taken for unscored, or that
+        did not come through the readout.
         """
         inside = self.misfit / self.sampled * self.scored if self.sampled else self.scored
-        return _root(inside + self.unscored, self.total)
+        return _root(inside + self.unscored + self.beside, self.total)
 
     @property
     def outside(self) -> float:
         """Share of ‖∂L/∂h‖ on tokens taken for unscored: a wrong mask, or a loss that reads hidden states itself."""
         return _root(self.unscored, self.total)
+
+    @property
+    def past_readout(self) -> float:
+        """Share of ‖∂L/∂h‖ that does not come through the readout: a term on hidden_states[-1], a value head."""
+        return _root(self.beside, self.total)
 
 
 @dataclass(eq=False)

@@ -38,6 +38,7 @@ class Pass:
         lm: the causal LM.
         layout: how its batch is laid out.
         hidden: the inputs of its readout [B, W, d], in the graph; None where a compiled model hides them.
+        output: what the backbone returned [B, T, d], of which hidden is the end; None where they are one tensor, or another.
         head_output: what the readout's module returned, in the graph; the model may scale it.
         head_called: whether that module was called, which is when an adapter around it acts.
         eps: unit roundoff of the pass, bfloat16's under autocast.
@@ -46,6 +47,7 @@ class Pass:
     lm: nn.Module
     layout: Layout
     hidden: Tensor | None = None
+    output: Tensor | None = None
     head_output: Tensor | None = None
     head_called: bool = False
     eps: float = 0.0
@@ -65,7 +67,8 @@ class Pass:
 
     def detached(self) -> Pass:
         """The same without a hold on the graph."""
-        return replace(self, hidden=None if self.hidden is None else self.hidden.detach(), head_output=None)
+        hidden = None if self.hidden is None else self.hidden.detach()
+        return replace(self, hidden=hidden, output=None, head_output=None)
 
 
 class Recorder:
@@ -87,6 +90,8 @@ class Recorder:
     gradient: Float[Tensor, "S d"] | None = None  # ∂L/∂h of them so far
     sampled_logits: Float[Tensor, "S V"] | None = None  # where the check is made at the logits
     logit_scale: float = 1.0  # of the logits beside the tensor that the hook is on
+    output_watched: bool = False  # whether a gradient will come to the backbone's output, after the one at h
+    through: Float[Tensor, "B W d"] | None = None  # that one, until then
 
     def __init__(self, seen: Pass, scored: Scored, step: StepLog, facts: LossFacts) -> None:
         self.seen, self.scored, self.step, self.facts = seen, scored, step, facts
@@ -171,6 +176,9 @@ class Recorder:
             self.sample = _sample(len(states), states.device, len(states) if route == "least squares" else SAMPLE)
             self.basis = basis(readout, states[self.sample], scored.targets[self.sample], T, columns)
             self.step.listen(seen.hidden, self.on_hidden_grad)
+            self.output_watched = seen.output is not None
+            if seen.output is not None:
+                self.step.listen(seen.output, self.on_output_grad)
         self.seen = seen.detached()  # hooks hold this object: with tensors of the graph they would keep it alive
         self.step.add(forward)
         return forward
@@ -223,6 +231,7 @@ class Recorder:
         forward, rows = self.forward, self.scored.rows
         if forward.superseded:
             return
+        self.through = dh if self.output_watched else None
         dh = dh.reshape(-1, dh.shape[-1])
         every = _norms(dh, torch.promote_types(dh.dtype, torch.float32))
         new = dh[rows[self.sample]].to(self.basis.dtype)
@@ -240,7 +249,17 @@ class Recorder:
             forward.touch(every[rows] > 0)
         scored, unscored = every[rows].square().sum(), every.square().index_fill(0, rows, 0.0).sum()
         misfit = _misfit(self.basis, x, self.gradient)
-        forward.check = Check(misfit, _square(self.gradient), float(scored), float(unscored))
+        forward.check = Check(misfit, _square(self.gradient), float(scored), float(unscored), forward.check.beside)
+
+    def on_output_grad(self, grad: Float[Tensor, "B T d"]) -> None:
+        """What of ∂L/∂(the backbone's output) did not come through the readout, which autograd has told of before."""
+        through, self.through = self.through, None
+        if self.forward.superseded:
+            return
+        beside = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+        if through is not None:
+            beside[:, grad.shape[1] - through.shape[1] :] -= through
+        self.forward.check = replace(self.forward.check, beside=self.forward.check.beside + _square(beside))
 
     def _columns_to_fit(self, x: Tensor | None, gradient: Tensor) -> int:
         """How many of c, v and u least squares must find, 0 if none; `x` is what this route found on the sample."""
