@@ -8,7 +8,7 @@ from loops import EPS, PROMPT, V, answers, data, dpo, grpo, one_record, sft, tra
 import tokdyn as td
 from tokdyn.squeeze import step as readout_step
 from tokdyn.testing import tiny
-from tokdyn.training.record import LLD
+from tokdyn.training.fallen import ALARM
 
 
 def test_c_of_dpo_is_its_closed_form_and_shared_prefixes_cancel():
@@ -69,7 +69,7 @@ def test_clipped_tokens_have_no_force(level, told):
     moved = (answers(model, ids)[0].detach() - old).sum(1)
     fallen = float((moved[A > 0] < 0).double().mean())  # of two responses of five tokens each
     assert fallen == 0.5 and step.metrics["fallen"] == pytest.approx(fallen)
-    assert step.notes == [LLD.format(share=fallen)]
+    assert step.notes == [ALARM.format(share=fallen)]
     assert step.tokens["advantage"].to_pylist() == A[:, None].expand(4, 5).flatten().tolist()
     if level == "token":
         ratio = (answers(model, ids)[0].detach() - old).exp()

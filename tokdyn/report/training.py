@@ -17,6 +17,7 @@ from ..runs.folder import PAGE
 from ..runs.manifest import replace
 from ..runs.watched import is_log_prob, watched
 from ..steps import metrics, read
+from ..training.fallen import FALLEN, told
 from ..training.heartbeat import silent_since
 from .page import assemble
 from .text import count, facts, show, signed
@@ -86,7 +87,9 @@ def render(about: Mapping[str, Any], tables: Mapping[str, Any], steps: Sequence[
     maps = token_maps(tables.get("tokens") if steps else tokens, steps, own_contexts(tables.get("probe")))
     payload = {"status": about.get("status"), "probe": curves, "steps": series, "pushes": pushes, "maps": maps}
     payload["watched"] = watched(about)
-    return assemble("training.html.jinja", STYLES, SCRIPTS, payload, _prose(about, curves, series, pushes, unexplained))
+    prose = _prose(about, curves, series, pushes, unexplained)
+    prose["findings"] = _alarms(series, tokens) + prose["findings"]
+    return assemble("training.html.jinja", STYLES, SCRIPTS, payload, prose)
 
 
 # ---------------------------------------------------------------- curves
@@ -239,7 +242,7 @@ def _findings(
     about: Mapping[str, Any], curves: Mapping[str, Any], series: Mapping[str, Any], pushes: Mapping[str, Any]
 ) -> list[dict[str, str]]:
     """What a reader should know first, in whole sentences with their numbers."""
-    found, of = _alarms(series), watched(about)
+    found, of = list[dict[str, str]](), watched(about)
     moved, top = {}, {}
     for kind in curves["types"]:
         before, after, argmax = (_first_and_last(kind[key]) for key in ("before", "after", "argmax"))
@@ -293,18 +296,33 @@ def _findings(
     return found
 
 
-def _alarms(series: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What a training does that nobody asked for, in a sentence with its numbers."""
+def _alarms(series: Mapping[str, Any], tokens: Any) -> list[dict[str, str]]:
+    """What a training does that nobody asked for, in sentences with their numbers; `tokens` has the forces of probe steps."""
     fallen = {step: x for step, x in zip(series["step"], series["fallen"], strict=True) if x}
     if not fallen:
         return []
     worst = max(fallen, key=lambda step: fallen[step])
     text = (
         f"In {count(len(fallen), 'recorded step')} answers with a positive advantage were less likely than at their rollout; "
-        f"in step {worst:,} they held {fallen[worst]:.0%} of the tokens with a positive advantage. Forces on a probe of such "
-        "answers name the tokens that do it."
+        f"in step {worst:,} they held {fallen[worst]:.0%} of the tokens with a positive advantage. "
     )
+    if rows := _behind(tokens, fallen):
+        text += f"In step {rows[0]['step']:,} {told(rows)}."
+    else:
+        text += "Give td.attach or td.Monitor a probe: its steps name the tokens that push them down."
     return [{"title": "Good answers fell: lazy likelihood displacement", "text": text}]
+
+
+def _behind(tokens: Any, fallen: Mapping[int, float]) -> list[dict[str, Any]]:
+    """The tokens, with their forces on answers that have fallen, of the step where most had; none where there are no forces."""
+    import pyarrow.compute as pc
+
+    if tokens is None or ON + FALLEN not in tokens.column_names:
+        return []
+    known = tokens.filter(pc.is_valid(tokens[ON + FALLEN]))
+    steps = [step for step in known["step"].unique().to_pylist() if step in fallen]
+    worst = max(steps, key=lambda step: fallen[step], default=None)
+    return [] if worst is None else known.filter(pc.equal(known["step"], worst)).to_pylist()
 
 
 def _first_and_last(values: Sequence[float | None]) -> tuple[float, float] | None:

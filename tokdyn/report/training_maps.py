@@ -49,6 +49,7 @@ def token_maps(tokens: Any, wanted: Sequence[int] | None, own: Mapping[str, set[
     for step in wanted:
         table = tokens.filter(pc.equal(tokens["step"], step))
         order = [(key, "ascending") for key in ("rank", "group", "role", "sequence", "position") if key in table.column_names]
+        groups = [name for name in names if table[ON + name].null_count < table.num_rows]  # of this step: answers that fell
         whole, table = table.num_rows, table.sort_by(order).slice(0, MAP_TOKENS)
         rows = table.to_pylist()
         sequences: list[dict[str, Any]] = []
@@ -63,14 +64,14 @@ def token_maps(tokens: Any, wanted: Sequence[int] | None, own: Mapping[str, set[
             {
                 "step": step,
                 "left_out": whole - len(rows),
-                "groups": names,
+                "groups": groups,
                 "sequences": sequences,
                 "tokens": [row.get("token") or f"<{row['token_id']}>" for row in rows],
                 "c": [row["c"] for row in rows],
                 "log_prob": [row["log_prob"] for row in rows],
                 "pull": [row.get("force") for row in rows],
-                "values": [[row[ON + name] for row in rows] for name in names],
-                "net": _net(rows, sequences, names, own),
+                "values": [[row[ON + name] for row in rows] for name in groups],
+                "net": _net(rows, sequences, groups, own),
             }
         )
     return maps

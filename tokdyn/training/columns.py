@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..sequences import prefix_keys
+from .fallen import fallen_tokens
 from .forward import Forward
 
 SUMS = ("steps", "tokens", "c_up", "c_down", "force", "force_up", "entropy", "collision", "log_prob", "p_target", "p_argmax",
@@ -31,7 +32,7 @@ def token_columns(forwards: Sequence[Forward], scale: float) -> dict[str, Any]:
     first, numbers = 0, sorted({f.micro_batch for f in forwards})
     for f in forwards:
         place = dict(micro_batch=torch.full_like(f.targets, numbers.index(f.micro_batch)), sequence=first + f.sequence)
-        for name, value in (place | _of_the_loss(f, scale) | _of_the_policy(f) | _of_the_sequences(f, first)).items():
+        for name, value in (place | _of_the_loss(f, scale) | of_the_policy(f) | _of_the_sequences(f, first)).items():
             parts.setdefault(name, []).append(value)
         first += f.layout.sequences
     of: dict[str, Any] = {
@@ -64,7 +65,7 @@ def _of_the_loss(f: Forward, scale: float) -> dict[str, Tensor]:
     return values | stats
 
 
-def _of_the_policy(f: Forward) -> dict[str, Tensor]:
+def of_the_policy(f: Forward) -> dict[str, Tensor]:
     """Advantage, ratio new/old, and whether the objective clips it; NaN where that is not known.
 
     The ratio is that of the token, or of its sequence where the objective takes that (GSPO); 1 where the rollout's
@@ -196,22 +197,8 @@ def sums(of: Mapping[str, Any], forwards: Sequence[Forward]) -> dict[str, float]
     )  # fmt: skip
     for name in ("entropy", "collision", "log_prob", "p_target", "p_argmax"):
         values[name] = float(of[name].double().sum())
-    values["fallen"], values["rewarded"] = displaced(of)
+    values["fallen"], values["rewarded"] = float(fallen_tokens(of).sum()), float((of["advantage"] > 0).sum())
     return values
-
-
-def displaced(of: Mapping[str, Any]) -> tuple[float, float]:
-    """Scored tokens of the responses with A > 0 that are less likely than at their rollout, and of all with A > 0.
-
-    As the gate of LLDS has it (arXiv 2512.04220): Σ_t (log pi - log pi_old) of the response below zero, here by more than the
-    log-probs' rounding.
-    """
-    up = of["advantage"] > 0
-    moved, rounding = of["ratio"].double().log(), 20 * torch.finfo(torch.float32).eps
-    n = int(of["sequence"].max()) + 1 if len(up) else 0
-    total, slack = (torch.zeros(n, dtype=torch.float64).index_add_(0, of["sequence"][up], x[up]) for x in
-                    (moved, rounding * of["log_prob"].double().abs()))  # fmt: skip
-    return float((total < -slack)[of["sequence"][up]].sum()), float(up.sum())
 
 
 def metrics(of: Mapping[str, float]) -> dict[str, float]:

@@ -40,6 +40,8 @@ from ..sequences import Batch, Chi, prefix_keys, token_texts
 from . import distributed
 from . import probe_sharded as sharded
 from .capture import Capture
+from .columns import of_the_policy
+from .fallen import FALLEN, fallen_answers, told
 from .forward import Forward
 from .observation import Blame, Observation, Update, through_readout
 from .own_passes import own_passes
@@ -70,6 +72,10 @@ class Probe:
         self.groups = {name: [_with_texts(chi, tokenizer) for chi in chis] for name, chis in named.items()}
         if not self.groups or not all(self.groups.values()):
             raise ValueError("the probe is empty: give at least one sequence for each of its groups")
+        if FALLEN in self.groups:
+            raise ValueError(
+                f"a group of the probe cannot be named {FALLEN!r}: it is the name of the update's own answers that fell"
+            )
         if any(not len(chi) for chis in self.groups.values() for chi in chis):
             raise ValueError("a sequence of the probe has no scored token: leave it out")
         self.blamed = [next(iter(self.groups))] if blame is None else [blame] if isinstance(blame, str) else list(blame)
@@ -176,6 +182,8 @@ class Probe:
         step.linearity = product / square if square > noise**2 else float("nan")
         if found.blame is not None:
             self._blame_into(step, found.blame, clip)
+            if FALLEN in found.blame.forces:
+                step.notes.append(f"lazy likelihood displacement: {told(step.tokens.to_pylist())}")
         if found.problem:
             step.notes.append(found.problem)
         sums = {"probe/square": square, "probe/product": product}
@@ -248,15 +256,22 @@ class Probe:
                 return replace(found, problem=f"no forces of single update tokens: {error}")
 
     def _blame(self, tracer: Tracer, update: Update) -> Blame:
-        """A vjp of each blamed group's sum and a jvp over the update, at the step's own diagonal."""
+        """A vjp of each blamed group's sum and a jvp over the update, at the step's own diagonal.
+
+        Where log-probs are watched, answers of this rank's update that have fallen against their advantage are such a group.
+        """
         P = steps_of(update.optimizer, tracer.trained, update.first)
         scope = exact.Scope(tracer, exact.select(tracer, "full"), P)
         sides = [updated_side(tracer, f, update.scale) for f in update.forwards]
         named = dict(tracer.model.named_parameters())
         grads = {name: p.grad for name, p in named.items() if p.grad is not None}
         forces, own, carried = dict[str, Tensor](), 0.0, 0.0
-        for group in self.blamed:
-            D = scope.vjp(observed_side(tracer, self.groups[group], self.observable))
+        groups = {group: self.groups[group] for group in self.blamed}
+        if self.level == "log_prob":
+            fallen = [chi for f in update.forwards for chi in fallen_answers(f, of_the_policy(f))]
+            groups |= {FALLEN: fallen} if fallen else {}
+        for group, chis in groups.items():
+            D = scope.vjp(observed_side(tracer, chis, self.observable))
             if group == self.blamed[0]:
                 own = sum(float(-(P[name] * grads[name] * x).double().sum()) for name, x in D.items() if name in grads)
                 moved = sum(float(((named[name].detach() - self._saved[name]) * x).double().sum()) for name, x in D.items())

@@ -14,14 +14,10 @@ from ..sequences import token_texts
 from ..turns import Turns
 from . import columns, diagnosis, distributed
 from .capture import Capture
+from .fallen import ALARM
 from .forward import Forward
 from .probe import Probe
 from .steps import Step
-
-LLD = (
-    "lazy likelihood displacement: {share:.0%} of the tokens with a positive advantage stand in answers that are less likely "
-    "now than at their rollout"
-)
 
 
 class Texts:
@@ -83,7 +79,7 @@ def make_record(
     if wrong := diagnosis.failed_self_check(forwards):
         notes.append(wrong[0])
     if own["fallen"]:
-        notes.append(LLD.format(share=own["fallen"] / own["rewarded"]))
+        notes.append(ALARM.format(share=own["fallen"] / own["rewarded"]))
     figures, routes = columns.metrics(own), tuple(dict.fromkeys(f.route for f in forwards))
     step = Step(
         number, figures.get("residual", math.nan), of["c"].float(), of, figures, routes,
