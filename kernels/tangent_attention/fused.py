@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """As reference.attention; a query that sees no key gives 0."""
+    """As reference.attention; a query that sees no key gives 0.
+
+    PyTorch's kernel takes heads of one width; of two widths (MLA, sinks) the narrower is padded, else scores would be kept.
+    """
+    D, E = q.shape[-1], v.shape[-1]
+    q, k, v = (pad(x, (0, max(D, E) - x.shape[-1])) if D != E else x for x in (q, k, v))
     o = scaled_dot_product_attention(q.flatten(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return o.unflatten(1, q.shape[1:3])
+    return o[..., :E].unflatten(1, q.shape[1:3])
 
 
 def cotangent_attention(

@@ -17,7 +17,9 @@ from tokdyn.exact.modules.local import Local
 from tokdyn.exact.modules.router import Router
 from tokdyn.exact.modules.routes import Stack
 from tokdyn.exact.sweep import strips
+from tokdyn.model.attention import ATTENTION
 from tokdyn.model.calls import Call
+from tokdyn.model.trace import trace
 from tokdyn.testing import float64, random_chis, relative_error, tiny, tiny_lora
 
 U, O = random_chis([(3, 5), (2, 3)], seed=1), random_chis([(4, 4), (1, 2)], seed=2)  # noqa: E741
@@ -59,9 +61,15 @@ def rules_of(by, part):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forces_are_those_of_one_gradient_per_token(family, engine):
-    """The sequences of a side are one padded batch, in the sweep all but gpt-oss's, whose sinks are module-local."""
+    """The sequences of a side are one padded batch, in the sweep all but gpt-oss's, whose sinks are module-local.
+
+    The attention keeps no scores for any of them: DeepSeek's heads have two widths, gpt-oss's have sinks.
+    """
+    made = model(family)
     with float64(), counted() as counts:
-        naive, fast, by = engines.matrices(model(family), update=U, observe=O, engine=engine)
+        naive, fast, by = engines.matrices(made, update=U, observe=O, engine=engine)
+        with trace(made) as tracer:
+            assert tracer.found.attention == ATTENTION
     assert relative_error(fast, naive) < FP64
     assert engine == "tangents" or counts["strip"] == (4 if family == "gpt_oss" else 2)
     assert rules_of(by, ".experts.") == {STACK}

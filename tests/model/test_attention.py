@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.func import jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokdyn import ops
 from tokdyn.kernels.cotangent_attention import reference as cotangent
@@ -81,6 +83,47 @@ def test_the_fused_kernel_computes_the_same_attention(name):
         assert torch.allclose(found[0], gradient, atol=1e-12)
 
 
+@pytest.mark.parametrize("widths", [(4, 2), (2, 4)])
+def test_the_fused_kernel_takes_heads_of_two_widths(widths):
+    """Of queries and values (MLA), without the form that keeps scores."""
+    (q, k, v), mask = inputs(), masks()["padded"]
+    args = q[..., : widths[0]].contiguous(), k[..., : widths[0]].contiguous(), v[..., : widths[1]].contiguous()
+    value, pull = torch.func.vjp(lambda *x: plain(*x, mask, 0.6, None), *args)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # or an error
+        assert torch.allclose(ops.attention(*args, mask, 0.6), value, atol=1e-13)
+        found = ops.cotangent_attention(*args, value[None], mask, 0.6)
+    assert all(torch.allclose(a[0], b, atol=1e-12) for a, b in zip(found, pull(value), strict=True))
+
+
+def with_sinks(q, k, v, sinks, mask, scale):
+    """transformers' eager form (gpt-oss): a column of the softmax that takes probability and gives nothing."""
+    s = (torch.einsum("bhgtd,bhsd->bhgts", q, k) * scale).masked_fill(~mask[:, :, None], -1e30)
+    s = torch.cat([s, sinks.reshape(1, Hk, G, 1, 1).expand(B, -1, -1, T, -1)], -1)
+    return torch.einsum("bhgts,bhsd->bhgtd", s.softmax(-1)[..., :-1], v)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "padded"])
+def test_a_sink_is_one_more_column_of_the_softmax(name, blocks):
+    """Values, tangents and cotangents of queries, keys, values and sinks, many at a time."""
+    args, mask = (*inputs(), torch.randn(Hk * G, dtype=torch.float64)), masks()[name]
+
+    def ours(q, k, v, sinks):
+        given = (q.flatten(1, 2), k, v, mask)
+        return (
+            attention.tracing_attention(nn.Module(), *given, scaling=0.6, s_aux=sinks)[0].transpose(1, 2).unflatten(1, (Hk, G))
+        )
+
+    def theirs(*x):
+        return with_sinks(*x, mask, 0.6)
+
+    assert torch.allclose(ours(*args), theirs(*args), atol=1e-13)
+    many = tuple(torch.stack([(*inputs(seed), args[3] + seed)[i] for seed in (1, 2, 3)]) for i in range(4))
+    found, truth = (vmap(lambda *d, f=f: jvp(f, args, d)[1])(*many) for f in (ours, theirs))
+    assert torch.allclose(found, truth, atol=1e-12)
+    found, truth = (vmap(torch.func.vjp(f, *args)[1])(many[0]) for f in (ours, theirs))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, truth, strict=True))
+
+
 def test_tangents_and_cotangents_are_transposes(blocks):
     args, mask = inputs(), masks()["window"]
     d = [x[None] for x in inputs(4)]
@@ -134,7 +177,8 @@ def test_models_give_the_same_logits_and_gradients_as_with_eager_attention(famil
 
 
 @pytest.mark.parametrize(
-    ("family", "own"), [("llama", True), ("gemma2", True), ("gpt2", True), ("falcon", False), ("bloom", False)]
+    ("family", "own"),
+    [("llama", True), ("gemma2", True), ("gpt2", True), ("falcon", False), ("bloom", False)],
 )
 def test_a_traced_model_runs_the_tracing_attention_or_says_that_it_does_not(family, own, monkeypatch, caplog):
     """Once in every layer; what is said is said once for a kind of model."""

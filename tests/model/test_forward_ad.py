@@ -163,15 +163,6 @@ def test_implementations_are_chosen_and_put_back():
     assert (model.config._attn_implementation, model.config._experts_implementation) == before
 
 
-def test_attention_with_sinks_is_eager(caplog):
-    model = tiny("llama")
-    model.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(4))
-    model.__class__ = type("LlamaWithSinks", (type(model),), {})  # what is said is said once for a kind of model
-    with traceable(model):
-        assert model.config._attn_implementation == "eager"
-    assert "LlamaWithSinks has attention sinks" in caplog.text
-
-
 def test_a_config_that_is_no_object_is_left_alone():
     model = nn.Linear(2, 2)
     model.config = SimpleNamespace(hidden_size=2)

@@ -3,9 +3,8 @@
 Fused attention has no forward mode, and eager attention keeps T² numbers per head and tangent. This one recomputes the
 softmax, once for many tangents: on a GPU tile by tile in Triton, elsewhere in blocks of queries (ops.tangent_attention,
 ops.cotangent_attention). It is registered with transformers under the name ATTENTION. Transformers gives it boolean masks, so
-causal, sliding-window, padded and packed inputs arrive as the model makes them. It computes grouped heads and soft-capped
-scores itself, attention sinks it does not: models that have them are traced with eager attention. The functions here take
-what the operators take, hence their many parameters.
+causal, sliding-window, padded and packed inputs arrive as the model makes them. It computes grouped heads, soft-capped scores
+and attention sinks (`_with_sinks`) itself. The functions here take what the operators take, hence their many parameters.
 """
 
 from __future__ import annotations
@@ -15,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.cotangent_attention import cpp as cotangent_cpp
 from ..kernels.tangent_attention import reference as form
 from ..ops import attention, cotangent_attention, tangent_attention
 
 ATTENTION = "tokdyn"
 KNOWN = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}  # tensors that say again what the mask says
+SINKS = "s_aux"  # transformers' name of the option
 
 
 class NotComputed(ValueError):
@@ -151,7 +152,8 @@ def tracing_attention(
     """`_Attention` in transformers' signature: query [B, H, T, D], key and value [B, Hk, S, D] -> ([B, T, H, D], None).
 
     Raises:
-        NotComputed: a bias of positions, sinks or other tensors; a mask that differs between heads or adds to the scores.
+        NotComputed: a bias of positions or other tensors, sinks beside a softcap, a mask that differs between heads or adds to
+            the scores.
     """
     B, H, T, D = query.shape
     Hk, S = key.shape[1], key.shape[2]
@@ -164,11 +166,30 @@ def tracing_attention(
             raise NotComputed("a mask that adds to the scores")
     if mask.shape[1] != 1:
         raise NotComputed("a mask of its own for every head")
-    if more := sorted(name for name, value in options.items() if isinstance(value, Tensor) and name not in KNOWN):
+    if more := sorted(name for name, value in options.items() if isinstance(value, Tensor) and name not in KNOWN | {SINKS}):
         raise NotComputed(f"attention with {', '.join(more)}")
-    q = query.reshape(B, Hk, H // Hk, T, D)
-    out = _Attention.apply(q, key, value, mask[..., :S], D**-0.5 if scaling is None else float(scaling), softcap)
+    q, mask, scale = query.reshape(B, Hk, H // Hk, T, D), mask[..., :S], D**-0.5 if scaling is None else float(scaling)
+    if (sinks := options.get(SINKS)) is not None:
+        if softcap is not None:
+            raise NotComputed("sinks beside soft-capped scores")
+        q, key, value, mask = _with_sinks(q, key, value, mask, sinks.reshape(Hk, -1) / scale)
+    out = _Attention.apply(q, key, value, mask, scale, softcap)
     return out.reshape(B, H, T, -1).transpose(1, 2), None
+
+
+def _with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention with sinks [Hk, G], as attention without: one more key, seen by every query, scores the sink and has value 0.
+
+    Heads of queries and keys get columns in which queries hold the sink and that key alone holds a one; LANES of them, the
+    width that the C++ kernel takes. The key comes first, so that a block of queries still ends at its last key.
+    """
+    wide, (B, Hk, _, T, _) = cotangent_cpp.LANES, q.shape
+    one = torch.zeros(wide, dtype=q.dtype, device=q.device)
+    one[0] = 1
+    q = torch.cat([q, (sinks[..., None].to(q) * one)[None, :, :, None].expand(B, -1, -1, T, -1)], -1)
+    key = torch.cat([k.new_zeros(k.shape[-1]), one]).expand(B, Hk, 1, -1)
+    k = torch.cat([key, torch.nn.functional.pad(k, (0, wide))], -2)
+    return q, k, torch.nn.functional.pad(v, (0, 0, 1, 0)), torch.nn.functional.pad(mask, (1, 0), value=True)
 
 
 def register() -> None:

@@ -105,7 +105,7 @@ def _implementations(model: nn.Module, attention: str, experts: str) -> Iterator
 
 
 def traceable_attention(model: Any) -> str:
-    """ATTENTION where the model takes its attention from transformers' interface alone and has no sinks, else "eager".
+    """ATTENTION where the model takes its attention from transformers' interface alone, else "eager".
 
     A family that does something only under attentions that it lists by name (the sparse mask of DeepSeek's and GLM's indexers)
     would not do it under ours, which short sequences need not show.
@@ -113,8 +113,6 @@ def traceable_attention(model: Any) -> str:
     why = ""
     if not (hasattr(model, "_can_set_attn_implementation") and model._can_set_attn_implementation()):
         why = "does not take its attention from transformers' interface"
-    elif any(hasattr(module, "sinks") for module in model.modules()):
-        why = "has attention sinks"
     elif any(_lists_attentions(name) for name in {type(module).__module__ for module in model.modules()}):
         why = "does something under attentions that it lists by name"
     if why:
