@@ -304,6 +304,10 @@ CLASSIFICATION = {
             "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": FEW,
             "They also turn further: the cosine of h and h₀ falls with the energy, for pixels "
             "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": FEW,
+            "The more energy is left after head probing, the further the features of strokes move "
+            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": FEW,
+            "They also turn further: the cosine of h and h₀ falls with the energy, for strokes "
+            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": FEW,
         },
     ),
     "ntk-stability": Listed(

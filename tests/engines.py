@@ -19,7 +19,6 @@ from tokdyn.objectives import SFT
 
 FAST = {"outer product", "outer product by expert", "lookup", "elementwise gain", "readout in closed form"}
 SLOW = "one direction per token"
-UNUSED = "not used in the forward pass"
 
 # What no closed form covers moves by its own module's vjp and jvp: the state-space scan, and weights that a module around
 # theirs reads without calling theirs.

@@ -5,7 +5,7 @@ import torch
 import tokdyn as td
 from tokdyn.testing import random_chis
 
-EPS, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+EPS = torch.finfo(torch.float32).eps
 CHOSEN, REJECTED = random_chis([(3, 5), (3, 6)], seed=1, group=0)
 PAIR = [CHOSEN.with_(role="chosen"), REJECTED.with_(role="rejected")]
 PROTECT = random_chis([(2, 4), (4, 3)], seed=9)

@@ -9,7 +9,6 @@ from itertools import accumulate
 from os.path import commonprefix
 from typing import Any
 
-ROLES = ("system", "user", "assistant", "thinking", "tool")
 MARKS = {role: f"tokdyn-{role}-turn" for role in ("system", "user", "assistant", "tool")}
 MARKUP = "markup"  # the template's own words between turns
 THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
