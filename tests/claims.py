@@ -33,11 +33,11 @@ LANGUAGE = {
     "cancellation": Listed(
         ["GRPO's forces are the gradients' inner products times c (identity; docs/theory.md, The decomposition)"],
         {
-            "Right and wrong answers have like shares of tokens that rise (arXiv 2605.08666, token flipping)": FEW,
+            "Right and wrong answers have like shares of tokens that rise (arXiv 2605.08666, token flipping)": UNSURE,
             "A token's change is not decided by its own advantage alone (arXiv 2605.08666)": FEW,
             "Tokens of right and wrong answers are coupled chiefly where they are identical and unconfident "
             "(arXiv 2605.08666)": FEW,
-            "Opposing signals cancel at tokens that right and wrong answers share (arXiv 2605.08666)": FEW,
+            "Opposing signals cancel at tokens that right and wrong answers share (arXiv 2605.08666)": UNSURE,
             "and less at tokens specific to right answers (arXiv 2605.08666)": FEW,
             "which are reinforced more (arXiv 2605.08666)": FEW,
         },
@@ -79,9 +79,9 @@ LANGUAGE = {
         ["The exact forces on the entropy predict a real step (docs/theory.md, Observables and parts)"],
         {
             "Likely tokens of right answers lower the entropy (arXiv 2505.22617, Theorem 1)": FEW,
-            "Unlikely tokens of right answers raise it (arXiv 2505.22617, Theorem 1)": FEW,
+            "Unlikely tokens of right answers raise it (arXiv 2505.22617, Theorem 1)": UNSURE,
             "A token's covariance of log-probability and advantage ranks its effect on the entropy (arXiv 2505.22617 §3)": FEW,
-            "A few tokens of high covariance do most of it (arXiv 2505.22617 §4)": FEW,
+            "A few tokens of high covariance do most of it (arXiv 2505.22617 §4)": UNSURE,
             "so that leaving them out spares entropy (arXiv 2505.22617 §4, against random tokens)": FEW,
             "One GRPO step lowers the policy's entropy along its answers (arXiv 2505.22617 §2)": FEW,
             "In GRPO training the entropy falls while the reward grows (arXiv 2505.22617 §2)": LONG,
@@ -247,10 +247,10 @@ LANGUAGE = {
         ["The exact force is the sum over layers, and over kinds of parameters (identity; docs/explain.md)"],
         {
             "The readout carries the force between prompts "
-            "(assumed by NTHR, arXiv 2505.18830, and CHES, arXiv 2410.08847)": FEW,
-            "and its sign tells the sign of the whole (assumed by NTHR, arXiv 2505.18830)": FEW,
+            "(assumed by NTHR, arXiv 2505.18830, and CHES, arXiv 2410.08847)": FALSE,
+            "and its sign tells the sign of the whole (assumed by NTHR, arXiv 2505.18830)": FALSE,
             "Fine-tuning leaves the force where it was: a share measured before it stands after it "
-            "(an estimate's calibration)": FEW,
+            "(an estimate's calibration)": UNSURE,
         },
     ),
 }
@@ -282,6 +282,26 @@ CLASSIFICATION = {
             "The most similar class is lifted more than the least similar one (arXiv 2407.10490 §2).",
         ],
     ),
+    "causal-direction": Listed(
+        [
+            "A step lowers the loss by η Σ F, the forces of all tokens on all (identity; docs/theory.md, The decomposition).",
+            "Tokens: an effect is learned from its cause sooner than the cause from it where several causes share an effect "
+            "(after arXiv 2602.22254).",
+            "Where several causes share an effect, the forces before the first step tell which direction is learned first.",
+        ],
+        {
+            "y = f(x) + ε is fitted to 0.1 sooner than x from y, f an exponential (arXiv 2602.22254).": FALSE,
+            "y = f(x) + ε is fitted to 0.1 sooner than x from y, f a cubic (arXiv 2602.22254).": FEW,
+            "y = f(x) + ε is fitted to 0.1 sooner than x from y, f a sine (arXiv 2602.22254).": FEW,
+            "y = f(x) + ε is fitted to 0.06 sooner than x from y, f an exponential (arXiv 2602.22254).": FEW,
+            "y = f(x) + ε is fitted to 0.06 sooner than x from y, f a cubic (arXiv 2602.22254).": FEW,
+            "y = f(x) + ε is fitted to 0.06 sooner than x from y, f a sine (arXiv 2602.22254).": FEW,
+            "Tokens: an effect is learned from its cause sooner than the cause from it where every cause has its own effect "
+            "(after arXiv 2602.22254).": UNSURE,
+            "Tokens: an effect is learned from its cause sooner than the cause from it where every cause has its own effect, "
+            "causes of unequal frequency (after arXiv 2602.22254).": FALSE,
+        },
+    ),
     "feature-adaptation": Listed(
         [
             "Features move by Δh_o = -(η/N) Σ K (∇_h z)ᵀ (p - e_y) + O(η²) (arXiv 2302.05779, eq. of the adaptation).",
@@ -294,20 +314,20 @@ CLASSIFICATION = {
         [
             "Features move by their Jacobian times the step, up to O(η²) "
             "(arXiv 2302.05779, arXiv 2509.19554 chapter 6, the adaptation to first order).",
-            "The more energy is left after head probing, the further the features of rows move "
-            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).",
-            "They also turn further: the cosine of h and h₀ falls with the energy, for rows "
-            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).",
         ],
         {
             "The more energy is left after head probing, the further the features of pixels move "
             "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": FEW,
             "They also turn further: the cosine of h and h₀ falls with the energy, for pixels "
-            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": FEW,
+            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": UNSURE,
+            "The more energy is left after head probing, the further the features of rows move "
+            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": UNSURE,
+            "They also turn further: the cosine of h and h₀ falls with the energy, for rows "
+            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": UNSURE,
             "The more energy is left after head probing, the further the features of strokes move "
-            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": FEW,
+            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": FALSE,
             "They also turn further: the cosine of h and h₀ falls with the energy, for strokes "
-            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": FEW,
+            "(arXiv 2302.05779, arXiv 2509.19554 chapter 6).": FALSE,
         },
     ),
     "ntk-stability": Listed(
