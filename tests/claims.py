@@ -134,9 +134,9 @@ LANGUAGE = {
         ["The exact forces between problems predict a real step (docs/theory.md, The decomposition)"],
         {
             "Learning some problems makes right answers to others less likely (arXiv 2510.02230, negative interference)": FEW,
-            "and on the whole others' answers harm a problem (arXiv 2510.02230, decline of pass@k)": FEW,
+            "and on the whole others' answers harm a problem (arXiv 2510.02230, decline of pass@k)": UNSURE,
             "The winner takes all: likely right answers are reinforced, unlikely ones suppressed "
-            "(arXiv 2510.02230, in one update)": FEW,
+            "(arXiv 2510.02230, in one update)": FALSE,
             "and so it is in training (arXiv 2510.02230)": LONG,
         },
     ),

@@ -232,7 +232,7 @@ def _figure(worlds: dict[str, Tensor]) -> Any:
             color=(BLUE, GREY, ORANGE)[k],
         )  # fmt: skip
     left.set_xticks(range(len(worlds)), ["shared\neffects", "own\neffects", "unequal\ncauses"])
-    left.set(ylabel=f"gradient steps until {LEFT:.0%} of the excess is left")
+    left.set(ylabel=f"steps until {LEFT:.0%} of the excess is left")
     left.legend()
     right.axhline(1, color=GREY, linewidth=0.8)
     right.axvline(1, color=GREY, linewidth=0.8)
