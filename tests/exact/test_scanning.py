@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import tokdyn as td
-from tokdyn.exact import Scope, scanning
+from tokdyn.exact import Scope, products
 from tokdyn.exact.scanning import Pulled, Row, packed
 from tokdyn.model import trace as tracing
+from tokdyn.model.adjoint import Derivatives
 from tokdyn.model.trace import trace
 from tokdyn.objectives import DPO, GRPO, KTO, SFT, SimPO
 from tokdyn.observables import observable as as_observable
@@ -163,18 +164,22 @@ def test_batches_hold_whole_rows_of_like_length():
     assert torch.equal(torch.cat([batch.sequence for batch in update.batches]).unique(), torch.arange(60))
 
 
-def test_where_tangents_cannot_be_trusted_real_steps_are_taken(monkeypatch):
+@pytest.mark.parametrize("twice", [True, False])
+def test_where_tangents_cannot_be_trusted_others_stand_in(monkeypatch, twice):
+    """Two backward passes, exact, with one graph for all groups; else real steps."""
     model, rows = tiny("llama").double(), pairs(2)
-    monkeypatch.setattr(tracing.Tracer, "why_not_tangents", lambda self, uses: "for the test")
+    monkeypatch.setattr(tracing.Tracer, "derivatives", lambda self, uses: Derivatives("for the test", twice))
     taken = []
-    steps = scanning.real_velocities
-    monkeypatch.setattr(scanning, "real_velocities", lambda *a: taken.append(1) or steps(*a))
+    for name in ("backward_twice", "real_velocities"):
+        made = getattr(products, name)
+        monkeypatch.setattr(products, name, lambda *a, name=name, made=made: taken.append(name) or made(*a))
     with float64():
         found, _, update = scanned(model, rows, DPO())
-        assert len(taken) == len(GROUPS) * len(update.batches)
+        batches = len(update.batches)
+        assert taken == ["backward_twice"] * batches if twice else ["real_velocities"] * batches * len(GROUPS)
         monkeypatch.undo()
-        for row in rows:
-            assert relative_error(found[row.where], oracle(model, row, DPO())) < 1e-6  # extrapolated central differences
+        for row in rows:  # extrapolated central differences: 1e-6
+            assert relative_error(found[row.where], oracle(model, row, DPO())) < (1e-10 if twice else 1e-6)
 
 
 def test_mistakes_are_said():

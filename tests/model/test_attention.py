@@ -133,6 +133,18 @@ def test_tangents_and_cotangents_are_transposes(blocks):
     assert float(forward / backward - 1) == pytest.approx(0, abs=1e-12)
 
 
+def test_the_backward_pass_is_derived_again_in_its_cotangent_alone():
+    """Linear in it; second derivatives in q, k and v, which nobody makes, are NaN and not zero."""
+    args, mask = [x.requires_grad_() for x in inputs()], masks()["padded"]
+    do, weights = inputs(5)[0].requires_grad_(), inputs(4)
+    again = []
+    for f in (lambda *x: _Attention.apply(*x, mask, 0.6, 1.5), lambda *x: plain(*x, mask, 0.6, 1.5)):
+        pulled = torch.autograd.grad(f(*args), args, do, create_graph=True)
+        again.append(torch.autograd.grad(pulled, (do, *args), weights))
+    assert torch.allclose(again[0][0], again[1][0], atol=1e-12)
+    assert all(bool(x.isnan().all()) for x in again[0][1:])
+
+
 def test_transforms_reach_the_batched_rules(monkeypatch):
     """vmap of jvp and of vjp with one primal, and with a batch of primals, equal the plain function's.
 

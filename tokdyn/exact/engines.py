@@ -113,11 +113,12 @@ def structured(
 ) -> Coverage:
     """F [M, L] into out: the readout in closed form, the backbone by the cheaper of sweep and tangents; see Fill.
 
-    Where a module is beyond the rules it is one vjp and one jvp per token, where an operator has no forward derivative one
+    Where a module is beyond the rules it is one vjp and one jvp per token, where a jvp would be real steps, or fails, one
     gradient per token of both sides; the coverage says why. Where tangents cannot be trusted it is the sweep, whose sum is then
     compared with two backward passes.
     """
-    doubtful = bool(problem.tracer.why_not_tangents(problem.uses))
+    why, twice = problem.tracer.derivatives(problem.uses)
+    doubtful = bool(why)
     try:
         p, F = planned(problem), out
         if len(p.observed) < len(p.updated):  # as both engines take it; weighed as they take it
@@ -130,7 +131,8 @@ def structured(
     except (Unsupported, NotImplementedError) as error:
         reason = _first_line(error)
     try:
-        coverage = per_direction.fill(problem, out, memory=memory, progress=progress)
+        one = naive if doubtful and not twice else per_direction
+        coverage = one.fill(problem, out, memory=memory, progress=progress)
     except NotImplementedError as error:
         coverage, reason = naive.fill(problem, out, memory=memory, progress=progress), _first_line(error)
     return {use: f"{label} ({reason})" for use, label in coverage.items()}

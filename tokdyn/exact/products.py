@@ -3,9 +3,9 @@
     vjp     forces at the logits of a side -> Σ_n J_nᵀ Γ_n, a direction of the parameters: a backward pass per batch
     jvp     a direction -> <Γ_n, J_n θ̇> of every token of a side: a tangent pass per batch
 
-A reduction is one of each, whatever the number of tokens. Where tangents cannot be trusted (`Tracer.why_not_tangents`) a jvp is
-real steps along its direction. The forms `_scored` take a side whose logits nobody has seen, and
-return it scored beside the product.
+A reduction is one of each, whatever the number of tokens. Where tangents cannot be trusted (`Tracer.derivatives`) a jvp is the
+transpose of the backward pass, by a second one, or real steps along its direction. The forms `_scored` take a side whose logits
+nobody has seen, and return it scored beside the product.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import jvp as forward_derivative
 
+from ..model.adjoint import backward_twice
 from ..model.differences import slope
 from ..model.sharded import move_along, pull_back
 from ..model.trace import Tracer
@@ -143,16 +144,26 @@ def vjp_probes(
 
 @torch.no_grad()
 def jvp_logits(tracer: Tracer, batch: Batch, direction: Direction, uses: Uses) -> tuple[Tensor, Tensor]:
-    """Logits and their velocity ż = J θ̇ [N, V] along a direction: one tangent pass."""
+    """Logits and their velocity ż = J θ̇ [N, V] along a direction: one tangent pass, or what stands in for it (`pushes`)."""
     if tracer.why_not_tangents(uses):
-        primal = {use: tracer.params[use] for use in uses}
-        return tracer.logits(batch, primal), real_velocities(tracer, [batch], direction, uses)[0]
+        z, push = pushes(tracer, batch, uses)
+        return z, push(direction)
     if tracer.sharded:
         return move_along(partial(tracer.logits, batch), {use: direction[tensor] for use, tensor in uses.items()})
     primal = {use: tracer.params[use] for use in uses}
     tangent = {use: direction[tensor] for use, tensor in uses.items()}
     logits, velocity = forward_derivative(lambda p: tracer.logits(batch, p), (primal,), (tangent,))[:2]
     return logits, velocity
+
+
+def pushes(tracer: Tracer, batch: Batch, uses: Uses) -> tuple[Tensor, Callable[[Direction], Tensor]]:
+    """Logits, and the map θ̇ -> J θ̇ [N, V] without tangents: by two backward passes, or by real steps where they fail."""
+    primal = {use: tracer.params[use] for use in uses}
+    if not tracer.derivatives(uses).twice:
+        with torch.no_grad():
+            return tracer.logits(batch, primal), lambda direction: real_velocities(tracer, [batch], direction, uses)[0]
+    z, push = backward_twice(partial(tracer.logits, batch), primal)
+    return z, lambda direction: push({use: direction[tensor] for use, tensor in uses.items()})
 
 
 @torch.no_grad()
@@ -172,8 +183,9 @@ def real_velocities(tracer: Tracer, batches: Sequence[Batch], direction: Directi
 
 def way(tracer: Tracer, uses: Uses, label: str) -> dict[str, str]:
     """The rule of every use by a label, with how its jvp was made where tangents cannot be trusted."""
-    why = tracer.why_not_tangents(uses)
-    return dict.fromkeys(uses, f"{label}, jvp by real steps ({why})" if why else label)
+    why, twice = tracer.derivatives(uses)
+    instead = "two backward passes" if twice else "real steps"
+    return dict.fromkeys(uses, f"{label}, jvp by {instead} ({why})" if why else label)
 
 
 def jvp(tracer: Tracer, side: Side, direction: Direction, uses: Uses) -> Float[Tensor, " N"]:

@@ -31,7 +31,7 @@ from ..ops.rows import blocks
 from ..sequences import Batch, Chi
 from .divided import steps
 from .problem import MEMORY
-from .products import Direction, Uses, real_velocities, vjp, vjp_scored
+from .products import Direction, Uses, pushes, vjp, vjp_scored
 from .scope import Scope, select
 from .sides import BATCH, Observed, ScoredBatch, ScoredSide, Unscored, Update
 
@@ -224,10 +224,9 @@ def jvp_logits_each(
     primal = {use: tracer.params[use] for use in uses}
     G = len(next(iter(directions.values())))
     if tracer.why_not_tangents(uses):
-        z = tracer.logits(batch, primal)
+        z, push = pushes(tracer, batch, uses)
         for g in range(G):
-            one = {tensor: x[g] for tensor, x in directions.items()}
-            yield z, real_velocities(tracer, [batch], one, uses)[0][None]
+            yield z, push({tensor: x[g] for tensor, x in directions.items()})[None]
         return
     at_once = directions_at_once(tracer, batch, G, memory)
     for start in range(0, G, at_once):

@@ -60,11 +60,16 @@ class _Cotangent(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        q, k, v, _, mask, ctx.scale, ctx.softcap = inputs
+        ctx.save_for_backward(q, k, v, mask)
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError("a cotangent of the tracing attention is not differentiated again")
+        """Linear in do, its transpose is the tangent pass; derivatives in q, k and v are not made: they are NaN."""
+        q, k, v, mask = ctx.saved_tensors
+        along = (torch.zeros_like(x) if g is None else g for x, g in zip((q, k, v), grads, strict=True))
+        unknown = (torch.full_like(x, torch.nan) for x in (q, k, v))
+        return *unknown, _Tangent.apply(q, k, v, *along, mask, ctx.scale, ctx.softcap), None, None, None
 
     @staticmethod
     def vmap(info, in_dims, q, k, v, do, mask, scale, softcap):

@@ -3,7 +3,7 @@
     same logits    traced, the model gives the logits that it gives untouched: its attention and its experts are other code, and
                    a family may ask which code runs                                                        `faithful_attention`
     causal         a later token changes no earlier logit: sequences are padded on the right without mask  `faithful_attention`
-    adjoint        <w, J d> = <Jᵀ w, d> for random w and d: forward and backward mode derive one function  `why_tangents_fail`
+    adjoint        <w, J d> = <Jᵀ w, d> for random w and d: forward and backward mode derive one function  `adjoint.derivatives`
     positions      what the model makes of padding on the left                                             `counts_padding`
     selection      whether it takes the largest of scores of positions: which of equal ones depends on how many there
                    are, padding included, so that its sequences are computed alone                         `Selecting`
@@ -17,28 +17,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
+from .adjoint import Derivatives
 from .attention import ATTENTION, NotComputed
-from .differences import slope
 from .forward_ad import traceable, traceable_attention
 
 PIECE = 16  # tokens of the piece
 PASSES_AT_ENTRY = 3  # calls of the model at its first trace: untouched on the piece and on its beginning, traced on both
 PASSES_OF_ADJOINT = 2  # for each scope whose derivatives are taken: with a backward pass, and with tangents
-NUMBERS = 1 << 20  # of the parameters that the adjoint check moves, smallest tensors first: the sweep has no room for all
 
 NAMES = {ATTENTION: "the tracing", "eager": "eager", "sdpa": "torch's"}
-
-Parameters = Mapping[str, Tensor]
 
 
 @dataclass
@@ -47,14 +43,14 @@ class Found:
 
     Attributes:
         attention: the attention under which the traced model gives its own logits.
-        why_not: for each scope, by the names that move, why its tangents are not those of the backward pass; "" where they are.
+        derivatives: for each scope, by the names that move, how the velocities of its logits are made.
         counts_padding: whether padding on the left moves the positions of the tokens behind it.
         selects: whether it takes the largest of scores of positions (`Selecting`); known when `attention` is.
     """
 
     attention: str | None = None
     selects: bool = False
-    why_not: dict[frozenset[str], str] = field(default_factory=dict)
+    derivatives: dict[frozenset[str], Derivatives] = field(default_factory=dict)
     counts_padding: bool | None = None
 
 
@@ -253,76 +249,6 @@ def _say_other(model: str, other: str, attention: str) -> None:
         "%s gives other logits under %s: it is traced with %s attention, which keeps T x T numbers for every head and tangent",
         model, other, NAMES[attention],
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------- adjoint
-
-
-def why_tangents_fail(
-    model: nn.Module,
-    logits: Callable[[Parameters], Tensor],
-    params: Parameters,
-    stepped: Callable[[Parameters, float], Parameters],
-    eps: float,
-) -> str:
-    """Why tangents of these parameters are not the transpose of the backward pass, "" where they are.
-
-    <w, J d> by a tangent pass against <Jᵀ w, d> by a backward pass, w standard normal in all logits, d in as many of the
-    parameters as make `NUMBERS`. Where they differ real steps along d decide.
-
-    Args:
-        model: named in errors.
-        logits: parameters -> logits of a piece.
-        params: those that move.
-        stepped: a direction and a step size -> parameters there, in float32 at least.
-        eps: see `roundoff`.
-
-    Raises:
-        ValueError: real steps do not bear out the backward pass.
-    """
-    generator = torch.Generator().manual_seed(1)
-    moved = smallest(params)
-    d = {name: (0.02 * torch.randn(p.shape, generator=generator)).to(p) for name, p in moved.items()}
-    with torch.enable_grad():
-        leaves = {name: p.clone().requires_grad_() for name, p in moved.items()}
-        z = logits(leaves)
-        if not bool(z.isfinite().all()):  # scoring names where
-            return ""
-        w = torch.randn(z.shape, generator=generator).to(z)
-        grads = torch.autograd.grad(z, list(leaves.values()), w, allow_unused=True) if z.requires_grad else ()
-    pulled = sum(float((g.double() * x.double()).sum()) for g, x in zip(grads, d.values(), strict=False) if g is not None)
-    try:
-        with torch.no_grad():
-            velocity = jvp(logits, (dict(moved),), (d,))[1]
-        pushed, size = float((w.double() * velocity.double()).sum()), float(velocity.double().norm())
-        why = f"<w, J d> is {pushed:.4g} forward and {pulled:.4g} backward"
-    except (RuntimeError, NotImplementedError) as error:
-        pushed, size, why = float("nan"), float("nan"), f"forward mode fails: {str(error).splitlines()[0][:120]}"
-    most = bound(model, eps)
-    if abs(pushed - pulled) <= most * size:
-        return ""
-    with torch.no_grad():
-        (real,) = slope(lambda h: [logits(stepped(d, h))], 1e-2)
-    truth, scale = float((w.double() * real.double()).sum()), float(real.double().norm())
-    if abs(pulled - truth) <= max(10 * eps**0.5, 1e-3) * scale and not abs(pushed - truth) <= abs(pulled - truth):
-        return why
-    raise ValueError(
-        f"the backward pass of {type(model).__name__} is not the derivative of its forward pass: {why}, by real steps "
-        f"{truth:.4g}. Part of the model runs under torch.no_grad, detached, or with a gradient of its own (straight-through), "
-        "so that its gradients do not predict what a step does. method='naive' gives the products of these gradients as they "
-        "are, method='fd' with reduce='update' what a real step along them does"
-    )
-
-
-def smallest(params: Parameters) -> dict[str, Tensor]:
-    """As many of the tensors as have `NUMBERS` entries together, the smallest first, one at least; in their own order."""
-    chosen, total = set[str](), 0
-    for name, p in sorted(params.items(), key=lambda item: item[1].numel()):
-        total += p.numel()
-        if chosen and total > NUMBERS:
-            break
-        chosen.add(name)
-    return {name: p for name, p in params.items() if name in chosen}
 
 
 # ---------------------------------------------------------------- positions

@@ -35,7 +35,7 @@ def traceable(model: nn.Module, attention: str | None = None) -> Iterator[None]:
     implementations = _implementations(model, attention=attention or traceable_attention(model), experts="eager")
     with (
         implementations,
-        _DerivativesOfAttention(),
+        _FormsWithTangents(),
         _forward_derivatives(),
         _parameter_adapters(model),
         _IgnoreRequiresGrad(),
@@ -57,16 +57,35 @@ def with_modes() -> Iterator[None]:
         yield
 
 
-class _DerivativesOfAttention(TorchFunctionMode):
-    """Modules that call scaled_dot_product_attention themselves get, inside transforms, the form with a jvp."""
+class _FormsWithTangents(TorchFunctionMode):
+    """Inside transforms, what a module calls itself by a form that has a jvp and a vmap: attention and sparse tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        if func is not nn.functional.scaled_dot_product_attention or not transformed:
+        form = FORMS.get(func)
+        if form is None or torch._C._functorch.peek_interpreter_stack() is None:
             return func(*args, **(kwargs or {}))
-        with sdpa_kernel(SDPBackend.MATH):
-            found = func(*args, **(kwargs or {}))
-        return found.transpose(-3, -2).contiguous().transpose(-3, -2) if found.dim() == 4 else found
+        return form(*args, **(kwargs or {}))
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """scaled_dot_product_attention by torch's plain kernel; the fused ones have no jvp."""
+    with sdpa_kernel(SDPBackend.MATH):
+        found = nn.functional.scaled_dot_product_attention(*args, **kwargs)
+    return found.transpose(-3, -2).contiguous().transpose(-3, -2) if found.dim() == 4 else found
+
+
+def _dense(indices: Any, values: Any, size: Any = None, **kwargs: Any) -> Tensor:
+    """torch.sparse_coo_tensor, whose backward takes what no vmap passes on, and which has no jvp: the same numbers, dense."""
+    if size is None or kwargs or not isinstance(values, Tensor):
+        return torch.sparse_coo_tensor(indices, values, size, **kwargs)
+    where = tuple(torch.as_tensor(indices, device=values.device).long())
+    return values.new_zeros(tuple(size)).index_put(where, values, accumulate=True)
+
+
+FORMS: dict[Any, Callable[..., Tensor]] = {
+    nn.functional.scaled_dot_product_attention: _attention,
+    torch.sparse_coo_tensor: _dense,
+}
 
 
 class _IgnoreRequiresGrad(TorchFunctionMode):

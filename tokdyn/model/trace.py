@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from ..ops import TokenStats, token_stats
 from ..sequences import Batch, Chi, collate
-from . import checks
+from . import adjoint, checks
 from .calls import Call, floats, map_floats, require_every_position, shaped_like
 from .forward_ad import traceable, with_modes
 from .hooks import hooked
@@ -128,23 +128,25 @@ class Tracer:
         return self.found.counts_padding
 
     def why_not_tangents(self, uses: Collection[str]) -> str:
-        """Why tangents in these parameters cannot be trusted, "" if they can; see `checks.why_tangents_fail`."""
-        key = frozenset(uses)
-        if key not in self.found.why_not and self.sharded:
-            batch, some = self._every_row_of_a_piece, checks.smallest({self.owner[use]: self.params[use] for use in uses})
+        """Why tangents in these parameters cannot be trusted, "" if they can."""
+        return self.derivatives(uses).why_not_tangents
+
+    def derivatives(self, uses: Collection[str]) -> adjoint.Derivatives:
+        """How the velocities of the logits along these parameters are made; see `adjoint.derivatives`."""
+        known, key, batch = self.found.derivatives, frozenset(uses), self._every_row_of_a_piece
+        if key not in known and self.sharded:
+            some = adjoint.smallest({self.owner[use]: self.params[use] for use in uses})
             named = {name: tensor for name, tensor in self.owner.items() if tensor in some}
-            require_adjoint(self.model, partial(self.logits, batch), some, named, checks.bound(self.model, self._eps))
-            self.found.why_not[key] = ""
-        if key not in self.found.why_not:
-            batch = self._every_row_of_a_piece
-            self.found.why_not[key] = checks.why_tangents_fail(
-                self.model,
-                lambda params: self.logits(batch, params),
-                {use: self.params[use] for use in uses},
-                lambda direction, step: self.stepped(direction, {use: use for use in direction}, step),
-                self._eps,
-            )
-        return self.found.why_not[key]
+            require_adjoint(self.model, partial(self.logits, batch), some, named, self.same)
+            known[key] = adjoint.Derivatives()
+        elif key not in known:
+            moving = {use: self.params[use] for use in uses}
+
+            def stepped(direction: Parameters, step: float) -> Parameters:
+                return self.stepped(direction, {use: use for use in direction}, step)
+
+            known[key] = adjoint.derivatives(self.model, partial(self.logits, batch), moving, stepped, self._eps, self.same)
+        return known[key]
 
     def faithful_attention(self) -> str:
         """The attention to trace the untouched model with; see `checks.faithful_attention`."""

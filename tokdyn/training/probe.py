@@ -324,7 +324,7 @@ def _pushed(
     tracer: Tracer, head: nn.Module, batch: Batch, direction: exact.Direction, uses: Mapping[str, str]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`products.jvp_logits`, and the inputs of the readout [N, d] that the pass comes by."""
-    if tracer.why_not_tangents(uses):  # real steps, which keep no states
+    if tracer.why_not_tangents(uses):  # what stands in for them keeps no states
         z, velocity = products.jvp_logits(tracer, batch, direction, uses)
         return z, velocity, tracer.hidden(batch, {use: tracer.params[use] for use in uses})
     kept: list[Tensor] = []
