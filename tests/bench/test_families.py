@@ -45,3 +45,12 @@ def test_the_page_is_written_from_the_table(families):
 def test_a_wrong_figure_is_marked(families):
     assert families.figure(1e-6) == "1.0e-06" and families.figure(1e-2) == "**1.0e-02**" and families.figure("no") == "**no**"
     assert not families.is_right(dict(matrix=1e-6, update=1e-6, observe="RuntimeError"))
+
+
+def test_rounding_is_told_from_what_is_wrong(families):
+    """By float64, and by how far naive's own float32 is from it: twice that two results as good as it may lie apart."""
+    naive = dict(matrix=2e-5, update=2e-5, observe=2e-5)
+    row = dict(matrix=3e-5, update=1e-6, observe=3e-5, float64=dict(matrix=1e-14, update=1e-14, observe=1e-14, naive=naive))
+    assert families.is_right(row) and "in float64 1e-14" in families.figure(3e-5, row, "matrix")
+    for wrong in (row | dict(matrix=5e-5), row | {"float64": row["float64"] | dict(matrix=3e-5)}, row | dict(float64={})):
+        assert not families.is_right(wrong) and families.figure(wrong["matrix"], wrong, "matrix").startswith("**")
