@@ -6,7 +6,8 @@
 Each kind is built tiny: its own configuration with every size shrunk, two layers of width 32, random weights. A row of the
 table is the error of the matrix and of both reductions against method="naive" (relative to the naive matrix, and to the sum of
 magnitudes for reductions), the rules that parameters took part by, and the seconds; above the bound, the same in float64. A run
-goes on where the last one stopped (`--json` holds what is done) and ends after `--minutes`; kinds that cannot be built, or fail, are rows with their reason.
+goes on where the last one stopped (`--json` holds what is done) and ends after `--minutes`; kinds that cannot be built, or
+fail, are rows with their reason.
 """
 
 from __future__ import annotations
@@ -255,8 +256,8 @@ What is known of the bold ones: models that are not causal (CPM-Ant, XLNet), or 
 their forward pass (HRM runs cycles without gradients), are refused by name. Above the bound by rounding alone is
 what is below {IN_FLOAT64:.0e} in float64 and no further from the naive matrix than twice what lies between that and float64's:
 two results as good as it may lie that far apart (RandLoRA, scaled by 160 as PEFT has it, saturates its attention).
-AXK2, GLM-MoE-DSA and HY-V4 have two index heads here, so that many of the scores that they take the largest of are equal: which is taken depends on the length of a text, so each of their texts
-stands alone. {measured}
+AXK2, GLM-MoE-DSA and HY-V4 have two index heads here, so that many of the scores that they take the largest of are equal:
+which is taken depends on the length of a text, so each of their texts stands alone. {measured}
 
 {len(families)} kinds of {len(kinds())} were tried: {ran} ran, {right} of them with all three figures right;
 {len(families) - ran} did not run.
