@@ -112,6 +112,8 @@ def test_the_same_rows_in_every_kind_of_file(tmp_path, name):
         ("rows.csv", b'prompt,completions,rewards\na,[,"[1]"', "row 1: completions is not a JSON list"),
         ("rows.csv", b"prompt,completion\na,\n", r"row 1 must have .* it has prompt"),
         ("rows.csv", b"prompt,completion\n", "holds no rows"),
+        ("rows.csv", b"\xef\xbb\xbfprompt;completion\r\na;b\r\n", "separates its cells by ';'"),
+        ("rows.csv", b"prompt\tcompletion\na\tb\n", r"separates its cells by '\\t'"),
         ("rows.csv", "prompt,completion\na,é".encode("latin-1"), "is not UTF-8"),
     ],
 )
@@ -153,6 +155,8 @@ def test_a_bad_parquet_row_or_file_is_named(tmp_path):
 def test_a_file_that_is_absent_or_of_another_kind_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no data file .*none.jsonl"):
         data.read(tmp_path / "none.jsonl")
+    with pytest.raises(FileNotFoundError, match="is a folder, no data file"):
+        data.read(tmp_path)
     (tmp_path / "rows.txt").write_text("prompt,completion")
     with pytest.raises(ValueError, match="rows.txt must end in .jsonl, .ndjson, .json or .csv .* or in .parquet"):
         data.read(tmp_path / "rows.txt")

@@ -96,11 +96,11 @@ def data_file(name: str) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
+    from ._rows import require_file
     from .loading import DEMO_PAIRS
 
     path = DEMO_PAIRS if name == "demo" else Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"no data file {path}: give a .jsonl, .json, .csv or .parquet file")
+    require_file(path)
     return path
 
 

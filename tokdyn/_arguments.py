@@ -86,8 +86,8 @@ def size_in_bytes(memory: int | str) -> int:
         ValueError: no such size, or not positive.
     """
     units = {"": 1, "b": 1, **{x + y: b ** (i + 1) for y, b in (("b", 1000), ("ib", 1024)) for i, x in enumerate("kmgt")}}
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", str(memory))
-    if found is None or found[2].lower() not in units or found[1].count(".") > 1 or float(found[1]) <= 0:
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-zA-Z]*)\s*", str(memory))
+    if found is None or found[2].lower() not in units or float(found[1]) <= 0:
         raise ValueError(f'memory must be a number of bytes or a size such as "2GiB" or "500MB", got {memory!r}')
     return int(float(found[1]) * units[found[2].lower()])
 

@@ -43,6 +43,17 @@ class Rows:
     size: int | None = None
 
 
+def require_file(path: Path) -> None:
+    """Raise unless there is a file.
+
+    Raises:
+        FileNotFoundError: there is nothing, or a folder.
+    """
+    if not path.is_file():
+        what = f"{path} is a folder, no data file" if path.is_dir() else f"no data file {path}"
+        raise FileNotFoundError(f"{what}: give a .jsonl, .json, .csv or .parquet file")
+
+
 def rows_of(path: str | Path) -> Rows:
     """A file's rows.
 
@@ -50,8 +61,7 @@ def rows_of(path: str | Path) -> Rows:
         FileNotFoundError: no such file. ValueError: another ending; while reading, what is wrong (file and line are named).
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no data file {path}: give a .jsonl, .json, .csv or .parquet file")
+    require_file(path)
     name = path.name.lower()
     suffix = Path(name.removesuffix(".gz")).suffix
     if suffix == ".parquet" and not name.endswith(".gz"):
@@ -190,7 +200,11 @@ def _csv(path: Path) -> Numbered:
     csv.field_size_limit(max(csv.field_size_limit(), _json.LONGEST))  # of the process: 131,072 characters are no long text
     try:
         text = (line.decode("utf-8-sig" if n == 0 else "utf-8") for n, line in enumerate(_lines(path)))
-        for n, row in enumerate(csv.DictReader(text, strict=True), 1):
+        rows = csv.DictReader(text, strict=True)
+        names = rows.fieldnames or [""]
+        if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
+            raise ValueError(f"{path} separates its cells by {other!r}: save it with commas, or as .jsonl")
+        for n, row in enumerate(rows, 1):
             yield n, _cells(path, n, row)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None

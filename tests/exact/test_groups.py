@@ -278,7 +278,7 @@ def test_sizes(text, size):
     assert size_in_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["many", "2 GiBB", 0, -3, "1.2.3MB"])
+@pytest.mark.parametrize("text", ["many", "2 GiBB", 0, -3, "1.2.3MB", "."])
 def test_sizes_that_are_none(text):
     with pytest.raises(ValueError, match="2GiB"):
         forces(tiny("llama"), U, O, memory=text)

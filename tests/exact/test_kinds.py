@@ -73,6 +73,14 @@ def test_prompt_tuning_is_refused_by_name():
         td.forces(peft.get_peft_model(tiny("llama"), config).eval(), U, O)
 
 
+def test_a_model_that_gives_the_last_places_logits_alone_is_refused_by_name():
+    model = tiny("llama")
+    own = model.forward
+    model.forward = lambda ids, **options: own(ids, logits_to_keep=1, **options)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM gives logits \[1, 1, 61\] for 16 tokens"):
+        td.forces(model, U, O)
+
+
 def test_gradient_checkpointing_of_adapters():
     """TRL's default hooks requires_grad_() onto the embedding's output, which torch.func refuses."""
     model = tiny_lora("llama")
