@@ -7,6 +7,7 @@
     python benchmarks/exact_forces.py --peer none --reduction --batch 8   reduce= against one forward and backward pass
     python benchmarks/exact_forces.py --peer none --by layer kind         the matrix in parts against the plain one
     python benchmarks/exact_forces.py --peer none --scaling               cost against length and width, memory against length
+    python benchmarks/exact_forces.py --pairs 2 4 8 16 32 64             cost against the number of pairs
     python benchmarks/exact_forces.py --shape pairs wide small experts   the shapes of exact_forces_shapes.py, one or several
     python benchmarks/exact_forces.py --quick [...]                       any of these at a small size, to see that it runs
 
@@ -46,7 +47,7 @@ from pathlib import Path
 from typing import Any
 
 from exact_forces_processes import measure, ratio
-from exact_forces_shapes import SHAPES
+from exact_forces_shapes import SHAPES, Shape, profiled
 from exact_forces_shapes import compare as compare_shape
 from exact_forces_sides import LINEAR, OURS, PEERS, PLAIN, Size
 
@@ -79,7 +80,10 @@ def reduction(context: Any, size: Size, args: argparse.Namespace) -> tuple[list[
     error = float(abs(onto.sum(dtype=np.float64) - by.sum(dtype=np.float64)) / np.abs(onto).sum(dtype=np.float64))
     for row in rows[1:]:
         row["ratio"], row["error"] = ratio(row, rows[0]), error
-    costs = " and ".join(f"{row['side']} costs {row['ratio']:.2f}x" for row in rows[1:])
+        row["cpu_ratio"] = row["cpu_s"] / rows[0]["cpu_s"]
+    costs = " and ".join(
+        f"{row['side']} costs {row['ratio']:.2f}x ({row['cpu_ratio']:.2f}x of processor time)" for row in rows[1:]
+    )
     return rows, f"reductions: {costs} one forward and backward pass of the same {size.batch} x {size.length} tokens"
 
 
@@ -138,6 +142,23 @@ def scaling(context: Any, size: Size, args: argparse.Namespace) -> tuple[list[di
     return rows, said, fits
 
 
+def against_pairs(context: Any, args: argparse.Namespace) -> tuple[list[dict], list[str], dict]:
+    """Measure the matrix, its columns summed by sequence, and a reduction at several numbers of pairs, in processor time."""
+    sides, rows, said, fits = [OURS, "groups=sequence", "reduce=update"], [], [], {}
+    for pairs in args.pairs:
+        shape = Shape("pairs", 30, 18, 2 * pairs, args.width, layers=args.layers, vocabulary=args.vocabulary[0], shared=6)
+        rows += measure(context, sides, shape, "full", args)[0]
+    for side in sides:
+        taken = [row["cpu_s"] for row in rows if row["side"] == side]
+        costs = ", ".join(f"{pairs}: {seconds:.2f} s" for pairs, seconds in zip(args.pairs, taken, strict=True))
+        said.append(f"{side}, pairs a side: {costs}")
+        if len(args.pairs) > 1:
+            power, off = exponent(args.pairs, taken)
+            fits[f"{side} against pairs"] = dict(exponent=power, largest_factor_off=off)
+            said[-1] += f"; grows as pairs^{power:.2f} (points within {off:.2f}x of the line)"
+    return rows, said, fits
+
+
 def machine() -> str:
     """The processor's name."""
     with contextlib.suppress(OSError):
@@ -177,6 +198,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=("naive", *PEERS, "none"), default="naive", help="the other side")
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=[], help="these shapes, and nothing else")
+    parser.add_argument("--profile", action="store_true", help="also say in which parts the time of a --shape goes")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[], help="these numbers of pairs, and nothing else")
     parser.add_argument("--reduction", action="store_true", help="also time reduce= against one forward and backward pass")
     parser.add_argument("--by", nargs="+", choices=("layer", "kind", "module"), default=[], help="also time these parts")
     parser.add_argument("--scaling", action="store_true", help="also fit cost against --lengths and --widths")
@@ -199,7 +222,7 @@ def arguments() -> argparse.Namespace:
     if args.quick:
         args.length, args.width, args.layers, args.repeat, args.threads = 24, 64, 2, 1, 1
         args.vocabulary = args.vocabulary[:1]
-        args.lengths, args.widths = [8, 16, 32], [32, 64]
+        args.lengths, args.widths, args.pairs = [8, 16, 32], [32, 64], args.pairs[:2]
     if args.peer in PEERS and importlib.util.find_spec(args.peer) is None:
         missing = f"{args.peer} is not installed: pip install -c constraints.txt -r benchmarks/peers.txt"
         if not args.quick:
@@ -218,7 +241,11 @@ def measured(context: Any, args: argparse.Namespace) -> tuple[list[dict], list[s
             found, sentence = compare_shape(context, shape, args)
             print(sentence, flush=True)  # as it comes: all of them take minutes
             rows += found
+            if args.profile and isinstance(shape, Shape):
+                said.append(profiled(shape, args))
         return rows, said, fits
+    if args.pairs:
+        return against_pairs(context, args)
     sizes = [Size(args.length, V, args.width, args.layers) for V in args.vocabulary]
     if args.peer != "none":
         for size in sizes:
@@ -261,7 +288,9 @@ def main() -> None:
     if args.json:
         figures = {side: [row for row in rows if row["side"] == side] for side in dict.fromkeys(row["side"] for row in rows)}
         settings = {name: value for name, value in vars(args).items() if name != "json"}
-        about |= dict(settings=settings, load_average=busy, error=max(errors, default=None), figures=figures, fits=fits)
+        about |= dict(
+            settings=settings, said=said, load_average=busy, error=max(errors, default=None), figures=figures, fits=fits
+        )
         args.json.write_text(json.dumps(about, indent=1))
     if any(not error < BOUND for error in errors):
         raise SystemExit(f"the sides disagree: relative error {max(errors):.1e}, bound {BOUND:.0e}")

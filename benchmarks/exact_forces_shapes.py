@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from exact_forces_processes import measure
-from exact_forces_sides import OURS, matrix_side, qwen2
+from exact_forces_sides import OURS, matrix_side, qwen2, tokdyn_side
 
 PRODUCT, SQUARE, PRODUCTS = "product", 1024, 8  # the side that gives the rate: its width, and how many in one turn
 
@@ -77,7 +77,10 @@ class Shape(NamedTuple):
                     batch=self.batch)  # fmt: skip
 
     def side(self, name: str, model: Any, args: argparse.Namespace, scope: str, folder: str) -> Callable:
-        """The side "tangent", "naive" or "product"."""
+        """The side "tangent", "naive", "product", "reduce=AXIS" or "groups=KIND"."""
+        match name.partition("="):
+            case ("reduce" | "groups" as option, _, value):
+                return tokdyn_side(model, scope=scope, **{option: value})
         return product_side() if name == PRODUCT else matrix_side(name, model, args, scope=scope)
 
     def flops(self) -> float:
@@ -199,6 +202,37 @@ def profile_side(method: str, folder: str) -> Callable:
         return td.load(out).matrix, 0
 
     return run
+
+
+PARTS = {  # what a profile is divided into, by functions that do not call each other
+    "forward passes": ("tokdyn/model/trace.py", "_call"),
+    "backward passes of cotangents": ("~", "<method 'run_backward' of 'torch._C._EngineBase' objects>"),
+    "written directions": ("tokdyn/exact/modules/linear.py", "_weight_into"),
+    "E": ("tokdyn/exact/sweep/tile.py", "_tangents"),
+    "inner products": ("tokdyn/exact/sweep/tile.py", "inner"),
+}
+
+
+def profiled(shape: Shape, args: argparse.Namespace) -> str:
+    """In which parts of our side its processor time goes, in words: once more, in this process, under cProfile."""
+    import cProfile
+    import pstats
+    import time
+
+    import torch
+
+    torch.set_num_threads(args.threads)
+    run = shape.side(OURS, shape.model(), args, "full", "")
+    run(*shape.small().texts())
+    sides, profile = shape.texts(), cProfile.Profile(time.process_time)
+    profile.runcall(run, *sides)
+    stats = pstats.Stats(profile)
+    whole, shares = stats.total_tt, dict.fromkeys(PARTS, 0.0)  # type: ignore[attr-defined]
+    for (file, _, function), (_, _, _, seconds, _) in stats.stats.items():  # type: ignore[attr-defined]
+        for part, (ends, name) in PARTS.items():
+            shares[part] += seconds / whole if file.endswith(ends) and function == name else 0.0
+    shares["the rest (choosing rules, python between operators)"] = 1 - sum(shares.values())
+    return f"{shape.name}, profiled: " + ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
 
 
 def compare(context: Any, shape: Shape | Demo, args: argparse.Namespace) -> tuple[list[dict], str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-ELEMENTS = 1 << 20  # most scores of all tangents at a time: a block of queries is as large as that allows
+ELEMENTS = 1 << 18  # most scores of all tangents at a time: a block of queries is as large as that allows
 ROWS = 32  # fewest queries of a block
 
 

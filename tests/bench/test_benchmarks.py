@@ -27,7 +27,16 @@ def test_exact_forces_runs_and_both_sides_agree(tmp_path):
 
 def test_every_shape_runs_and_both_sides_agree(tmp_path):
     shapes = ["pairs", "experts", "qwen-experts", "demo"]  # the others are like "pairs"
-    command = [sys.executable, BENCHMARKS / "exact_forces.py", "--quick", "--shape", *shapes, "--json", tmp_path / "b.json"]
+    command = [
+        sys.executable,
+        BENCHMARKS / "exact_forces.py",
+        "--quick",
+        "--profile",
+        "--json",
+        tmp_path / "b.json",
+        "--shape",
+        *shapes,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "b.json").read_text())
@@ -36,6 +45,15 @@ def test_every_shape_runs_and_both_sides_agree(tmp_path):
     assert all(row["error"] < 1e-5 for row in ours)
     assert all((row["share"] is None) == (row["shape"] == "demo") for row in ours)
     assert all(f"{shape}: one gradient per token takes" in done.stdout for shape in shapes)
+    assert all(f"{shape}, profiled: forward passes" in done.stdout for shape in shapes[:-1])
+
+
+def test_costs_against_the_number_of_pairs_are_timed(tmp_path):
+    command = [sys.executable, BENCHMARKS / "exact_forces.py", "--quick", "--pairs", "1", "2", "--json", tmp_path / "b.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "b.json").read_text())["figures"]
+    assert [[row["batch"] for row in figures[side]] for side in ("tangent", "groups=sequence", "reduce=update")] == [[2, 4]] * 3
 
 
 def test_multiplications_of_a_shape_are_those_of_its_products(monkeypatch):

@@ -156,6 +156,23 @@ def liger_linear_loss(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
     return LigerFusedLinearCrossEntropyLoss(reduction="none")(W, h, y)
 
 
+def trl_stats(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy and log-probability by TRL, from logits; its fused kernel on a GPU, what that is tested against elsewhere."""
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    log_prob, entropy = selective_log_softmax_and_entropy(z[None], y[None], entropy_requires_grad=False)
+    return entropy[0], log_prob[0]
+
+
+def trl_linear(h: Tensor, W: Tensor, y: Tensor) -> tuple[Tensor | None, ...]:
+    """Entropy, log-probability, log Σπ², mean logit and whether the target is the argmax, by TRL's chunked_logprob."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
+
+    log_prob, entropy, *others = ChunkedLogProbFunction.apply(h, W, None, y, 1.0, CHUNK)
+    return entropy, log_prob, *others
+
+
 def _needs_gpu(x: Tensor) -> None:
     if not x.is_cuda:
         raise RuntimeError("its kernels are Triton, which needs a GPU")
@@ -175,6 +192,7 @@ def token_stats(device: torch.device, T: int, V: int, dtype: torch.dtype) -> Cas
     if device.type == "cuda":
         bars = [Bar(side, "floor", 0.85) for side in ("triton", "cuda")]
     sides |= {"eager": eager_token_stats, "compile": compiled(eager_token_stats), "liger, loss only": liger_loss}
+    sides |= {"TRL, fewer statistics": trl_stats}
     return Case(
         "token_stats", "token_stats", dtype, dict(T=T, V=V),
         lambda device: (random(device, dtype, T, V, scale=3.0), tokens(device, V, T)),
@@ -202,6 +220,7 @@ def linear_token_stats(device: torch.device, T: int, d: int, V: int, dtype: torc
             "compile": compiled(eager_linear),
             "liger, loss only": liger_linear_loss,
             "cut-cross-entropy, loss only": cce_loss,
+            "TRL, fewer statistics": trl_linear,
         }
     return Case(
         "linear_token_stats" + ", memory" * large, "linear_token_stats", dtype, dict(T=T, d=d, V=V),

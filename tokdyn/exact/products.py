@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import jvp as forward_derivative
 
 from ..model.adjoint import backward_twice
+from ..model.attention import one_cotangent
 from ..model.differences import slope
 from ..model.sharded import move_along, pull_back
 from ..model.trace import Tracer
@@ -70,7 +71,8 @@ def _backward(tracer: Tracer, batches: Sequence[Batch], uses: Uses, force: Calla
         return _backward_sharded(tracer, batches, uses, force)
     leaves, direction = _leaves(tracer, uses), Direction()
     for b, batch in enumerate(batches):
-        z = tracer.logits(batch, leaves)
+        with one_cotangent():
+            z = tracer.logits(batch, leaves)
         grads = torch.autograd.grad(z, list(leaves.values()), force(b, z.detach()).to(z), allow_unused=True)
         _gather(grads, uses, direction, tracer.params)
     return direction

@@ -9,18 +9,38 @@ and attention sinks (`_with_sinks`) itself. The functions here take what the ope
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.cotangent_attention import cpp as cotangent_cpp
+from ..kernels.tangent_attention import fused
 from ..kernels.tangent_attention import reference as form
 from ..ops import attention, cotangent_attention, tangent_attention
 
 ATTENTION = "tokdyn"
 KNOWN = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}  # tensors that say again what the mask says
 SINKS = "s_aux"  # transformers' name of the option
+
+
+_one_cotangent: ContextVar[bool] = ContextVar("one_cotangent", default=False)
+
+
+@contextmanager
+def one_cotangent() -> Iterator[None]:
+    """Inside the block outputs are pulled back by one cotangent at a time, and never under a transform.
+
+    PyTorch's fused kernel then keeps what its backward pass needs; `_Attention` makes that again for every chunk of cotangents.
+    """
+    before = _one_cotangent.set(True)
+    try:
+        yield
+    finally:
+        _one_cotangent.reset(before)
 
 
 class NotComputed(ValueError):
@@ -178,7 +198,10 @@ def tracing_attention(
         if softcap is not None:
             raise NotComputed("sinks beside soft-capped scores")
         q, key, value, mask = _with_sinks(q, key, value, mask, sinks.reshape(Hk, -1) / scale)
-    out = _Attention.apply(q, key, value, mask, scale, softcap)
+    if _one_cotangent.get() and softcap is None and form.on_host(q):
+        out = fused.attention(q, key, value, mask, scale)
+    else:
+        out = _Attention.apply(q, key, value, mask, scale, softcap)
     return out.reshape(B, H, T, -1).transpose(1, 2), None
 
 

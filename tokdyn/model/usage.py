@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from .calls import floats
+from .calls import floats, tensors
 from .hooks import hooked
 
 Chain = tuple[str, ...]  # names of modules that run inside one another, the model first
@@ -50,7 +49,7 @@ class _Uses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        parameters = {id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, nn.Parameter)}
+        parameters = {id(x) for x in tensors((args, kwargs)) if isinstance(x, nn.Parameter)}
         for p in parameters & self.first_name.keys():
             if floats(result):  # not a look at its dtype or shape
                 chain = tuple(name for name in self.running if p in self.inside[name])
