@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,18 @@ from ._arguments import printable_json, sentence
 from ._console import err_console, out_console
 from ._version import __version__
 
-ORDER = ("profile", "scan", "check", "report", "diff", "serve", "probe", "study", "demo", "bench", "doctor")
+ORDER = ("profile", "report", "explain", "diff", "scan", "check", "serve", "probe", "study", "demo", "bench", "doctor")
 
 
 class InOrder(TyperGroup):
-    """The commands as a newcomer needs them, wherever they are defined."""
+    """The commands as a newcomer needs them, wherever they are defined, their help as paragraphs."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command; rich would keep the line breaks of a docstring, which are those of the source."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and command.help:
+            command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", command.help)
+        return command
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Those of ORDER first, in its order."""

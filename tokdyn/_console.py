@@ -61,7 +61,7 @@ def progress() -> Iterator[Any]:
 
     what = TextColumn("{task.description}", markup=False)
     bar = Progress(SpinnerColumn(), what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err_console,
-                   transient=True)  # fmt: skip
+                   transient=True, disable=not err_console.is_terminal)  # fmt: skip
     with bar:
         task = bar.add_task("starting", total=None)
 

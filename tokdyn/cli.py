@@ -100,6 +100,7 @@ def profile(
             tokenizer = load_tokenizer(model, adapter)
             update = sequences(tokenizer, table[:rows], loss, max_length=max_length)
             observe = watched(tokenizer, table, max_length=max_length)
+            _note_length(tokenizer, [*update, *observe])
             if dry_run:
                 tell(_plan(update, observe, loss, options), json_)
                 return
@@ -154,11 +155,20 @@ def _checked(
     check_device(device)
     table, total = read_part(source, skip, skip + rows + held_out)
     if len(table) < rows:
-        raise ValueError(f"{data} has {total} rows, after skipping {skip} there are not {rows} for the update")
+        after = f" after the {skip} that are skipped" if skip else ""
+        raise ValueError(f"--rows asks for {rows} rows for the update and {data} has {max(0, total - skip)}{after}")
     if len(table) < rows + held_out:
         left, asked = len(table) - rows, f"{held_out} further row{'s' * (held_out > 1)}"
         note(f"--held-out asks for {asked} and {data} has {left or 'none'}: so many are held out")
     return loss, table, total
+
+
+def _note_length(tokenizer: Any, chis: list[Any]) -> None:
+    """Say so where a sequence is longer than the model's context, as its tokenizer knows that."""
+    longest, most = max(len(chi.ids) for chi in chis), getattr(tokenizer, "model_max_length", None)
+    if isinstance(most, int) and longest > most:
+        note(f"the longest sequence has {longest} tokens, the model was made for {most}: beyond that it is out of its "
+             f"range, and so are the forces; --max-length {most} cuts answers there")  # fmt: skip
 
 
 def _plan(update: Any, observe: Any, loss: Any, options: dict[str, Any]) -> dict[str, Any]:

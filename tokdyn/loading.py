@@ -39,11 +39,18 @@ def load_model(
 def load_tokenizer(name: str, adapter: str | None = None) -> Any:
     """The tokenizer of a model as `load_model` names it; an adapter's own where its folder has one."""
     base, adapter = find_model(name, adapter)
+    _require_hub(base)
     own = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
     with _sentence(f"the tokenizer of {name!r}"):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(adapter if own else base)
+        tokenizer = AutoTokenizer.from_pretrained(adapter if own else base)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a configuration alone
+        raise ValueError(
+            f"{name!r} has no tokenizer: its vocabulary is empty. Save one beside the weights, in Python by "
+            f"tokenizer.save_pretrained({name!r})"
+        )
+    return tokenizer
 
 
 def load_weights(
@@ -191,6 +198,35 @@ def find_model(name: str, adapter: str | None = None) -> tuple[str, str | None]:
     if folder.is_dir() and not list(folder.glob("config.json")):
         raise ValueError(f"the folder {source} holds no model: it has no config.json")
     return source, adapter
+
+
+def _require_hub(name: str) -> None:
+    """Raise at once where a name is no folder, nothing of it is cached and the hub does not have it.
+
+    huggingface_hub asks again for a minute, file by file, where there is no network.
+
+    Raises:
+        ValueError: what was asked for, and why it is not there.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    if Path(name).is_dir() or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        HfApi().model_info(name, timeout=10)
+    except GatedRepoError:
+        return  # transformers says how to get access
+    except (HFValidationError, RepositoryNotFoundError):
+        raise ValueError(f"there is no model folder {name}, and the hub has no model of that name") from None
+    except Exception as error:
+        why = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(
+            f"there is no model folder {name}, and the hub cannot be asked for a model of that name ({why}): give a folder, or "
+            "one that was loaded before"
+        ) from None
 
 
 @contextlib.contextmanager

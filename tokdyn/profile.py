@@ -66,17 +66,25 @@ class Run:
     path: Path | None = None
     pairs: Pairs | None = None
 
-    def explain(self, m: int | None = None, l: int | None = None, per: str = "contexts") -> Explanation:  # noqa: E741
+    def explain(
+        self,
+        m: int | str | None = None,
+        l: int | str | None = None,  # noqa: E741
+        per: str = "contexts",
+        down: bool = False,
+    ) -> Explanation:
         """Why an update token moves an observed one: the card of the pair (docs/explain.md).
 
         Args:
-            m, l: rows of the token table, on either side; the strongest push on a token that stands elsewhere when absent.
+            m, l: which observed and which update token: a place as it is printed ("chosen 1 @14") or a row of the token table.
+                An answer ("chosen 1"), a role ("rejected") or nothing: the strongest push from elsewhere among those tokens.
             per: "contexts", net of what update tokens behind the same text as l cancel; "tokens", of l alone.
+            down: the strongest that lowers.
 
         Raises:
-            ValueError: the run kept no pairs, or not this one; m or l out of range.
+            ValueError: the run kept no pairs, or not this one; no token is called m or l; no push of that kind.
         """
-        return Cards(self.about, self.tokens, self.matrix, self.pairs).explain(m, l, per)
+        return Cards(self.about, self.tokens, self.matrix, self.pairs).explain(m, l, per, down)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The report as one self-contained page, written to path when given."""

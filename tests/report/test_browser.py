@@ -235,6 +235,16 @@ def test_both_ends_stay_selected_and_a_link_shows_the_same(visit, run, file):
     assert pressed.count() == 1 and details(page)[0].startswith("Observed")
 
 
+def test_a_finding_shows_its_two_tokens(visit, run, file):
+    """The pushed token of the chosen answer and the rejected one that pushes it are selected, by the sentence's own card."""
+    page = visit(file)
+    item = page.locator(".findings li", has_text="The rejected token that pushes a chosen one down most")
+    item.locator("a.pair").click()
+    card = run.explain("chosen", "rejected", down=True)
+    assert page.evaluate("location.hash") == card.address
+    assert page.locator("#inspector .why .sentence").inner_text() == card.sentence
+
+
 def test_walking_through_tokens_says_their_values(visit, run, file):
     page, table = visit(file), BySequence.of(run.tokens, run.matrix)
     page.locator("#observed .token").first.focus()

@@ -80,6 +80,7 @@ def test_a_place_that_one_run_does_not_train_has_no_push_there(runs):
 def test_a_run_against_itself_is_zero_and_against_a_stranger_is_refused(runs):
     a, b = runs
     same = Difference.of(a, a)
+    assert same.most("force") == [] == same.pushes()
     assert same.settings == [] and float(same.matrix.abs().max()) == 0 and same.missing == {"a": 0, "b": 0}
     stranger = td.profile(tiny("llama"), chis([5, 6, 7]), chis([1, 2, 8, 9]), td.objectives.SFT(), method="none")
     with pytest.raises(ValueError, match="no token in common"):

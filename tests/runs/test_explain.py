@@ -190,14 +190,45 @@ def test_why_is_said_of_the_headlines_push(run):
     assert len(few) >= 1  # the headline's tokens, however few are wanted
 
 
+def test_the_strongest_push_between_answers_is_the_least_entry_of_their_block(run):
+    """By words, as the terminal prints places: every entry is compared, but for texts that chosen tokens stand behind too."""
+    *_, made, path = run
+    rows = made.tokens.to_pylist()
+    observed, updated = ([row for row in rows if row["side"] == side] for side in ("observed", "updated"))
+    shared = {row["context"] for row in updated if row["role"] == "chosen"}
+    F, block = made.matrix, dict[tuple[int, int], float]()
+    for m, o in enumerate(observed):
+        for l, u in enumerate(updated):  # noqa: E741
+            if o["role"] == "chosen" and u["role"] == "rejected" and u["context"] not in {*shared, o["context"]}:
+                block[m, l] = float(F[m, l])
+    (m, l), least = min(block.items(), key=lambda each: each[1])  # noqa: E741
+    found = made.explain("chosen 1", "rejected", down=True)
+    assert least < 0 and found.facts["force"] == pytest.approx(least, rel=1e-4)
+    assert found.address == f"#m={m}&l={l}"
+    places = [f"chosen 1 @{observed[m]['position']}", f"rejected 1 @{updated[l]['position']}"]
+    assert made.explain(*places).facts == found.facts == made.explain(m, l).facts
+    assert abs(made.explain("chosen 1", "rejected").facts["force"]) == pytest.approx(max(map(abs, block.values())), rel=1e-4)
+    finding = next(each for each in made.about["findings"] if each["title"].startswith("The rejected token that pushes"))
+    assert finding["text"] == found.sentence and finding["address"] == found.address and " lowers " in found.sentence
+    page = (path / "report.html").read_text(encoding="utf-8")
+    assert f'<a class="pair" href="{found.address.replace("&", "&amp;")}">' in page
+    contexts = Contexts.of(BySequence.of(made.tokens, made.matrix), made.about["sequences"])
+    assert [m, l] in strongest(contexts, parts=1, count=8).tolist()  # it is kept, however few are
+
+
 def test_the_command_line_prints_the_card(run):
     *_, made, path = run
+    asked = CliRunner().invoke(app, ["explain", str(path), "chosen", "rejected", "--down"])
+    found = made.explain("chosen", "rejected", down=True)
+    assert found.sentence in asked.output and f"{(path / 'report.html').as_uri()}{found.address}" in asked.output
     shown = CliRunner().invoke(app, ["explain", str(path)])
     assert shown.exit_code == 0 and made.explain().sentence in shown.output and "by layer" in shown.output
     as_json = CliRunner().invoke(app, ["explain", str(path), "0", "2", "--per", "tokens", "--json"])
     assert json.loads(as_json.output)["force"] == pytest.approx(float(made.matrix[0, 2]), rel=1e-4)
     for words, message in (
-        (["0"], "give both M and L"),
+        (["chosen 9"], "no observed token is called 'chosen 9'"),
+        (["chosen 1 @1"], "'chosen 1', 'rejected 1', 'response 2'"),
+        (["response 2", "response"], "no updated token is called 'response'"),
         (["99", "0"], "M must lie in [0, 11)"),
         (["0", "0", "--per", "x"], "per must be"),
     ):

@@ -21,13 +21,16 @@ def demo(
 ) -> None:
     """Train the demo model again, or one of 22 M parameters, from texts on disk; call it again to go on.
 
-    The folder is what `tokdyn study NAME --model FOLDER` takes.
+    The exported folder is what `tokdyn study NAME --model FOLDER` takes. The demo model as it ships: `tokdyn profile`.
     """
     with plain_errors():
         from ..demo.train import main
 
         if data is None and export is None:
-            raise ValueError("--data FOLDER is needed to train, or --export FOLDER to write the best checkpoint")
+            raise ValueError(
+                "tokdyn demo trains the demo model again: it needs --data FOLDER of texts, or --export FOLDER for the best "
+                "checkpoint so far. To profile a step of the demo model as it ships, call tokdyn profile"
+            )
         shape = "large" if large else "demo"
         place = work or Path("checkpoints") / ("demo-large" if large else "demo")
         where = ["--export", str(export)] if export else ["--data", str(data)]

@@ -58,7 +58,7 @@ def summary(found: Difference) -> Any:
         pair = found.observed[i]
         figures = (f"{x:+.4g}" for x in (pair.a["force"], pair.b["force"], pair.change("force")))
         moved.add_row(shown(pair.a["token"]), found.a.place(pair.a), *figures)
-    parts: list[Any] = [answers, "", moved]
+    parts: list[Any] = [answers, "", moved if moved.rows else "No token's force changed by more than rounding."]
     if pushes := found.pushes():
         table = Listing(f"The net pushes that changed most, {unit}", ("on", "of", "by", "change"), (3,))
         for m, by, change in pushes:

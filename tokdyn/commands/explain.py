@@ -10,25 +10,34 @@ import typer
 from .._app import Json, app, load_profile, plain_errors, print_json
 from .._console import out_console
 
+WHICH = "a place as it is printed ('chosen 1 @14'), an answer ('chosen 1'), a role ('chosen'), or a row of the token table"
+
 
 @app.command()
 def explain(
     run: Annotated[Path, typer.Argument(help="folder of a run that tokdyn profile wrote")],
-    m: Annotated[int | None, typer.Argument(help="row of the observed token; the strongest pair when absent")] = None,
-    l: Annotated[int | None, typer.Argument(help="row of the update token")] = None,  # noqa: E741
+    on: Annotated[
+        str | None, typer.Argument(help=f"which observed token: {WHICH}; of several the one that is moved most")
+    ] = None,
+    by: Annotated[str | None, typer.Argument(help="which update token, in the same words")] = None,
+    down: Annotated[bool, typer.Option("--down", help="the strongest push that lowers")] = False,
     per: Annotated[str, typer.Option(help="contexts, net of what tokens behind one text cancel; tokens")] = "contexts",
     json_: Json = False,
 ) -> None:
-    """Say why an update token moves an observed one: the force by layer and kind, the kernel, the texts, and a sentence."""
+    """Say why an update token moves an observed one: the force by layer and kind, the kernel, the texts, and a sentence.
+
+    `tokdyn explain RUN chosen rejected --down` tells of the rejected token that pushes a chosen one down most.
+    """
     with plain_errors():
         from .._arguments import check_view
+        from ..runs.folder import PAGE
 
         check_view("rate", per)
-        if (m is None) != (l is None):
-            raise ValueError("give both M and L, or none of them for the strongest pair")
-
-        card = load_profile(run).explain(m, l, per)
+        card = load_profile(run).explain(on, by, per, down)
+        page = f"{(run / PAGE).resolve().as_uri()}{card.address}" if (run / PAGE).exists() else None
         if json_:
-            print_json(card.to_dict())
-        else:
-            out_console.print(card.text, soft_wrap=True)
+            print_json({**card.to_dict(), "page": page})
+            return
+        out_console.print(card.text, soft_wrap=True)
+        if page:
+            out_console.print(f"\nOn the page: {page}", soft_wrap=True)

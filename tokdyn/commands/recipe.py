@@ -49,7 +49,14 @@ class FromFile(TyperCommand):
                 ctx.default_map = self.defaults(Path(args[i + 1]))
             elif word.startswith("--config="):
                 ctx.default_map = self.defaults(Path(word.removeprefix("--config=")))
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, list(args))
+        except Exception as error:  # a UsageError, which typer takes from click or from itself, as its version is
+            said = str(getattr(error, "message", ""))
+            files = [word for word in args if Path(word).is_file() and f"({word})" in said]
+            if files and any(each.name == "data" for each in self.params):
+                error.message = f"{said}: the data are --data {files[0]}"  # type: ignore[attr-defined]
+            raise
 
     def defaults(self, path: Path) -> dict[str, Any]:
         """The options of a file by the names of the command's parameters."""

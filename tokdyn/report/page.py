@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import PurePath
@@ -267,7 +268,11 @@ def _prose(about: Mapping[str, Any], sides: Mapping[str, Any], matrix: np.ndarra
         "status": about.get("status") or "complete",
         "created": day(about.get("created")),
         "version": about.get("tokdyn") or "",
-        "findings": [{key: item.get(key) or "" for key in ("title", "text")} for item in about.get("findings") or [] if item],
+        "findings": [
+            {key: item.get(key) or "" for key in ("title", "text")} | {"address": _selection(item)}
+            for item in about.get("findings") or []
+            if item
+        ],
         "computed": computed,
         "rows_done": None if matrix is None else int(np.isfinite(matrix).all(axis=1).sum()),
         "tables": [
@@ -283,6 +288,12 @@ def _prose(about: Mapping[str, Any], sides: Mapping[str, Any], matrix: np.ndarra
         ],
         "cite": _cite(about, M, L),
     }
+
+
+def _selection(finding: Mapping[str, Any]) -> str:
+    """Return the part of the page's address that selects a finding's two tokens, "" where it names none."""
+    address = str(finding.get("address"))
+    return address if re.fullmatch(r"#m=\d+&l=\d+", address) else ""
 
 
 def _cite(about: Mapping[str, Any], M: int, L: int) -> str:

@@ -91,6 +91,31 @@ class BySequence:
         """Where a token stands: "chosen 1 @14", its position in the whole sequence, prompt included, from 0."""
         return f"{self.name(row)} @{row['position']}"
 
+    def rows_of(self, side: str, what: int | str) -> list[int]:
+        """The tokens that words name: a row, a place ("chosen 1 @14", as `place` writes it), an answer ("chosen 1") or a role.
+
+        Raises:
+            ValueError: none is called so, and what the answers are called; a row out of range.
+        """
+        rows, letter = (self.observed, "M") if side == "observed" else (self.updated, "L")
+        if isinstance(what, int) or what.isdecimal():
+            if not 0 <= int(what) < len(rows):
+                raise ValueError(f"{letter} must lie in [0, {len(rows)}), got {what}")
+            return [int(what)]
+        name, at, position = what.partition("@")
+        found = [
+            row["row"]
+            for row in rows
+            if name.strip() in (self.name(row), row["role"] or "response") and position.strip() in ("", str(row["position"]))
+        ]
+        if not found:
+            names = ", ".join(repr(name) for name in dict.fromkeys(map(self.name, rows)))
+            raise ValueError(
+                f"no {side} token is called {what!r}: give a place as in {self.place(rows[0])!r}, an answer ({names}), a "
+                "role as in 'chosen', or a row of the token table"
+            )
+        return found
+
     def changes(self) -> dict[str, dict[str, float]]:
         """Predicted and actual change of each observed sequence, the sum over its tokens in nats, and how many they are."""
         sums: dict[str, dict[str, float]] = {}

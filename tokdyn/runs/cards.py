@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -37,7 +37,7 @@ class Cards:
         """The run's update tokens by context."""
         return Contexts.of(BySequence.of(self.tokens, self.matrix), self.about.get("sequences") or [])
 
-    def explain(self, m: int | None, l: int | None, per: str = "contexts") -> Explanation:  # noqa: E741
+    def explain(self, m: int | str | None, l: int | str | None, per: str = "contexts", down: bool = False) -> Explanation:  # noqa: E741
         """See Run.explain."""
         check_view("rate", per)
         if self.pairs is None or self.contexts.run.matrix is None:
@@ -46,37 +46,66 @@ class Cards:
                 "quarter of memory, or an earlier version wrote it; profile the update again"
             )
         run = self.contexts.run
-        if m is None or l is None:
-            card = self.strongest()
-            if card is None:
-                raise ValueError("no update token moves a token that stands elsewhere: say which pair, M and L")
-            return card
-        for name, index, size in (("M", m, len(run.observed)), ("L", l, len(run.updated))):
-            if not 0 <= index < size:
-                raise ValueError(f"{name} must lie in [0, {size}), got {index}")
-        found = self.card(m, [l] if per == "tokens" else self.contexts.members[int(self.contexts.column[l])])
-        if found is None:
+        rows = None if m is None else run.rows_of("observed", m)
+        columns = None if l is None else run.rows_of("updated", l)
+        if rows is not None and columns is not None and len(rows) == len(columns) == 1:
+            pair = rows[0], columns if per == "tokens" else self.contexts.members[int(self.contexts.column[columns[0]])]
+        else:
+            found = self.strongest(rows, columns, per, down)
+            if found is None:
+                by, on = f"of {l!r}" if l is not None else "", f"of {m!r}" if m is not None else ""
+                raise ValueError(
+                    " ".join(f"no update token {by} {'lowers' if down else 'moves'} a token {on} that stands elsewhere".split())
+                    + ": say which pair, M and L"
+                )
+            pair = found
+        card = self.card(*pair)
+        if card is None:
             raise ValueError(
-                f"the pair {m}, {l} is not among the {len(self.pairs.index)} strongest that were kept: profile with more pairs="
+                f"the pair {pair[0]}, {pair[1][0]} is not among the {len(self.pairs.index)} strongest that were kept: profile "
+                "with more pairs="
             )
-        return found
+        return card
 
-    def strongest(self) -> Explanation | None:
-        """The card of the strongest net force from elsewhere, that of the headline; None where there is none.
+    def strongest(
+        self,
+        rows: Sequence[int] | None = None,
+        columns: Sequence[int] | None = None,
+        per: str = "contexts",
+        down: bool = False,
+    ) -> tuple[int, list[int]] | None:
+        """The strongest force from elsewhere, as observed token and update tokens; None where there is none.
 
-        What both answers of a pair say alike, place by place, counts as one (Contexts.alike_joined).
+        What both answers of a pair say alike, place by place, counts as one (Contexts.alike_joined), but for one column alone.
+
+        Args:
+            rows, columns: among these; a context is among the columns if all its tokens are, or it is that of the only one.
+            per: "contexts", net; "tokens", one by one.
+            down: only what lowers.
         """
-        contexts = self.contexts.alike_joined
-        if not bool(contexts.others.any()):
+        of = self.contexts if columns is not None and len(columns) == 1 else self.contexts.alike_joined
+        forces, members = of.others, of.members
+        if per == "tokens":
+            assert of.run.matrix is not None
+            forces = of.run.matrix.where(of.column != of.own[:, None], 0.0)
+            members = [[l] for l in range(len(of.column))]  # noqa: E741
+        asked = set(range(len(of.column)) if columns is None else columns)
+        kept = [x for x, of in enumerate(members) if asked.issuperset(of) or len(asked) == 1 and asked.issubset(of)]
+        observed = list(range(len(forces)) if rows is None else rows)
+        size = forces[observed][:, kept]
+        size = -size.clamp(max=0) if down else size.abs()
+        if not bool(size.any()):
             return None
-        m, x = divmod(int(contexts.others.abs().argmax()), contexts.others.shape[1])
-        return self.card(m, contexts.members[x])
+        m, x = divmod(int(size.argmax()), size.shape[1])
+        return observed[m], members[kept[x]]
 
     def strongest_net(self, n: int) -> Iterator[tuple[int, int, Explanation]]:
-        """The n strongest net forces from elsewhere that were kept: m, context, card."""
-        nets = self.contexts.others
-        for cell in nets.abs().flatten().topk(min(n, nets.numel())).indices.tolist():
-            m, x = divmod(cell, nets.shape[1])
+        """The n strongest net forces from elsewhere, and of rejected on chosen tokens, that were kept: m, context, card."""
+        cells: dict[int, None] = {}
+        for nets in (self.contexts.others, self.contexts.pushed_down):
+            cells |= dict.fromkeys(nets.abs().flatten().topk(min(n, nets.numel())).indices.tolist())
+        for cell in cells:
+            m, x = divmod(cell, self.contexts.others.shape[1])
             card = self.card(m, self.contexts.members[x])
             if card is not None and card.facts["force"]:
                 yield m, x, card

@@ -105,6 +105,14 @@ class Contexts:
         return apart
 
     @cached_property
+    def pushed_down(self) -> Float[Tensor, "M C"]:
+        """`others` where tokens of rejected answers alone lower a token of a chosen one; 0 elsewhere."""
+        rejecting = [all(self.run.updated[l]["role"] == "rejected" for l in of) for of in self.members]  # noqa: E741
+        chosen = [row["role"] == "chosen" for row in self.run.observed]
+        asked = torch.tensor(chosen, dtype=torch.bool)[:, None] & torch.tensor(rejecting, dtype=torch.bool)
+        return self.others.clamp(max=0).where(asked, 0.0)
+
+    @cached_property
     def alike_joined(self) -> Contexts:
         """The contexts with those joined in which the two answers of a pair say alike, place by place (`alike`).
 

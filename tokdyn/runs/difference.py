@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .by_sequence import BySequence, Row
 from .contexts import Contexts, net
+from .findings import ROUNDING
 
 MOST = 8  # tokens and pushes that are listed
 
@@ -97,9 +98,10 @@ class Difference:
         return sums
 
     def most(self, column: str) -> list[int]:
-        """The observed tokens whose column changed most, numbers into `observed`."""
+        """The observed tokens whose column changed most, by more than rounding, numbers into `observed`."""
         changes = [abs(pair.change(column) or 0.0) for pair in self.observed]
-        return sorted(range(len(changes)), key=lambda i: -changes[i])[:MOST]
+        least = ROUNDING * max((abs(row[column] or 0.0) for pair in self.observed for row in (pair.a, pair.b)), default=0.0)
+        return sorted((i for i, change in enumerate(changes) if change > least), key=lambda i: -changes[i])[:MOST]
 
     @cached_property
     def places(self) -> tuple[list[str], list[str], Tensor, Tensor]:
@@ -140,12 +142,14 @@ class Difference:
         return b - a
 
     def pushes(self) -> list[tuple[int, str, float]]:
-        """The net pushes that changed most: (number of the observed token, the place that pushes, b - a)."""
-        if self.matrix is None:
+        """The net pushes that changed most, by more than rounding: (number of the observed token, which place, b - a)."""
+        if self.matrix is None or self.a.matrix is None or self.b.matrix is None:
             return []
+        least = ROUNDING * max(float(matrix.abs().max()) for matrix in (self.a.matrix, self.b.matrix))
         order = self.matrix.abs().flatten().topk(min(MOST, self.matrix.numel())).indices.tolist()
         C = self.matrix.shape[1]
-        return [(i // C, self.places[0][i % C], float(self.matrix[i // C, i % C])) for i in order]
+        changes = [(i // C, self.places[0][i % C], float(self.matrix[i // C, i % C])) for i in order]
+        return [each for each in changes if abs(each[2]) > least]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that is told, for JSON."""

@@ -48,10 +48,10 @@ def facts_of(run: BySequence, m: int, members: Sequence[int], found: Facts, sequ
     names = dict.fromkeys(run.name(u) for u in us)
     facts = dict(found) | {
         "observed": {"name": f"“{visible(o['token'])}” {run.place(o)}"}
-        | {k: o[k] for k in ("token", "log_prob", "entropy", "g_norm")},
+        | {k: o.get(k) for k in ("row", "token", "log_prob", "entropy", "g_norm")},
         "updated": {
             "name": f"“{tokens}” {', '.join(names)} @{us[0]['position']}",
-            "members": [{k: u.get(k) for k in ("token", "c", "g_norm")} for u in us],
+            "members": [{k: u.get(k) for k in ("row", "token", "c", "g_norm")} for u in us],
         },
         "shared": _shared(run, o, us[0]),
         "texts": {
@@ -234,6 +234,11 @@ class Explanation:
     def sentence(self) -> str:
         """See `sentence`."""
         return sentence(self.facts)
+
+    @property
+    def address(self) -> str:
+        """What selects the two tokens on the page of their run, behind its name: "#m=9&l=2"."""
+        return f"#m={self.facts['observed']['row']}&l={self.facts['updated']['members'][0]['row']}"
 
     def to_dict(self) -> dict[str, Any]:
         """The facts with the sentence, of plain types."""

@@ -11,6 +11,7 @@ from ..sequences import visible
 from .by_sequence import BySequence
 from .cards import Cards
 from .contexts import Contexts
+from .explain import Explanation
 from .pairs import Pairs
 from .watched import is_log_prob, watched
 
@@ -20,7 +21,7 @@ ROW_SUMS = "row sums of the matrix against the tangent pass"
 
 
 def findings(about: dict[str, Any], tokens: Any, matrix: Tensor | None, pairs: Pairs | None = None) -> list[Finding]:
-    """The step, the strongest net push, why it happens, the balance behind it, squeezing, and the checks, with their figures.
+    """The step, the strongest net pushes and why they happen, the balance behind them, squeezing, and the checks, with figures.
 
     Args:
         about: a run's record; its sequences, settings, checks and verify are read.
@@ -34,7 +35,8 @@ def findings(about: dict[str, Any], tokens: Any, matrix: Tensor | None, pairs: P
     found = [_step(about, run)]
     if run.matrix is not None:
         contexts = Contexts.of(run, about["sequences"])
-        found += [_strongest(about, contexts), _why(Cards(about, tokens, matrix, pairs)), _balance(about, contexts)]
+        cards = Cards(about, tokens, matrix, pairs)
+        found += [_strongest(about, contexts), _why(cards), _rejected(about, cards), _balance(about, contexts)]
     found += [_squeezing(run), _prediction(about), _row_sums(about)]
     return [finding for finding in found if finding is not None]
 
@@ -153,8 +155,29 @@ def _strongest(about: dict[str, Any], contexts: Contexts) -> Finding | None:
 
 def _why(cards: Cards) -> Finding | None:
     """The sentence of the strongest net push between different places."""
-    card = cards.strongest()
-    return None if card is None else dict(title="Why", text=card.sentence)
+    found = cards.strongest()
+    card = found and cards.card(*found)
+    return dict(title="Why", text=card.sentence, **_pair(card)) if card else None
+
+
+def _rejected(about: dict[str, Any], cards: Cards) -> Finding | None:
+    """The rejected token that pushes a chosen one down most, and through which layers."""
+    run = cards.contexts.run
+    chosen, rejected = (
+        [row["row"] for row in rows if row["role"] == role]
+        for rows, role in ((run.observed, "chosen"), (run.updated, "rejected"))
+    )
+    found = cards.strongest(chosen, rejected, down=True) if is_log_prob(about) else None
+    card = found and cards.card(*found)
+    if not card or abs(card.facts["force"]) <= ROUNDING * float(run.matrix.abs().max() if run.matrix is not None else 0):
+        return None
+    title = "The rejected token that pushes a chosen one down most"
+    return dict(title=title, text=card.sentence, **_pair(card))
+
+
+def _pair(card: Explanation) -> Finding:
+    """Where the page shows a card: the part of its address that selects the two tokens."""
+    return {"address": card.address}
 
 
 def _squeezing(run: BySequence) -> Finding | None:

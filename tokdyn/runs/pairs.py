@@ -68,6 +68,8 @@ class Pairs:
 def strongest(contexts: Contexts, parts: int, count: int | None = None) -> Int[Tensor, "K 2"]:
     """Which pairs to keep: the tokens of the strongest net forces from elsewhere first, then the strongest single ones.
 
+    Among the first are those of rejected tokens that push a chosen one down, which are asked for by name (Cards.strongest).
+
     Args:
         contexts: of the run's matrix.
         parts: how many numbers each takes.
@@ -79,10 +81,15 @@ def strongest(contexts: Contexts, parts: int, count: int | None = None) -> Int[T
     wanted = max(LEAST, int(SHARE * M * L)) if count is None else count
     wanted = min(M * L, max(1, BYTES // (4 * max(1, parts))), wanted)
     found: dict[tuple[int, int], None] = {}
-    for of, share in ((contexts.alike_joined, wanted // 4), (contexts, wanted // 2)):
-        nets = of.others.abs().flatten()
+    joined = contexts.alike_joined
+    for of, forces, share in (
+        (joined, joined.others, wanted // 4),
+        (joined, joined.pushed_down, wanted * 3 // 8),
+        (contexts, contexts.others, wanted // 2),
+    ):
+        nets = forces.abs().flatten()
         for cell in nets.topk(min(len(nets), wanted)).indices.tolist():
-            m, x = divmod(cell, of.others.shape[1])
+            m, x = divmod(cell, forces.shape[1])
             new = [(m, l) for l in of.members[x] if (m, l) not in found]  # noqa: E741
             if not nets[cell] or found and len(found) + len(new) > share:
                 break

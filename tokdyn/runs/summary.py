@@ -105,7 +105,7 @@ class _View:
             by = ["moved most by"] if self.contexts is None else ["by itself", "moved most by another, net"]
             figures += [4] if self.contexts is not None else []
         columns = ["token", "of", "predicted", "actual", *by, "rising at that place", "falling at that place"]
-        table = Listing(f"The tokens that move most, {self.named}", columns, figures)
+        table = Listing(f"The tokens that move most, {self.named}", columns, figures, (len(columns) - 2, len(columns) - 1))
         for row in sorted(self.run.observed, key=lambda row: -abs(row["actual"]))[:MOVERS]:
             changes = (self.of_change(row[name]) for name in ("predicted", "actual"))
             cells = [shown(row["token"]), self.run.place(row), *changes, *self.by(row)]

@@ -19,7 +19,7 @@ function WhyCard(m, l) {
       h(
         "p.note",
         CARDS.size
-          ? `The run tells why of its ${plural(CARDS.size, "strongest net force")} between different places; this is not one of them.`
+          ? `The page holds why of its ${plural(CARDS.size, "strongest net force")} between different places; this is not one of them. The run holds more: tokdyn explain RUN "${OBSERVED.place(m)}" "${UPDATED.place(l)}"`
           : "This run kept no forces by layer and kind.",
       ),
     );

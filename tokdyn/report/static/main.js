@@ -79,4 +79,12 @@ addEventListener("keydown", (event) => {
     if (state.side) select(null);
   }
 });
+for (const link of document.querySelectorAll(".findings a.pair"))
+  link.addEventListener("click", (event) => {
+    event.preventDefault();
+    const pair = new URLSearchParams(link.hash.slice(1));
+    select("observed", Number(pair.get("m")), Number(pair.get("l")));
+    showInPanel.observed(state.index);
+    byId("answers").scrollIntoView();
+  });
 addEventListener("scroll", hideTip, { passive: true });
