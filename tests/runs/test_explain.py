@@ -113,14 +113,25 @@ def test_every_number_of_the_sentence_is_a_number_of_the_card():
     assert sums(given["parts"])["MLPs"] == pytest.approx(-0.76) and kept(given["parts"]) == pytest.approx(1)
 
 
-def pair():
+def pair(rejected=(1, 2, 7, 6)):
     """Two answers that share two tokens and then part, so that some contexts hold two update tokens."""
-    prompt, tails = [3, 8, 5], ([1, 2, 9, 4], [1, 2, 7, 6])
-    scored = torch.arange(7) >= 3
+    prompt, tails = [3, 8, 5], ([1, 2, 9, 4], list(rejected))
     return [
-        td.Chi(torch.tensor(prompt + tail), scored, role=role, tokens=tuple(f"t{i}" for i in prompt + tail))
+        td.Chi(
+            torch.tensor(prompt + tail),
+            torch.arange(3 + len(tail)) >= 3,
+            role=role,
+            tokens=tuple(f"t{i}" for i in prompt + tail),
+        )
         for tail, role in zip(tails, ("chosen", "rejected"), strict=True)
     ]
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory):
+    """A run of two answers that say nothing alike."""
+    path = tmp_path_factory.mktemp("runs") / "apart"
+    return td.profile(tiny("qwen2"), pair((7, 6, 0, 6)), pair((7, 6, 0, 6)), DPO(), out=path)
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +201,9 @@ def test_why_is_said_of_the_headlines_push(run):
     assert len(few) >= 1  # the headline's tokens, however few are wanted
 
 
-def test_the_strongest_push_between_answers_is_the_least_entry_of_their_block(run):
+def test_the_strongest_push_between_answers_is_the_least_entry_of_their_block(apart):
     """By words, as the terminal prints places: every entry is compared, but for texts that chosen tokens stand behind too."""
-    *_, made, path = run
+    made, path = apart, apart.path
     rows = made.tokens.to_pylist()
     observed, updated = ([row for row in rows if row["side"] == side] for side in ("observed", "updated"))
     shared = {row["context"] for row in updated if row["role"] == "chosen"}
@@ -216,16 +227,17 @@ def test_the_strongest_push_between_answers_is_the_least_entry_of_their_block(ru
     assert [m, l] in strongest(contexts, parts=1, count=8).tolist()  # it is kept, however few are
 
 
-def test_the_command_line_prints_the_card(run):
+def test_the_command_line_prints_the_card(run, apart):
+    asked = CliRunner().invoke(app, ["explain", str(apart.path), "chosen", "rejected", "--down"])
+    found = apart.explain("chosen", "rejected", down=True)
+    assert found.sentence in asked.output and f"{(apart.path / 'report.html').as_uri()}{found.address}" in asked.output
     *_, made, path = run
-    asked = CliRunner().invoke(app, ["explain", str(path), "chosen", "rejected", "--down"])
-    found = made.explain("chosen", "rejected", down=True)
-    assert found.sentence in asked.output and f"{(path / 'report.html').as_uri()}{found.address}" in asked.output
     shown = CliRunner().invoke(app, ["explain", str(path)])
     assert shown.exit_code == 0 and made.explain().sentence in shown.output and "by layer" in shown.output
     as_json = CliRunner().invoke(app, ["explain", str(path), "0", "2", "--per", "tokens", "--json"])
     assert json.loads(as_json.output)["force"] == pytest.approx(float(made.matrix[0, 2]), rel=1e-4)
     for words, message in (
+        (["chosen", "rejected"], "no update token of 'rejected' moves a token of 'chosen'"),  # all is said alike
         (["chosen 9"], "no observed token is called 'chosen 9'"),
         (["chosen 1 @1"], "'chosen 1', 'rejected 1', 'response 2'"),
         (["response 2", "response"], "no updated token is called 'response'"),
