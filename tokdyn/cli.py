@@ -156,7 +156,7 @@ def _checked(
     table, total = read_part(source, skip, skip + rows + held_out)
     if len(table) < rows:
         after = f" after the {skip} that are skipped" if skip else ""
-        raise ValueError(f"--rows asks for {rows} rows for the update and {data} has {max(0, total - skip)}{after}")
+        raise ValueError(f"--rows asks for {rows} for the update and {data} has {max(0, total - skip)} rows{after}")
     if len(table) < rows + held_out:
         left, asked = len(table) - rows, f"{held_out} further row{'s' * (held_out > 1)}"
         note(f"--held-out asks for {asked} and {data} has {left or 'none'}: so many are held out")
