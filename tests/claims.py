@@ -58,7 +58,7 @@ LANGUAGE = {
             "(identity, ρ < 1; arXiv 2604.18239)",
         ],
         {
-            "Margin losses press the chosen answer down with the rejected one (arXiv 2604.18239, likelihood displacement)": FEW,
+            "Margin losses press the chosen answer down with the rejected one (arXiv 2604.18239, likelihood displacement)": UNSURE,
             "Trained so, the chosen answers stay higher while the rejected ones fall "
             "(arXiv 2604.18239, reward calibration)": FEW,
         },
@@ -193,9 +193,9 @@ LANGUAGE = {
             "(identity; docs/theory.md, The kernel)"
         ],
         {
-            "Features vary little (arXiv 2601.04670)": FEW,
-            "so that through the representation part RL raises confidence at other problems too (arXiv 2601.04670)": FEW,
-            "and the update as a whole does (arXiv 2601.04670)": FEW,
+            "Features vary little (arXiv 2601.04670)": FALSE,
+            "so that through the representation part RL raises confidence at other problems too (arXiv 2601.04670)": UNSURE,
+            "and the update as a whole does (arXiv 2601.04670)": UNSURE,
             "With the readout first, training raises confidence and reward faster (arXiv 2601.04670, CF-RL)": LONG,
         },
     ),
