@@ -58,7 +58,8 @@ LANGUAGE = {
             "(identity, ρ < 1; arXiv 2604.18239)",
         ],
         {
-            "Margin losses press the chosen answer down with the rejected one (arXiv 2604.18239, likelihood displacement)": UNSURE,
+            "Margin losses press the chosen answer down with the rejected one "
+            "(arXiv 2604.18239, likelihood displacement)": UNSURE,
             "Trained so, the chosen answers stay higher while the rejected ones fall "
             "(arXiv 2604.18239, reward calibration)": FEW,
         },

@@ -14,6 +14,7 @@ whether the forces before the first step tell.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def _fit(given: Tensor, wanted: Tensor, seed: int) -> list[float]:
 
 def _descend(model: nn.Module, loss: Callable[[], Tensor], eta: float, until: tuple[float, ...]) -> list[float]:
     """Steps of gradient descent until a loss is below each of several falling values, LIMIT where it never is."""
-    parameters, found = list(model.parameters()), []
+    parameters, found = list(model.parameters()), list[float]()
     for step in range(LIMIT):
         value = loss()
         while len(found) < len(until) and value.detach() < until[len(found)]:
@@ -147,7 +148,7 @@ def token_times(table: Tensor, seed: int) -> Tensor:
         start = excess(model, direction)
         gradients = torch.autograd.grad(start, list(model.parameters()))
         force = sum(float(g.square().sum()) for g in gradients) / float(start.detach())
-        steps = _descend(model, lambda m=model, d=direction: excess(m, d), 1.0, (LEFT * float(start.detach()),))
+        steps = _descend(model, partial(excess, model, direction), 1.0, (LEFT * float(start.detach()),))
         found.append((steps[0], force))
     return torch.tensor(found, dtype=torch.float64)
 

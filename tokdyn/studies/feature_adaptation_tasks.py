@@ -71,8 +71,8 @@ class Strokes(nn.Module):
         super().__init__()
         row, column = (i.flatten() for i in torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij"))
         apart = torch.maximum((row[:, None] - row).abs(), (column[:, None] - column).abs())
-        self.register_buffer("near", (apart == 1).double())
-        self.register_buffer("places", torch.stack([row, column], 1) / 3.5 - 1)
+        self.near = (apart == 1).double()
+        self.places = torch.stack([row, column], 1) / 3.5 - 1
         self.own = nn.ModuleList(nn.Linear(n, WIDTH) for n in (3, WIDTH))
         self.others = nn.ModuleList(nn.Linear(n, WIDTH, bias=False) for n in (3, WIDTH))
 
