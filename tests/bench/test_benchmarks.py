@@ -94,6 +94,15 @@ def test_results_of_overhead_were_made_with_settings_that_it_takes():
     assert files and done.returncode == 0, done.stderr
 
 
+def test_protect_is_timed_against_a_plain_step(tmp_path):
+    command = [sys.executable, BENCHMARKS / "protect.py", "--quick", "--json", tmp_path / "p.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "p.json").read_text())["figures"]
+    (plain,), (protected,) = found["seconds"]["plain"], found["seconds"]["protected"]
+    assert found["ratio"]["processor"] == [protected / plain] and "protected / plain, processor" in done.stdout
+
+
 def kernels(folder, *options):
     command = [sys.executable, BENCHMARKS / "kernels.py", "--quick", "--device", "cpu", "--rounds", "2", *options]
     command += ["--json", folder / "k.json", "--markdown", folder / "k.md"]

@@ -337,6 +337,28 @@ def test_protection_is_by_the_step_that_the_optimizer_is_about_to_take(build, pr
     torch.testing.assert_close(guarded.c[~spared], plain.c[~spared], rtol=1e-4, atol=0)  # c is captured anew in either run
 
 
+def test_a_batch_that_loses_its_labels_on_the_way_is_still_whole(build, probe):
+    """transformers.Trainer takes them out where it has a loss function of its own; the batch is read twice, and by the checks."""
+    records = []
+    for guard in (None, 0.0, 0.5):
+        trainer = build("sft", max_steps=1, optim="sgd", max_grad_norm=0.0)
+        trainer.compute_loss_func = lambda out, labels, **_: -torch.nn.functional.cross_entropy(
+            out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        )
+        if guard is not None:
+            protect(trainer, probe, share=guard)
+        monitor = td.attach(trainer, probe={"protected": probe}, on_error="raise")
+        trainer.train()
+        records.append((logged(trainer), monitor.steps[0]))
+    (plain, step), (same, _), (_, guarded) = records
+    assert same == plain
+    spared = torch.zeros(len(step.forces), dtype=torch.bool)
+    spared[step.forces.argsort()[: len(step.forces) // 2]] = True
+    spared &= step.forces < 0
+    assert bool(spared.any())  # the record has those that get a gradient: nobody told it the labels
+    torch.testing.assert_close(guarded.forces, step.forces[~spared], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_protection_of_nothing_changes_no_bit(build, probe, kind):
     """The rehearsal leaves no trace in gradients, random numbers or the trainer's own figures of loss."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ def _seen(trainer: Any, model: nn.Module, batches: Sequence[Any] | None) -> Seen
     notes = notes_on(capture)
 
     def compute_loss(original: Any, on: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        known = about_batch(trainer, inputs) | {"batch": inputs}
+        known = about_batch(trainer, inputs) | {"batch": copy.copy(inputs)}
         with capture.step.one_micro_batch(known):
             return original(on, inputs, *args, **kwargs)
 

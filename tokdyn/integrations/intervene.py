@@ -10,6 +10,7 @@ Call them before td.attach, which then records what is really done. `undo()` res
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -96,7 +97,8 @@ def protect(
     interventions.spare(torch.zeros(0), share=share, scale=scale)  # share and scale are checked before anything runs
 
     def compute_loss(original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        forward, gradients = _rehearsed(trainer, original, model, inputs, *args, **kwargs)
+        # of a copy: a Trainer with compute_loss_func or label smoothing takes the labels out of its batch
+        forward, gradients = _rehearsed(trainer, original, model, copy.copy(inputs), *args, **kwargs)
         whole = _divided(trainer, kwargs.get("num_items_in_batch"))
         with at_rest(model) as lm:
             divisor = 1 if whole else trainer.current_gradient_accumulation_steps

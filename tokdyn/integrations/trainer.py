@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -102,12 +103,13 @@ def _wrap_methods(trainer: Any, monitor: Monitor, callback: Any, looking: FirstL
 
     def compute_loss(original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         known: dict[str, Any] = {}
+        batch = copy.copy(inputs)  # Trainer takes the labels out of it where it has a loss function or smooths
         with monitor.guarded("the trainer's batch could not be read"):
             known = about_batch(trainer, inputs)
         with monitor.micro_batch(**known):
             loss = original(model, inputs, *args, **kwargs)
             if looking is not None:
-                looking.note(inputs)
+                looking.note(batch)
             return loss
 
     def clip(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
