@@ -9,7 +9,7 @@
 # make wheel  build wheels, and run the demo from one in a fresh environment that has no compiler
 # make studies   every phenomenon of the papers in full, some hours, goes on where it was: runs/studies, docs/gallery.md (DATA=texts)
 # make sweep  every kind of causal LM against autograd, in chunks of minutes: run it until it is done, docs/families.md
-# make test-matrix   the training tests against TRL 1.12, PEFT 0.20, verl and OpenRLHF, in an environment of their own
+# make test-matrix   the training tests against TRL 1.12, PEFT 0.20, verl, OpenRLHF and SkyRL's losses, in an environment of their own
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c \
 	'import sys; (3, 11) <= sys.version_info < (3, 14) and print("$(p)")' 2>/dev/null)))
@@ -111,10 +111,11 @@ test-studies: install
 
 MATRIX := .venv-matrix
 TRAINING := tests/training tests/checks tests/test_monitor.py tests/test_objectives_of_stacks.py \
-	$(patsubst %,tests/integrations/test_%.py,distributed intervene packages stacks trainers)
+	$(patsubst %,tests/integrations/test_%.py,distributed intervene own_loops packages stacks trainers)
 OLD := trl==1.12.0 peft==0.20.0 requests # TRL 1.12 imports requests without asking for it
 STACKS := verl==0.9.1 openrlhf==0.11.2 # alone: they ask for a GPU's packages; what is tested of them runs with these
-STACKS_NEED := ray==2.60.0 tensordict==0.15.3 codetiming omegaconf orjson
+STACKS_NEED := ray==2.60.0 tensordict==0.15.3 codetiming omegaconf orjson loguru
+SKYRL := skyrl-train==0.3.1 # for Python 3.12 alone by its own word; only its file of losses is tested
 
 $(MATRIX)/.installed: constraints.txt pyproject.toml setup.py tokdyn/_version.py
 	@test -n "$(PYTHON)" || { echo "tokdyn needs Python 3.11, 3.12 or 3.13; none found (set PYTHON=...)" >&2; exit 1; }
@@ -124,6 +125,7 @@ $(MATRIX)/.installed: constraints.txt pyproject.toml setup.py tokdyn/_version.py
 	@$(MATRIX)/bin/python -m pip install --disable-pip-version-check -q -c $(MATRIX)/constraints.txt torch
 	@$(MATRIX)/bin/python -m pip install --disable-pip-version-check -q -c $(MATRIX)/constraints.txt -e '.[dev]' $(OLD) $(STACKS_NEED)
 	@$(MATRIX)/bin/python -m pip install --disable-pip-version-check -q --no-deps $(STACKS)
+	@$(MATRIX)/bin/python -m pip install --disable-pip-version-check -q --no-deps --ignore-requires-python $(SKYRL)
 	@touch $@
 
 test-matrix: $(MATRIX)/.installed

@@ -23,6 +23,7 @@ def made(args: argparse.Namespace, folder: str):
     """A Trainer of the demo model on random tokens, its probe, and a list that gets (clock, processor) seconds of its steps."""
     import torch
     from torch.nn.functional import logsigmoid
+
     sys.path[:] = [p for p in sys.path if Path(p) != Path(__file__).parent]  # kernels.py is not the package of that name
     from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 

@@ -135,3 +135,22 @@ def test_a_trainer_on_two_ranks(runs):
             assert rank["figures"][step] == pytest.approx(alone["figures"][step], rel=2e-3, abs=1e-6)
             for name in ("actual", "predicted"):
                 assert float((rank[name][step] - alone[name][step]).abs().max()) < 5 * 40 * EPS
+
+
+def test_checks_under_two_ranks_are_silent_where_nothing_is_wrong(runs):
+    """td.check on each rank and td.attach on the first; tokens counted over all ranks, and over each rank's own."""
+    for n, rank in enumerate(rank["checks"] for rank in runs[1]):
+        for name in ("clean", "by rank"):
+            for report in (rank[name], rank[f"{name}, attached"]):
+                if report is None:  # the first rank looks while they train
+                    assert n > 0
+                    continue
+                assert report["bad"] == [] and report["skipped"] == {}
+                assert report["fine"]["scale"] == "c is that of a mean over the tokens of the step"
+
+
+def test_a_loss_that_is_divided_by_the_ranks_twice_is_named(runs):
+    for n, rank in enumerate(rank["checks"] for rank in runs[1]):
+        for report in (rank["twice"], *[rank["twice, attached"]] * (n == 0)):
+            ((check, what),) = report["bad"]
+            assert check == "scale" and "divided by the ranks (2) once too often" in what

@@ -338,12 +338,12 @@ def test_protection_is_by_the_step_that_the_optimizer_is_about_to_take(build, pr
 
 
 def test_a_batch_that_loses_its_labels_on_the_way_is_still_whole(build, probe):
-    """transformers.Trainer takes them out where it has a loss function of its own; the batch is read twice, and by the checks."""
+    """transformers.Trainer takes them out where it has a loss function of its own, and the batch is read twice."""
     records = []
     for guard in (None, 0.0, 0.5):
         trainer = build("sft", max_steps=1, optim="sgd", max_grad_norm=0.0)
-        trainer.compute_loss_func = lambda out, labels, **_: -torch.nn.functional.cross_entropy(
-            out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        trainer.compute_loss_func = lambda out, labels, **_: (
+            -torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         )
         if guard is not None:
             protect(trainer, probe, share=guard)

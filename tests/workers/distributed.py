@@ -175,6 +175,49 @@ def trainer():
     return found
 
 
+def checks():
+    """td.check and the checks of td.attach where the loss is as it should be, and where it is divided by the ranks twice.
+
+    The report of each rank: (check, text) of what is wrong or suspicious, what fine ones say, and what could not be checked.
+    """
+    import transformers
+
+    rows = []
+    for n, ids in enumerate(torch.randint(0, 61, (12, 9), generator=torch.Generator().manual_seed(3))):
+        rows.append(dict(input_ids=ids, labels=torch.where(torch.arange(9) < 2 + n % 5, -100, ids)))
+
+    class Twice(transformers.Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) / self.accelerator.num_processes
+
+    def told(report):
+        bad = [(f.check, f.what) for f in (*report.wrong, *report.suspicious)]
+        return dict(bad=bad, fine={f.check: f.what for f in report.findings if f.level == "fine"}, skipped=report.skipped)
+
+    found = {}
+    for kind, name, average in (
+        (transformers.Trainer, "clean", True),
+        (transformers.Trainer, "by rank", False),
+        (Twice, "twice", True),
+    ):
+        transformers.set_seed(0)
+        args = transformers.TrainingArguments(
+            output_dir=str(OUT / name), max_steps=1, per_device_train_batch_size=3, save_strategy="no", use_cpu=True,
+            report_to="none", disable_tqdm=True, ddp_backend="gloo", average_tokens_across_devices=average,
+        )  # fmt: skip
+        run = kind(
+            model=tiny("llama", tied=False), args=args, train_dataset=rows,
+            data_collator=lambda rows: {k: torch.stack([row[k] for row in rows]) for k in rows[0]},
+        )  # fmt: skip
+        found[name] = told(td.check(run))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            monitor = td.attach(run, on_error="raise")
+            run.train()
+        found[f"{name}, attached"] = None if monitor.report is None else told(monitor.report)
+    return found
+
+
 def main():
     torch.set_num_threads(1)
     if WORLD > 1:
@@ -198,6 +241,8 @@ def main():
             "lopsided": lopsided(),
         }  # fmt: skip
     found["trainer"] = trainer()
+    if WORLD > 1:
+        found["checks"] = checks()
     torch.save(found, OUT / f"{WORLD}-{RANK}.pt")
     if WORLD > 1:
         dist.barrier()

@@ -33,12 +33,17 @@ def named_objective(seen: Seen, f: Forward) -> Named | None:
 
 def _supervised(seen: Seen, f: Forward) -> Named | None:
     batch = f.metadata.get("batch") or {}
-    known = any(cls.__name__ in ("Trainer", "SFTTrainer") for cls in type(seen.trainer).__mro__) and world(seen) == 1
+    known = any(cls.__name__ in ("Trainer", "SFTTrainer") for cls in type(seen.trainer).__mro__)
     if not known or "labels" not in batch or "advantages" in batch or seen.option("label_smoothing_factor", 0):
         return None
     if seen.option("compute_loss_func") or seen.option("loss_type", "nll") not in ("nll", "chunked_nll"):
         return None
-    return Named("a mean over the tokens of the step", [(1.0, of.SFT())], 1 / max(sum(map(len, seen.forwards)), 1))
+    ranks, tokens = world(seen), float(max(sum(map(len, seen.forwards)), 1))
+    if ranks > 1 and seen.option("average_tokens_across_devices", False):  # c is of a loss that is averaged over ranks later
+        if (items := f.metadata.get("items")) is None:
+            return None
+        tokens = float(items) / ranks
+    return Named("a mean over the tokens of the step", [(1.0, of.SFT())], 1 / tokens)
 
 
 def _preference(seen: Seen, f: Forward, share: float) -> Named | None:

@@ -28,7 +28,7 @@ def check(trainer: Any, *, batches: Sequence[Any] | None = None) -> Report:
     The batches of one optimizer step (four accumulated ones at most) go forward and backward through the trainer's own
     `training_step`. Nothing steps: weights, buffers, gradients, optimizer, random states, the trainer's counters and metrics
     and the order of its data are afterwards what they were, bit for bit. A GRPOTrainer generates and calls its reward
-    functions.
+    functions. On several ranks all must call it, since the trainer counts the tokens of all; each reports of its own rows.
 
     Args:
         trainer: a transformers.Trainer or one of TRL's, before or between its trainings.
@@ -73,7 +73,7 @@ def _seen(trainer: Any, model: nn.Module, batches: Sequence[Any] | None) -> Seen
     notes = notes_on(capture)
 
     def compute_loss(original: Any, on: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        known = about_batch(trainer, inputs) | {"batch": copy.copy(inputs)}
+        known = about_batch(trainer, inputs) | {"batch": copy.copy(inputs), "items": kwargs.get("num_items_in_batch")}
         with capture.step.one_micro_batch(known):
             return original(on, inputs, *args, **kwargs)
 

@@ -56,10 +56,10 @@ class FirstLook:
         if capture is not None and distributed.rank() == 0:
             self._notes = notes_on(capture)
 
-    def note(self, inputs: Any) -> None:
-        """The batch of the pass that has just run."""
+    def note(self, inputs: Any, items: Any) -> None:
+        """The batch of the pass that has just run, and how many tokens the trainer counts in its step, where it does."""
         if self._notes is not None and self.monitor.due:
-            self.monitor.about(batch=inputs)
+            self.monitor.about(batch=inputs, items=items)
 
     def look(self, capture: Capture) -> None:
         """Run every check, before the step."""

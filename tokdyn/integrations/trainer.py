@@ -109,7 +109,7 @@ def _wrap_methods(trainer: Any, monitor: Monitor, callback: Any, looking: FirstL
         with monitor.micro_batch(**known):
             loss = original(model, inputs, *args, **kwargs)
             if looking is not None:
-                looking.note(batch)
+                looking.note(batch, kwargs.get("num_items_in_batch"))
             return loss
 
     def clip(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
