@@ -55,16 +55,21 @@ def test_kinds(kind):
     assert_rules(assert_right(moved(transformers.AutoModelForCausalLM.from_config(config))))
 
 
-@pytest.mark.parametrize("how", ["Lora", "LoHa", "Shira"])
-def test_adapters(how):
-    """DoRA runs an identity through its adapters for a norm that is constant; LoHa's backward gives None for its scale.
+TARGETS = dict(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+ADAPTERS = {
+    "dora": lambda: peft.LoraConfig(use_dora=True, r=4, **TARGETS),  # an identity runs through it for a norm that is constant
+    "loha": lambda: peft.LoHaConfig(r=4, **TARGETS),  # its backward gives None for its scale
+    # a sparse tensor of its weights, of which torch has neither a forward derivative nor a second backward
+    "shira": lambda: peft.ShiraConfig(r=4, **TARGETS),
+    "vera": lambda: peft.VeraConfig(r=4, **TARGETS),  # all layers share two frozen matrices; vectors are trained
+    "ia3": lambda: peft.IA3Config(feedforward_modules=["down_proj"], **TARGETS),  # gains of outputs, and of one layer's inputs
+}
 
-    SHiRA makes a sparse tensor of its weights, of which torch has neither a forward derivative nor a second backward.
-    """
-    targets = dict(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", r=4)
-    config = getattr(peft, f"{how}Config")(**targets, **(dict(use_dora=True) if how == "Lora" else {}))
+
+@pytest.mark.parametrize("how", ADAPTERS)
+def test_adapters(how):
     torch.manual_seed(0)
-    assert_rules(assert_right(moved(peft.get_peft_model(tiny("llama"), config))))
+    assert_rules(assert_right(moved(peft.get_peft_model(tiny("llama"), ADAPTERS[how]()))))
 
 
 def test_prompt_tuning_is_refused_by_name():

@@ -101,7 +101,7 @@ def padded():
 
 
 def nemo_rl(model):
-    """loss_fn(next_token_logits, data, global_valid_seqs, global_valid_toks): token_mask and sample_mask, a mean over all tokens.
+    """loss_fn(next_token_logits, data, global_valid_seqs, global_valid_toks): masks of tokens and samples, one mean.
 
     Nothing is tapped where the loss reads the model's own logits; the tap here names the scored tokens.
     """
