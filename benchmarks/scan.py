@@ -23,7 +23,8 @@ import transformers as tf
 import tokdyn as td
 from tokdyn.bench.measure import MIB, peak_memory, steady_memory
 from tokdyn.exact import Scope
-from tokdyn.exact.scanning import Pulled, Row, packed, pass_bytes
+from tokdyn.exact.memory import pass_bytes
+from tokdyn.exact.scanning import Pulled, Row, packed
 from tokdyn.loading import DEMO_PAIRS, load_model
 from tokdyn.model.trace import trace
 from tokdyn.objectives import DPO, SFT

@@ -20,7 +20,7 @@ LEVELS = (
     ("data", "loading", "testing", "runs", "turns"),
     ("probes", "exact"),
     ("training",),
-    ("live", "record"),  # what forces answer while the model is there; what a run says of itself
+    ("live", "record", "prediction"),  # what forces answer while the model is there; what a run says of itself
     ("forces", "ntk", "squeeze", "verify", "steps"),
     ("report", "plot"),  # pages are drawn from tables, and a Run draws its own
     ("profile", "monitor", "interventions"),

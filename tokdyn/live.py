@@ -16,10 +16,12 @@ from .exact import ScoredProblem
 from .exact.pair import look
 from .exact.sides import with_sides
 from .model.trace import Tracer, trace
-from .model.unwrap import whole
+from .model.unwrap import is_sharded, whole
 from .runs.by_sequence import BySequence
 from .runs.explain import Explanation, facts_of
 from .sequences import Chi, context_numbers
+
+PART = 1 << 20  # numbers of a parameter that are looked at in float64 at a time
 
 
 class Vocabulary(NamedTuple):
@@ -107,6 +109,15 @@ def _texts(chis: Sequence[Chi]) -> dict[int, str]:
 
 def fingerprint(tracer: Tracer) -> Tensor:
     """A checksum of all parameters, to notice that a model has moved."""
-    wide = torch.float64
     own = (tracer.params[name] for name, owner in tracer.owner.items() if name == owner)
-    return torch.stack([torch.stack([whole(p.sum(dtype=wide)), whole(torch.linalg.vector_norm(p, dtype=wide))]) for p in own])
+    return torch.stack([_sum_and_norm(p) for p in own])
+
+
+def _sum_and_norm(p: Tensor) -> Tensor:
+    """Both in float64, of a part at a time where the tensor is whole: a copy of an embedding is twice its size."""
+    wide = torch.float64
+    if is_sharded(p):
+        return torch.stack([whole(p.sum(dtype=wide)), whole(torch.linalg.vector_norm(p, dtype=wide))])
+    parts = (x.to(wide) for x in p.reshape(-1).split(PART))
+    sums = torch.stack([torch.stack([x.sum(), x.square().sum()]) for x in parts]).sum(0)
+    return torch.stack([sums[0], sums[1].sqrt()])

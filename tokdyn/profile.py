@@ -219,7 +219,7 @@ def profile(
         problem = UnscoredProblem.about(asked, Scope.named(tracer, scope)).scored()
         stages("one backward and one tangent pass")
         still, updated = nothing_moves(problem), problem.updated
-        direction = problem.vjp(by_context(updated, context_numbers(update)) if still else updated)
+        direction = problem.vjp(by_context(updated, context_numbers(update)) if still else updated, memory)
         vector, vocabulary = _whole_step(problem, direction, min(k, tracer.vocabulary))
         stages("real steps")
         verification = None if still else against_steps(problem, direction, vector, eta)

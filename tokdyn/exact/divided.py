@@ -111,13 +111,13 @@ class ByExpert:
         return coverage
 
 
-def reduced(problem: Problem, over: Reduction, method: str) -> Tensor:
+def reduced(problem: Problem, over: Reduction, method: str, memory: int = MEMORY) -> Tensor:
     """Σ_l F of each part [N, M] ("update") or Σ_m F [N, L] ("observe"): a vjp of one side, a jvp over the other for each part.
 
     method: "tangent", or "fd" with real steps for the jvp.
     """
     source, sink = (problem.updated, problem.observed) if over == "update" else (problem.observed, problem.updated)
-    of_use = by_use(problem, source)
+    of_use = by_use(problem, source, memory)
     if problem.P is not None:
         of_use = {use: problem.P[problem.uses[use]] * step for use, step in of_use.items()}
     jvp = finite_difference.jvp if method == "fd" else Problem.jvp
@@ -127,9 +127,9 @@ def reduced(problem: Problem, over: Reduction, method: str) -> Tensor:
     return found
 
 
-def both(problem: Problem) -> Tensor:
+def both(problem: Problem, memory: int = MEMORY) -> Tensor:
     """Σ_m Σ_l F of each part [N]: <Σ_m J_mᵀ Γ_m, P Σ_l J_lᵀ Γ_l> over the part's parameters, two vjps in all."""
-    return inner_products(problem, by_use(problem, problem.observed), by_use(problem, problem.updated))
+    return inner_products(problem, by_use(problem, problem.observed, memory), by_use(problem, problem.updated, memory))
 
 
 def inner_products(problem: Problem, o: Direction, u: Direction) -> Tensor:
@@ -147,9 +147,9 @@ def inner_products(problem: Problem, o: Direction, u: Direction) -> Tensor:
     return found
 
 
-def by_use(problem: Problem, side: Side) -> Direction:
+def by_use(problem: Problem, side: Side, memory: int = MEMORY) -> Direction:
     """Σ_n J_nᵀ Γ_n of a side, of each use of a tensor by itself, without P."""
-    return vjp(problem.tracer, side, {use: use for use in problem.uses})
+    return vjp(problem.tracer, side, {use: use for use in problem.uses}, memory)
 
 
 def _added(of_use: Direction, uses: Uses) -> Direction:

@@ -77,27 +77,28 @@ def reduce(
     """Σ_l F [M] ("update"), Σ_m F [L] ("observe") or Σ_m Σ_l F [] ("both"), the problem scored, and the rule of each use.
 
     method: "tangent" is a vjp and a jvp ("fd" with real steps for the jvp, as where tangents cannot be trusted), which score
-    both sides on their way, or the closed form of a readout that moves alone; "both" is two vjps. "naive" and "ch2" add up the
-    matrix, in `memory` bytes beside it. Of a problem in parts it is [N, ...], a jvp for each part.
+    both sides on their way, or the closed form of a readout that moves alone; "both" is two vjps. A backward pass whose graph
+    does not fit into `memory` makes its layers again. "naive" and "ch2" add up the matrix, in `memory` bytes beside it. Of a
+    problem in parts it is [N, ...], a jvp for each part.
     """
     if unscored.tracer.sharded and (over == "both" or unscored.parts is not None):
         raise ValueError(
             'under FSDP2 a reduction is over one side, and of the whole: reduce="update" or "observe", without by='
         )
     if method in ("tangent", "fd") and (over == "both" or unscored.parts is not None):
-        problem = unscored.scored()
-        made = divided.both(problem) if over == "both" else divided.reduced(problem, over, method)
+        problem = unscored.scored(memory)
+        made = divided.both(problem, memory) if over == "both" else divided.reduced(problem, over, method, memory)
         found = made if problem.parts is not None else made.sum(0)
         return found, problem, way(problem.tracer, problem.uses, AUTOGRAD)
     if method == "tangent" and (unscored.optimizer is not None or not unscored.moves_readout_alone):
         rules = way(unscored.tracer, unscored.uses, AUTOGRAD)
-        return *unscored.reduced(over), rules
+        return *unscored.reduced(over, memory), rules
     problem = unscored.scored()
     if method in ("tangent", "fd"):
         if method == "tangent" and problem.readout_is_closed:
             return readout.readout_matrix(problem, over), problem, dict.fromkeys(problem.uses, readout.LABEL)
         source, sink = (problem.updated, problem.observed) if over == "update" else (problem.observed, problem.updated)
-        direction = problem.preconditioned(problem.vjp(source))
+        direction = problem.preconditioned(problem.vjp(source, memory))
         if method == "fd":
             return finite_difference.jvp(problem, sink, direction), problem, {}
         return problem.jvp(sink, direction), problem, way(problem.tracer, problem.uses, AUTOGRAD)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..model.optimizer import preconditioner
 from ..runs.tiles import KeptTiles
+from .memory import MEMORY as MEMORY
 from .products import jvp_scored, vjp, vjp_scored
 from .progress import Progress
 from .scope import Scope, select
@@ -32,7 +33,6 @@ from .sides import Asked as Asked
 from .sides import Observed, ScoredSide, Side, Update, gather
 
 Coverage = dict[str, str]  # use of a tensor -> label of the rule that covered it; where one is absent, "autograd"
-MEMORY = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class UnscoredProblem(Scope):
         observed, updated = gather(scope.tracer, asked)
         return cls(scope.tracer, scope.uses, scope.P, observed, updated, asked.optimizer, parts=scope.parts)
 
-    def scored(self) -> ScoredProblem:
+    def scored(self, memory: int = MEMORY) -> ScoredProblem:
         """Both sides scored, by a forward pass over each; under an optimizer with P, by a backward pass over the update.
 
         Raises:
@@ -125,30 +125,30 @@ class UnscoredProblem(Scope):
             return self._with(self.observed.score(self.tracer), self.updated.score(self.tracer))
         every = select(self.tracer, "full")  # the step's P is that of its whole gradient, whatever the scope
         if self.updated.is_by_batch:
-            pulled, updated = vjp_scored(self.tracer, self.updated, every)
+            pulled, updated = vjp_scored(self.tracer, self.updated, every, memory)
         else:
             updated = self.updated.score(self.tracer)
-            pulled = vjp(self.tracer, updated, every)
+            pulled = vjp(self.tracer, updated, every, memory)
         P = preconditioner(self.optimizer, self.tracer.trained, {name: -x for name, x in pulled.items()})
         return replace(self._with(self.observed.score(self.tracer), updated), P=P)
 
-    def reduced(self, reduce: Reduction) -> tuple[Tensor, ScoredProblem]:
+    def reduced(self, reduce: Reduction, memory: int = MEMORY) -> tuple[Tensor, ScoredProblem]:
         """Σ_l F[m,l] [M] or Σ_m F[m,l] [L] by a backward pass over one side and a tangent pass over the other.
 
         The passes score the sides on their way; only an update of several batches whose c depends on all of them is scored
         by a forward pass before. Under an optimizer both are scored first, for its P.
         """
         if self.optimizer is not None:
-            problem = self.scored()
+            problem = self.scored(memory)
             sides = (problem.updated, problem.observed)
             from_, to = sides if reduce == "update" else sides[::-1]
-            return problem.jvp(to, problem.preconditioned(problem.vjp(from_))), problem
+            return problem.jvp(to, problem.preconditioned(problem.vjp(from_, memory))), problem
         source, sink = (self.updated, self.observed) if reduce == "update" else (self.observed, self.updated)
         known = None if self.updated.is_by_batch else self.updated.score(self.tracer)
         if known is not None and source is self.updated:
-            direction, pulled = self.vjp(known), known
+            direction, pulled = self.vjp(known, memory), known
         else:
-            direction, pulled = vjp_scored(self.tracer, source, self.uses)
+            direction, pulled = vjp_scored(self.tracer, source, self.uses, memory)
         direction = self.preconditioned(direction)
         if known is not None and sink is self.updated:
             vector, pushed = self.jvp(known, direction), known

@@ -24,6 +24,7 @@ from ..model.differences import slope
 from ..model.sharded import move_along, pull_back
 from ..model.trace import Tracer
 from ..sequences import Batch
+from .memory import MEMORY, fits, may_make_layers_again
 from .sides import ScoredBatch, ScoredSide, Side, Unscored
 
 Direction = dict[str, Tensor]  # by the name of the tensor
@@ -66,13 +67,15 @@ def _gather(grads: Sequence[Tensor | None], uses: Uses, into: Direction, params:
 
 
 @torch.enable_grad()
-def _backward(tracer: Tracer, batches: Sequence[Batch], uses: Uses, force: Callable[[int, Tensor], Tensor]) -> Direction:
+def _backward(
+    tracer: Tracer, batches: Sequence[Batch], uses: Uses, force: Callable[[int, Tensor], Tensor], memory: int
+) -> Direction:
     if tracer.sharded:
         return _backward_sharded(tracer, batches, uses, force)
     leaves, direction = _leaves(tracer, uses), Direction()
-    for b, batch in enumerate(batches):
+    for b, (batch, fitting) in enumerate(zip(batches, fits(tracer, uses, batches, memory), strict=True)):
         with one_cotangent():
-            z = tracer.logits(batch, leaves)
+            z = tracer.logits(batch, leaves, not fitting and may_make_layers_again(tracer))
         grads = torch.autograd.grad(z, list(leaves.values()), force(b, z.detach()).to(z), allow_unused=True)
         _gather(grads, uses, direction, tracer.params)
     return direction
@@ -98,12 +101,16 @@ def _backward_sharded(
     return direction
 
 
-def vjp(tracer: Tracer, side: Side, uses: Uses) -> Direction:
-    """Σ_n J_nᵀ Γ_n over all tokens of a side, by tensor name: one backward pass per batch."""
-    return _backward(tracer, side.batches, uses, side.logit_force)
+def vjp(tracer: Tracer, side: Side, uses: Uses, memory: int = MEMORY) -> Direction:
+    """Σ_n J_nᵀ Γ_n over all tokens of a side, by tensor name: one backward pass per batch.
+
+    Where a batch's graph does not fit into `memory` bytes its layers are made again in the backward pass: the same numbers, a
+    forward pass more.
+    """
+    return _backward(tracer, side.batches, uses, side.logit_force, memory)
 
 
-def vjp_scored(tracer: Tracer, side: Unscored, uses: Uses) -> tuple[Direction, ScoredSide]:
+def vjp_scored(tracer: Tracer, side: Unscored, uses: Uses, memory: int = MEMORY) -> tuple[Direction, ScoredSide]:
     """`vjp` of a side that is scored on the way, and the side."""
     scored: list[ScoredBatch] = []
 
@@ -111,7 +118,7 @@ def vjp_scored(tracer: Tracer, side: Unscored, uses: Uses) -> tuple[Direction, S
         scored.append(side.score_batch(b, logits))
         return scored[b].logit_force(logits)
 
-    return _backward(tracer, side.batches, uses, force), side.side(scored)
+    return _backward(tracer, side.batches, uses, force, memory), side.side(scored)
 
 
 @torch.enable_grad()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import jvp as forward_derivative
 from torch.func import vmap
 
@@ -30,15 +30,10 @@ from ..ops import TokenStats
 from ..ops.rows import blocks
 from ..sequences import Batch, Chi
 from .divided import steps
-from .problem import MEMORY
+from .memory import MEMORY, pass_bytes
 from .products import Direction, Uses, pushes, vjp, vjp_scored
 from .scope import Scope, select
 from .sides import BATCH, Observed, ScoredBatch, ScoredSide, Unscored, Update
-
-# What a tangent pass holds at its peak, fitted by benchmarks/scan.py, of the forward pass and for each direction:
-LOGITS = 1.03, 3.02  # numbers a scored token and vocabulary entry
-LAYERS = 3.8, 5.3  # numbers a position and unit of (hidden width + widest layer)
-STREAM = 2.0  # numbers a position and unit of hidden width that are still there at the logits
 
 
 @dataclass(frozen=True)
@@ -151,7 +146,13 @@ class Pulled(Scope):
     directions: Direction
 
     @classmethod
-    def of(cls, scope: Scope, groups: Mapping[str, Sequence[Chi]], observable: Observable = LogProb()) -> Pulled:  # noqa: B008
+    def of(
+        cls,
+        scope: Scope,
+        groups: Mapping[str, Sequence[Chi]],
+        observable: Observable = LogProb(),  # noqa: B008
+        memory: int = MEMORY,
+    ) -> Pulled:
         """Pull each group back, by what is watched at its tokens: one backward pass over all of them.
 
         Raises:
@@ -163,7 +164,7 @@ class Pulled(Scope):
         for g, (name, chis) in enumerate(groups.items()):
             if not chis or not all(len(chi) for chi in chis):
                 raise ValueError(f"group {name!r} holds no sequence, or one without a scored token: leave that out")
-            direction, side = vjp_scored(scope.tracer, Observed.of(scope.tracer, chis, observable), uses)
+            direction, side = vjp_scored(scope.tracer, Observed.of(scope.tracer, chis, observable), uses, memory)
             sizes.append(len(side))
             for tensor, x in direction.items():
                 stacked.setdefault(tensor, x.new_empty(len(groups), *x.shape))[g] = x
@@ -178,11 +179,11 @@ class Pulled(Scope):
         Args:
             update: in batches. It is scored on the way; where c depends on several batches, or under an optimizer, before.
             optimizer: P is then that of its coming step on the mean of the update's rows (`preconditioner`).
-            memory: bytes for the logits' tangents of the groups that are moved along together.
+            memory: bytes for the logits' tangents of the groups that are moved along together, and for a step's graph.
         """
         directions, known = self.directions, None
         if optimizer is not None:
-            P, known = self._step(update, optimizer)
+            P, known = self._step(update, optimizer, memory)
             tensor_of = self.uses if self.parts is not None else {tensor: tensor for tensor in directions}
             directions = {name: P[tensor_of[name]] * stacked for name, stacked in directions.items()}
         elif not update.is_by_batch:
@@ -202,14 +203,14 @@ class Pulled(Scope):
         F = torch.cat(found, 2)
         return F if self.parts is not None else F[0], update.side(scored) if known is None else known
 
-    def _step(self, update: Unscored, optimizer: torch.optim.Optimizer) -> tuple[Direction, ScoredSide]:
+    def _step(self, update: Unscored, optimizer: torch.optim.Optimizer, memory: int) -> tuple[Direction, ScoredSide]:
         """P of the coming step on the mean of the rows' losses, whatever the scope, and the update scored."""
         every = select(self.tracer, "full")
         if update.is_by_batch:
-            pulled, scored = vjp_scored(self.tracer, update, every)
+            pulled, scored = vjp_scored(self.tracer, update, every, memory)
         else:
             scored = update.score(self.tracer)
-            pulled = vjp(self.tracer, scored, every)
+            pulled = vjp(self.tracer, scored, every, memory)
         n = len(update.rows) if isinstance(update, RowUpdate) else 1
         return preconditioner(optimizer, self.tracer.trained, {name: -x / n for name, x in pulled.items()}), scored
 
@@ -245,26 +246,6 @@ def jvp_logits_each(
 def directions_at_once(tracer: Tracer, batch: Batch, G: int, memory: int) -> int:
     """How many of G directions a tangent pass over a batch may move along together; one at least."""
     return next((n for n in range(G, 1, -1) if pass_bytes(tracer, batch, n) <= memory), 1)
-
-
-def pass_bytes(tracer: Tracer, batch: Batch, G: int) -> int:
-    """About what a forward pass over a batch with the tangents of G directions takes at its peak, beside model and directions.
-
-    The peak is in the widest layer or at the logits; within 15 % where benchmarks/scan.py compares it.
-    """
-    V, d = tracer.readout.weight.shape
-    width, positions = d + layer_width(tracer), batch.ids.numel()
-    logits = (LOGITS[0] + LOGITS[1] * G) * len(batch.targets) * V + STREAM * (1 + G) * positions * d
-    layers = (LAYERS[0] + LAYERS[1] * G) * positions * width
-    return int(tracer.dtype.itemsize * max(logits, layers))
-
-
-def layer_width(tracer: Tracer) -> int:
-    """The larger side of the widest layer's weight; embeddings do not count."""
-    d = tracer.readout.weight.shape[1]
-    tables = {f"{name}.weight" for name, module in tracer.model.named_modules() if isinstance(module, nn.Embedding)}
-    tables |= {tracer.readout.weight_name}
-    return max((max(p.shape) for name, p in tracer.params.items() if p.dim() == 2 and name not in tables), default=d)
 
 
 def work_each(term: GTerm, logits: Float[Tensor, "N V"], velocities: Float[Tensor, "G N V"]) -> Float[Tensor, "G N"]:

@@ -12,6 +12,7 @@ from .._arguments import scope_pattern
 from ..model.trace import Tracer
 from ..sequences import Batch, Chi
 from . import products
+from .memory import MEMORY
 from .parts import By, Parts
 from .products import Direction
 from .sides import Side
@@ -107,9 +108,9 @@ class Scope:
         found = {use: rule(use, tensor) for use, tensor in self.tracer.owner.items()}
         return found | dict.fromkeys(self.tracer.opaque, "frozen")
 
-    def vjp(self, side: Side) -> Direction:
-        """Σ_n J_nᵀ Γ_n, without P."""
-        return products.vjp(self.tracer, side, self.uses)
+    def vjp(self, side: Side, memory: int = MEMORY) -> Direction:
+        """Σ_n J_nᵀ Γ_n, without P; see products.vjp."""
+        return products.vjp(self.tracer, side, self.uses, memory)
 
     def vjp_each(self, side: Side, start: int = 0, stop: int | None = None) -> Iterator[Direction]:
         """J_nᵀ Γ_n token by token, without P."""

@@ -45,6 +45,7 @@ class Found:
         attention: the attention under which the traced model gives its own logits.
         derivatives: for each scope, by the names that move, how the velocities of its logits are made.
         counts_padding: whether padding on the left moves the positions of the tokens behind it.
+        layers_again: whether gradients are the same when layers are made again in the backward pass (layered.py).
         selects: whether it takes the largest of scores of positions (`Selecting`); known when `attention` is.
     """
 
@@ -52,6 +53,7 @@ class Found:
     selects: bool = False
     derivatives: dict[frozenset[str], Derivatives] = field(default_factory=dict)
     counts_padding: bool | None = None
+    layers_again: bool | None = None
 
 
 class Piece(NamedTuple):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..kernels.readout_forces.reference import readout_logits
+from ..ops.rows import blocks
 from .readout_scale import measured_scaling
 from .unwrap import base_layer, whole
 
@@ -44,6 +45,11 @@ class Readout:
     def logits(self, hidden: Float[Tensor, "N d"]) -> Float[Tensor, "N V"]:
         """z of given hidden states."""
         return readout_logits(hidden, self.weight, **self.options)
+
+    def residual(self, hidden: Float[Tensor, "N d"], z: Float[Tensor, "N V"]) -> float:
+        """How far given logits lie from those of hidden states, relative to their norm; in blocks of rows, beside z."""
+        apart = [(self.logits(hidden[rows]) - z[rows]).norm() for rows in blocks(z)]
+        return float(torch.stack(apart).norm() / z.norm())
 
     def uncapped(self, hidden: Float[Tensor, "N d"]) -> Float[Tensor, "N V"]:
         """scale (W h + b)."""

@@ -29,6 +29,7 @@ from . import adjoint, checks
 from .calls import Call, floats, map_floats, require_every_position, shaped_like
 from .forward_ad import traceable, with_modes
 from .hooks import hooked
+from .layered import layers_made_again
 from .readout import output_embeddings, traced_readout
 from .remembered import found_before
 from .sharded import Along, any_sharded, moved, require_adjoint, require_fully_sharded, reshard
@@ -183,14 +184,17 @@ class Tracer:
         moved = {use: self.params[use].to(self.precision) + step * direction[tensor] for use, tensor in uses.items()}
         return moved if self.dtype == self.precision else {n: p.to(self.precision) for n, p in self.params.items()} | moved
 
-    def logits(self, batch: Batch, params: Parameters | None = None) -> Float[Tensor, "N V"]:
-        """Logits that score each token of the batch, differentiable in `params` (a part of the parameters, by any name)."""
+    def logits(self, batch: Batch, params: Parameters | None = None, again: bool = False) -> Float[Tensor, "N V"]:
+        """Logits that score each token of the batch, differentiable in `params` (a part of the parameters, by any name).
+
+        again: of each layer the graph keeps what enters it, and the backward pass makes the rest anew (layered.py).
+        """
 
         def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             require_every_position(batch, args[0])
             return (args[0].flatten(0, -2)[batch.rows.to(args[0].device)][None],)
 
-        return self._run(batch, params, select).flatten(0, -2)
+        return self._run(batch, params, select, again).flatten(0, -2)
 
     def hidden(self, batch: Batch, params: Parameters | None = None) -> Float[Tensor, "N d"]:
         """Input of the readout that scores each token of the batch."""
@@ -287,7 +291,7 @@ class Tracer:
         found = parameter_uses(self.model, self.owner, forward)
         return {name: {chain for chain in chains if chain[-1] != self._head_name} for name, chains in found.items()}, hidden
 
-    def _run(self, batch: Batch, params: Parameters | None, hook: Any) -> Tensor:
+    def _run(self, batch: Batch, params: Parameters | None, hook: Any, again: bool = False) -> Tensor:
         handle = self._head.register_forward_pre_hook(hook)
         try:
             ids = batch.ids.to(self.device)
@@ -295,7 +299,7 @@ class Tracer:
             if batch.position_ids is not None:
                 options["position_ids"] = batch.position_ids.to(self.device)
             with with_modes():
-                out = self._call(ids, options, params or {})
+                out = self._call(ids, options, params or {}, again)
             return out.logits if hasattr(out, "logits") else out[0]
         except IndexError as error:
             T, most = batch.ids.shape[1], getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
@@ -305,12 +309,13 @@ class Tracer:
         finally:
             handle.remove()
 
-    def _call(self, ids: Tensor, options: dict[str, Any], params: Parameters) -> Any:
-        if not self.sharded:
-            swapped = {self._swap_name[name]: value for name, value in params.items()}
+    def _call(self, ids: Tensor, options: dict[str, Any], params: Parameters, again: bool) -> Any:
+        if self.sharded:
+            with moved(self.model, params):
+                return self.model(ids, **options)
+        swapped = {self._swap_name[name]: value for name, value in params.items()}
+        with layers_made_again(self.model, swapped if again else None):
             return functional_call(self.model, swapped, (ids,), options, tie_weights=False)
-        with moved(self.model, params):
-            return self.model(ids, **options)
 
     def score(self, chis: Sequence[Chi], tokens: int = 4096) -> Iterator[tuple[Batch, Float[Tensor, "N V"], TokenStats]]:
         """Batch by batch its logits and their statistics, checked to be finite.
@@ -330,8 +335,7 @@ class Tracer:
 
         They are when it stays below `readout_bound`, the square root of the unit roundoff.
         """
-        z = self.logits(batch)
-        return float((self.readout.logits(self.hidden(batch)) - z).norm() / z.norm())
+        return self.readout.residual(self.hidden(batch), self.logits(batch))
 
     @property
     def same(self) -> float:
@@ -372,8 +376,7 @@ def trace(model: nn.Module, found: checks.Found | None = None) -> Iterator[Trace
             long as the model runs the same code (remembered.py).
 
     Raises:
-        ValueError: no output embeddings, or NaN or inf in a parameter (named); traced the model gives other logits than by
-            itself, it is not causal, or its logits are not one row for each token (checks.py).
+        ValueError: no output embeddings, or NaN or inf in a parameter (named); see also checks.py.
 
     Cost: three forward passes of at most 3 x 16 tokens, where no earlier trace has made them.
     """

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._rows import source
-from ..exact.scanning import Row, directions_at_once, packed, pass_bytes
+from ..exact.memory import pass_bytes
+from ..exact.scanning import Row, directions_at_once, packed
 from ..objective import Objective
 from ..objectives import DPO
 from ..sequences import Chi

@@ -216,7 +216,7 @@ def opened(
             raise ValueError("a scan needs the model whole on every rank, its weights are spread over them (FSDP2)")
         other = None if reference is None or reference is model else stack.enter_context(trace(reference))
         moving, watched = Scope.named(tracer, scope, by), as_observable(observable)
-        pulled = Pulled.of(moving, groups, watched)
+        pulled = Pulled.of(moving, groups, watched, size_in_bytes(memory))
         listed = [
             {"name": name, "sequences": len(chis), "tokens": size, "ids": _digest(_content(chis))}
             for (name, chis), size in zip(groups.items(), pulled.sizes, strict=True)
