@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 import tokdyn as td
 from tokdyn import cli
 from tokdyn.cli import app
+from tokdyn.loading import DEMO_MODEL
 
+DEMO_BYTES = 2 * (DEMO_MODEL / "model.safetensors").stat().st_size  # bfloat16 there (beside a header), float32 when loaded
 SMALL = ["profile", "--rows", "1", "--held-out", "0", "--skip", "4", "--scope", "readout"]
 
 
@@ -71,13 +73,15 @@ def test_diff_tells_two_runs_and_writes_their_page(runs):
     assert call("diff", folder / "a", folder / "none").exit_code == 2
 
 
-def test_a_dry_run_counts_the_tokens_and_computes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokdyn.loading.load_weights", lambda *a, **k: pytest.fail("the model was loaded"))
+def test_a_dry_run_counts_the_tokens_and_times_one_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokdyn.profile", lambda *a, **k: pytest.fail("it was not dry"))
     result = call(*SMALL, "--out", tmp_path / "run", "--dry-run", "--json")
     assert result.exit_code == 0 and not (tmp_path / "run").exists()
     plan = json.loads(result.stdout)
     M, L = (int(plan[side].split()[0]) for side in ("observed", "update"))
     assert M == L > 20 and plan["matrix"].startswith(f"{M} x {L},")  # one pair, watched as it is trained
+    weights = int(re.search(r"model ([\d,]+)", plan["memory"])[1].replace(",", ""))
+    assert plan["time"].startswith("about ") and weights == pytest.approx(DEMO_BYTES / 2**20, abs=1)
     assert call(*SMALL, "--objective", "dpx", "--dry-run").exit_code == 2
 
 

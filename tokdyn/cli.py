@@ -68,7 +68,7 @@ def profile(
     per: Per = "contexts",
     config: Config = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check everything short of the model, and say what would be done")
+        bool, typer.Option("--dry-run", help="say what would be done, and what it takes by one batch; write nothing")
     ] = False,
     json_: Json = False,
 ) -> None:
@@ -91,8 +91,11 @@ def profile(
 
         import tokdyn as td
 
+        from ._arguments import size_in_bytes
         from .data import sequences, watched
+        from .exact import Asked
         from .loading import load_tokenizer, load_weights
+        from .prediction import told
         from .runs.summary import summary
 
         with progress() as stage:
@@ -101,10 +104,13 @@ def profile(
             update = sequences(tokenizer, table[:rows], loss, max_length=max_length)
             observe = watched(tokenizer, table, max_length=max_length)
             _note_length(tokenizer, [*update, *observe])
-            if dry_run:
-                tell(_plan(update, observe, loss, options), json_)
-                return
             lm = load_weights(model, device, adapter=adapter, allow_pickle=allow_pickle)
+            stage("timing one batch" if dry_run else "counting", 0, 0)
+            takes = told(lm, Asked(update, observe, loss), scope, method != "none", size_in_bytes(memory), timed=dry_run)
+            if dry_run:
+                tell(_plan(update, observe, loss, options) | takes, json_)
+                return
+            note(f"memory: {takes['memory']}")
             other = load_weights(reference, device, allow_pickle=allow_pickle) if reference else None
             run = td.profile(
                 lm, update, observe, loss, tokenizer=tokenizer, eta=eta, scope=scope, method=method, memory=memory,

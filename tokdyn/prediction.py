@@ -4,9 +4,9 @@
     counted = profile_work(shape, observed, updated)    # multiplications, of the passes and of the matrix
     seconds = sum(counted[part] / rate[part] for part in counted)
 
-A side is a list of (positions, scored tokens), a pair for each sequence. Counted are the products of linear layers, of attention
-and of the readout; a rate is what a machine makes of them, measured on one batch (`measured`). benchmarks/prediction.py
-compares both with what is then taken; docs/scale.md has its tables.
+A side is a list of (positions, scored tokens), a pair for each sequence. Counted are the products of linear layers, of
+attention and of the readout; a rate is what a machine makes of them, measured on one batch (`measured`).
+benchmarks/prediction.py compares both with what is then taken; docs/scale.md has its tables.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import nn
 from .exact import Asked, Scope, UnscoredProblem, choose
 from .exact.memory import MEMORY, Graph, Widths, backward_numbers, pass_numbers
 from .model.layered import layers
-from .model.trace import Tracer
+from .model.trace import Tracer, trace
 from .objectives import SFT
 from .sequences import Chi
 
@@ -190,7 +190,7 @@ def measured(tracer: Tracer, shape: Shape, asked: Asked, matrix: bool = True, sc
 
     In seconds of this process on a CPU, of the clock elsewhere.
     """
-    few = [_few(chis) for chis in (asked.update, asked.observe)]
+    few = _few(asked.update), _few(asked.observe)
     own = Asked(*few, SFT())
     device = tracer.device.type
     unscored, sides = UnscoredProblem.about(own, Scope.named(tracer, scope)), (side(few[0]), side(few[1]))
@@ -201,6 +201,34 @@ def measured(tracer: Tracer, shape: Shape, asked: Asked, matrix: bool = True, sc
         _, seconds = _timed(lambda: choose(problem, "tangent")(problem, F), device)
         found["matrix"] = matrix_work(shape, sides[1], sides[0]) / seconds
     return found
+
+
+def told(model: nn.Module, asked: Asked, scope: str, matrix: bool, memory: int, timed: bool = True) -> dict[str, str]:
+    """What a profile will take, in words: its memory, and where it is timed on one batch its time on this machine.
+
+    Raises:
+        ValueError: the model cannot be traced; sequences that do not fit it.
+    """
+    observed, updated = side(asked.observe), side(asked.update)
+    with trace(model) as tracer:
+        shape = Shape.of(tracer, scope)
+        held = profile_memory(shape, observed, updated, matrix, memory)
+        parts = ", ".join(f"{what} {held[what] / 2**20:,.0f}" for what in held)
+        found = {"memory": f"about {most(held) / 2**20:,.0f} MiB at the peak; by what holds it, not all at once: {parts}"}
+        if timed:
+            rate = measured(tracer, shape, asked, matrix, scope)
+            work = profile_work(shape, observed, updated, matrix)
+            total = duration(sum(work[part] / rate[part] for part in work))
+            shares = ", ".join(f"{what} {work[what]:.2g} at {rate[what]:.2g} a second" for what in work)
+            found["time"] = f"about {total}, by multiplications at the rates of one batch: {shares}"
+    return found
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _few(chis: Sequence[Chi]) -> list[Chi]:

@@ -22,7 +22,7 @@ SCORES = 3.0  # numbers a scored token and vocabulary entry that the cotangent a
 WORK = 3.0  # numbers a position and unit of the widest layer that its own backward pass works on
 MOST = 8  # numbers a position and unit of all matrices' inputs and outputs that no graph keeps more of; else it is looked at
 READOUT = 64 << 20  # most bytes of both sides' products in ops.readout_forces
-LAST = 1024  # rows of the matrix that it ends together
+CHUNK, LAST, TILE = 2048, 1024, 4096  # most tokens of a chunk, rows that it ends together, rows of a tile with reduce
 
 # What a tangent pass holds at its peak, fitted by benchmarks/scan.py, of the forward pass and for each direction:
 LOGITS = 1.03, 3.02  # numbers a scored token and vocabulary entry
@@ -51,7 +51,8 @@ class Widths(NamedTuple):
     @classmethod
     def of(cls, tracer: Tracer) -> Widths:
         """Of a traced model."""
-        return cls(*tracer.readout.weight.shape, layer_width(tracer))
+        V, d = tracer.readout.weight.shape
+        return cls(V, d, layer_width(tracer))
 
 
 def pass_numbers(widths: Widths, positions: int, scored: int, G: int) -> float:
@@ -190,16 +191,15 @@ def readout_bytes(
     V, d = tracer.readout.weight.shape
     M, L = (sum(len(batch.targets) for batch in side) for side in (observed, updated))
     item = tracer.precision.itemsize
-    ends = 2 * LAST * min(L, TILE if reduce else L)
+    rows, columns = (min(M, TILE), min(L, TILE)) if reduce else (M, L)
+    chunk = min(V, max(256, min(READOUT // (item * (rows + columns)), CHUNK)))
+    targets, ends = 2 * min(V, rows + columns) * d, 3 * min(rows, LAST) * columns
     found = scoring_bytes(tracer, [*observed, *updated])
     return found | {
         "hidden": item * (M + L) * d,
-        "matrix": item * (min(M, TILE) * min(L, TILE) if reduce else M * L),
-        "products": min(READOUT, item * (M + L) * V) + item * (min(V, M + L) * d + ends),
+        "matrix": item * rows * columns,
+        "products": item * ((rows + columns) * chunk + targets + ends),
     }
-
-
-TILE = 4096  # most rows of either side in a tile, with reduce
 
 
 def peak(parts: Mapping[str, int]) -> int:

@@ -14,6 +14,7 @@ from ..exact.memory import pass_bytes
 from ..exact.scanning import Row, directions_at_once, packed
 from ..objective import Objective
 from ..objectives import DPO
+from ..prediction import duration
 from ..sequences import Chi
 from .scanner import Scanner, opened
 
@@ -49,7 +50,7 @@ class Estimate:
         parts = ", ".join(f"{what} {amount / 2**20:,.0f} MiB" for what, amount in self.memory.items())
         found = [f"{self.each:.3g} s a row, setup {self.setup:.3g} s ({self.sample} rows, {self.positions:,} positions timed)"]
         if self.seconds is not None:
-            found.append(f"{self.rows:,} rows: {_duration(self.seconds)} by one process; of n, each takes an n-th of the rows")
+            found.append(f"{self.rows:,} rows: {duration(self.seconds)} by one process; of n, each takes an n-th of the rows")
         return [*found, f"Memory {total / 2**20:,.0f} MiB beside what Python and its libraries take: {parts}"]
 
 
@@ -105,9 +106,3 @@ def _memory(of_rows: Scanner, rows: Sequence[Row]) -> dict[str, int]:
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors.values())
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
