@@ -180,7 +180,7 @@ def main() -> None:
         print(json.dumps([one(what, shape, int(T)) for what in kinds.split(",")] if kinds else short(asked.pack)))
         return
     if asked.quick:
-        asked.shapes, asked.lengths, asked.short = ["demo"], [512], 3
+        asked.shapes, asked.lengths, asked.short = ["demo"], [1024], 3
     told = json.loads(asked.json.read_text()) if asked.add else {}
     told["rows"] = measured(asked, told)
     if asked.short:

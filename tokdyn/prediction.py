@@ -58,12 +58,12 @@ class Shape:
     item: int
 
     @classmethod
-    def of(cls, tracer: Tracer, scope: str = "full") -> Shape:
-        """Of a traced model. Cost: two forward passes of 64 and 128 tokens."""
+    def of(cls, tracer: Tracer, scope: str = "full", longest: int = 128) -> Shape:
+        """Of a traced model. Cost: two forward passes of 64 and 128 tokens, or fewer where no sequence is longer."""
         uses = Scope.named(tracer, scope).uses
         moving = sum(tracer.params[tensor].numel() for tensor in set(uses.values()))
         shape = cls.of_modules(tracer.model, Widths.of(tracer), tracer.dtype.itemsize)
-        return replace(shape, moving=moving, kept=Graph.of(tracer, uses, 1 << 20).each / tracer.dtype.itemsize)
+        return replace(shape, moving=moving, kept=Graph.of(tracer, uses, longest).each / tracer.dtype.itemsize)
 
     @classmethod
     def of_modules(cls, model: nn.Module, widths: Widths, item: int, kept: float = 0.0) -> Shape:
@@ -106,8 +106,11 @@ def backward_work(shape: Shape, of: Side, again: bool = False) -> float:
 
 
 def tangent_work(shape: Shape, of: Side, G: int = 1) -> float:
-    """A forward pass with G tangents: each weight meets the tangent of its input, and its own meets the input."""
-    return (1 + 2 * G) * forward_work(shape, of)
+    """A forward pass with G tangents: each weight meets the tangent of its input, and its own meets the input.
+
+    The tangent of attention makes the scores and their means again.
+    """
+    return (1 + 2 * G) * forward_work(shape, of) + sum(2 * T * T * shape.heads for T, _ in of)
 
 
 def reduction_work(shape: Shape, source: Side, sink: Side) -> float:
@@ -157,14 +160,14 @@ def reduction_memory(shape: Shape, source: Side, sink: Side, memory: int = MEMOR
         "model": shape.item * shape.parameters,
         "direction": direction,
         "backward": max(b if a > memory else a for a, b in zip(plain, again, strict=True)),
-        "tangents": shape.item * max(pass_numbers(shape.widths, T, N, 1) for T, N in sink),
+        "tangents": shape.item * max(pass_numbers(shape.widths, T, N, 1, T) for T, N in sink),
     }
 
 
 def profile_memory(shape: Shape, observed: Side, updated: Side, matrix: bool = True, memory: int = MEMORY) -> dict[str, float]:
     """The same of a profile: also the weights after a step, and the matrix with what `memory` lets it take."""
     found = reduction_memory(shape, updated, observed, memory)
-    found["stepped"] = shape.item * (shape.moving + max(pass_numbers(shape.widths, T, N, 0) for T, N in observed))
+    found["stepped"] = shape.item * (shape.moving + max(pass_numbers(shape.widths, T, N, 0, T) for T, N in observed))
     if matrix:
         M, L = (sum(N for _, N in of) for of in (observed, updated))
         T, N = max([*observed, *updated])
@@ -211,7 +214,7 @@ def told(model: nn.Module, asked: Asked, scope: str, matrix: bool, memory: int, 
     """
     observed, updated = side(asked.observe), side(asked.update)
     with trace(model) as tracer:
-        shape = Shape.of(tracer, scope)
+        shape = Shape.of(tracer, scope, max(T for T, _ in [*observed, *updated]))
         held = profile_memory(shape, observed, updated, matrix, memory)
         parts = ", ".join(f"{what} {held[what] / 2**20:,.0f}" for what in held)
         found = {"memory": f"about {most(held) / 2**20:,.0f} MiB at the peak; by what holds it, not all at once: {parts}"}

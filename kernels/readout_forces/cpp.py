@@ -68,7 +68,7 @@ def _readout_forces(
     o = Side.of(h_o, y_o, torch.ones(len(y_o)), None, None)
     u = Side.of(h_u, targets_u, c, v, uniform)
     stream = Stream(readout, train_bias, simd)
-    M, L, d, V = len(h_o), len(h_u), weight.shape[1], len(weight)
+    M, L, d = len(h_o), len(h_u), weight.shape[1]
     side = SIDE if h_o.dtype == h_u.dtype == torch.float32 else max(1, min(SIDE, ROOM // (4 * max(d, 1))))
     if reduce is None:
         out = torch.empty(M, L)
@@ -77,9 +77,7 @@ def _readout_forces(
                 stream.gram(o.rows(rows), u.rows(columns), out[rows, columns])
         return out
     most = min(side, TILE)
-    tiles_o, tiles_u = -(-M // most), -(-L // most)
-    by_tiles = 2 * V * (d * (M * tiles_u + L * tiles_o * (2 if stream.must_know(u) else 1)) + M * L)
-    if by_tiles > 6 * (M + L) * V * d:
+    if through_weight(M, L, d, most, stream.must_know(u)):
         return stream.through_weight(u, o) if reduce == "update" else stream.through_weight(o, u)
     total = torch.zeros(M if reduce == "update" else L)
     for rows in row_blocks(M, most):
@@ -88,6 +86,15 @@ def _readout_forces(
             stream.gram(o.rows(rows), u.rows(columns), tile)
             total[rows if reduce == "update" else columns] += tile.sum(1 if reduce == "update" else 0)
     return total
+
+
+def through_weight(M: int, L: int, d: int, most: int = TILE, known: bool = False) -> bool:
+    """Whether a reduction multiplies less by way of D [V, d] than by tiles of `most` rows; V is a factor of both.
+
+    known: tiles need the statistics of the update's softmax first (`Stream.must_know`).
+    """
+    tiles_o, tiles_u = -(-M // most), -(-L // most)
+    return 2 * (d * (M * tiles_u + L * tiles_o * (2 if known else 1)) + M * L) > 6 * (M + L) * d
 
 
 @_readout_forces.register_fake

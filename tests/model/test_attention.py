@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokdyn import ops
 from tokdyn.kernels.cotangent_attention import reference as cotangent
+from tokdyn.kernels.tangent_attention import fused
 from tokdyn.kernels.tangent_attention import reference as tangent
 from tokdyn.model import attention, forward_ad
 from tokdyn.model.attention import ATTENTION, _Attention, register
@@ -81,6 +82,19 @@ def test_the_fused_kernel_computes_the_same_attention(name):
     assert torch.allclose(ops.attention(*args, mask, 0.6), value, atol=1e-13)
     for found, gradient in zip(ops.cotangent_attention(*args, do[None], mask, 0.6), pull(do), strict=True):
         assert torch.allclose(found[0], gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20])
+def test_only_the_causal_mask_is_named_to_the_fused_kernel(block, monkeypatch):
+    """One entry turned, wherever it stands, and the mask is written out; a kernel told "causal" would not see it."""
+    monkeypatch.setattr(fused, "BLOCK", block)
+    assert [name for name, mask in masks().items() if mask is not None and fused.is_causal(mask)] == ["causal"]
+    causal = masks()["causal"].expand(B, 1, T, T)
+    assert fused.is_causal(causal) and not fused.is_causal(causal[..., 1:, :]) and not fused.is_causal(causal[..., :-1, :])
+    for place in range(causal.numel()):
+        turned = causal.clone()
+        turned.view(-1)[place] ^= True
+        assert not fused.is_causal(turned)
 
 
 @pytest.mark.parametrize("widths", [(4, 2), (2, 4)])

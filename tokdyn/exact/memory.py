@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels.native import ROWS
+from ..kernels.readout_forces.cpp import TILE, through_weight
 from ..model.layered import layers, layers_can_be_made_again
 from ..model.trace import Tracer
 from ..sequences import Batch
@@ -22,11 +24,12 @@ SCORES = 3.0  # numbers a scored token and vocabulary entry that the cotangent a
 WORK = 3.0  # numbers a position and unit of the widest layer that its own backward pass works on
 MOST = 8  # numbers a position and unit of all matrices' inputs and outputs that no graph keeps more of; else it is looked at
 READOUT = 64 << 20  # most bytes of both sides' products in ops.readout_forces
-CHUNK, LAST, TILE = 2048, 1024, 4096  # most tokens of a chunk, rows that it ends together, rows of a tile with reduce
+CHUNK, LAST = 2048, 1024  # most tokens of a chunk, rows that it ends together
 
 # What a tangent pass holds at its peak, fitted by benchmarks/scan.py, of the forward pass and for each direction:
 LOGITS = 1.03, 3.02  # numbers a scored token and vocabulary entry
 LAYERS = 3.8, 5.3  # numbers a position and unit of (hidden width + widest layer)
+MASK = 0.2  # of attention: numbers for each query and key, a byte of float32
 STREAM = 2.0  # numbers a position and unit of hidden width that are still there at the logits
 
 Uses = Mapping[str, str]
@@ -38,7 +41,9 @@ def pass_bytes(tracer: Tracer, batch: Batch, G: int) -> int:
     With G=0 it is what scoring takes (logits and ops.token_stats). The peak is in the widest layer or at the logits; within
     15 % where benchmarks/scan.py compares it.
     """
-    return int(tracer.dtype.itemsize * pass_numbers(Widths.of(tracer), batch.ids.numel(), len(batch.targets), G))
+    return int(
+        tracer.dtype.itemsize * pass_numbers(Widths.of(tracer), batch.ids.numel(), len(batch.targets), G, batch.ids.shape[1])
+    )
 
 
 class Widths(NamedTuple):
@@ -55,11 +60,11 @@ class Widths(NamedTuple):
         return cls(V, d, layer_width(tracer))
 
 
-def pass_numbers(widths: Widths, positions: int, scored: int, G: int) -> float:
-    """`pass_bytes` in numbers, from sizes alone."""
+def pass_numbers(widths: Widths, positions: int, scored: int, G: int, longest: int = 0) -> float:
+    """`pass_bytes` in numbers, from sizes alone; the mask of sequences up to `longest` is there while layers run."""
     V, d, widest = widths
     logits = (LOGITS[0] + LOGITS[1] * G) * scored * V + STREAM * (1 + G) * positions * d
-    return max(logits, (LAYERS[0] + LAYERS[1] * G) * positions * (d + widest))
+    return max(logits, (LAYERS[0] + LAYERS[1] * G) * positions * (d + widest) + MASK * positions * longest)
 
 
 def backward_numbers(widths: Widths, positions: int, scored: int) -> float:
@@ -185,19 +190,23 @@ def readout_bytes(
     """The same of the readout's forces in closed form (ops.readout_forces): the matrix, or a reduction, which has none.
 
     Returns:
-        scoring: as `scoring_bytes`, of both sides; hidden: what enters the readout at all tokens; matrix: the result;
-        products: what the operator works on.
+        scoring: as `scoring_bytes`, of both sides; hidden: what enters the readout at all tokens; matrix: the operator's
+        result and where it is copied to, or the tile of a reduction that goes by tiles; products: what the operator works on.
     """
     V, d = tracer.readout.weight.shape
     M, L = (sum(len(batch.targets) for batch in side) for side in (observed, updated))
     item = tracer.precision.itemsize
-    rows, columns = (min(M, TILE), min(L, TILE)) if reduce else (M, L)
+    found = scoring_bytes(tracer, [*observed, *updated]) | {"hidden": item * (M + L) * d}
+    if reduce and through_weight(M, L, d):
+        rows = columns = min(ROWS, max(M, L))
+    else:
+        rows, columns = (min(M, TILE), min(L, TILE)) if reduce else (M, L)
     chunk = min(V, max(256, min(READOUT // (item * (rows + columns)), CHUNK)))
-    targets, ends = 2 * min(V, rows + columns) * d, 3 * min(rows, LAST) * columns
-    found = scoring_bytes(tracer, [*observed, *updated])
+    if reduce and through_weight(M, L, d):
+        return found | {"products": item * chunk * (rows + columns + d)}
+    targets, ends = 2 * min(V, rows + columns) * d, 2 * min(rows, LAST) * columns
     return found | {
-        "hidden": item * (M + L) * d,
-        "matrix": item * rows * columns,
+        "matrix": item * rows * columns * (1 if reduce else 2),
         "products": item * ((rows + columns) * chunk + targets + ends),
     }
 

@@ -76,7 +76,7 @@ def _backward(
     for b, (batch, fitting) in enumerate(zip(batches, fits(tracer, uses, batches, memory), strict=True)):
         with one_cotangent():
             z = tracer.logits(batch, leaves, not fitting and may_make_layers_again(tracer))
-        grads = torch.autograd.grad(z, list(leaves.values()), force(b, z.detach()).to(z), allow_unused=True)
+            grads = torch.autograd.grad(z, list(leaves.values()), force(b, z.detach()).to(z), allow_unused=True)
         _gather(grads, uses, direction, tracer.params)
     return direction
 

@@ -61,9 +61,8 @@ class _Layer:
             with with_modes():
                 return functional_call(self.called, self.inside, args, kwargs, tie_weights=False)
 
-        with set_checkpoint_early_stop(
-            False
-        ):  # it ends by an exception, whose frames keep a layer's tensors until a collection
+        # An early stop is an exception, whose frames keep a layer's tensors until a collection.
+        with set_checkpoint_early_stop(False):
             return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 

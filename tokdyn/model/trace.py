@@ -331,10 +331,7 @@ class Tracer:
 
     @torch.no_grad()
     def readout_residual(self, batch: Batch) -> float:
-        """‖z_formula - z_model‖/‖z_model‖ on one batch: whether scale, softcap and bias of the readout are all known.
-
-        They are when it stays below `readout_bound`, the square root of the unit roundoff.
-        """
+        """‖z_formula - z_model‖/‖z_model‖ on one batch: scale, softcap and bias are known where it is below `readout_bound`."""
         return self.readout.residual(self.hidden(batch), self.logits(batch))
 
     @property
@@ -372,8 +369,7 @@ def trace(model: nn.Module, found: checks.Found | None = None) -> Iterator[Trace
     Args:
         model: a transformers causal LM, or any module that takes ids [B, T] and use_cache, returns logits [B, T, V] (as
             `.logits` or first), and has get_output_embeddings.
-        found: `Tracer.found` of an earlier trace of it, whose checks are not repeated; None takes what earlier traces found, as
-            long as the model runs the same code (remembered.py).
+        found: `Tracer.found` of an earlier trace, whose checks are not repeated; None looks for one (remembered.py).
 
     Raises:
         ValueError: no output embeddings, or NaN or inf in a parameter (named); see also checks.py.
