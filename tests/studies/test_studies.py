@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import torch
 from claims import CLAIMS, FALSE, FEW, LANGUAGE, LONG, UNSURE, problems
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from tokdyn import studies
 from tokdyn.cli import app
 from tokdyn.studies import documents, figures, gallery, parts
 from tokdyn.studies.gallery import Settings
+from tokdyn.studies.readout_vs_exact import _interval
 from tokdyn.studies.result import Claim, Estimate, Result, Verdict, above, below, both, estimate, jackknife, of_runs, told
 
 FOLDER = Path(studies.__file__).parent
@@ -338,3 +340,19 @@ def test_documents_keep_what_is_not_run_again_and_say_where_its_code_has_changed
     (docs / "gallery" / "squeezing.json").write_text(json.dumps(documents.results(docs)[0] | {"source": "another"}))
     text = documents.gallery_text(documents.results(docs))
     assert text.count("Its code has changed since") == 1 and text.index("changed since") < text.index("## zig-zag")
+
+
+def test_prompts_without_marked_pairs_are_no_units_of_an_interval():
+    """One prompt of six has two answers: pairs between them have no interval over prompts, and none is left out in vain."""
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
+    sequence = torch.tensor([0, 0, 1, 1, *(group[4:] + 1).tolist()])
+    F = torch.randn(len(group), len(group), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    near = group[:, None] == group
+    twin = near & (sequence[:, None] != sequence)
+    assert _interval(F, {"guess": F**3}, twin, group) == {
+        "spearman": pytest.approx(1),
+        "half": 0.0,
+        "n": 1,
+        "of": "set of 1 prompts",
+    }
+    assert _interval(F, {"guess": F**3}, ~near, group)["n"] == 6

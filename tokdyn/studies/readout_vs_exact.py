@@ -259,7 +259,8 @@ def _interval(F: Tensor, guess: dict[str, Tensor], mask: Tensor, group: Tensor) 
         found = {name: td.rank_correlation(F[some], value[some]) for name, value in guess.items()}
         return found["ch2"] - found["readout"] if len(found) > 1 else next(iter(found.values()))
 
-    value = jackknife(sorted(set(group.tolist())), spearman, "prompts")
+    marked = mask.nonzero()
+    value = jackknife(sorted(set(group[marked].flatten().tolist())), spearman, "prompts")  # those that have such pairs at all
     return {"spearman": value.mean, "half": value.half, "n": value.n, "of": value.of}
 
 
