@@ -56,6 +56,7 @@ def measured(name: str, config: dict[str, Any]) -> list[dict[str, Any]]:
     from tokdyn import prediction as told
     from tokdyn.bench.measure import peak_memory
     from tokdyn.exact import Asked
+    from tokdyn.exact.memory import MEMORY
     from tokdyn.model.trace import trace
     from tokdyn.testing import random_chis
 
@@ -65,26 +66,28 @@ def measured(name: str, config: dict[str, Any]) -> list[dict[str, Any]]:
     rows, groups = [[chi] for chi in draw(3, ROWS)[:ROWS]], {str(g): draw(4 + g) for g in range(GROUPS)}
     o, u = told.side(observe), told.side(update)
     SFT = td.objectives.SFT()
+    asked = Asked(update, observe, SFT)
     with trace(model) as tracer:
-        shape = told.Shape.of(tracer)
-        rate = told.measured(tracer, shape, Asked(update, observe, SFT))
-    own = shape.item * shape.parameters
+        shape, whole = told.profile_memory_of(tracer, asked, "full", True, MEMORY)
+        rate = told.measured(tracer, shape, asked)
+    beside = lambda parts: told.most(parts) - shape.item * shape.parameters  # noqa: E731
 
     def scan() -> None:
         with tempfile.TemporaryDirectory() as place:
             td.scan(model, rows, groups, SFT, out=Path(place) / "scan")
 
     probe = [told.side(chis) for chis in groups.values()]
-    scanned = told.reduction_memory(shape, probe[0], told.side([chi for row in rows for chi in row]))
-    scanned["direction"] *= GROUPS
-    kinds: dict[str, tuple[Callable[[], Any], dict[str, float], dict[str, float]]] = {
+    scanned = td.scan.estimate(model, rows, groups, SFT).memory
+    pulled = max(told.reduction_memory(shape, group, group)["backward"] for group in probe)  # while the directions are made
+    scanning = max(scanned["logits and tangents"], pulled) + scanned["directions"]
+    kinds: dict[str, tuple[Callable[[], Any], dict[str, float], float]] = {
         "profile, no matrix": (lambda: td.profile(model, update, observe, SFT, method="none"),
-                               told.profile_work(shape, o, u, False), told.profile_memory(shape, o, u, False)),
-        "profile": (lambda: td.profile(model, update, observe, SFT), told.profile_work(shape, o, u),
-                    told.profile_memory(shape, o, u)),
-        "scan": (scan, told.scan_work(shape, probe, told.side(rows[0]), len(rows)), scanned),
+                               told.profile_work(shape, o, u, False), beside(whole | {"matrix": 0.0})),
+        "profile": (lambda: td.profile(model, update, observe, SFT), told.profile_work(shape, o, u), beside(whole)),
+        "scan": (scan, told.scan_work(shape, probe, told.side(rows[0]), len(rows)), scanning),
     }  # fmt: skip
     td.profile(model, random_chis([(2, 3)]), random_chis([(2, 3)]), SFT)
+    scan()  # what is imported at first is not counted
     found = []
     for what, (call, work, memory) in kinds.items():
         begin = time.process_time()
@@ -92,7 +95,7 @@ def measured(name: str, config: dict[str, Any]) -> list[dict[str, Any]]:
         seconds = time.process_time() - begin
         found.append(dict(
             shape=name, what=what, cpu_s=seconds, told_s=sum(work[part] / rate[part] for part in work), peak_mib=taken / 2**20,
-            told_mib=(told.most(memory) - own) / 2**20, rates={part: x / 1e9 for part, x in rate.items()},
+            told_mib=memory / 2**20, rates={part: x / 1e9 for part, x in rate.items()},
         ))  # fmt: skip
     return found
 

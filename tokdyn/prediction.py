@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .exact import Asked, Scope, UnscoredProblem, choose
-from .exact.memory import MEMORY, Graph, Widths, backward_numbers, pass_numbers
+from .exact import Asked, Scope, UnscoredProblem, choose, matrix_bytes
+from .exact.memory import MEMORY, Graph, Widths, backward_numbers, pass_bytes, pass_numbers, reduction_bytes
 from .model.layered import layers
 from .model.trace import Tracer, trace
 from .objectives import SFT
@@ -181,7 +181,7 @@ def profile_memory(shape: Shape, observed: Side, updated: Side, matrix: bool = T
 def most(parts: dict[str, float]) -> float:
     """The most that is held at once."""
     at = parts.get
-    passes = max(parts["backward"], parts["direction"] + max(parts["tangents"], at("stepped", 0.0)))
+    passes = max(parts["backward"], at("gradients", 0.0), parts["direction"] + max(parts["tangents"], at("stepped", 0.0)))
     return parts["model"] + max(passes, parts["direction"] + at("matrix", 0.0))
 
 
@@ -206,6 +206,20 @@ def measured(tracer: Tracer, shape: Shape, asked: Asked, matrix: bool = True, sc
     return found
 
 
+def profile_memory_of(tracer: Tracer, asked: Asked, scope: str, matrix: bool, memory: int) -> tuple[Shape, dict[str, float]]:
+    """The model's shape, and `profile_memory` by looking at its graphs, at batches, and at what the matrix's engine counts."""
+    observed, updated = side(asked.observe), side(asked.update)
+    shape = Shape.of(tracer, scope, max(T for T, _ in [*observed, *updated]))
+    problem = UnscoredProblem.about(asked, Scope.named(tracer, scope))
+    sides = problem.updated.batches, problem.observed.batches
+    held: dict[str, float] = dict(reduction_bytes(tracer, problem.uses, *sides, memory))
+    held |= {"model": shape.item * shape.parameters}
+    held |= {"stepped": shape.item * shape.moving + max(pass_bytes(tracer, batch, 0) for batch in problem.observed.batches)}
+    if matrix:
+        held["matrix"] = matrix_bytes(problem.scored(memory), memory)
+    return shape, held
+
+
 def told(model: nn.Module, asked: Asked, scope: str, matrix: bool, memory: int, timed: bool = True) -> dict[str, str]:
     """What a profile will take, in words: its memory, and where it is timed on one batch its time on this machine.
 
@@ -214,8 +228,7 @@ def told(model: nn.Module, asked: Asked, scope: str, matrix: bool, memory: int, 
     """
     observed, updated = side(asked.observe), side(asked.update)
     with trace(model) as tracer:
-        shape = Shape.of(tracer, scope, max(T for T, _ in [*observed, *updated]))
-        held = profile_memory(shape, observed, updated, matrix, memory)
+        shape, held = profile_memory_of(tracer, asked, scope, matrix, memory)
         parts = ", ".join(f"{what} {held[what] / 2**20:,.0f}" for what in held)
         found = {"memory": f"about {most(held) / 2**20:,.0f} MiB at the peak; by what holds it, not all at once: {parts}"}
         if timed:

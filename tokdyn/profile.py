@@ -28,6 +28,7 @@ from .objective import Objective
 from .objectives import DPO
 from .observables import Function, LogProb, Observable
 from .observables import observable as as_observable
+from .ops.rows import at_once, blocks
 from .record import model_facts, run_head, sequence_facts
 from .runs import folder as store
 from .runs import frames
@@ -321,9 +322,10 @@ def _whole_step(problem: ScoredProblem, direction: Direction, k: int) -> tuple[T
     for b, batch in enumerate(problem.observed.batches):
         z, velocity = problem.jvp_logits(batch, direction)
         force.append(problem.observed.work(b, z, velocity))
-        moved = ops.apply_A(z, velocity)
-        rising.append(moved.topk(k))
-        falling.append(moved.topk(k, largest=False))
+        for rows in blocks(z):
+            moved = ops.apply_A(z[rows], velocity[rows])
+            rising.append(moved.topk(k))
+            falling.append(moved.topk(k, largest=False))
     sides_of = [(torch.cat([t.indices for t in top]), torch.cat([t.values for t in top])) for top in (rising, falling)]
     return torch.cat(force), sides_of
 
@@ -332,12 +334,14 @@ def _whole_step(problem: ScoredProblem, direction: Direction, k: int) -> tuple[T
 def _squeeze(problem: ScoredProblem, eta: float) -> squeeze.Squeeze:
     """Each update token's own step of size eta on the readout weight, through scale and softcap: W h moves by eta ‖h‖² Γ."""
     u, head, parts = problem.updated, problem.tracer.readout, []
-    for b, (batch, term) in enumerate(zip(u.batches, u.terms, strict=True)):
-        h = problem.tracer.hidden(batch)
-        z = head.logits(h)
-        force = head.pull_back(z, u.logit_force(b, z))
-        after = head.cap(head.uncapped(h) + head.scale * eta * h.square().sum(1, keepdim=True) * force)
-        parts.append(squeeze.compare(z, after, batch.targets.to(z.device), term.own_c))
+    for batch, term in zip(u.batches, u.terms, strict=True):
+        hidden, targets = problem.tracer.hidden(batch), batch.targets.to(head.weight.device)
+        for rows in torch.arange(len(hidden), device=hidden.device).split(at_once(len(head.weight), hidden.device)):
+            h, own = hidden[rows], term.rows(rows)
+            z = head.logits(h)
+            force = head.pull_back(z, own.logit_force(z))
+            after = head.cap(head.uncapped(h) + head.scale * eta * h.square().sum(1, keepdim=True) * force)
+            parts.append(squeeze.compare(z, after, targets[rows], own.own_c))
     return squeeze.Squeeze(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

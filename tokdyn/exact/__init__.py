@@ -10,7 +10,7 @@ merged.py    tokens of a side behind the same ids with the same target as one: t
 modules/     what one module's own parameters do, a rule a file
 """
 
-from .engines import choose
+from .engines import choose, matrix_bytes
 from .problem import Asked, Problem, ScoredProblem, UnscoredProblem
 from .products import Direction
 from .progress import Progress
@@ -18,4 +18,4 @@ from .scope import CH2, Scope, select
 from .sides import ScoredSide, Side
 
 __all__ = ["CH2", "Asked", "Direction", "Problem", "Progress", "Scope", "ScoredProblem", "ScoredSide", "Side",
-           "UnscoredProblem", "choose", "select"]  # fmt: skip
+           "UnscoredProblem", "choose", "matrix_bytes", "select"]  # fmt: skip

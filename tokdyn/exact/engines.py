@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..model.forward_ad import without_modes
 from . import ch2, divided, finite_difference, grouped, naive, per_direction, readout, sweep, tangents
 from .errors import Unsupported
-from .merged import Merged
+from .merged import Merged, of_kinds
 from .problem import MEMORY, Coverage, Fill, Problem, Reduction, ScoredProblem, UnscoredProblem
 from .products import way
 from .progress import Progress, share
@@ -137,6 +138,26 @@ def structured(
     except NotImplementedError as error:
         coverage, reason = naive.fill(problem, out, memory=memory, progress=progress), _first_line(error)
     return {use: f"{label} ({reason})" for use, label in coverage.items()}
+
+
+@without_modes()
+def matrix_bytes(problem: Problem, memory: int = MEMORY) -> int:
+    """About what `structured` takes at its peak beside the model: the result, its readout's part, and what the sweep counts.
+
+    `memory` where another engine computes it, which takes no more. Cost: what a matrix costs before its first product, forward
+    passes over both sides.
+    """
+    result = 4 * math.prod(problem.shape)
+    if problem.readout_is_closed:
+        return 2 * result + memory
+    try:
+        p = planned(of_kinds(problem)[0])
+        p = p.transposed() if len(p.observed) < len(p.updated) else p
+        if not p.plan.moves or not _sweeps(p, memory):
+            return 2 * result + memory
+        return 2 * result + Size.of(p).tiling(*p.singles, memory, p.together).bytes
+    except (Unsupported, NotImplementedError):
+        return 2 * result + memory
 
 
 @without_modes()

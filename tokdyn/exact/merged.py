@@ -48,17 +48,24 @@ class Merged:
         self, problem: Problem, out: Float[Tensor, "*parts M L"], *, memory: int = MEMORY, progress: Progress | None = None
     ) -> Coverage:
         """See Fill."""
-        o, u = kinds(problem.observed), kinds(problem.updated)
-        if o is None and u is None:
+        fewer, o, u = of_kinds(problem)
+        if fewer is problem:
             return self.token_fill(problem, out, memory=memory, progress=progress)
-        sides = problem.observed if o is None else o.side, problem.updated if u is None else u.side
-        fewer = Problem(problem.tracer, problem.uses, problem.P, *sides, parts=problem.parts, tiles=problem.tiles)
         F = fewer.empty().to(out)
         try:
             return self.token_fill(fewer, F, memory=memory, progress=progress)
         finally:  # after an interrupt what is done
             for part, whole in [(F, out)] if problem.parts is None else zip(F, out, strict=True):
                 spread(part, o, u, whole)
+
+
+def of_kinds(problem: Problem) -> tuple[Problem, Kinds | None, Kinds | None]:
+    """The problem of one token of each kind, and the kinds of either side; None where no two of its tokens are of one kind."""
+    o, u = kinds(problem.observed), kinds(problem.updated)
+    if o is None and u is None:
+        return problem, o, u
+    sides = problem.observed if o is None else o.side, problem.updated if u is None else u.side
+    return Problem(problem.tracer, problem.uses, problem.P, *sides, parts=problem.parts, tiles=problem.tiles), o, u
 
 
 def spread(F: Float[Tensor, "m l"], o: Kinds | None, u: Kinds | None, out: Float[Tensor, "M L"]) -> None:

@@ -181,7 +181,8 @@ class Tracer:
             if self.dtype != self.precision:
                 raise ValueError(f"real steps of a model under FSDP2 need weights in float32, these are in {self.dtype}")
             return {use: Along(direction[tensor], step) for use, tensor in uses.items()}
-        moved = {use: self.params[use].to(self.precision) + step * direction[tensor] for use, tensor in uses.items()}
+        once = {of: torch.add(self.params[of].to(self.precision), direction[of], alpha=step) for of in set(uses.values())}
+        moved = {use: once[of] for use, of in uses.items()}
         return moved if self.dtype == self.precision else {n: p.to(self.precision) for n, p in self.params.items()} | moved
 
     def logits(self, batch: Batch, params: Parameters | None = None, again: bool = False) -> Float[Tensor, "N V"]:

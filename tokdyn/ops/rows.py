@@ -11,9 +11,14 @@ from torch import Tensor
 CACHED, LARGE = 2**18, 2**26  # entries of a block, on a CPU and on a GPU
 
 
+def at_once(V: int, device: torch.device) -> int:
+    """How many rows of logits make a block."""
+    return max(1, (CACHED if device.type == "cpu" else LARGE) // max(1, V))
+
+
 def blocks(z: Float[Tensor, "N V"]) -> Iterator[slice]:
     """Slices that together cover the rows of z, in order; one empty slice where there are none."""
-    n = max(1, (CACHED if z.device.type == "cpu" else LARGE) // max(1, z.shape[1]))
+    n = at_once(z.shape[1], z.device)
     return (slice(start, start + n) for start in range(0, max(1, len(z)), n))
 
 

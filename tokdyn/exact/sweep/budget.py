@@ -52,6 +52,7 @@ class Tiling(NamedTuple):
     kept_blocks: list[Tokens]
     streamed_blocks: list[Tokens]
     budget: Budget
+    bytes: int  # about what is taken at the peak: in flight, at hand, graphs, cotangents at the cuts, the kept side
     products: float  # multiplications of the pulls, of E and directions, and of their inner products
     cost: float  # with the passes that make the graphs
 
@@ -174,7 +175,13 @@ class Size:
         budget = Budget(chunk, group, max(1, best.kept_bytes // kept_bytes_per_slot), best.kept_bytes, best.graph_bytes)
         counts = (best.rows, best.columns)
         rows, columns = (_in_blocks(side, of.positions, n) for side, of, n in zip(sides, slots, counts, strict=True))
-        return Tiling(sides, common, rows, columns, budget, best.products, best.cost)
+        at_cuts = (
+            self.item * self.cut / self.length * sum(float(of.positions.sum()) / n for of, n in zip(slots, counts, strict=True))
+        )
+        kept = min(best.kept_bytes, max(float(self._stored_bytes(slots[0], of).sum()) / best.rows for of in self.stored))
+        at_once = [min(n, len(of.reach)) for n, of in zip((chunk, group), (slots[0], slots[1]), strict=True)]
+        taken = int(at_once[0] * per_cotangent + at_once[1] * per_streamed + best.graph_bytes + at_cuts + kept)
+        return Tiling(sides, common, rows, columns, budget, taken, best.products, best.cost)
 
     def _cheapest(
         self, sides: tuple[Stacked, Stacked], slots: tuple[_Slots, _Slots], common: int, memory: int, unreserved: int
