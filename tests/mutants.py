@@ -32,7 +32,8 @@ SOURCES = (
 ).split()
 TESTS = (
     "test_objectives*.py test_dynamics.py exact/test_*.py test_forces*.py model/test_*.py training/test_*.py test_monitor.py "
-    "runs/test_*.py test_profile.py test_hostile.py kernels/test_native_*.py ops/test_*.py test_verify.py test_weighted*.py"
+    "checks/test_*.py runs/test_*.py test_profile.py test_hostile.py kernels/test_native_*.py ops/test_*.py test_verify.py "
+    "test_weighted*.py"
 ).split()
 SLOW = {"tests/exact/test_architectures.py", "tests/exact/test_memory.py"}  # minutes, of what others reach too
 SWAPPED = {

@@ -180,6 +180,25 @@ def test_a_grad_scaler_sits_inside_c_and_changes_after_the_step():
             assert step.accounted == pytest.approx(1, abs=1e-3)
 
 
+def test_every_term_of_a_loss_is_that_of_the_loss_and_not_of_the_scaled_one():
+    """Label smoothing ε over N tokens is c = (1-ε)/N and u = ε/N, whatever the scaler multiplies the loss by."""
+    model, ids = tiny("llama"), data()
+    opt = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    with td.Monitor(model, opt, scaler=scaler, on_error="raise") as monitor:
+        for _ in range(2):  # the pass in which c alone is found wanting, and one after it
+            logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, labelled(ids)[:, 1:].flatten(), label_smoothing=0.1)
+            scaler.scale(loss).backward()
+            scaler.step(opt)
+            scaler.update()
+            step = monitor.step_end()
+            opt.zero_grad()
+            found = {name: torch.tensor(step.tokens[name].to_pylist()) for name in ("c", "v", "u")}
+            for name, share in (("c", 0.9), ("v", 0.0), ("u", 0.1)):
+                torch.testing.assert_close(found[name], torch.full((20,), share / 20), rtol=1e4 * EPS, atol=1e4 * EPS / 20)
+
+
 def test_a_step_that_the_scaler_skips_is_noted():
     model = tiny("llama")
     opt = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -170,16 +170,37 @@ def test_modules_that_only_some_sequences_call(scope, seed, graphs, monkeypatch)
     assert float((fast - naive).norm()) <= FP32 * float(naive.norm())
 
 
+def random_P(tracer):
+    generator = torch.Generator().manual_seed(5)
+    return {name: torch.rand(tracer.params[name].shape, generator=generator) + 0.1 for name in tracer.trainable}
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "qwen2_moe", "opt"])
 def test_a_preconditioner_scales_every_direction(family, engine):
     """F = J_o P J_uᵀ with any positive diagonal P; the tied embedding keeps both cross terms."""
 
-    def random_P(tracer):
-        generator = torch.Generator().manual_seed(5)
-        return {name: torch.rand(tracer.params[name].shape, generator=generator) + 0.1 for name in tracer.trainable}
-
     naive, fast, _ = matrices(tiny(family), P=random_P, engine=engine)
+    assert relative_error(fast, naive) < FP32
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_square_weight_of_an_unknown_layer_is_read_the_right_way_round(transposed):
+    """Its shape does not tell W a from Wᵀ a, nor does F without P: a preconditioner scales W[q, p] by P[q, p]."""
+
+    class Square(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = torch.nn.Parameter(weight.clone())
+
+        def forward(self, x):
+            return x @ self.weight if transposed else torch.nn.functional.linear(x, self.weight)
+
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = Square(layer.self_attn.o_proj.weight.detach())
+    naive, fast, by = matrices(model, P=random_P, engine="sweep")
+    assert by["model.layers.0.self_attn.o_proj.weight"] == "outer product"
     assert relative_error(fast, naive) < FP32
 
 

@@ -9,7 +9,7 @@ import tokdyn as td
 from tokdyn.report import training
 from tokdyn.steps import read
 from tokdyn.testing import tiny
-from tokdyn.training.fallen import FALLEN
+from tokdyn.training.fallen import FALLEN, ROUNDING, fallen_tokens
 
 A = torch.tensor([1.0, -1.0, 2.0, -0.5])
 
@@ -31,6 +31,15 @@ def watched(out, falls, steps=1, lr=0.1, **options):
             monitor.step_end()
             opt.zero_grad()
     return ids, monitor.steps
+
+
+def test_an_answer_has_fallen_when_its_log_probability_has_by_more_than_rounding():
+    """In sum over its tokens; one that is certain, and one that has not moved, have not."""
+    log_prob = torch.tensor([-1.0, -1.0, 0.0, 0.0, -2.0, -2.0, -1.0], dtype=torch.float64)
+    moved = torch.tensor([0.1, -0.2, 0.0, 0.0, 0.0, -0.9 * 4 * ROUNDING, -1.0], dtype=torch.float64)
+    of = dict(sequence=torch.tensor([0, 0, 1, 1, 2, 2, 3]), advantage=torch.tensor([1.0, 1, 1, 1, 1, 1, -1]))
+    found = fallen_tokens(of | dict(ratio=moved.exp(), log_prob=log_prob))
+    assert found.tolist() == [True, True, False, False, False, False, False]
 
 
 def test_the_pushes_on_answers_that_fell_are_the_forces_on_a_probe_of_them(tmp_path):
