@@ -21,17 +21,25 @@ ROWS = {
     "ORPO": PREFERENCES,
     "KTO": [{"prompt": p, "completion": a, "label": i == 0} for p, *both in PAIRS for i, a in enumerate(both)],
     "TPO": [row | {"reference": c} for row, (_, c, _) in zip(PREFERENCES, PAIRS, strict=True)],
-    "GMPO": [{"prompt": p} for p, _, _ in PAIRS],
+    **dict.fromkeys(("GMPO", "A2PO", "OnlineDPO"), [{"prompt": p} for p, _, _ in PAIRS]),
 }
+FOLDERS = {"OnlineDPO": "online_dpo"}
 OPTIONS = {
+    "A2PO": dict(max_completion_length=6),
+    "OnlineDPO": dict(max_new_tokens=6),  # its temperature is 0.9 by default, and not the loss's
     "GMPO": dict(num_generations=4, max_completion_length=6),
     "CPO": dict(max_length=32),
     "ORPO": dict(max_length=32),
 }
 
 
-def reward(completion_ids, **_):
-    return [float(len(str(ids)) % 3) for ids in completion_ids]
+def reward(completions, completion_ids=None, **_):
+    return [float(len(str(answer)) % 3) for answer in completion_ids or completions]
+
+
+def right_or_wrong(completions, **_):
+    """Neither all nor none of one text's samples."""
+    return [float(n % 2) for n in range(len(completions))]
 
 
 @pytest.fixture
@@ -40,13 +48,16 @@ def build(tokenizer_of_words, model_of_words, tmp_path):
 
     def make(kind):
         try:
-            module = importlib.import_module(f"trl.experimental.{kind.lower()}")
+            module = importlib.import_module(f"trl.experimental.{FOLDERS.get(kind, kind.lower())}")
         except ImportError:
             pytest.skip(f"this TRL has no experimental {kind}")
         transformers.set_seed(0)
         model = transformers.AutoModelForCausalLM.from_pretrained(model_of_words, dtype=torch.float32)
         args = getattr(module, f"{kind}Config")(**settings(tmp_path / "out", **OPTIONS.get(kind, {})))
-        more = dict(reward_funcs=reward) if kind == "GMPO" else {}
+        funcs = {"GMPO": reward, "OnlineDPO": reward, "A2PO": right_or_wrong}
+        more = dict(reward_funcs=funcs[kind]) if kind in funcs else {}
+        # of a prompt that is padded on its right A2PO's loss reads the first answer token at a padding position
+        tokenizer_of_words.padding_side = "left" if kind == "A2PO" else "right"
         return getattr(module, f"{kind}Trainer")(
             model=model,
             args=args,

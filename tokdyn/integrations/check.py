@@ -16,7 +16,7 @@ from ..checks.step import check_step
 from ..training.capture import Capture, unwatched
 from .first_look import notes_on, seen_of
 from .left_alone import left_as_it_was
-from .trainer import require_trainer, wrap
+from .trainer import loss_temperature, require_trainer, wrap
 from .trl import about_batch
 
 MOST = 4  # accumulated batches that are looked at
@@ -68,7 +68,7 @@ def _seen(trainer: Any, model: nn.Module, batches: Sequence[Any] | None) -> Seen
     trainer.optimizer = None  # one with a mode of its own would change the weights
     if getattr(trainer.accelerator, "scaler", None) is not None:
         trainer.accelerator.scaler = None
-    capture = Capture(model, float(getattr(trainer, "temperature", None) or 1.0))
+    capture = Capture(model, loss_temperature(trainer))
     capture.start(keep_hidden=True)
     notes = notes_on(capture)
 

@@ -30,7 +30,7 @@ from ..training.forward import Forward
 from ..training.layout import IGNORED, Layout
 from ..training.own_passes import own_passes
 from ..training.probe import Probe, observed_side, updated_side
-from .trainer import wrap
+from .trainer import loss_temperature, wrap
 from .trl import about_batch
 
 Undo = Callable[[], None]
@@ -138,7 +138,7 @@ def train_with(trainer: Any, objective: Objective) -> Undo:
                 chis = with_reference(chis, reference)
         if objective.reads == "rollouts":
             chis = [chi.with_(group=0) for chi in chis]
-        temperature = float(getattr(trainer, "temperature", None) or 1.0)
+        temperature = loss_temperature(trainer)
         value = interventions.loss(model, chis, objective, temperature=temperature)
         value = (
             value / {"completion": sum(len(chi) for chi in chis), "preference": len(chis) / 2, "rollouts": 1}[objective.reads]
@@ -236,7 +236,7 @@ def _rehearsed(
     """
     devices = [p.device.index for p in model.parameters() if p.device.type == "cuda"][:1]
     with unwatched(), torch.random.fork_rng(devices):
-        capture = Capture(model, float(getattr(trainer, "temperature", None) or 1.0))
+        capture = Capture(model, loss_temperature(trainer))
         capture.install()
         try:
             capture.recording = True

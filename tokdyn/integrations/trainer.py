@@ -63,7 +63,7 @@ def attach(
         raise ValueError("this trainer is attached already; the monitor returned then is at work until train() ends")
     if out is not None and distributed.rank() == 0:  # before hours of training that would record nothing
         check_free(Path(out), overwrite, resume)
-    temperature = float(getattr(trainer, "temperature", None) or 1.0)
+    temperature = loss_temperature(trainer)
     monitor = Monitor(
         None, probe=probe, every=every, probe_every=probe_every, blame=blame, observable=observable, temperature=temperature,
         out=out, overwrite=overwrite, resume=resume, on_error=on_error, tokenizer=tokenizer_of(trainer),
@@ -71,6 +71,12 @@ def attach(
     looking = FirstLook(trainer, monitor) if check else None
     _wrap_methods(trainer, monitor, _callback(trainer, monitor, looking), looking)
     return monitor
+
+
+def loss_temperature(trainer: Any) -> float:
+    """What a trainer's loss divides the logits by: its `temperature`, which TRL's OnlineDPO and its heirs sample with alone."""
+    samples_alone = any(kind.__name__ == "OnlineDPOTrainer" for kind in type(trainer).__mro__)
+    return 1.0 if samples_alone else float(getattr(trainer, "temperature", None) or 1.0)
 
 
 def require_trainer(trainer: Any, what: str, instead: str = "see docs/check.md") -> None:
