@@ -103,7 +103,7 @@ LANGUAGE = {
         ],
         {
             "So does asymmetric clipping (arXiv 2604.13088)": FEW,
-            "and the drift is one of the whole network (arXiv 2604.13088, reward-irrelevant drift)": FEW,
+            "and the drift is one of the whole network (arXiv 2604.13088, reward-irrelevant drift)": UNSURE,
         },
     ),
     "grpo-forces": Listed(
