@@ -230,7 +230,7 @@ def told(model: nn.Module, asked: Asked, scope: str, matrix: bool, memory: int, 
     with trace(model) as tracer:
         shape, held = profile_memory_of(tracer, asked, scope, matrix, memory)
         parts = ", ".join(f"{what} {held[what] / 2**20:,.0f}" for what in held)
-        found = {"memory": f"about {most(held) / 2**20:,.0f} MiB at the peak; by what holds it, not all at once: {parts}"}
+        found = {"memory": f"about {most(held) / 2**20:,.0f} MiB at the peak; its parts, not all there at once: {parts}"}
         if timed:
             rate = measured(tracer, shape, asked, matrix, scope)
             work = profile_work(shape, observed, updated, matrix)
