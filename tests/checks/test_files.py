@@ -118,6 +118,31 @@ FAULTS = {  # what is planted: rows, options, the check that finds it, its level
         [{"prompt": "The cat", "completion": " sat \u2603"}], dict(tokenizer="unigram"),
         "vocabulary", "suspicious", "does not know.*\u2603",
     ),
+    "answers that begin with their prompt": (
+        [PAIR | {k: PAIR["prompt"] + PAIR[k] for k in ("chosen", "rejected")}], {},
+        "prompt again", "wrong", "given twice.*line 1, chosen",
+    ),
+    "one answer that begins with its question": (
+        [{"prompt": [user(QUESTION)], "completion": a} for a in (GOOD, QUESTION + " " + GOOD)], {},
+        "prompt again", "suspicious", "line 2",
+    ),
+    "answers that go on with the next turn": (
+        [PAIR | {"chosen": " Because.\n\nHuman: And?\n\nAssistant: So."}], {},
+        "turns", "suspicious", "user's words.*line 1, chosen",
+    ),
+    "the end written by data and template": (
+        [{"prompt": [user(QUESTION)], "completion": GOOD + "<|im_end|>"}], {}, "turns", "wrong", "template writes it again",
+    ),
+    "a missing value as text": ([PAIR, PAIR | {"rejected": "nan"}], {}, "text", "suspicious", "missing value.*line 2.*'nan'"),
+    "UTF-8 read as Latin-1": (
+        [PAIR | {"chosen": " Because of a café.".encode().decode("latin-1")}], {}, "text", "suspicious", "lost.*line 1, chosen",
+    ),
+    "a lost character": ([PAIR | {"chosen": " Because of a caf\ufffd."}], {}, "text", "suspicious", "lost.*line 1, chosen"),
+    "ratings against the order": (
+        [PAIR | {"score_chosen": 2.0, "score_rejected": 4.5}, PAIR | {"chosen": " Y.", "score_chosen": 4, "score_rejected": 1}],
+        {}, "ratings", "wrong", "rated above.*line 1; of the first 2 for chosen, 4.5 for rejected",
+    ),
+    "rows that are repeated": ([PAIR] * 3, {}, "repeats", "suspicious", "more than once"),
     "tokens beyond the embedding": ([PAIR], dict(vocabulary=100), "vocabulary", "wrong", "beyond the model's 100 rows"),
 }  # fmt: skip
 

@@ -417,6 +417,48 @@ def test_parameters_that_never_move_are_found(trainer, tokenizer):
     assert told(td.check(frozen, batches=[batch(tokenizer)]), "gradients").where == "model.layers.1.mlp.up_proj.weight"
 
 
+@pytest.mark.parametrize("advantage", [0.0, 1.0])
+def test_a_step_that_teaches_nothing_is_found(trainer, tokenizer, advantage):
+    """By equal rewards, or since the loss multiplies everything with 0."""
+
+    class Nothing(Tapped):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * (1.0 - advantage)
+
+    made = trainer(Nothing)
+    rows = rollout(tokenizer, made.model.eval(), lambda z: z.log_softmax(-1))
+    rows["advantages"] = rows["advantages"] * advantage
+    finding = told(td.check(made, batches=[rows]), "gradients")
+    assert "c is 0 at every scored token" in finding.what and ("rewards are equal" in finding.what) == (advantage == 0)
+
+
+@pytest.mark.parametrize("made_already", [False, True])
+def test_steps_that_half_precision_rounds_away_are_found(trainer, tokenizer, made_already):
+    """What moves after a real step of AdamW is what the check says moves."""
+
+    def bfloat16(lr, warmup=0):
+        made = trainer(
+            model=tiny("llama", vocabulary=len(tokenizer)).bfloat16(), optim="adamw_torch", learning_rate=lr, weight_decay=0.0,
+            warmup_steps=warmup,
+        )  # fmt: skip
+        if made_already:
+            made.create_optimizer_and_scheduler(10)
+        return made
+
+    made = bfloat16(1e-6, warmup=5)  # whose first rate is 0
+    finding = told(td.check(made, batches=[batch(tokenizer)]), "rounding")
+    assert finding.level == "suspicious" and "bfloat16" in finding.what and "1e-06" in finding.what
+    assert td.check(bfloat16(1e-2), batches=[batch(tokenizer)]).silent
+    model = made.model
+    before = [p.detach().clone() for p in model.parameters()]
+    stepping = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+    model(**batch(tokenizer)).loss.backward()
+    stepping.step()
+    has = [p.grad != 0 for p in model.parameters()]  # a weight without gradient stands still for another reason
+    still = sum(int(((p == was) & g).sum()) for p, was, g in zip(model.parameters(), before, has, strict=True))
+    assert abs(100 * still / sum(int(g.sum()) for g in has) - finding.number) < 5
+
+
 def adapted(tokenizer, **options):
     import peft
 

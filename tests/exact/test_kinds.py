@@ -156,6 +156,19 @@ def test_bitsandbytes():
     assert_rules(assert_right(model))
 
 
+def test_torchao():
+    """int8 weights, by packages' own tensor subclass, with LoRA on top: what moves has closed forms, the base none."""
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    model = tiny("llama", tied=False)
+    quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
+    model = moved(peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, **TARGETS)))
+    coverage = assert_right(model)
+    assert_rules(coverage)
+    quantised = [name for name, p in model.named_parameters() if type(p.data) is not torch.Tensor]
+    assert len(quantised) >= 14 and {coverage[name] for name in quantised} == {"frozen"}
+
+
 def over(old, new):
     """Write one tensor's numbers over another's as a kernel does: by its memory, which no transform has and nothing counts."""
     numpy.copyto(old.detach().numpy(), new.detach().numpy())

@@ -1,5 +1,6 @@
 """TRL's experimental trainers whose loss is one of log-probs: c against their own loss by autograd, training as before."""
 
+import copy
 import importlib
 
 import pytest
@@ -22,11 +23,14 @@ ROWS = {
     "KTO": [{"prompt": p, "completion": a, "label": i == 0} for p, *both in PAIRS for i, a in enumerate(both)],
     "TPO": [row | {"reference": c} for row, (_, c, _) in zip(PREFERENCES, PAIRS, strict=True)],
     **dict.fromkeys(("GMPO", "A2PO", "OnlineDPO"), [{"prompt": p} for p, _, _ in PAIRS]),
+    # of prompts alone its loss is divided by the labels there were before it sampled: none
+    "IWOPD": [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": c}]} for p, c, _ in PAIRS],
 }
-FOLDERS = {"OnlineDPO": "online_dpo"}
+FOLDERS = {"OnlineDPO": "online_dpo", "IWOPD": "iw_opd"}
 OPTIONS = {
     "A2PO": dict(max_completion_length=6),
     "OnlineDPO": dict(max_new_tokens=6),  # its temperature is 0.9 by default, and not the loss's
+    "IWOPD": dict(max_length=32, max_completion_length=6),
     "GMPO": dict(num_generations=4, max_completion_length=6),
     "CPO": dict(max_length=32),
     "ORPO": dict(max_length=32),
@@ -56,6 +60,11 @@ def build(tokenizer_of_words, model_of_words, tmp_path):
         args = getattr(module, f"{kind}Config")(**settings(tmp_path / "out", **OPTIONS.get(kind, {})))
         funcs = {"GMPO": reward, "OnlineDPO": reward, "A2PO": right_or_wrong}
         more = dict(reward_funcs=funcs[kind]) if kind in funcs else {}
+        if kind == "IWOPD":  # the teacher is another model: equal ones give no advantage
+            more["teacher_model"] = copy.deepcopy(model)
+            for p in more["teacher_model"].parameters():
+                p.data.add_(0.05 * torch.randn_like(p))
+            tokenizer_of_words.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
         # of a prompt that is padded on its right A2PO's loss reads the first answer token at a padding position
         tokenizer_of_words.padding_side = "left" if kind == "A2PO" else "right"
         return getattr(module, f"{kind}Trainer")(

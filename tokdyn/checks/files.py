@@ -9,7 +9,7 @@ from ..data import checked_row, objects
 from ..loading import facts_of, load_tokenizer
 from ..objective import Objective
 from ..objectives import by_name
-from . import data, template
+from . import contents, data, template
 from .finding import WRONG, Finding, Report
 from .run import run
 from .texts import Texts
@@ -52,7 +52,7 @@ def check_file(
         except ValueError as error:
             bad.append(str(error))
     texts = Texts(tokenizer, good, max_length, assistant_only, vocabulary, eos, bad)
-    report = run((*data.CHECKS, *template.CHECKS), texts)
+    report = run((*data.CHECKS, *contents.CHECKS, *template.CHECKS), texts)
     if objective is not None and objective.reads in NEEDS:
         report.add(_unusable(texts, objective))
     return report

@@ -90,6 +90,11 @@ class Seen:
         """Whether weights are spread over ranks, where no pass of our own is made."""
         return any(is_sharded(p) or hasattr(p, "ds_id") for p in self.lm.parameters())
 
+    @property
+    def pushed(self) -> bool:
+        """Whether the loss pushes any token."""
+        return any(f.c is None or any(x is not None and bool(x.any()) for x in (f.c, f.v, f.u)) for f in self.forwards)
+
     def call_of(self, forward: Forward) -> Call | None:
         """The call that made a pass."""
         ids = forward.layout.ids

@@ -12,11 +12,11 @@ from .run import run
 from .scale import scale
 from .seen import Seen
 from .tokens import beginning, capture, ending, padding, pairs, scored_roles
-from .weights import gradients, readout
+from .weights import gradients, readout, rounding
 
 CHECKS: tuple[Callable[[Seen], Sequence[Finding]], ...] = (
     capture, scored_roles, padding, beginning, ending, pairs, log_probs, old_log_probs, scale, rows_alone, reference, readout,
-    gradients, displacement,
+    gradients, rounding, displacement,
 )  # fmt: skip
 
 

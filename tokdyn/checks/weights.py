@@ -69,7 +69,9 @@ def gradients(seen: Seen) -> list[Finding]:
         found.append(Finding("gradients", WRONG, "gradients are not finite", rows_of(broken), len(broken), "tensors", do))
     still = [n for n in trained if n not in seen.gradients or not bool(local(seen.gradients[n]).any())]
     still = [n for n in still if not _waits(n, named, seen) and "expert" not in n]
-    if still:
+    if not seen.pushed:
+        found.append(_no_push(seen))
+    elif still:
         what = "parameters are trained and have no gradient in this batch"
         do = "see whether the forward pass uses them (sinks, routers, a head that the loss goes past), or freeze them"
         found.append(Finding("gradients", SUSPICIOUS, what, rows_of(still, 5), len(still), f"of {len(trained)} tensors", do))
@@ -92,6 +94,56 @@ def gradients(seen: Seen) -> list[Finding]:
     return [
         Finding("gradients", FINE, f"all {len(trained)} trained tensors have a gradient", "", 100 * share, "% of all weights")
     ]
+
+
+def _no_push(seen: Seen) -> Finding:
+    """That c is 0 at every token, and whether advantages are the reason."""
+    told = [A for f in seen.forwards if (A := f.metadata.get("advantages")) is not None]
+    equal = bool(told) and not any(bool(A.any()) for A in told)
+    what = "c is 0 at every scored token: the step teaches nothing"
+    why = " (all advantages are 0: within each group the rewards are equal)" if equal else ""
+    do = (
+        "look at what the reward functions return, also for answers that were cut"
+        if equal
+        else "look at what the loss multiplies log-probs with: beta, weights, a mask"
+    )
+    return Finding("gradients", SUSPICIOUS, what + why, "", sum(map(len, seen.forwards)), "tokens", do)
+
+
+def rounding(seen: Seen) -> list[Finding]:
+    """The share of trained weights that are half precision, and so large that a step of Adam's is rounded away.
+
+    Adam moves a weight by about the learning rate. bfloat16 holds 8 bits: w + lr is w where lr < 2^-9 |w|, about.
+    """
+    trained = [p for p in seen.lm.parameters() if p.requires_grad and p.is_floating_point()]
+    rates = _rates(seen)
+    half = [p for p in trained if p.element_size() < 4 and rates.get(id(p))]
+    if not half:
+        return []
+    still = 0
+    for p in half:
+        w, lr = local(p.detach()), rates[id(p)]
+        up, down = ((w.float() + step).to(w.dtype) for step in (lr, -lr))
+        still += int(((up == w) & (down == w)).sum())
+    total = sum(local(p).numel() for p in trained)
+    share, lr, dtype = 100 * still / total, max(rates[id(p)] for p in half), str(half[0].dtype).removeprefix("torch.")
+    if 2 * still < total:
+        return [Finding("rounding", FINE, f"steps of {lr:g} move most {dtype} weights", "", share, "% are too large for it")]
+    what = f"the trained weights are {dtype}, and a step of Adam's, {lr:g}, is rounded away at most of them"
+    do = "keep the weights in float32 (load them so, and train with bf16=True), a larger learning rate, or stochastic rounding"
+    return [Finding("rounding", SUSPICIOUS, what, "", share, "% do not move", do)]
+
+
+def _rates(seen: Seen) -> dict[int, float]:
+    """The highest learning rate of each parameter under Adam, by id; empty where another optimizer steps."""
+    optimizer: Any = seen.optimizer
+    if optimizer is None:  # not made yet: what the options say
+        name, lr = str(getattr(seen.option("optim"), "value", seen.option("optim"))), seen.option("learning_rate")
+        return {id(p): float(lr) for p in seen.lm.parameters()} if name.startswith("adam") and lr else {}
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        return {}
+    return {id(p): float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups for p in g["params"]}
 
 
 def _waits(name: str, named: dict[str, torch.nn.Parameter], seen: Seen) -> bool:
