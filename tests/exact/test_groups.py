@@ -7,7 +7,7 @@ from engines import forces
 import tokdyn as td
 from tokdyn import ops
 from tokdyn._arguments import size_in_bytes
-from tokdyn.exact import readout
+from tokdyn.exact import engines, readout
 from tokdyn.exact.groups import group_labels
 from tokdyn.objectives import DPO, GRPO, KTO, SFT, SimKO
 from tokdyn.runs.shards import Shards
@@ -34,9 +34,23 @@ def test_a_group_is_the_sum_of_its_tokens(method, scope, groups):
     found = forces(model, U, O, scope=scope, method=method, groups=groups)
     assert relative_error(found.matrix, expected) < FP32
     if method == "tangent" and scope != "readout":
-        assert ("one direction per group" in found.coverage.values()) == (max(labels) <= 1)
+        assert ("one direction per group" in found.coverage.values()) == (max(labels) == 0)
     assert torch.equal(found.groups, labels)
     assert found.updated["size"].to_pylist() == [int((labels == g).sum()) for g in range(int(labels.max()) + 1)]
+
+
+@pytest.mark.parametrize("observed", [O, O[:1]])
+@pytest.mark.parametrize("cheap, engine", [(0.0, "matrix"), (float("inf"), "groups")])
+def test_the_count_decides_how_groups_are_made(monkeypatch, cheap, engine, observed):
+    """Where the matrix costs nothing it is added up, where it costs everything each group is a direction: the same columns."""
+    model, labels = tiny("qwen2"), group_labels("sequence", U)
+    expected = summed(forces(model, U, observed, method="naive").matrix, labels)
+    asked = []
+    monkeypatch.setattr(engines, "_costs", lambda p, memory, together: asked.append(p) or (cheap, cheap))
+    found = forces(model, U, observed, groups="sequence")
+    assert relative_error(found.matrix, expected) < FP32
+    assert ("one direction per group" in found.coverage.values()) == (engine == "groups")
+    assert len(asked[0].observed) >= len(asked[0].updated)  # as the engines take it
 
 
 def test_groups_of_a_loss_with_several_targets_and_an_optimizer():

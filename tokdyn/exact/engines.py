@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,7 @@ from .merged import Merged, of_kinds
 from .problem import MEMORY, Coverage, Fill, Problem, Reduction, ScoredProblem, UnscoredProblem
 from .products import way
 from .progress import Progress, share
+from .sides import Side
 from .sweep.budget import Size
 from .sweep.plan import PlannedProblem, planned
 
@@ -42,12 +44,60 @@ def choose(problem: Problem, method: str, labels: Int[Tensor, " L"] | None = Non
     else:
         fill = Merged(structured)
     if labels is not None and isinstance(fill, Merged) and not problem.tracer.why_not_tangents(problem.uses):
-        groups, tokens = int(labels.max()) + 1, sum(problem.shape)
-        parts = 1 if problem.parts is None else len(problem.parts.names)
-        if 2 * groups * parts <= tokens / (1 + FORWARD):  # a group costs a vjp and a jvp, a token of the sweep half a vjp
+        if problem.parts is None:
+            return OfGroups(labels)
+        directions = (int(labels.max()) + 1) * len(problem.parts.names)
+        if 2 * directions <= sum(problem.shape) / (1 + FORWARD):  # a vjp and a jvp each, a token of the sweep half a vjp
             return _for_parts(problem, grouped.PerGroup(labels))
     made = _for_parts(problem, fill)
     return made if labels is None else grouped.Summed(made, labels, in_blocks=fill is readout.fill)
+
+
+@dataclass(frozen=True)
+class OfGroups:
+    """A Fill of [M, G]: a direction per group, or the token matrix with its columns added up, by the multiplications of each.
+
+        groups   2 W (1 + FORWARD) (Σ_l T + G Σ_m T)
+
+    W weights, T the length of a sequence: a position costs what it did where benchmarks/exact_forces.py --pairs timed both.
+    For the matrix (budget.py) every token is pulled back through all weights at least, to where its text begins: where that is
+    more already, nothing else is counted.
+    """
+
+    labels: Int[Tensor, " L"]  # the column of each update token, -1 for none
+
+    def __call__(
+        self, problem: Problem, out: Float[Tensor, "M G"], *, memory: int = MEMORY, progress: Progress | None = None
+    ) -> Coverage:
+        """See Fill."""
+        each = grouped.PerGroup(self.labels)
+        o, u = (sum(batch.ids.numel() for batch in side.batches) for side in (problem.observed, problem.updated))
+        positions = 2 * (1 + FORWARD) * (u + out.shape[1] * o)
+        fewer = of_kinds(problem)[0]
+        if positions <= sum(_ends(side) for side in (fewer.observed, fewer.updated)):
+            return each(problem, out, memory=memory, progress=progress)
+        try:
+            p = planned(fewer)
+        except (Unsupported, NotImplementedError):  # a token of the matrix would cost what a group does
+            return each(problem, out, memory=memory, progress=progress)
+        q = p.transposed() if len(p.observed) < len(p.updated) else p  # as the engines take it
+        if p.plan.moves and positions * Size.of(p).weights <= min(_costs(q, memory, p.together)):
+            return each(problem, out, memory=memory, progress=progress)
+        matrix = Merged(partial(_of_plan, p))
+        return grouped.Summed(matrix, self.labels, in_blocks=False)(problem, out, memory=memory, progress=progress)
+
+
+def _of_plan(
+    p: PlannedProblem, problem: Problem, out: Float[Tensor, "M L"], *, memory: int, progress: Progress | None
+) -> Coverage:
+    """`structured` for a problem whose plan is there."""
+    assert problem.shape == p.shape
+    return structured(p, out, memory=memory, progress=progress)
+
+
+def _ends(side: Side) -> int:
+    """The positions of a side's tokens, each counted from where its text begins."""
+    return sum(int((batch.rows % batch.ids.shape[1] + 1).sum()) for batch in side.batches)
 
 
 def require_whole(problem: Problem, method: str) -> None:
@@ -232,5 +282,11 @@ def _sweeps(p: PlannedProblem, memory: int, times: float = 1.0) -> bool:
     """Whether so many sweeps take no more multiplications than the tangents once."""
     if not p.plan.moves:
         return True
+    swept, carried = _costs(p, memory, together=False)
+    return swept * times <= carried
+
+
+def _costs(p: PlannedProblem, memory: int, together: bool) -> tuple[float, float]:
+    """Multiplications of the sweep in this memory, with sequences side by side or not, and of the tangents."""
     size, (o, u) = Size.of(p), p.singles
-    return size.tiling(o, u, memory, together=False).cost * times <= size.tangents(p.observed, u)
+    return size.tiling(o, u, memory, together).cost, size.tangents(p.observed, u)
