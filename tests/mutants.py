@@ -122,12 +122,13 @@ def span(source, node):
 
 
 def described(path, i):
-    """A mutant as text: "tokdyn/objective.py:31: `a < b` -> `a <= b`"."""
+    """A mutant as text: "tokdyn/objective.py:31: `a < b` -> `a <= b` in `if a < b:`"."""
     source = path.read_bytes()
     node = places(ast.parse(source))[i]
     start, end = span(source, node)
     before, after = " ".join(source[start:end].decode().split()), ast.unparse(changed(node))
-    return f"{path.relative_to(ROOT)}:{node.lineno}: `{before}` -> `{after}`"
+    line = source.splitlines()[node.lineno - 1].decode().strip()
+    return f"{path.relative_to(ROOT)}:{node.lineno}: `{before}` -> `{after}` in `{line}`"
 
 
 def switched(source, chosen):
@@ -343,7 +344,7 @@ def prepared(site):
 
 def report(mutants, every, seed, results):
     """The figure and the survivors, as Markdown."""
-    told = dict(line.split(" # ", 1) for line in WITHOUT_EFFECT.read_text().splitlines() if " # " in line)
+    told = dict(line.rsplit(" # ", 1) for line in WITHOUT_EFFECT.read_text().splitlines() if " # " in line)
     alive = {n: described(*mutants[n]) for n, result in results.items() if result != "dead"}
     without_lines = lambda text: text.split(":", 1)[0] + ":" + text.split(":", 2)[2]  # noqa: E731
     equal = {n: told[without_lines(text)] for n, text in alive.items() if without_lines(text) in told}

@@ -8,7 +8,7 @@ import torch
 from engines import counted
 
 import tokdyn as td
-from tokdyn.exact import Asked, Scope, UnscoredProblem, naive
+from tokdyn.exact import Asked, Scope, UnscoredProblem, naive, parts
 from tokdyn.exact import engines as choice
 from tokdyn.exact.parts import Parts
 from tokdyn.model.trace import trace
@@ -189,6 +189,19 @@ def test_names():
         }
     one = Parts.named(tracer, {"a": "a"}, {"it": "a"})
     assert one.names == ("it",) and one.tied is None
+
+
+def test_a_gate_is_a_router_where_experts_stand_beside_it():
+    model = tiny("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.gate = torch.nn.Linear(2, 2)
+    with trace(model) as tracer:
+        kind = parts._Kinds(tracer)
+        assert kind("model.layers.0.mlp.gate.weight").startswith("MLP")
+        mlp.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+        assert kind("model.layers.0.mlp.gate.weight") == "router"
+        assert kind("model.layers.0.mlp.up_proj.weight") == "MLP up"  # beside experts, and no router
+        assert kind("model.layers.0.mlp.experts.0.weight") == "experts"
 
 
 def test_parts_of_pairs_groups_and_folders(tmp_path):

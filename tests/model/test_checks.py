@@ -441,3 +441,16 @@ def test_what_is_remembered_keeps_no_model_alive():
     del model
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("V", [2, 5, 61])
+def test_the_piece_that_a_model_is_asked_with(V):
+    """A text, the same with another last token, its beginning behind padding; no token that stands for padding in the text."""
+    piece = checks.Piece.of(tiny("llama"), V)
+    whole, other, cut = piece.ids
+    assert torch.equal(whole[:-1], other[:-1])
+    assert bool(whole[-1] != other[-1]) or V == 2  # one token alone is no special one
+    assert torch.equal(cut[: piece.short], whole[: piece.short]) and not cut[piece.short :].any()
+    assert piece.short < len(whole) and bool((piece.ids[:2] > 0).all()) and bool((piece.ids < V).all())
+    flat = piece.ids.flatten()[piece.rows]
+    assert len(flat) == 2 * len(whole) + piece.short and torch.equal(flat[-piece.short :], whole[: piece.short])
