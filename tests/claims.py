@@ -47,7 +47,7 @@ LANGUAGE = {
         {
             "Pairs with a low score displace the chosen answer less (arXiv 2410.08847 §4)": FEW,
             "Filtering by CHES beats random filtering (arXiv 2410.08847 §4, §6)": UNSURE,
-            "The score ranks single pairs by displacement (arXiv 2410.08847 §4)": UNSURE,
+            "The score ranks single pairs by displacement (arXiv 2410.08847 §4)": FEW,
         },
     ),
     "disentanglement-band": Listed(
@@ -146,7 +146,7 @@ LANGUAGE = {
         {
             "The chosen answers then fall less than without a mask": FEW,
             "and less than with as many tokens masked at random": FEW,
-            "and less than with those that NTHR would spare (arXiv 2505.18830)": FEW,
+            "and less than with those that NTHR would spare (arXiv 2505.18830)": FALSE,
         },
     ),
     "degeneration": Listed(
@@ -179,11 +179,11 @@ LANGUAGE = {
             "The exact force is the sum over layers (identity)",
         ],
         {
-            "First order is right: the exact force predicts a real step (docs/theory.md, The decomposition)": FEW,
+            "First order is right: the exact force predicts a real step (docs/theory.md, The decomposition)": UNSURE,
             "NTHR finds the tokens whose penalty hurts the correct answer "
             "(arXiv 2505.18830 §4, with only the readout moving)": FEW,
             "CHES ranks pairs by how far the chosen answer is displaced (arXiv 2410.08847 §4.2)": FEW,
-            "and not because both grow with the answer's length (arXiv 2410.08847 §4.2, its length-normalised form)": FALSE,
+            "and not because both grow with the answer's length (arXiv 2410.08847 §4.2, its length-normalised form)": UNSURE,
             "The readout's force ranks the effect of token on token like the exact one (assumed by NTHR, CHES)": FALSE,
             "CH2 adds what the backbone does (Ren, Deng, Hong, Lyle, Gal 2026; stated there as an approximation)": FEW,
         },
