@@ -7,7 +7,7 @@ from loops import V
 
 import tokdyn as td
 from tokdyn.testing import tiny
-from tokdyn.training.capture import Capture, tap
+from tokdyn.training.capture import Capture, _grid, tap
 
 
 def test_tap_takes_the_tokens_from_the_input():
@@ -20,6 +20,17 @@ def test_tap_takes_the_tokens_from_the_input():
 
     forward = one(tiny("llama"), loss_of)
     assert torch.equal(forward.targets, ids[:, -3:].flatten()) and forward.residual < ROUNDING
+
+
+@pytest.mark.parametrize("shape, grid", [((2, 7), (2, 7)), ((2, 3), (2, 3)), ((14,), (2, 7)), ((2, 8), None), ((3, 7), None),
+                                         ((13,), None), ((2, 7, 1), None)])  # fmt: skip
+def test_log_probs_that_fit_hidden_states(shape, grid):
+    """All of a batch's positions, the last of each sequence, or all in one row; nothing else."""
+    if grid is None:
+        with pytest.raises(ValueError, match="do not fit hidden states"):
+            _grid(torch.zeros(shape), 2, 7)
+    else:
+        assert _grid(torch.zeros(shape), 2, 7) == grid
 
 
 def test_tap_without_a_monitor_or_gradients_does_nothing():
