@@ -114,10 +114,17 @@ class Graph:
         return self._kept(batch, self.each) + self._work(batch) + gradient
 
     def bytes_again(self, batch: Batch) -> int:
-        """The same where layers are made again: what enters each, and the graph of one; in the end all gradients and that."""
+        """The same where layers are made again: what enters each, and the graph of one; in the end that and the gradients.
+
+        Those of the last layer itself are left out: they come while its graph goes.
+        """
         inputs = len(found := layers(self.tracer.model)) * self.tracer.readout.weight.shape[1] * self.tracer.dtype.itemsize
         entering, graph = self._kept(batch, inputs), self._kept(batch, self.each / max(1, len(found))) + self._work(batch)
-        return graph + max(entering, sum(self.tracer.params[use].nbytes for use in self.uses))
+        own = {id(p) for layer in found for p in layer.parameters()}
+        inside = {name for name, p in self.tracer.model.named_parameters() if id(p) in own}
+        gradients = {use: self.tracer.params[use].nbytes for use in self.uses}
+        last = sum(size for use, size in gradients.items() if use in inside) // max(1, len(found))
+        return graph + max(entering, sum(gradients.values()) - last)
 
     def _kept(self, batch: Batch, each: float) -> int:
         return int(batch.ids.numel() * (each + self.pair * batch.ids.shape[1]))
