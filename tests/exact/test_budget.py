@@ -4,6 +4,7 @@ import engines
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokdyn.exact import memory, select
 from tokdyn.exact.sweep import Tile, budget, fill, strips
 from tokdyn.exact.sweep.budget import Size
 from tokdyn.model import attention
@@ -54,3 +55,39 @@ def test_the_count_is_what_runs(update, observe, width, shortest, monkeypatch):
         fill(p, p.empty(), memory=1 << 30)
     ran = counter.get_total_flops() - sum(left_out)
     assert abs(counted - ran) <= 0.15 * ran, f"{counted:.3g} counted, {ran:.3g} ran"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_reduction_holds_is_told(tied):
+    """A direction has every moving number once; gradients come by use, and those of a tied tensor are added up beside them."""
+    with trace(tiny("llama", tied=tied)) as tracer:
+        uses, batches = select(tracer, "full"), tracer.batches(random_chis([(3, 4), (2, 5)], seed=1))
+        told = memory.reduction_bytes(tracer, uses, batches, batches)
+        once = sum(p.nbytes for p in {id(p): p for p in tracer.model.parameters()}.values())
+        embedding = tracer.model.get_input_embeddings().weight.nbytes
+        assert told["direction"] == once
+        assert told["gradients"] == once + (2 * embedding if tied else 0)
+        assert told["tangents"] == max(memory.pass_bytes(tracer, batch, 1) for batch in batches)
+
+
+def test_the_peak_is_the_most_that_is_held_at_once():
+    assert memory.peak({}) == 0 == memory.peak({"direction": 0})
+    for alone in ("scoring", "backward", "gradients"):
+        assert memory.peak({"scoring": 1, "backward": 1, "gradients": 1, alone: 7}) == 7
+    assert memory.peak({"backward": 8, "direction": 3, "tangents": 6, "hidden": 1, "matrix": 2, "products": 4}) == 9
+    assert memory.peak({"gradients": 6, "direction": 1, "tangents": 2, "hidden": 1, "matrix": 2, "products": 4}) == 7
+
+
+@pytest.mark.parametrize("most, chunk", [(1, 256), (1 << 40, 600)])
+def test_products_of_the_readout_go_by_pieces_of_the_vocabulary(monkeypatch, most, chunk):
+    """All of it at once where memory allows, else 256 entries at least."""
+    monkeypatch.setattr(memory, "READOUT", most)
+    with trace(tiny("llama", tied=False, vocabulary=600)) as tracer:
+        batches, N = tracer.batches(random_chis([(3, 4)], seed=1)), 4
+        d, item, told = (
+            tracer.readout.weight.shape[1],
+            tracer.precision.itemsize,
+            memory.readout_bytes(tracer, batches, batches),
+        )
+        assert told["matrix"] == 2 * item * N * N and told["hidden"] == item * 2 * N * d
+        assert told["products"] == item * (2 * N * chunk + 2 * 2 * N * d + 2 * N * N)
