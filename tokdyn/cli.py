@@ -5,6 +5,8 @@ A command has as many parameters as options, for typer reads them from its signa
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 from dataclasses import asdict
@@ -96,9 +98,12 @@ def profile(
         from .exact import Asked
         from .loading import load_tokenizer, load_weights
         from .prediction import told
+        from .runs.job import shared
         from .runs.summary import summary
 
-        with progress() as stage:
+        if device == "cuda" and "LOCAL_RANK" in os.environ:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun, accelerate: a process a GPU
+        with contextlib.ExitStack() as stack, progress() as stage:
             stage(f"loading {model}", 0, 0)
             tokenizer = load_tokenizer(model, adapter)
             update = sequences(tokenizer, table[:rows], loss, max_length=max_length)
@@ -112,12 +117,15 @@ def profile(
                 return
             note(f"memory: {takes['memory']}")
             other = load_weights(reference, device, allow_pickle=allow_pickle) if reference else None
+            team = stack.enter_context(shared())
             run = td.profile(
                 lm, update, observe, loss, tokenizer=tokenizer, eta=eta, scope=scope, method=method, memory=memory,
                 reference=other, observable=observable, pairs=pairs, out=out, overwrite=overwrite, resume=resume, stage=stage,
-                about={"model": {"name": model} | ({"adapter": adapter} if adapter else {}),
+                job=team, about={"model": {"name": model} | ({"adapter": adapter} if adapter else {}),
                        "data": {"path": data, "rows": total, "used": len(table)}},
             )  # fmt: skip
+        if team is not None and team.rank:
+            return  # the first process has written it
         if run.path is not None:
             recipe.write(run.path, options)
         if json_:

@@ -28,7 +28,7 @@ from .objective import Objective
 from .objectives import DPO
 from .observables import Function, LogProb, Observable
 from .observables import observable as as_observable
-from .ops.rows import at_once, blocks
+from .ops.rows import blocks
 from .record import model_facts, run_head, sequence_facts
 from .runs import folder as store
 from .runs import frames
@@ -37,6 +37,7 @@ from .runs.cards import Cards
 from .runs.contexts import Contexts
 from .runs.explain import Explanation
 from .runs.findings import ROW_SUMS, findings
+from .runs.job import Queue
 from .runs.manifest import replace as replace_file
 from .runs.notebook import run_html
 from .runs.pairs import Pairs, strongest
@@ -179,6 +180,7 @@ def profile(
     out: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    job: Queue | None = None,
     stage: Stage | None = None,
 ) -> Run:
     """Decompose one update into token-level forces, check it against a real step, and keep everything as a Run.
@@ -198,6 +200,9 @@ def profile(
         overwrite: replace a run that lies there.
         resume: go on with the tiles of the matrix that a killed or interrupted call of the same left beside `out`
             (runs/tiles.py); the tables and the matrix are those of a call that was not stopped, bit for bit.
+        job: of the processes that make this profile together (`tokdyn.runs.job.shared`), all with equal arguments: each makes
+            tiles of the matrix, the first one writes the run, the runs of others have no matrix and no path. It is the run
+            that one process makes with the same `memory`, bit for bit.
         stage: called with (what, done, total).
 
     An interrupt (Ctrl-C) while the matrix is computed ends it there: what is done is kept, the run says "partial". Where the
@@ -225,13 +230,16 @@ def profile(
         stages("real steps")
         verification = None if still else against_steps(problem, direction, vector, eta)
         stages("squeezing")
-        squeezed = None if verification is None else _squeeze(problem, verification.eta)
+        squeezed = None if verification is None else squeeze.of_updates(problem, verification.eta)
         checks = {"readout formula against the model's logits": tracer.readout_residual(problem.observed.batches[0])}
         tiles = None
         if out is not None and method != "none":
             same = {"made of": identity(problem, scope, method, None), "memory": memory, "tokdyn": __version__}
-            tiles = KeptTiles(Path(out), same, resume)
+            shared = None if tracer.why_not_tangents(problem.uses) else job  # there the whole matrix is checked by its sum
+            tiles = KeptTiles(Path(out), same, resume, shared) if job is None or shared or not job.rank else None
         F, rules, status = _force_matrix(replace(problem, tiles=tiles), method, memory, stages)
+        if job is not None and job.rank:
+            F, out = None, None
         matrix = F if F is None or F.dim() == 2 else F.sum(0)
         if matrix is not None and status == "complete":
             checks[ROW_SUMS] = float((matrix.sum(1) - vector).norm() / matrix.abs().sum(1).norm())
@@ -298,6 +306,8 @@ def _force_matrix(
     try:
         stages("force matrix")
         rules = choose(problem, method)(problem, matrix, memory=memory, progress=stages.progress)
+        while problem.tiles is not None and problem.tiles.wait():
+            rules = choose(problem, method)(problem, matrix, memory=memory, progress=stages.progress)
     except KeyboardInterrupt:
         if problem.tiles is not None:
             problem.tiles.write()
@@ -328,21 +338,6 @@ def _whole_step(problem: ScoredProblem, direction: Direction, k: int) -> tuple[T
             falling.append(moved.topk(k, largest=False))
     sides_of = [(torch.cat([t.indices for t in top]), torch.cat([t.values for t in top])) for top in (rising, falling)]
     return torch.cat(force), sides_of
-
-
-@torch.no_grad()
-def _squeeze(problem: ScoredProblem, eta: float) -> squeeze.Squeeze:
-    """Each update token's own step of size eta on the readout weight, through scale and softcap: W h moves by eta ‖h‖² Γ."""
-    u, head, parts = problem.updated, problem.tracer.readout, []
-    for batch, term in zip(u.batches, u.terms, strict=True):
-        hidden, targets = problem.tracer.hidden(batch), batch.targets.to(head.weight.device)
-        for rows in torch.arange(len(hidden), device=hidden.device).split(at_once(len(head.weight), hidden.device)):
-            h, own = hidden[rows], term.rows(rows)
-            z = head.logits(h)
-            force = head.pull_back(z, own.logit_force(z))
-            after = head.cap(head.uncapped(h) + head.scale * eta * h.square().sum(1, keepdim=True) * force)
-            parts.append(squeeze.compare(z, after, targets[rows], own.own_c))
-    return squeeze.Squeeze(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _tokens(  # what a run knows of each token, from where it was found

@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .exact import ScoredProblem
 from .kernels.readout_forces.reference import logit_force
 from .ops import token_stats
+from .ops.rows import at_once
 
 
 def step(
@@ -108,3 +110,18 @@ def sign_rule(p: Float[Tensor, "T V"], targets: Int[Tensor, " T"], c: Float[Tens
     p_y = p.gather(1, targets[:, None])
     rest = -(p - collision + p_y)
     return c[:, None] * rest.scatter(1, targets[:, None], 1 - 2 * p_y + collision)
+
+
+@torch.no_grad()
+def of_updates(problem: ScoredProblem, eta: float) -> Squeeze:
+    """Each update token's own step of size eta on the readout weight, through scale and softcap: W h moves by eta ‖h‖² Γ."""
+    u, head, parts = problem.updated, problem.tracer.readout, []
+    for batch, term in zip(u.batches, u.terms, strict=True):
+        hidden, targets = problem.tracer.hidden(batch), batch.targets.to(head.weight.device)
+        for rows in torch.arange(len(hidden), device=hidden.device).split(at_once(len(head.weight), hidden.device)):
+            h, own = hidden[rows], term.rows(rows)
+            z = head.logits(h)
+            force = head.pull_back(z, own.logit_force(z))
+            after = head.cap(head.uncapped(h) + head.scale * eta * h.square().sum(1, keepdim=True) * force)
+            parts.append(compare(z, after, targets[rows], own.own_c))
+    return Squeeze(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -8,7 +8,7 @@ import torch
 
 import tokdyn as td
 from tokdyn.objectives import DPO
-from tokdyn.scan import workers
+from tokdyn.runs import job
 from tokdyn.scan.scanner import Scanner
 from tokdyn.testing import random_chis, tiny
 
@@ -26,8 +26,8 @@ GROUPS = {"chosen": random_chis([(3, 4), (1, 3)], seed=20), "other": random_chis
 
 def main(out, hangs):
     torch.set_num_threads(1)
-    workers.PATIENCE, workers.BEAT = 1.5, 0.1
-    workers.Queue.__init__.__defaults__ = (1.5,)
+    job.PATIENCE, job.BEAT = 1.5, 0.1
+    job.Queue.__init__.__defaults__ = (1.5,)
     tables = Scanner.tables
 
     def slow(self, places, first=0):

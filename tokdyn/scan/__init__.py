@@ -26,12 +26,12 @@ from ..objectives import DPO
 from ..observables import Function, Observable
 from ..runs import manifest
 from ..runs.folder import ABOUT, check_scan, finite
+from ..runs.job import Own, Queue, job
 from ..runs.scans import ROWS, TOKENS, Scan
 from ..sequences import Chi
 from .estimate import estimate
 from .scanner import Scanner, opened
 from .weights import weights
-from .workers import Own, Queue, job
 
 Stage = Callable[[str, int, int], None]
 BLOCK = 64  # rows of a block
@@ -88,7 +88,7 @@ def scan(
         encoding: of `encode`: max_length, truncate, eos.
 
     In a job of several processes (torchrun, accelerate launch, a process group) each has the whole model, and they share out
-    the blocks by a queue on the group's store (scan/workers.py); all return when all is done.
+    the blocks by a queue on the group's store (runs/job.py); all return when all is done.
 
     Rows that cannot be read, or hold nothing to learn, are kept in the row table with the reason and have no tokens.
 

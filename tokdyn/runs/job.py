@@ -1,4 +1,4 @@
-"""Which blocks of a scan a process does: all, every n-th, or the next one of a queue that the processes of a job share.
+"""Which pieces of a scan or a profile a process does: all, every n-th, or the next one that nobody of its job has taken.
 
 A job's queue is on the store of its process group (torchrun's, accelerate's, Slurm's through MASTER_ADDR): a block number is
 drawn from a counter, so that nobody waits for a slow process; who draws one says so, and shows every second that it lives.
@@ -124,6 +124,16 @@ class Queue:
         if empty:
             self._add("empty", 1)
 
+    def claims(self, name: str) -> bool:
+        """Take a piece of work that has a name in place of a number; False where another process has it, which lives."""
+        key = f"piece/{name}"
+        with self._asking():
+            owner = int(self.store.compare_set(key, "", str(self.rank)))
+        if owner == self.rank or not self._dead(owner):
+            return owner == self.rank
+        with self._asking():
+            return int(self.store.compare_set(key, str(owner), str(self.rank))) == self.rank
+
     def _drawn(self) -> int:
         """How many blocks have been drawn from the counter."""
         n = self._add("next", 0)
@@ -197,4 +207,12 @@ def job() -> Queue | None:
         store, rank, ranks = next(iter(dist.rendezvous("env://")))
     else:
         return None
-    return None if ranks == 1 else Queue(dist.PrefixStore("tokdyn.scan", store), rank, ranks)
+    return None if ranks == 1 else Queue(dist.PrefixStore("tokdyn", store), rank, ranks)
+
+
+@contextlib.contextmanager
+def shared() -> Iterator[Queue | None]:
+    """The job of this process, which shows inside the block that it lives; None where it is alone."""
+    team = job()
+    with contextlib.nullcontext() if team is None else team.living():
+        yield team
