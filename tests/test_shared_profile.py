@@ -1,12 +1,9 @@
 """Several processes at one profile: its run is that of one process, bit for bit, also when one of them dies."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launched import launched
 
 BYTES = "tokens.parquet", "forces.safetensors"
 WORKER = Path(__file__).resolve().parent / "workers" / "profiling.py"
@@ -14,17 +11,7 @@ WORKER = Path(__file__).resolve().parent / "workers" / "profiling.py"
 
 def together(out, ranks, dies="none"):
     """The exit status and the words of each process of a job."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    base = os.environ | {"OMP_NUM_THREADS": "1"}
-    if ranks > 1:
-        base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    processes = [
-        subprocess.Popen([sys.executable, str(WORKER), str(out), dies], env=base | ({"RANK": str(r)} if ranks > 1 else {}),
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for r in range(ranks)
-    ]  # fmt: skip
+    processes = launched(WORKER, out, dies, ranks=ranks)
     said = [process.communicate(timeout=300) for process in processes]
     return [(process.returncode, out.split(), error) for process, (out, error) in zip(processes, said, strict=True)]
 

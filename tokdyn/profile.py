@@ -218,7 +218,7 @@ def profile(
     check_method(method)
     check_eta(eta)
     memory = size_in_bytes(memory)
-    stages, watched = Stages(stage), as_observable(observable)
+    stages, watched, first = Stages(stage), as_observable(observable), job is None or not job.rank
     asked = Asked(update, observe, objective, reference, observable=watched)
     with trace(model) as tracer:
         stages("scoring both sides")
@@ -232,13 +232,10 @@ def profile(
         stages("squeezing")
         squeezed = None if verification is None else squeeze.of_updates(problem, verification.eta)
         checks = {"readout formula against the model's logits": tracer.readout_residual(problem.observed.batches[0])}
-        tiles = None
-        if out is not None and method != "none":
-            same = {"made of": identity(problem, scope, method, None), "memory": memory, "tokdyn": __version__}
-            shared = None if tracer.why_not_tangents(problem.uses) else job  # there the whole matrix is checked by its sum
-            tiles = KeptTiles(Path(out), same, resume, shared) if job is None or shared or not job.rank else None
-        F, rules, status = _force_matrix(replace(problem, tiles=tiles), method, memory, stages)
-        if job is not None and job.rank:
+        tiles = None if out is None else _tiles(problem, Path(out), (scope, method, memory), resume, job)
+        makes = first or tiles is not None
+        F, rules, status = _force_matrix(replace(problem, tiles=tiles), method if makes else "none", memory, stages)
+        if not first:
             F, out = None, None
         matrix = F if F is None or F.dim() == 2 else F.sum(0)
         if matrix is not None and status == "complete":
@@ -288,6 +285,19 @@ def _save(run: Run, out: Path, overwrite: bool) -> Path | None:
         return None
     warnings.warn(f"{problem}; it is in {place}", stacklevel=3)
     return place
+
+
+def _tiles(problem: ScoredProblem, out: Path, how: tuple[str, str, int], resume: bool, job: Queue | None) -> KeptTiles | None:
+    """Where tiles of the matrix are kept beside `out`; None where there are none, or where a job cannot share them.
+
+    One gradient a token has no tiles; where tangents are doubtful the whole matrix is checked by its sum.
+    """
+    scope, method, memory = how
+    shared = job if method == "tangent" and not problem.tracer.why_not_tangents(problem.uses) else None
+    if method == "none" or (job is not None and job.rank and shared is None):
+        return None
+    same = {"made of": identity(problem, scope, method, None), "memory": memory, "tokdyn": __version__}
+    return KeptTiles(out, same, resume, shared)
 
 
 def _force_matrix(

@@ -167,6 +167,15 @@ def test_a_planted_fault_is_found(tmp_path, fault):
     assert finding.do and {f.check for f in (*report.wrong, *report.suspicious)} == {check}, str(report)  # and nothing else
 
 
+def test_an_end_in_the_data_that_the_template_does_not_write_is_there_once(tmp_path):
+    """The turn before the answer ends with the same token: what counts is what stands behind the answer."""
+    rows = [{"prompt": [user(QUESTION)], "completion": GOOD + "<|im_end|>"}]
+    open_end = CHATML.replace("'<|im_end|>\\n' }}", "('<|im_end|>\\n' if m['role'] != 'assistant' else '') }}")
+    assert open_end != CHATML
+    report = found(tmp_path, rows, template=open_end)
+    assert "turns" not in {f.check for f in (*report.wrong, *report.suspicious)}, str(report)
+
+
 @pytest.mark.parametrize("prompt", ["", "?", "\n"])
 def test_a_prompt_of_one_token_or_none_is_no_fault_of_the_boundary(tmp_path, prompt):
     report = found(tmp_path, [{"prompt": prompt, "completion": " Because."}])

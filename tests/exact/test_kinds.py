@@ -158,7 +158,7 @@ def test_bitsandbytes():
 
 def test_torchao():
     """int8 weights, by packages' own tensor subclass, with LoRA on top: what moves has closed forms, the base none."""
-    quantization = pytest.importorskip("torchao.quantization")
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is among the extras of dev on Linux alone")
     torch.manual_seed(0)
     model = tiny("llama", tied=False)
     quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())

@@ -2,13 +2,13 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launched import launched
 
 import tokdyn as td
 from tokdyn.objectives import DPO
@@ -21,15 +21,7 @@ import scanning  # noqa: E402
 
 
 def job(out, ranks, hangs="none"):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(WORKERS / "scanning.py"), str(out), hangs]
-    return [
-        subprocess.Popen(command, env=base | {"RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for r in range(ranks)
-    ]
+    return launched(WORKERS / "scanning.py", out, hangs, ranks=ranks)
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def further_turns(texts: Texts) -> list[Finding]:
     given = [a for a in texts.answers if _asked(a) and not a.answer.strip().startswith(_asked(a))]  # else there is more to say
     runs_on = [a for a in given if NEXT_TURN.search(a.answer)]
     token = getattr(texts.tokenizer, "eos_token", None)
-    twice = [a for a in texts.answers if token and a.chat and token in a.answer and token in a.whole.replace(a.answer, "", 1)]
+    twice = [a for a in texts.answers if token and a.chat and token in a.answer and token in _behind(a)]
     found = []
     for answers, level, what, do in (
         (runs_on, SUSPICIOUS, "answers go on with another turn: the model learns to write the user's words",
@@ -58,6 +58,12 @@ def further_turns(texts: Texts) -> list[Finding]:
             shown = f"{rows_of([a.where for a in answers])}: {excerpt(answers[0].answer)}"
             found.append(Finding("turns", level, what, shown, len(answers), "answers", do))
     return found or [Finding("turns", FINE, "no answer holds another turn", "", len(texts.answers), "answers")]
+
+
+def _behind(answer: Answer) -> str:
+    """What the template writes behind an answer; nothing where it does not write the answer as it is."""
+    _, found, behind = answer.whole.rpartition(answer.answer.strip())
+    return behind if found else ""
 
 
 def texts_of_nothing(texts: Texts) -> list[Finding]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -120,11 +121,16 @@ class Graph:
         """
         inputs = len(found := layers(self.tracer.model)) * self.tracer.readout.weight.shape[1] * self.tracer.dtype.itemsize
         entering, graph = self._kept(batch, inputs), self._kept(batch, self.each / max(1, len(found))) + self._work(batch)
+        return graph + max(entering, self._gradients)
+
+    @cached_property
+    def _gradients(self) -> int:
+        """Bytes of the gradients of all uses but those of one layer."""
+        found = layers(self.tracer.model)
         own = {id(p) for layer in found for p in layer.parameters()}
         inside = {name for name, p in self.tracer.model.named_parameters() if id(p) in own}
-        gradients = {use: self.tracer.params[use].nbytes for use in self.uses}
-        last = sum(size for use, size in gradients.items() if use in inside) // max(1, len(found))
-        return graph + max(entering, sum(gradients.values()) - last)
+        size = {use: self.tracer.params[use].nbytes for use in self.uses}
+        return sum(size.values()) - sum(n for use, n in size.items() if use in inside) // max(1, len(found))
 
     def _kept(self, batch: Batch, each: float) -> int:
         return int(batch.ids.numel() * (each + self.pair * batch.ids.shape[1]))

@@ -9,7 +9,7 @@ from triton.runtime import interpreter
 import tokdyn as td
 from tokdyn.testing import random_chis, relative_error, tiny
 
-liger = pytest.importorskip("liger_kernel.transformers")
+liger = pytest.importorskip("liger_kernel.transformers", reason="liger-kernel is among the extras of dev on Linux alone")
 FP32 = 1e-5  # tests/exact/test_architectures.py
 REAL_STEPS = 3e-4  # of a reduction whose jvp is a difference quotient: tests/exact/test_kinds.py
 U, O = random_chis([(2, 3)], seed=1), random_chis([(2, 2)], seed=2)  # noqa: E741
